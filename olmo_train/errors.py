@@ -1,0 +1,56 @@
+"""The errors that a user can cause or meet, each with the exit code that scripts and schedulers act on.
+
+A UserError's text is one line: what is wrong, the value, and the way out. The command line prints it as
+`error: WHERE: text` without a traceback; anything that is not a UserError is a bug of ours and exits 1.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """Base of all errors that end in one `error:` line. `where` names a file or a dotted configuration key."""
+
+    exit_code = 1
+
+    def __init__(self, where: object, what: str):
+        super().__init__(f"{where}: {what}")
+
+
+class ConfigError(UserError):  # configuration or usage
+    exit_code = 2
+
+
+class DataError(UserError):
+    exit_code = 3
+
+
+class CheckpointError(UserError):  # no loadable checkpoint
+    exit_code = 4
+
+
+class NonFiniteError(UserError):  # training stopped by non-finite values
+    exit_code = 5
+
+
+class PeerError(UserError):  # a peer was lost or hung
+    exit_code = 6
+
+
+class Stopped(UserError):  # stopped by a signal after saving: the same command again goes on
+    exit_code = 75
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """`; did you mean 'peak_lr'?`, or the list of what is known when nothing is near."""
+    known = sorted(known)
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    return f"did you mean '{near[0]}'?" if near else "known: " + ", ".join(known)
+
+
+def check_choice(where: str, value: str, known: Iterable[str]) -> None:
+    """Refuse a value that names no row of its table. Raises ConfigError with the nearest row."""
+    if value not in known:
+        raise ConfigError(where, f"'{value}' is not a choice; {nearest(str(value), known)}")
