@@ -1,0 +1,93 @@
+"""What a model costs, from its shape alone: parameters by part, matrix parameters, FLOPs per token.
+
+The one idea: all of it is closed form over ModelConfig, so the same figure comes out on one process and on 256, before
+the model exists and after it was sharded. Nothing here counts the tensors of a live model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from olmo_train.model.config import ModelConfig
+
+FLOPS_CONVENTION = "6 x matrix parameters + 12 x layers x heads x head_dim x seq_len, causal attention not discounted"
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """Parameters by part of the model; `head` is 0 when it is tied to the embedding. Padding rows count: they exist."""
+
+    embedding: int
+    attention: int
+    mlp: int
+    norms: int
+    head: int
+
+    @property
+    def total(self) -> int:
+        return self.embedding + self.attention + self.mlp + self.norms + self.head
+
+
+def count_parameters(config: ModelConfig) -> ParameterCount:
+    """Parameters by part: OLMo-1B 1,176,764,416 and OLMo-7B 6,888,095,744 in all."""
+    table = config.vocab_rows * config.d_model
+    return ParameterCount(
+        embedding=table,
+        attention=config.n_layers * attention_parameters(config),
+        mlp=config.n_layers * mlp_parameters(config),
+        norms=config.n_layers * block_norm_parameters(config) + norm_parameters(config, config.d_model),
+        head=0 if config.tie_embeddings else table,
+    )
+
+
+def attention_parameters(config: ModelConfig) -> int:
+    """Matrix parameters of one block's attention: the fused q, k, v projection and the output projection."""
+    queries, keys = config.n_heads * config.head_size, config.kv_heads * config.head_size
+    return config.d_model * (queries + 2 * keys) + queries * config.d_model
+
+
+def mlp_parameters(config: ModelConfig) -> int:
+    """Matrix parameters of one block's MLP: a gated one has two input halves."""
+    return (3 if config.gated else 2) * config.d_model * config.mlp_hidden
+
+
+def norm_parameters(config: ModelConfig, width: int) -> int:
+    """Parameters of one norm over `width` features: none, a weight, or a weight and a bias."""
+    if config.norm == "layer_norm_nonparametric":
+        return 0
+    return width * (2 if config.bias == "norm" else 1)
+
+
+def block_norm_parameters(config: ModelConfig) -> int:
+    """Parameters of one block's norms, with those of q and k when they are normalized."""
+    norms = norm_parameters(config, config.d_model) * (1 if config.block == "parallel" else 2)
+    if config.qk_norm:
+        norms += norm_parameters(config, config.n_heads * config.head_size)
+        norms += norm_parameters(config, config.kv_heads * config.head_size)
+    return norms
+
+
+def block_parameters(config: ModelConfig) -> int:
+    """Parameters of one block, norms included: what FSDP gathers and frees as one unit."""
+    return attention_parameters(config) + mlp_parameters(config) + block_norm_parameters(config)
+
+
+def matrix_parameters(config: ModelConfig) -> int:
+    """Parameters that a token is multiplied with: all projections and the head (also a tied one).
+
+    The input embedding is a look-up and a norm's weight is no matrix, so neither is counted.
+    """
+    blocks = config.n_layers * (attention_parameters(config) + mlp_parameters(config))
+    return blocks + config.vocab_rows * config.d_model
+
+
+def flops_per_token(config: ModelConfig, seq_len: int | None = None) -> int:
+    """Training FLOPs of one token, forward and backward, in an instance of `seq_len` tokens (the model's by default).
+
+    The convention of OLMo-core and torchtitan, see FLOPS_CONVENTION: 2 FLOPs a matrix parameter forward and 4 backward;
+    attention's two products cost 4 x width x seq_len forward and twice that backward, as if no position were masked.
+    Recomputation by activation checkpointing is not counted. OLMo-1B at 2048 tokens: 7.866 GFLOPs.
+    """
+    seq_len = config.seq_len if seq_len is None else seq_len
+    attention_width = config.n_heads * config.head_size
+    return 6 * matrix_parameters(config) + 12 * config.n_layers * attention_width * seq_len
