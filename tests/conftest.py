@@ -1,0 +1,133 @@
+"""What the tests share: few threads, no W&B, a tiny token stream, a tiny model, and the command line as a process.
+
+tiny_tokens          a raw uint16 token file of a stream that a small model learns within a dozen steps
+tiny_words(...)      the key=value words of a run on it, as a user would type them
+tiny_args(...)       the same as a TrainConfig
+run_cli(*words)      python -m olmo_train WORDS, or under torchrun with nproc=2
+read_metrics(dir)    metrics.jsonl as a list of dicts
+"""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from array import array
+from pathlib import Path
+
+# Set before torch and OpenMP are loaded: test workers and torchrun share few cores, and busy waiting starves them.
+FEW_THREADS = {
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+os.environ.update(FEW_THREADS)
+os.environ.setdefault("WANDB_MODE", "disabled")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import pytest  # noqa: E402
+
+VOCAB_SIZE = 512
+EOS_ID = 511
+
+
+def markov_stream(n_tokens: int, seed: int = 1) -> array:
+    """Token ids below 512: each follows from the one before up to a choice of three; at times 511 ends a document."""
+    rng, word, ids = random.Random(seed), 1, array("H")
+    for _ in range(n_tokens):
+        word = (word * 5 + rng.choice((1, 2, 3))) % EOS_ID
+        ids.append(word if rng.random() > 0.01 else EOS_ID)
+    if sys.byteorder == "big":
+        ids.byteswap()
+    return ids
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """The same sums on every machine: the number of threads changes the order of a reduction."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
+
+
+@pytest.fixture
+def tiny_tokens(tmp_path) -> Path:
+    """40,000 tokens in the raw layout: little-endian uint16, no header."""
+    file = tmp_path / "tokens.npy"
+    file.write_bytes(markov_stream(40_000).tobytes())
+    return file
+
+
+@pytest.fixture
+def tiny_words(tmp_path, tiny_tokens):
+    """tiny_words(name, **changes): the words of a 12-step run in tmp_path/name; a change's key may be dotted."""
+
+    def words(name: str = "run", **changes) -> list[str]:
+        values = {
+            "run_dir": tmp_path / name,
+            "seed": 3,
+            "total_steps": 12,
+            "global_batch_size": 8,
+            "micro_batch_size": 4,
+            "model.d_model": 64,
+            "model.n_layers": 2,
+            "model.n_heads": 4,
+            "model.mlp_hidden": 176,
+            "model.vocab_size": VOCAB_SIZE,
+            "model.padded_vocab_size": VOCAB_SIZE,
+            "model.seq_len": 64,
+            "data.sources.a.path": tiny_tokens,
+            "optim.peak_lr": 3e-3,
+            "optim.warmup_steps": 4,
+            "parallel.precision": "fp32",
+            "checkpoint.interval_steps": 5,
+            "log.interval_steps": 1,
+            "log.wandb.mode": "disabled",
+        }
+        return [f"{key}={value}" for key, value in {**values, **changes}.items() if value is not None]
+
+    return words
+
+
+@pytest.fixture
+def tiny_args(tiny_words):
+    """tiny_args(name, **changes): the TrainConfig that those words make."""
+
+    def args(name: str = "run", **changes):
+        from olmo_train import config
+        from olmo_train.train import TrainConfig
+
+        return config.load(TrainConfig, [], tiny_words(name, **changes))
+
+    return args
+
+
+@pytest.fixture
+def run_cli(tmp_path):
+    """run_cli(*words, nproc=0, timeout=300, **environment): the command line in a process of its own, in tmp_path."""
+
+    def run(*words, nproc: int = 0, timeout: float = 300, **environment) -> subprocess.CompletedProcess:
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}"] if nproc else []
+        repository = str(Path(__file__).parent.parent)
+        path = os.pathsep.join(filter(None, [repository, os.environ.get("PYTHONPATH")]))
+        return subprocess.run(
+            [sys.executable, *torchrun, "-m", "olmo_train", *map(str, words)],
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            cwd=tmp_path,
+            env={**os.environ, **FEW_THREADS, "PYTHONPATH": path, **environment},
+        )
+
+    return run
+
+
+@pytest.fixture
+def read_metrics():
+    """read_metrics(run_dir): the lines of metrics.jsonl that hold a training step."""
+
+    def read(run_dir: Path) -> list[dict]:
+        lines = [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
+        return [line for line in lines if "train/CrossEntropyLoss" in line]
+
+    return read
