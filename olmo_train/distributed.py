@@ -1,0 +1,93 @@
+"""Who am I among the processes: the only file that starts and ends torch.distributed.
+
+One code path for any number of processes: without torchrun's environment the world has one rank, whose group needs no
+port. A World is passed explicitly; there are no globals.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from olmo_train.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all processes of the run."""
+
+    rank: int
+    size: int
+    device: torch.device
+    mesh: DeviceMesh  # ("shard",), or ("replicate", "shard") when there are replicas
+    background_group: Any = field(repr=False)  # gloo group for threads, which must not share a group with the loop
+    control_group: Any = field(repr=False)  # gloo group for small agreements on the host, also beside a GPU
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum a tensor over all ranks, in place and on its device; returns it."""
+        dist.all_reduce(values)
+        return values
+
+    def any(self, flag: int | bool) -> int:
+        """The largest flag of all ranks, on the host: every rank gets the same answer."""
+        shared = torch.tensor(int(flag))
+        dist.all_reduce(shared, op=dist.ReduceOp.MAX, group=self.control_group)
+        return int(shared)
+
+    def gather(self, value: Any) -> list[Any]:
+        """A small Python object of every rank, in the order of ranks."""
+        values = [None] * self.size
+        dist.all_gather_object(values, value, group=self.control_group)
+        return values
+
+    def barrier(self) -> None:
+        dist.barrier(group=self.control_group)
+
+
+@contextlib.contextmanager
+def join_world(replicas: int = 1, timeout_seconds: float = 600) -> Iterator[World]:
+    """Join the processes that torchrun started, or be a world of one; leaves the group at the end.
+
+    `replicas` cuts the world into as many groups that each hold a whole copy of the sharded state (HSDP); 1 is plain FSDP.
+    Raises ConfigError when it does not divide the number of processes.
+    """
+    size, local_rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
+    if size % replicas:
+        raise ConfigError("parallel.replicas", f"{replicas} does not divide the {size} processes of this run")
+    if torch.cuda.is_available():
+        device, backend = torch.device("cuda", local_rank), "cpu:gloo,cuda:nccl"
+        torch.cuda.set_device(device)
+    else:
+        device, backend = torch.device("cpu"), "gloo"
+    timeout = timedelta(seconds=timeout_seconds)
+    with contextlib.ExitStack() as stack:
+        if "RANK" in os.environ:
+            dist.init_process_group(backend, timeout=timeout)
+        else:
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="olmo-train-"))
+            store = dist.FileStore(os.path.join(folder, "store"), 1)  # a world of one needs no port
+            dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+        stack.callback(dist.destroy_process_group)
+        shape, names = ((replicas, size // replicas), ("replicate", "shard")) if replicas > 1 else ((size,), ("shard",))
+        yield World(
+            rank=dist.get_rank(),
+            size=size,
+            device=device,
+            mesh=init_device_mesh(device.type, shape, mesh_dim_names=names),
+            background_group=dist.new_group(backend="gloo", timeout=timeout),
+            control_group=dist.new_group(backend="gloo", timeout=timeout),
+        )

@@ -1,0 +1,57 @@
+"""The first values of every parameter: a pure function of the configuration, the seed and the parameter's name.
+
+So neither the number of ranks nor the order of the layers changes what is drawn: a rank draws the whole tensor and
+parallel.py keeps its own shard of it. It costs one full parameter of host memory at a time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+
+import torch
+from torch import Tensor, nn
+
+from olmo_train.model.config import ModelConfig
+
+
+def mitchell_std(kind: str, layer: int, config: ModelConfig) -> float:
+    """OLMo's `mitchell` init (allenai/OLMo, olmo/initialization.py): 1/sqrt(fan_in), and on what is added to the
+    residual stream also 1/sqrt(2 * (layer + 1))."""
+    if kind == "attn.wo":
+        return (2 * config.d_model * (layer + 1)) ** -0.5
+    if kind == "mlp.w_out":
+        return (2 * config.mlp_hidden * (layer + 1)) ** -0.5
+    return config.d_model**-0.5
+
+
+def normal_std(kind: str, layer: int, config: ModelConfig) -> float:
+    """One standard deviation for all matrices: OLMo 2."""
+    return config.init_std
+
+
+INITS = {"mitchell": mitchell_std, "normal": normal_std}
+
+
+def init_std(name: str, config: ModelConfig) -> float | None:
+    """Standard deviation of the parameter called `name`; None for norms, whose first values are constants."""
+    match = re.fullmatch(r"(?:blocks\.(\d+)\.)?(attn\.wqkv|attn\.wo|mlp\.w_in|mlp\.w_out|embed|head)\.weight", name)
+    return INITS[config.init](match[2], int(match[1] or 0), config) if match else None
+
+
+def param_seed(seed: int, name: str) -> int:
+    """63 bits that depend on every bit of the seed and of the name."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "little") >> 1
+
+
+def initial_value(name: str, shape: torch.Size, config: ModelConfig, seed: int) -> Tensor:
+    """The whole first value of the parameter called `name`, fp32, of `shape`.
+
+    Matrices are drawn from a normal distribution cut at 3 standard deviations; norms start as the identity.
+    """
+    std = init_std(name, config)
+    if std is None:
+        zero = name.endswith("bias") or config.norm == "rms_norm_offset"
+        return torch.full(shape, 0.0 if zero else 1.0)
+    generator = torch.Generator().manual_seed(param_seed(seed, name))
+    return nn.init.trunc_normal_(torch.empty(shape), std=std, a=-3 * std, b=3 * std, generator=generator)

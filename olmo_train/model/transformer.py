@@ -1,0 +1,188 @@
+"""The decoder-only transformer: embedding, blocks of attention and MLP, a final norm, the head.
+
+The model knows nothing of the machine: parallel.py shards it from outside, checkpoint.py saves it from outside.
+
+Letters of shapes: B sequences, T tokens, C d_model, H query heads, K key and value heads, D head size, M mlp_hidden,
+V padded vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from olmo_train.model.config import ModelConfig
+from olmo_train.model.norms import NORMS
+
+IGNORE = -100  # a label that is not scored
+
+
+def rope_tables(positions: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:
+    """cos and sin of every position and pair, fp32, each (..., T, D), for positions (..., T).
+
+    Half-split RoPE: dimension i turns with i + D/2 by the angle position / theta^(2i / D) (Su et al. 2021).
+    """
+    exponent = torch.arange(0, config.head_size, 2, device=positions.device, dtype=torch.float32) / config.head_size
+    angles = positions.float()[..., None] * config.rope_theta ** -exponent  # (..., T, D/2)
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn x (B, heads, T, D) by its positions, in fp32, as OLMo does."""
+    wide = x.float()
+    first, second = wide.chunk(2, dim=-1)
+    return (wide * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Causal attention with one matrix for q, k and v, whose rows lie in this order."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        q, kv = config.n_heads * config.head_size, config.kv_heads * config.head_size
+        self.sizes = [q, kv, kv]
+        self.wqkv = nn.Linear(config.d_model, q + 2 * kv, bias=False)
+        self.wo = nn.Linear(q, config.d_model, bias=False)
+        norm = NORMS[config.norm]
+        self.q_norm = norm(q, config.norm_eps, config.bias == "norm") if config.qk_norm else nn.Identity()
+        self.k_norm = norm(kv, config.norm_eps, config.bias == "norm") if config.qk_norm else nn.Identity()
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None) -> Tensor:
+        B, T, _ = x.shape
+        qkv = self.wqkv(x)  # (B, T, (H + 2K) * D)
+        if self.config.clip_qkv is not None:
+            qkv = qkv.clamp(-self.config.clip_qkv, self.config.clip_qkv)
+        q, k, v = qkv.split(self.sizes, dim=-1)
+        q = self.q_norm(q).view(B, T, -1, self.config.head_size).transpose(1, 2)  # (B, H, T, D)
+        k = self.k_norm(k).view(B, T, -1, self.config.head_size).transpose(1, 2)  # (B, K, T, D)
+        v = v.view(B, T, -1, self.config.head_size).transpose(1, 2)  # (B, K, T, D)
+        q, k = rotate(q, *rope), rotate(k, *rope)
+        if cache is not None:
+            k, v = cache.append(self, k, v)  # (B, K, past + T, D)
+        grouped = self.config.kv_heads != self.config.n_heads
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
+        return self.wo(out.transpose(1, 2).reshape(B, T, -1))  # (B, T, C)
+
+
+class MLP(nn.Module):
+    """down(act(gate) * up), or down(act(up)); up and gate are one matrix, up in its first rows, as in OLMo."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.activation = ACTIVATIONS[config.activation]
+        self.w_in = nn.Linear(config.d_model, (2 if config.gated else 1) * config.mlp_hidden, bias=False)
+        self.w_out = nn.Linear(config.mlp_hidden, config.d_model, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w_out(self.activation(self.w_in(x)))  # (B, T, C)
+
+
+def swiglu(x: Tensor) -> Tensor:
+    up, gate = x.chunk(2, dim=-1)  # each (B, T, M)
+    return F.silu(gate) * up
+
+
+def geglu(x: Tensor) -> Tensor:
+    up, gate = x.chunk(2, dim=-1)  # each (B, T, M)
+    return F.gelu(gate, approximate="tanh") * up
+
+
+ACTIVATIONS = {"swiglu": swiglu, "geglu": geglu, "gelu": F.gelu}
+
+
+class SequentialBlock(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)): OLMo, Llama, Gemma."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.attn_norm = NORMS[config.norm](config.d_model, config.norm_eps, config.bias == "norm")
+        self.attn = Attention(config)
+        self.mlp_norm = NORMS[config.norm](config.d_model, config.norm_eps, config.bias == "norm")
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None) -> Tensor:
+        x = x + self.attn(self.attn_norm(x), rope, mask, cache)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class ReorderedNormBlock(SequentialBlock):
+    """x + norm(attention(x)), then x + norm(mlp(x)): OLMo 2 normalizes what a sub-layer gives, not what it reads."""
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None) -> Tensor:
+        x = x + self.attn_norm(self.attn(x, rope, mask, cache))
+        return x + self.mlp_norm(self.mlp(x))
+
+
+class ParallelBlock(nn.Module):
+    """x + attention(norm(x)) + mlp(norm(x)), with one norm: PaLM, Falcon-7B."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.norm = NORMS[config.norm](config.d_model, config.norm_eps, config.bias == "norm")
+        self.attn = Attention(config)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None) -> Tensor:
+        normed = self.norm(x)
+        return x + self.attn(normed, rope, mask, cache) + self.mlp(normed)
+
+
+BLOCKS = {"sequential": SequentialBlock, "parallel": ParallelBlock, "reordered_norm": ReorderedNormBlock}
+
+
+class KVCache:
+    """Keys and values of the tokens so far, by layer: what generation keeps so as not to compute them again."""
+
+    def __init__(self) -> None:
+        self.length = 0  # tokens that the model has seen
+        self.kept: dict[Attention, tuple[Tensor, Tensor]] = {}
+
+    def append(self, layer: Attention, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Add k and v (B, K, T, D) of new tokens; gives all of them so far, (B, K, past + T, D)."""
+        if layer in self.kept:
+            k, v = (torch.cat((old, new), dim=2) for old, new in zip(self.kept[layer], (k, v), strict=True))
+        self.kept[layer] = (k, v)
+        return k, v
+
+
+class Transformer(nn.Module):
+    """A language model. Made on the meta device it costs nothing; parallel.py gives it its values."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_rows, config.d_model)
+        self.blocks = nn.ModuleList(BLOCKS[config.block](config) for _ in range(config.n_layers))
+        self.norm = NORMS[config.norm](config.d_model, config.norm_eps, config.bias == "norm")
+        self.head = None if config.tie_embeddings else nn.Linear(config.d_model, config.vocab_rows, bias=False)
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        """Logits (B, T, V) of input_ids (B, T); with labels (B, T), the summed loss of each sequence, fp32 (B,).
+
+        A label is the token to be predicted at its place, or IGNORE. The loss is the cross-entropy in nats.
+        """
+        past = 0 if cache is None else cache.length
+        positions = torch.arange(past, past + input_ids.shape[1], device=input_ids.device)
+        rope = rope_tables(positions, self.config)
+        # One query at a time may look at everything; several queries after a cache need the shifted triangle.
+        mask = None if past == 0 else positions[:, None] >= torch.arange(past + input_ids.shape[1], device=positions.device)
+        x = self.embed(input_ids)  # (B, T, C)
+        if self.config.embedding_scale:
+            x = x * torch.tensor(math.sqrt(self.config.d_model), dtype=x.dtype)
+        for block in self.blocks:
+            x = block(x, rope, mask, cache)
+        if cache is not None:
+            cache.length += input_ids.shape[1]
+        logits = F.linear(self.norm(x), self.embed.weight if self.head is None else self.head.weight)  # (B, T, V)
+        return logits if labels is None else sequence_losses(logits, labels)
+
+
+def sequence_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """Summed cross-entropy of each sequence, fp32 (B,), for logits (B, T, V) and labels (B, T)."""
+    losses = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="none")
+    return losses.view_as(labels).sum(dim=1)

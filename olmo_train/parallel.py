@@ -1,0 +1,93 @@
+"""Everything that is done to a model from outside: sharding, precision, recomputation, compilation, gradient clipping.
+
+One code path: FSDP2 (`fully_shard`) is applied on one CPU process as on 256 GPUs. Weights, gradients that are reduced and
+optimizer state are fp32; what is computed inside a block is in `precision`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from olmo_train.distributed import World
+from olmo_train.errors import ConfigError, check_choice
+from olmo_train.model.init import initial_value
+from olmo_train.model.transformer import Transformer
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    shard: str = "full"  # full: ZeRO-3, weights are gathered block by block; grad_op: ZeRO-2, kept whole until the step ends
+    replicas: int = 1  # whole copies of the sharded state (HSDP)
+    precision: str = "bf16"  # of compute: bf16 or fp32; weights and optimizer state are always fp32
+    reduce_dtype: str = "fp32"  # in which gradients are summed over ranks
+    activation_checkpointing: str = "none"  # full: keep only each block's input, compute the block again on the way back
+    compile: bool = False  # torch.compile each block
+
+    def __post_init__(self) -> None:
+        check_choice("parallel.shard", self.shard, ("full", "grad_op"))
+        check_choice("parallel.precision", self.precision, DTYPES)
+        check_choice("parallel.reduce_dtype", self.reduce_dtype, DTYPES)
+        check_choice("parallel.activation_checkpointing", self.activation_checkpointing, ("none", "full"))
+        if self.replicas < 1:
+            raise ConfigError("parallel.replicas", f"must be at least 1, got {self.replicas}")
+
+
+def shard(model: Transformer, config: ParallelConfig, world: World) -> Transformer:
+    """Prepare a model on the meta device for training in this world, in place: its parameters become DTensors on the
+    device, whose values are not set yet. The names of parameters stay as they are."""
+    for index, block in enumerate(model.blocks):
+        if config.activation_checkpointing == "full":
+            block = model.blocks[index] = checkpoint_wrapper(block)
+        if config.compile:
+            block.compile(fullgraph=config.activation_checkpointing == "none")
+    policy = MixedPrecisionPolicy(param_dtype=DTYPES[config.precision], reduce_dtype=DTYPES[config.reduce_dtype])
+    for module in [*model.blocks, model]:
+        fully_shard(module, mesh=world.mesh, mp_policy=policy, reshard_after_forward=config.shard == "full")
+        # FSDP averages gradients over ranks; the loss is already divided by the global batch's tokens, so take the sum.
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
+    return model.to_empty(device=world.device)
+
+
+def parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """{name: parameter} under the model's own names, whatever wraps its blocks."""
+    return {name.replace("_checkpoint_wrapped_module.", ""): p for name, p in model.named_parameters()}
+
+
+@torch.no_grad()
+def init_weights(model: Transformer, seed: int) -> None:
+    """Give every parameter, whole or sharded, its first value; equal for every world size."""
+    for name, parameter in parameters(model).items():
+        value = initial_value(name, parameter.shape, model.config, seed)
+        if isinstance(parameter, DTensor):  # every rank has drawn the whole value, so nothing needs to be sent
+            value = distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None)
+        parameter.copy_(value)
+
+
+def last_micro_batch(model: nn.Module, last: bool) -> None:
+    """Gradients are summed over ranks with the last micro-batch only; those before it add up on each rank."""
+    assert isinstance(model, FSDPModule)
+    model.set_requires_gradient_sync(last)
+    model.set_is_last_backward(last)
+
+
+@torch.no_grad()
+def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
+    """Scale all gradients so that their global L2 norm is at most `max_norm`; gives the norm before, fp32, no host sync.
+
+    The coefficient is min(1, max_norm / (norm + 1e-6)), as in torch.nn.utils.clip_grad_norm_ and OLMo. It is applied
+    to a non-finite norm too: such a step is skipped as a whole.
+    """
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    torch.nn.utils.clip_grads_with_norm_(model.parameters(), max_norm, norm)
+    return norm
