@@ -1,0 +1,124 @@
+"""meta.json: what a prepared source folder knows of itself, and the hashes that prove it.
+
+The one idea: whoever holds the folder can check it without the text it came from. Every shard's size and sha256 stand
+here, beside the tokenizer's hash and the ids that matter (vocabulary size, EOS).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from olmo_train.errors import DataError
+
+FORMAT_VERSION = 1
+META_FILE = "meta.json"
+TOKENIZER_FILE = "tokenizer.json"
+DTYPES = ("uint16", "uint32")
+BLOCK_BYTES = 4096
+BLOCKS = 16  # blocks of a shard that blocks_sha256 covers, evenly spread, the first and the last among them
+
+
+@dataclass(frozen=True)
+class ShardMeta:
+    file: str  # name in the folder
+    tokens: int
+    size: int  # bytes
+    sha256: str  # of the whole file
+    blocks_sha256: str  # of BLOCKS blocks: what can be compared quickly when a large source is opened
+    labels: dict | None = None  # {"file", "sha256"} of the label mask, one byte a token, 1 = scored; null: all scored
+
+
+@dataclass(frozen=True)
+class Meta:
+    format_version: int
+    dtype: str  # uint16 or uint32, little-endian
+    tokenizer: str  # its name or the file it was read from
+    tokenizer_sha256: str  # of tokenizer.json, a copy of which lies in the folder
+    vocab_size: int
+    eos_id: int
+    eos_text: str
+    tokens: int  # of all shards, EOS included: the documents' tokens + one EOS a document
+    documents: int
+    bytes: int  # UTF-8 bytes of the documents' text, EOS not included
+    shards: tuple[ShardMeta, ...]
+    documents_sha256: str  # of documents.parquet
+    skipped: dict = field(
+        default_factory=dict
+    )  # {"records": n, "empty": n, "first": [...]}: what did not become a document
+    recipe: dict = field(default_factory=dict)  # inputs and options that prepare-data was given
+
+    @property
+    def has_label_mask(self) -> bool:
+        return any(shard.labels for shard in self.shards)
+
+
+def read_meta(folder: Path) -> Meta:
+    """Raises DataError when the folder has no meta.json, or one that this version cannot read."""
+    file = folder / META_FILE
+    if not file.exists():
+        raise DataError(folder, f"has no {META_FILE}: prepare-data has not finished here (run the same command again), or it is no prepared folder "
+                                "(name raw token files by a glob such as FOLDER/*.npy)")  # fmt: skip
+    try:
+        values = json.loads(file.read_bytes())
+        version = values.get("format_version")
+        if version != FORMAT_VERSION:
+            raise DataError(file, f"format_version is {version}, expected {FORMAT_VERSION}; prepare the source again")
+        values = {f.name: values[f.name] for f in fields(Meta)}
+        shards = tuple(ShardMeta(**shard) for shard in values.pop("shards"))
+        meta = Meta(shards=shards, **values)
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as problem:
+        raise DataError(
+            file, f"cannot be read: {type(problem).__name__}: {problem}; prepare the source again"
+        ) from problem
+    if meta.dtype not in DTYPES:
+        raise DataError(file, f"dtype is {meta.dtype!r}, expected one of {', '.join(DTYPES)}")
+    total = sum(shard.tokens for shard in meta.shards)
+    if total != meta.tokens:
+        raise DataError(file, f"tells {meta.tokens} tokens, but its shards sum to {total}; prepare the source again")
+    for shard in meta.shards:  # a folder from elsewhere must not make us read outside of it
+        for name in (shard.file, shard.labels["file"] if shard.labels else shard.file):
+            if Path(name).name != name:
+                raise DataError(file, f"names the shard {name!r}, which does not lie in the folder")
+    return meta
+
+
+def write_meta(folder: Path, meta: Meta) -> None:
+    """Write meta.json at once or not at all: a folder that has it is whole."""
+    write_json(folder / META_FILE, asdict(meta))
+
+
+def write_json(file: Path, values: Any) -> None:
+    """Write under another name, flush to the disk, then rename."""
+    temporary = file.with_name(file.name + ".tmp")
+    with open(temporary, "w", encoding="utf-8") as stream:
+        json.dump(values, stream, indent=1, ensure_ascii=False)
+        stream.write("\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(temporary, file)
+
+
+def hash_file(file: Path) -> str:
+    """sha256 of a file's contents, in hexadecimal. Raises DataError when it cannot be read."""
+    try:
+        with open(file, "rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as problem:
+        raise DataError(file, f"cannot be read: {problem.strerror}") from problem
+
+
+def hash_blocks(file: Path, blocks: int = BLOCKS) -> str:
+    """sha256 of `blocks` blocks of 4 KiB, evenly spread from the first to the last; of the whole file when it is smaller."""
+    digest = hashlib.sha256()
+    with open(file, "rb", buffering=0) as stream:
+        size = os.fstat(stream.fileno()).st_size
+        if size <= blocks * BLOCK_BYTES:
+            return hash_file(file)
+        for i in range(blocks):
+            digest.update(os.pread(stream.fileno(), BLOCK_BYTES, i * (size - BLOCK_BYTES) // (blocks - 1)))
+    return digest.hexdigest()

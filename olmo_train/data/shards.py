@@ -1,0 +1,334 @@
+"""Token shards on disk, seen as one stream of tokens that is memory-mapped and never copied but into the caller's array.
+
+The one idea: a source is a number line. Its files lie end to end, `starts` holds where each begins, and every question
+(what are these tokens, which documents are they of, are they scored) is asked by position on that line. Two forms of
+source are known: a folder written by prepare-data, whose meta.json tells everything, and raw token files as OLMo
+publishes them, which tell nothing but their size.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import mmap
+from bisect import bisect_right
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from olmo_train.data import remote
+from olmo_train.data.documents import Document, DocumentTable, scan_documents
+from olmo_train.data.meta import DTYPES, META_FILE, Meta, hash_blocks, hash_file, read_meta
+from olmo_train.errors import ConfigError, DataError, check_choice
+
+WHOLE_BYTES = 64 * 2**20  # a source of at most this size is hashed whole when it is opened; a larger one in blocks
+RAW_BLOCKS = (
+    4096  # blocks of 4 KiB hashed over all raw files of a source, evenly spread, the first and the last included
+)
+CHECKED_SHARDS = 256  # of a large prepared source, so many shards, evenly spread, have their blocks compared at opening
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    path: (
+        str | tuple[str, ...]
+    )  # a folder written by prepare-data, or raw .npy/.bin token files: a file, a list, a glob; also scheme://
+    weight: float = 1.0  # share of the instances, relative to the other sources; without meaning for validation
+    dtype: str | None = None  # of raw files: uint16 or uint32; null: from the vocabulary (<= 65536 -> uint16)
+
+    def __post_init__(self) -> None:
+        if not self.weight >= 0:
+            raise ConfigError("data.sources", f"weight {self.weight} of {self.path} must be 0 or more")
+        if self.dtype is not None:
+            check_choice("data.sources.dtype", self.dtype, DTYPES)
+        if not self.path:
+            raise ConfigError("data.sources", "path is empty; name a folder or token files")
+
+
+class TokenSource:
+    """One logical stream of tokens over all shards of a source, memory-mapped, read only. Made by `open_source`."""
+
+    def __init__(self, name: str, files: list[_ShardFile], meta: Meta | None, folder: Path | None, eos_id: int | None):
+        self.name = name
+        self.files = tuple(f.path for f in files)
+        self.dtype = files[0].dtype
+        self.starts = np.cumsum([0] + [f.n_tokens for f in files], dtype=np.int64)
+        self.n_tokens = int(self.starts[-1])
+        self.meta = meta
+        self.folder = folder
+        self.eos_id = meta.eos_id if meta else eos_id
+        self.n_bytes = None if meta is None or meta.has_label_mask else meta.bytes
+        self.has_label_mask = meta is not None and meta.has_label_mask
+        self._starts = self.starts.tolist()  # bisect on a list is several times faster than on an array
+        self._views = [_map(f.path, f.dtype, f.offset) for f in files]
+        labels = [shard.labels for shard in meta.shards] if meta else [None] * len(files)
+        self._labels = [_map(folder / shard["file"], np.dtype(np.uint8), 0) if shard else None for shard in labels]
+        self._table: DocumentTable | None = None
+        self.fingerprint = _fingerprint(files, meta)
+
+    def read(self, start: int, out: np.ndarray) -> None:
+        """Copy tokens [start, start + len(out)) into `out`, of any integer dtype that holds them, across shard borders."""
+        self._copy(self._views, start, out)
+
+    def read_label_mask(self, start: int, out: np.ndarray) -> None:
+        """Copy the label mask of the same span: 1 where the token is scored as a target. All ones without a mask."""
+        self._copy(self._labels, start, out)
+
+    def _copy(self, views: list[np.ndarray | None], start: int, out: np.ndarray) -> None:
+        starts, stop = self._starts, start + len(out)
+        assert start >= 0 and stop <= self.n_tokens, (start, stop, self.n_tokens)
+        shard, done = bisect_right(starts, start) - 1, 0
+        while start < stop:
+            end = min(stop, starts[shard + 1])
+            view, begin = views[shard], starts[shard]
+            out[done : done + end - start] = 1 if view is None else view[start - begin : end - begin]
+            done, start, shard = done + end - start, end, shard + 1
+
+    def documents(self, start: int, stop: int) -> list[Document]:
+        """The documents that overlap [start, stop), in order; their EOS counts as theirs. Ends are exclusive of the EOS.
+
+        Of raw files: found by scanning for the EOS from the span outwards (a bounded way), without ids.
+        """
+        found = []
+        for shard in range(bisect_right(self._starts, start) - 1, len(self.files)):
+            base = self._starts[shard]
+            if base >= stop:
+                break
+            low, high = max(start - base, 0), min(stop, self._starts[shard + 1]) - base
+            if self.meta:
+                found += [d.shifted(base) for d in self._documents_table().overlapping(shard, low, high)]
+            elif self.eos_id is not None:
+                origin = str(self.files[shard])
+                found += [d.shifted(base) for d in scan_documents(self._views[shard], low, high, self.eos_id, origin)]
+        return found
+
+    def find_document(self, id: str) -> Document:
+        """The document of that id. Raises DataError when it is unknown, or when the source is raw and keeps no ids."""
+        if self.meta is None:
+            raise DataError(
+                self.name,
+                f"is made of raw token files, which keep no document ids; '{id}' cannot be found; prepare the text with prepare-data",
+            )
+        return self._documents_table().find(id, self._starts)
+
+    def _documents_table(self) -> DocumentTable:
+        if self._table is None:
+            self._table = DocumentTable(self.folder)
+        return self._table
+
+
+@dataclass(frozen=True)
+class _ShardFile:
+    path: Path
+    size: int  # bytes of the file
+    offset: int  # bytes of a NumPy header before the tokens; 0 without
+    dtype: np.dtype
+
+    @property
+    def n_tokens(self) -> int:
+        return (self.size - self.offset) // self.dtype.itemsize
+
+
+def open_source(name: str, config: SourceConfig, vocab_size: int, eos_id: int | None = None) -> TokenSource:
+    """Open a source and make the cheap checks: existence, sizes, dtype, vocabulary, a sample of contents and of ids.
+
+    `vocab_size` and `eos_id` are the model's. Raises DataError that names the file, what was expected and what found.
+    """
+    path = remote.localize(config.path)
+    folder = Path(path) if isinstance(path, str) and Path(path).is_dir() else None
+    if folder:
+        meta = read_meta(folder)
+        _check_meta(folder, meta, config, vocab_size, eos_id)
+        files = [_prepared_file(folder, meta, i) for i in range(len(meta.shards))]
+        _check_contents(folder, meta)
+    else:
+        meta, dtype = None, np.dtype(config.dtype or ("uint16" if vocab_size <= 2**16 else "uint32")).newbyteorder("<")
+        files = [_raw_file(file, dtype) for file in _expand(path)]
+    source = TokenSource(name, files, meta, folder, eos_id)
+    for shard in _evenly(len(source.files), 64):
+        view = source._views[shard]
+        for block in _evenly(-(-len(view) // 2048), 4):
+            _check_block(source, shard, block * 2048, view[block * 2048 : (block + 1) * 2048], vocab_size)
+    return source
+
+
+def check_ids(source: TokenSource, vocab_size: int) -> None:
+    """Check every token id, and every prepared shard's hash, once: a shard that passed is remembered until it changes.
+
+    Remembered in the user's cache folder, by path, size, time of change and vocabulary. Raises DataError with file,
+    offset (in tokens from the start of the file's tokens) and id.
+    """
+    for shard, (file, view) in enumerate(zip(source.files, source._views, strict=True)):
+        mark = _check_mark(source, shard, vocab_size)
+        if mark.exists():
+            continue
+        block = 2**22
+        for start in range(0, len(view), block):
+            _check_block(source, shard, start, view[start : start + block], vocab_size)
+        if source.meta:
+            expected, found = source.meta.shards[shard].sha256, hash_file(file)
+            if expected != found:
+                raise DataError(
+                    file, f"contents changed: sha256 {found}, meta.json tells {expected}; prepare the source again"
+                )
+        try:
+            mark.parent.mkdir(parents=True, exist_ok=True)
+            mark.write_text(f"{file} has passed with vocab_size {vocab_size}\n")
+        except OSError:  # a cache that cannot be written costs the check again, nothing else
+            pass
+
+
+def _check_mark(source: TokenSource, shard: int, vocab_size: int) -> Path:
+    file = source.files[shard].resolve()
+    stat = file.stat()
+    expected = source.meta.shards[shard].sha256 if source.meta else None
+    key = json.dumps([str(file), stat.st_size, stat.st_mtime_ns, stat.st_ino, str(source.dtype), vocab_size, expected])
+    return remote.cache_folder() / "checked" / hashlib.sha256(key.encode()).hexdigest()
+
+
+def _check_block(source: TokenSource, shard: int, start: int, ids: np.ndarray, vocab_size: int) -> None:
+    if len(ids) and int(ids.max()) >= vocab_size:
+        at = int(np.argmax(ids >= vocab_size))
+        raise DataError(
+            source.files[shard],
+            f"token {start + at} has id {int(ids[at])}, but the vocabulary has {vocab_size} ids (0 to {vocab_size - 1}); "
+            f"it was read as {source.dtype.name}: another dtype, another tokenizer, or model.vocab_size is too small",
+        )
+
+
+def _check_meta(folder: Path, meta: Meta, config: SourceConfig, vocab_size: int, eos_id: int | None) -> None:
+    file = folder / META_FILE
+    if config.dtype is not None and config.dtype != meta.dtype:
+        raise DataError(
+            file,
+            f"dtype is {meta.dtype}, but the configuration says {config.dtype}; leave dtype out for a prepared folder",
+        )
+    if meta.vocab_size > vocab_size:
+        raise DataError(
+            file,
+            f"vocab_size is {meta.vocab_size}, above the model's {vocab_size}; set model.vocab_size to at least {meta.vocab_size}",
+        )
+    if eos_id is not None and meta.eos_id != eos_id:
+        raise DataError(
+            file, f"eos_id is {meta.eos_id} ({meta.eos_text!r}), but the configuration says {eos_id}; use one tokenizer"
+        )
+    if not meta.shards:
+        raise DataError(file, "names no shards, so there is nothing to read; prepare the source again")
+
+
+def _prepared_file(folder: Path, meta: Meta, index: int) -> _ShardFile:
+    shard, dtype = meta.shards[index], np.dtype(meta.dtype).newbyteorder("<")
+    for file, size in [(shard.file, shard.size)] + ([(shard.labels["file"], shard.tokens)] if shard.labels else []):
+        found = _size(folder / file)
+        if found != size:
+            raise DataError(
+                folder / file,
+                f"has {found} bytes, but {META_FILE} tells {size}; copy it again or prepare the source again",
+            )
+    if shard.size != shard.tokens * dtype.itemsize or shard.tokens == 0:
+        raise DataError(
+            folder / META_FILE,
+            f"{shard.file}: {shard.tokens} tokens of {meta.dtype} are not {shard.size} bytes; prepare the source again",
+        )
+    return _ShardFile(folder / shard.file, shard.size, 0, dtype)
+
+
+def _check_contents(folder: Path, meta: Meta) -> None:
+    """Compare contents with meta.json's hashes: all of a small source, blocks of a large one (check_ids reads it all)."""
+    whole = sum(shard.size for shard in meta.shards) <= WHOLE_BYTES
+    for index in range(len(meta.shards)) if whole else _evenly(len(meta.shards), CHECKED_SHARDS):
+        shard = meta.shards[index]
+        file = folder / shard.file
+        found, expected = (hash_file(file), shard.sha256) if whole else (hash_blocks(file), shard.blocks_sha256)
+        if found != expected:
+            raise DataError(
+                file,
+                f"contents changed: sha256 {found}, meta.json tells {expected}; copy it again or prepare the source again",
+            )
+
+
+def _expand(path: str | tuple[str, ...]) -> list[Path]:
+    """The files that a path, list or glob names, in the order of the list; those of a glob by name."""
+    files = []
+    for word in [path] if isinstance(path, str) else path:
+        if Path(word).is_dir():
+            raise DataError(
+                word, "is a folder inside a list; name raw token files, or one prepared folder for one source"
+            )
+        matches = [word] if Path(word).exists() or not glob.has_magic(word) else sorted(glob.glob(word, recursive=True))
+        if not matches:
+            raise DataError(word, "matches no file")
+        files += [Path(match) for match in matches]
+    return files
+
+
+def _raw_file(file: Path, dtype: np.dtype) -> _ShardFile:
+    size, offset = _size(file), 0
+    with open(file, "rb") as stream:
+        if stream.read(6) == b"\x93NUMPY":
+            offset = _numpy_header(file, stream, dtype)
+    if size <= offset:
+        raise DataError(file, "is an empty shard; leave it out or make it again")
+    if (size - offset) % dtype.itemsize:
+        raise DataError(
+            file,
+            f"has {size - offset} bytes of tokens, not a multiple of {dtype.itemsize} ({dtype.name}); it is cut short or has another dtype",
+        )
+    return _ShardFile(file, size, offset, dtype)
+
+
+def _numpy_header(file: Path, stream, dtype: np.dtype) -> int:
+    """Bytes of the NumPy header; raises DataError when it tells another dtype or shape than a list of such tokens."""
+    try:
+        version = tuple(stream.read(2))
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, found = read(stream)
+    except (ValueError, OSError) as problem:
+        raise DataError(file, f"begins as a NumPy file, but its header cannot be read: {problem}") from problem
+    if found != dtype or len(shape) != 1:
+        raise DataError(
+            file,
+            f"has a NumPy header that tells {found} of shape {shape}; expected {dtype.name} of one dimension; set dtype or write it again",
+        )
+    return stream.tell()
+
+
+def _size(file: Path) -> int:
+    try:
+        return file.stat().st_size
+    except OSError as problem:
+        raise DataError(
+            file, f"cannot be opened: {problem.strerror}; name an existing shard or prepare the source again"
+        ) from problem
+
+
+def _map(file: Path, dtype: np.dtype, offset: int) -> np.ndarray:
+    """A plain read-only view over a mapping: slicing it costs a fraction of slicing an np.memmap object."""
+    try:
+        with open(file, "rb") as stream:
+            mapping = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+    except (OSError, ValueError) as problem:
+        raise DataError(file, f"cannot be memory-mapped: {problem}") from problem
+    if hasattr(mmap, "MADV_RANDOM"):  # else a cold 4 KiB read drags in the default read-ahead around it
+        mapping.madvise(mmap.MADV_RANDOM)
+    return np.frombuffer(mapping, dtype, offset=offset)
+
+
+def _fingerprint(files: list[_ShardFile], meta: Meta | None) -> str:
+    """sha256 over order, sizes and content hashes: of meta.json, or (raw) of all bytes up to 64 MiB, else of RAW_BLOCKS blocks.
+
+    Paths are left out, so that a source that was moved or copied is the same source.
+    """
+    if meta:
+        parts = [[shard.size, shard.sha256, shard.labels and shard.labels["sha256"]] for shard in meta.shards]
+    else:
+        whole, blocks = sum(f.size for f in files) <= WHOLE_BYTES, max(2, RAW_BLOCKS // len(files))
+        parts = [[f.size, hash_file(f.path) if whole else hash_blocks(f.path, blocks)] for f in files]
+    return hashlib.sha256(json.dumps([files[0].dtype.name, parts]).encode()).hexdigest()
+
+
+def _evenly(n: int, most: int) -> list[int]:
+    """At most `most` of range(n), evenly spread, the first and the last among them."""
+    return list(range(n)) if n <= most else sorted({round(i * (n - 1) / (most - 1)) for i in range(most)})
