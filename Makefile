@@ -1,0 +1,76 @@
+# From a fresh clone to a trained model and its curves:
+#   make train                      two sources: plays of Shakespeare and the source code of Python's standard library
+#   make train TEXT=folder          the .txt and .md files, or any other text, of a folder of your own
+#   make train TEXT=documents.jsonl one document a line, its text under "text"
+#   make train ARGS="total_steps=2000"   any key=value words for the training itself
+# Everything is made once; the same command again resumes an unfinished run, and a finished one has nothing left to do.
+#   make test    the tests          make check   style and the plan of imports          make bench   throughput of the small model
+# All that is written lies under .venv/, data/ and runs/.
+
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/installed
+export TOKENIZERS_PARALLELISM ?= true
+
+ifdef TEXT
+  NAME := $(basename $(notdir $(patsubst %/,%,$(TEXT))))
+  SOURCES := text
+  DATA := data/$(NAME)
+  RUN := runs/$(NAME)
+  TEXTS := $(TEXT)
+  DATA_CONFIG := data.sources.text.path=$(DATA)/text data.validation.text.path=$(DATA)/text/validation
+  PROMPT ?= The
+else
+  SOURCES := plays python
+  DATA := data/first-run
+  RUN := runs/first-run
+  TEXTS := $(DATA)/plays.jsonl $(DATA)/python.jsonl
+  DATA_CONFIG := configs/data/first-run.yaml
+  PROMPT ?= **HAMLET**
+endif
+
+.PHONY: train test check bench
+.DELETE_ON_ERROR:
+
+train: $(SOURCES:%=$(DATA)/%/meta.json)
+	$(BIN)/olmo-train train configs/runs/first-run.yaml $(DATA_CONFIG) run_dir=$(RUN) $(ARGS)
+	$(BIN)/olmo-train evaluate $(RUN)
+	$(BIN)/olmo-train curves $(RUN) --output $(RUN)/curves.png
+	$(BIN)/olmo-train curves $(RUN) --output $(RUN)/curves.html
+	$(BIN)/olmo-train generate $(RUN) --prompt '$(PROMPT)'
+	$(BIN)/python launch/compare_with_unigram.py $(RUN)
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+check: $(INSTALLED)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/python -m pytest -q tests/test_floors.py
+
+bench: $(SOURCES:%=$(DATA)/%/meta.json)
+	$(BIN)/olmo-train bench configs/runs/first-run.yaml $(DATA_CONFIG) run_dir=$(RUN)-bench
+
+# The environment, made anew when the project's requirements change.
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+# The text of the first run.
+data/first-run/%.jsonl: launch/gather_text.py | $(INSTALLED)
+	$(BIN)/python launch/gather_text.py $* $@
+
+# One tokenizer for all sources of a run, trained on their text.
+$(DATA)/tokenizer.json: $(TEXTS) | $(INSTALLED)
+	mkdir -p $(DATA)
+	$(BIN)/olmo-train train-tokenizer $(TEXTS) --output $@ --vocab-size 4096
+
+# A source: token shards, and a twentieth of the documents held out beside them.
+ifdef TEXT
+$(DATA)/text/meta.json: $(TEXT) $(DATA)/tokenizer.json
+else
+$(DATA)/%/meta.json: $(DATA)/%.jsonl $(DATA)/tokenizer.json
+endif
+	rm -rf $(@D)
+	$(BIN)/olmo-train prepare-data $< --output $(@D) --tokenizer $(DATA)/tokenizer.json --validation-fraction 0.05 --workers 2
