@@ -1,6 +1,6 @@
 """Did the run learn more than how often each token occurs? Its last validation losses beside those of unigram models.
 
-A unigram model knows the token frequencies of a source's training part (each count plus one) and nothing of the context;
+A unigram model knows the token frequencies of a training part (each count plus one) and nothing of the context;
 its loss on the held-out part is what a language model must fall clearly below.
 
     python launch/compare_with_unigram.py runs/first-run [--require-below 0.5]
