@@ -61,8 +61,11 @@ def read_meta(folder: Path) -> Meta:
     """Raises DataError when the folder has no meta.json, or one that this version cannot read."""
     file = folder / META_FILE
     if not file.exists():
-        raise DataError(folder, f"has no {META_FILE}: prepare-data has not finished here (run the same command again), or it is no prepared folder "
-                                "(name raw token files by a glob such as FOLDER/*.npy)")  # fmt: skip
+        raise DataError(
+            folder,
+            f"has no {META_FILE}: prepare-data has not finished (run the same command again), or it is no prepared "
+            "folder (name raw token files by a glob such as FOLDER/*.npy)",
+        )
     try:
         values = json.loads(file.read_bytes())
         version = values.get("format_version")
@@ -113,7 +116,7 @@ def hash_file(file: Path) -> str:
 
 
 def hash_blocks(file: Path, blocks: int = BLOCKS) -> str:
-    """sha256 of `blocks` blocks of 4 KiB, evenly spread from the first to the last; of the whole file when it is smaller."""
+    """sha256 of `blocks` blocks of 4 KiB, evenly spread, the first and the last included; of all of a smaller file."""
     digest = hashlib.sha256()
     with open(file, "rb", buffering=0) as stream:
         size = os.fstat(stream.fileno()).st_size

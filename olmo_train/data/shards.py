@@ -1,4 +1,4 @@
-"""Token shards on disk, seen as one stream of tokens that is memory-mapped and never copied but into the caller's array.
+"""Token shards on disk, seen as one stream of tokens: memory-mapped, copied only into the caller's array.
 
 The one idea: a source is a number line. Its files lie end to end, `starts` holds where each begins, and every question
 (what are these tokens, which documents are they of, are they scored) is asked by position on that line. Two forms of
@@ -69,7 +69,7 @@ class TokenSource:
         self.fingerprint = _fingerprint(files, meta)
 
     def read(self, start: int, out: np.ndarray) -> None:
-        """Copy tokens [start, start + len(out)) into `out`, of any integer dtype that holds them, across shard borders."""
+        """Copy tokens [start, start + len(out)) into `out`, of any integer dtype, across shard borders."""
         self._copy(self._views, start, out)
 
     def read_label_mask(self, start: int, out: np.ndarray) -> None:
@@ -87,7 +87,7 @@ class TokenSource:
             done, start, shard = done + end - start, end, shard + 1
 
     def documents(self, start: int, stop: int) -> list[Document]:
-        """The documents that overlap [start, stop), in order; their EOS counts as theirs. Ends are exclusive of the EOS.
+        """The documents that overlap [start, stop), in order; an EOS counts as its document's.
 
         Of raw files: found by scanning for the EOS from the span outwards (a bounded way), without ids.
         """
@@ -109,7 +109,7 @@ class TokenSource:
         if self.meta is None:
             raise DataError(
                 self.name,
-                f"is made of raw token files, which keep no document ids; '{id}' cannot be found; prepare the text with prepare-data",
+                f"is made of raw token files, which keep no ids of documents such as '{id}'; use prepare-data",
             )
         return self._documents_table().find(id, self._starts)
 
@@ -193,7 +193,7 @@ def _check_block(source: TokenSource, shard: int, start: int, ids: np.ndarray, v
         at = int(np.argmax(ids >= vocab_size))
         raise DataError(
             source.files[shard],
-            f"token {start + at} has id {int(ids[at])}, but the vocabulary has {vocab_size} ids (0 to {vocab_size - 1}); "
+            f"token {start + at} has id {int(ids[at])}, but the last id of the vocabulary is {vocab_size - 1}; "
             f"it was read as {source.dtype.name}: another dtype, another tokenizer, or model.vocab_size is too small",
         )
 
@@ -208,7 +208,7 @@ def _check_meta(folder: Path, meta: Meta, config: SourceConfig, vocab_size: int,
     if meta.vocab_size > vocab_size:
         raise DataError(
             file,
-            f"vocab_size is {meta.vocab_size}, above the model's {vocab_size}; set model.vocab_size to at least {meta.vocab_size}",
+            f"vocab_size is {meta.vocab_size}, above the model's; raise model.vocab_size {vocab_size}",
         )
     if eos_id is not None and meta.eos_id != eos_id:
         raise DataError(
@@ -236,7 +236,7 @@ def _prepared_file(folder: Path, meta: Meta, index: int) -> _ShardFile:
 
 
 def _check_contents(folder: Path, meta: Meta) -> None:
-    """Compare contents with meta.json's hashes: all of a small source, blocks of a large one (check_ids reads it all)."""
+    """Compare contents with meta.json's hashes: all of a small source, blocks of a large one."""
     whole = sum(shard.size for shard in meta.shards) <= WHOLE_BYTES
     for index in range(len(meta.shards)) if whole else _evenly(len(meta.shards), CHECKED_SHARDS):
         shard = meta.shards[index]
@@ -245,7 +245,7 @@ def _check_contents(folder: Path, meta: Meta) -> None:
         if found != expected:
             raise DataError(
                 file,
-                f"contents changed: sha256 {found}, meta.json tells {expected}; copy it again or prepare the source again",
+                f"contents changed: sha256 {found}, meta.json tells {expected}; prepare the source again",
             )
 
 
@@ -274,7 +274,7 @@ def _raw_file(file: Path, dtype: np.dtype) -> _ShardFile:
     if (size - offset) % dtype.itemsize:
         raise DataError(
             file,
-            f"has {size - offset} bytes of tokens, not a multiple of {dtype.itemsize} ({dtype.name}); it is cut short or has another dtype",
+            f"has {size - offset} bytes, no multiple of {dtype.itemsize} ({dtype.name}): cut short, or another dtype",
         )
     return _ShardFile(file, size, offset, dtype)
 
@@ -290,7 +290,7 @@ def _numpy_header(file: Path, stream, dtype: np.dtype) -> int:
     if found != dtype or len(shape) != 1:
         raise DataError(
             file,
-            f"has a NumPy header that tells {found} of shape {shape}; expected {dtype.name} of one dimension; set dtype or write it again",
+            f"has a NumPy header of {found} and shape {shape}, expected one row of {dtype.name}; set dtype",
         )
     return stream.tell()
 
@@ -317,7 +317,7 @@ def _map(file: Path, dtype: np.dtype, offset: int) -> np.ndarray:
 
 
 def _fingerprint(files: list[_ShardFile], meta: Meta | None) -> str:
-    """sha256 over order, sizes and content hashes: of meta.json, or (raw) of all bytes up to 64 MiB, else of RAW_BLOCKS blocks.
+    """sha256 of order, sizes and contents: meta.json's hashes; raw: of all bytes up to 64 MiB, else RAW_BLOCKS blocks.
 
     Paths are left out, so that a source that was moved or copied is the same source.
     """

@@ -1,0 +1,124 @@
+"""turn text (JSONL, Parquet, Arrow, text files, folders) into token shards"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Tokenizes text into a source folder for training. The same command again goes on after an interruption; "
+        "a finished folder is left as it is."
+    )
+    parser.add_argument(
+        "inputs", nargs="+", metavar="INPUT",
+        help="JSONL (also .gz, .zst), Parquet, Arrow, a text file (one document), a folder of these, a saved data set",
+    )  # fmt: skip
+    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="the source folder to write")
+    parser.add_argument(
+        "--tokenizer", required=True, metavar="NAME_OR_FILE",
+        help="a tokenizer.json, or an OLMo tokenizer by name: allenai_gpt-neox-olmo-dolma-v1_5",
+    )  # fmt: skip
+    parser.add_argument("--text-field", default="text", help="field of a record that holds its text (default: text)")
+    parser.add_argument(
+        "--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: one a core)"
+    )
+    parser.add_argument("--max-shard-tokens", type=int, default=2**28, help="most tokens of a shard (default: 2^28)")
+    parser.add_argument(
+        "--validation-fraction", type=float, metavar="F",
+        help="hold out every round(1/F)-th document as the source folder DIR/validation",
+    )  # fmt: skip
+    parser.add_argument(
+        "--on-error", default="skip", choices=("skip", "stop"),
+        help="what a corrupt record does: it is named, counted and left out (default), or ends the command",
+    )  # fmt: skip
+
+
+def run(args: argparse.Namespace) -> int | None:
+    from olmo_train.data.prepare import PrepareOptions, prepare
+
+    options = PrepareOptions(
+        inputs=tuple(args.inputs),
+        output=args.output,
+        tokenizer=args.tokenizer,
+        text_field=args.text_field,
+        workers=args.workers,
+        max_shard_tokens=args.max_shard_tokens,
+        validation_fraction=args.validation_fraction,
+        on_error=args.on_error,
+    )
+    begun = time.monotonic()
+    with _ProgressLine() as line:
+        result = prepare(options, line.update, lambda skipped: line.warn(f"{skipped.where}: {skipped.why}"))
+    _report(args.output, result, time.monotonic() - begun, line.new_tokens)
+
+
+def _report(output: Path, result, seconds: float, new_tokens: int) -> None:
+    meta = result.meta
+    if result.already_finished:
+        print(f"{output} is finished already; there is nothing to do")
+    _line(output, meta)
+    if result.validation:
+        _line(output / "validation", result.validation)
+    skipped = meta.skipped
+    if skipped["records"]:
+        print(f"left out: {skipped['records']:,} corrupt records; meta.json names the first {len(skipped['first'])}")
+    if skipped["empty"]:
+        print(f"left out: {skipped['empty']:,} records without any text")
+    if not result.already_finished:
+        print(f"{new_tokens / max(seconds, 1e-9):,.0f} tokens/s over {seconds:.1f} s")
+
+
+def _line(folder: Path, meta) -> None:
+    print(
+        f"{folder}: {meta.tokens:,} tokens = {meta.tokens - meta.documents:,} of {meta.documents:,} documents "
+        f"({meta.bytes:,} bytes) + {meta.documents:,} EOS, {meta.dtype}, {len(meta.shards)} shards"
+    )
+
+
+class _ProgressLine:
+    """A bar on a terminal, a plain line every ten seconds elsewhere; both on stderr."""
+
+    def __init__(self):
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self.console = Console(stderr=True, highlight=False, soft_wrap=True)
+        columns = ("{task.percentage:>3.0f}%", "{task.fields[tokens]:,} tokens", "{task.fields[speed]:,.0f} tokens/s")
+        self.bar = Progress(
+            BarColumn(), *map(TextColumn, columns), TimeRemainingColumn(), console=self.console, disable=not self.console.is_terminal
+        )  # fmt: skip
+        self.begun = self.told = time.monotonic()
+        self.new_tokens = 0
+
+    def __enter__(self) -> _ProgressLine:
+        self.bar.start()
+        self.task = self.bar.add_task("", total=None, tokens=0, speed=0.0)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.bar.stop()
+
+    def warn(self, text: str) -> None:
+        self.console.print(f"warning: {text}; left out", markup=False)
+
+    def update(self, progress) -> None:
+        now = time.monotonic()
+        self.new_tokens = progress.tokens - progress.resumed_tokens
+        speed = self.new_tokens / max(now - self.begun, 1e-9)
+        self.bar.update(
+            self.task, completed=progress.input_bytes, total=progress.total_bytes, tokens=progress.tokens, speed=speed
+        )
+        if self.bar.disable and now - self.told > 10:
+            self.told = now
+            share = progress.input_bytes / max(progress.total_bytes, 1)
+            left = (now - self.begun) * (1 - share) / max(share, 1e-9)
+            print(
+                f"{share:4.0%}  {progress.tokens:,} tokens  {speed:,.0f} tokens/s  {left:,.0f} s left",
+                file=sys.stderr,
+                flush=True,
+            )

@@ -1,0 +1,35 @@
+"""train a byte-level BPE tokenizer on your own text"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Trains a tokenizer and writes it as a tokenizer.json. The same text gives the same file."
+    parser.add_argument("inputs", nargs="+", metavar="INPUT", help="text, as for prepare-data")
+    parser.add_argument("--output", required=True, type=Path, metavar="FILE", help="the tokenizer.json to write")
+    parser.add_argument(
+        "--vocab-size", type=int, default=4096, help="most ids, special tokens included (default: 4096)"
+    )
+    parser.add_argument("--text-field", default="text", help="field of a record that holds its text (default: text)")
+
+
+def run(args: argparse.Namespace) -> int | None:
+    from olmo_train.data.readers import Skipped, read_texts
+    from olmo_train.data.tokenizer import EOS_TEXT, save_tokenizer, train_tokenizer
+
+    left_out: list[Skipped] = []
+
+    def on_skip(skipped: Skipped) -> None:
+        left_out.append(skipped)
+        if len(left_out) <= 20:
+            print(f"warning: {skipped.where}: {skipped.why}; left out", file=sys.stderr)
+
+    tokenizer = train_tokenizer(read_texts(args.inputs, args.text_field, on_skip), args.vocab_size)
+    save_tokenizer(tokenizer, args.output)
+    print(f"{args.output}: {tokenizer.get_vocab_size():,} ids, EOS {EOS_TEXT} is id {tokenizer.token_to_id(EOS_TEXT)}")
+    if left_out:
+        print(f"left out: {len(left_out):,} records or files")

@@ -1,0 +1,154 @@
+"""Chunks of text become tokens, in worker processes or in this one, and come back in order.
+
+The one idea: only so many chunks are under way at once, so memory stays flat however large the input and however uneven
+the workers.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing import get_context, parent_process
+
+import numpy as np
+
+from olmo_train.data.chunks import Chunk
+from olmo_train.data.readers import Record, Skipped, records
+from olmo_train.data.tokenizer import Tokenizer, from_json
+from olmo_train.data.writer import Tokenized
+from olmo_train.errors import DataError
+
+BATCH_BYTES = 2**18  # text that the tokenizer is given at once: more costs memory and gains no speed
+
+
+@dataclass
+class ChunkResult:
+    documents: Tokenized
+    skipped: list[Skipped]
+    empty: int  # records without any text
+    input_bytes: int
+
+
+def tokenize_chunks(
+    chunks: Iterable[Chunk], tokenizer: Tokenizer, text_field: str, workers: int
+) -> Iterator[ChunkResult]:
+    """One result a chunk, in order. Raises DataError when a worker died (of memory, most often)."""
+    if workers == 1:
+        with _one_thread():
+            for chunk in chunks:
+                yield tokenize_chunk(chunk, tokenizer, text_field)
+        return
+    context = get_context("spawn")  # a fork would copy pyarrow's threads in an unusable state
+    pool = ProcessPoolExecutor(workers, context, _start_worker, (tokenizer.json, tokenizer.name, text_field))
+    under_way: deque = deque()
+    try:
+        for chunk in chunks:
+            under_way.append(pool.submit(_work, chunk))
+            if len(under_way) > 2 * workers:
+                yield under_way.popleft().result()
+        while under_way:
+            yield under_way.popleft().result()
+    except BrokenProcessPool as problem:
+        raise DataError(
+            "prepare-data", "a worker was killed (out of memory?); run again with fewer --workers"
+        ) from problem
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _start_worker(tokenizer_json: str, name: str, text_field: str) -> None:
+    global _worker  # the one tokenizer of this process
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one worker, one core
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal; the main one decides
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+    _worker = (from_json(tokenizer_json, name), text_field)
+
+
+def _die_with_parent() -> None:
+    """A main process that was killed outright cannot stop its workers, and they would wait for ever."""
+    parent_process().join()
+    os._exit(1)
+
+
+def _work(chunk: Chunk) -> ChunkResult:
+    return tokenize_chunk(chunk, *_worker)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    before = os.environ.get("TOKENIZERS_PARALLELISM")
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["TOKENIZERS_PARALLELISM"]
+        else:
+            os.environ["TOKENIZERS_PARALLELISM"] = before
+
+
+def tokenize_chunk(chunk: Chunk, tokenizer: Tokenizer, text_field: str) -> ChunkResult:
+    """Parse a chunk and tokenize its records, each followed by EOS."""
+    kept: list[Record] = []
+    skipped: list[Skipped] = []
+    empty = 0
+    for record in records(chunk, text_field):
+        if isinstance(record, Skipped):
+            skipped.append(record)
+        elif any(text for text, _ in record.segments):
+            kept.append(record)
+        else:
+            empty += 1
+    pieces = list(_encode([text for record in kept for text, _ in record.segments], tokenizer))
+    return ChunkResult(_join(kept, pieces, tokenizer), skipped, empty, chunk.input_bytes)
+
+
+def _encode(texts: list[str], tokenizer: Tokenizer) -> Iterator[np.ndarray]:
+    batch, size = [], 0
+    for text in texts:
+        batch.append(text)
+        size += len(text)
+        if size >= BATCH_BYTES:
+            yield from tokenizer.encode_batch(batch)
+            batch, size = [], 0
+    if batch:
+        yield from tokenizer.encode_batch(batch)
+
+
+def _join(kept: list[Record], pieces: list[np.ndarray], tokenizer: Tokenizer) -> Tokenized:
+    """Put the segments of each record together, EOS behind it. EOS is scored: to end is a part of the answer."""
+    eos = np.array([tokenizer.eos_id], tokenizer.dtype)
+    arrays, scored, lengths = [], [], np.zeros(len(kept), np.int64)
+    piece = iter(pieces)
+    for i, record in enumerate(kept):
+        for _, is_scored in record.segments:
+            ids = next(piece)
+            arrays.append(ids)
+            scored.append(is_scored)
+            lengths[i] += len(ids)
+        arrays.append(eos)
+        scored.append(True)
+    mask = None
+    if not all(scored):
+        mask = np.repeat(np.array(scored, np.uint8), [len(array) for array in arrays])
+    return Tokenized(
+        tokens=np.concatenate(arrays) if arrays else eos[:0],
+        lengths=lengths,
+        mask=mask,
+        ids=[record.id or _place(record) for record in kept],
+        origins=[record.origin for record in kept],
+        records=[record.record for record in kept],
+        bytes=np.array([sum(len(text.encode()) for text, _ in record.segments) for record in kept], np.int64),
+    )
+
+
+def _place(record: Record) -> str:
+    """The id of a record that has none of its own."""
+    return record.origin if record.record is None else f"{record.origin}:{record.record}"

