@@ -47,9 +47,7 @@ class Meta:
     bytes: int  # UTF-8 bytes of the documents' text, EOS not included
     shards: tuple[ShardMeta, ...]
     documents_sha256: str  # of documents.parquet
-    skipped: dict = field(
-        default_factory=dict
-    )  # {"records": n, "empty": n, "first": [...]}: what did not become a document
+    skipped: dict = field(default_factory=dict)  # {"records": n, "empty": n, "first": [...]}: what did not become a document
     recipe: dict = field(default_factory=dict)  # inputs and options that prepare-data was given
 
     @property
@@ -75,9 +73,7 @@ def read_meta(folder: Path) -> Meta:
         shards = tuple(ShardMeta(**shard) for shard in values.pop("shards"))
         meta = Meta(shards=shards, **values)
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as problem:
-        raise DataError(
-            file, f"cannot be read: {type(problem).__name__}: {problem}; prepare the source again"
-        ) from problem
+        raise DataError(file, f"cannot be read: {type(problem).__name__}: {problem}; prepare the source again") from problem
     if meta.dtype not in DTYPES:
         raise DataError(file, f"dtype is {meta.dtype!r}, expected one of {', '.join(DTYPES)}")
     total = sum(shard.tokens for shard in meta.shards)
@@ -104,6 +100,16 @@ def write_json(file: Path, values: Any) -> None:
         stream.flush()
         os.fsync(stream.fileno())
     os.replace(temporary, file)
+    flush_folder(file.parent)
+
+
+def flush_folder(folder: Path) -> None:
+    """Make the names in a folder survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def hash_file(file: Path) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from olmo_train.data.documents import DOCUMENTS_FILE, DocumentParts
-from olmo_train.data.meta import FORMAT_VERSION, TOKENIZER_FILE, Meta, ShardMeta, hash_blocks, hash_file, write_meta
+from olmo_train.data.meta import FORMAT_VERSION, TOKENIZER_FILE, Meta, ShardMeta, flush_folder, hash_blocks, hash_file, write_meta
 from olmo_train.data.tokenizer import Tokenizer
 
 
@@ -144,6 +144,7 @@ class SourceWriter:
         for file in (self._tokens, self._labels):
             if file:
                 file.flush()
+        flush_folder(self.folder)
         self.state.parts = self._parts.save()
         return self.state
 
