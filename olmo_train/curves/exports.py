@@ -1,0 +1,104 @@
+"""Histories exported from Weights & Biases, as CSV or JSONL, so that public curves can lie beside one's own.
+
+Two shapes are met: a run's history (`_step` and a column for each metric) and a chart's CSV, whose columns are called
+`RUN - METRIC` and hold several runs, with `__MIN` and `__MAX` beside each.
+"""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+from olmo_train.curves.history import STEP_KEYS, Run, collect, elapsed_seconds, json_lines, read_run
+from olmo_train.errors import ConfigError, DataError
+
+# OLMo logs training FLOPs in units of 1e9 under this name; ours are in FLOPs under the other.
+GIGAFLOPS, FLOPS = "throughput/total_training_Gflops", "throughput/total_flops"
+
+
+def read_runs(paths: list[Path], labels: list[str] = ()) -> list[Run]:
+    """Read run folders and exported files into runs with distinct names. `labels` rename them, in order.
+
+    Raises DataError when a path does not exist or holds no metrics, ConfigError when labels are not one for each run.
+    """
+    runs = []
+    for path in paths:
+        if path.is_dir():
+            runs.append(read_run(path))
+        elif path.is_file():
+            runs.extend(read_export(path))
+        else:
+            raise DataError(path, "does not exist; name a run_dir, or a history exported as .csv or .jsonl")
+    names = labels or _distinct_names(runs)
+    if len(names) != len(runs):
+        raise ConfigError("--label", f"{len(names)} labels for {len(runs)} runs; give one for each, in order")
+    return [Run(**{**vars(run), "name": name}) for run, name in zip(runs, names, strict=True)]
+
+
+def read_export(path: Path) -> list[Run]:
+    """The runs of one exported file. Raises DataError when it has no step column or no numbers."""
+    notes: list[str] = []
+    if path.suffix == ".csv":
+        rows = _csv_rows(path)
+    elif path.suffix in (".jsonl", ".json", ".ndjson"):
+        rows = list(json_lines(path, notes))
+    else:
+        raise DataError(path, f"has the ending '{path.suffix}'; name a run_dir, or a history as .csv or .jsonl")
+    if not any(key in row for row in rows[:100] for key in STEP_KEYS):
+        raise DataError(path, "has no column _step, step or Step; export the history with its steps")
+    runs = []
+    for name, rows_of_run in _split_chart(rows, path.stem).items():
+        series, clock = collect(rows_of_run)
+        series = {key: value for key, value in series.items() if not key.endswith(("__MIN", "__MAX"))}
+        if GIGAFLOPS in series and FLOPS not in series:
+            giga = series[GIGAFLOPS]
+            series[FLOPS] = type(giga)(giga.steps, giga.values * 1e9)
+        if series:
+            runs.append(Run(name, path, series, elapsed_seconds(clock), notes=notes))
+    if not runs:
+        raise DataError(path, "holds no metrics; export at least one metric beside the step")
+    return runs
+
+
+def _csv_rows(path: Path) -> list[dict[str, Any]]:
+    """Cells as floats; empty cells and text are left out."""
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            return [{k: n for k, v in row.items() if (n := _number(v)) is not None} for row in csv.DictReader(file)]
+    except (UnicodeDecodeError, csv.Error) as problem:
+        raise DataError(path, f"is not a CSV file: {problem}") from problem
+
+
+def _number(cell: Any) -> float | None:
+    try:
+        return float(cell)
+    except (TypeError, ValueError):
+        return None
+
+
+def _split_chart(rows: list[dict[str, Any]], stem: str) -> dict[str, list[dict[str, Any]]]:
+    """{run name: rows}: columns called `RUN - METRIC` go to RUN; a file without such columns is one run."""
+    columns = {key for row in rows for key in row if " - " in key}
+    if not columns:
+        return {stem: rows}
+    steps = [{key: row[key] for key in STEP_KEYS if key in row} for row in rows]
+    split: dict[str, list[dict[str, Any]]] = {}
+    for column in sorted(columns):
+        name, _, metric = column.rpartition(" - ")
+        split.setdefault(name, []).extend({**s, metric: row[column]} for s, row in zip(steps, rows, strict=True) if column in row)
+    return split
+
+
+def _distinct_names(runs: list[Run]) -> list[str]:
+    """Folder names, with as many parents as it takes to tell them apart."""
+    names = [run.name for run in runs]
+    for depth in range(2, 8):
+        repeated = {name for name in names if names.count(name) > 1}
+        if not repeated:
+            return names
+        names = [
+            "/".join(run.path.resolve().parts[-depth:]) if name in repeated and run.path.is_dir() else name
+            for run, name in zip(runs, names, strict=True)
+        ]
+    return [f"{name} ({i})" if names.count(name) > 1 else name for i, name in enumerate(names, start=1)]

@@ -1,0 +1,169 @@
+"""Curves as a figure for a paper: PNG, SVG or PDF, at the width of one column or of two."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from olmo_train.curves import panels, thin
+from olmo_train.curves.history import Run, Series
+from olmo_train.curves.panels import Curves
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+FIRST = ("Loss", "Gradient norm", "Learning rate", "Throughput")  # what is drawn when nothing is chosen
+ONE_COLUMN, TWO_COLUMNS = 3.4, 7.0  # inches, as in most two-column papers
+MAX_POINTS = 3000  # of one curve; more than the dots of a printed column
+DASHES = {
+    "solid": "-",
+    "dash": (0, (5, 2)),
+    "dot": (0, (1, 1.5)),
+    "dashdot": (0, (5, 2, 1, 2)),
+    "longdash": (0, (8, 3)),
+    "longdashdot": (0, (8, 3, 1, 3)),
+}
+STYLE = {
+    "font.size": 8,
+    "axes.titlesize": 8.5,
+    "xtick.labelsize": 7.5,
+    "ytick.labelsize": 7.5,
+    "legend.fontsize": 7.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.6,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "ytick.minor.width": 0.4,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e3e6e9",
+    "grid.linewidth": 0.5,
+    "legend.frameon": False,
+    "legend.handlelength": 1.8,
+    "lines.linewidth": 1.1,
+    "savefig.dpi": 300,
+    "pdf.fonttype": 42,  # letters stay letters, as publishers ask
+    "svg.hashsalt": "olmo_train",  # the same run gives the same file
+}
+
+
+@dataclass(frozen=True)
+class Look:
+    axis: str = "step"
+    log_x: bool = False
+    smooth: float = 0  # steps; 0: not at all
+
+
+def write_figure(runs: list[Run], chosen: list[Curves], path: Path, look: Look) -> None:
+    """Draw the panels in `chosen` and save them at `path`, whose ending tells the format."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    columns = 1 if len(chosen) == 1 else 2
+    rows = -(-len(chosen) // columns)
+    with matplotlib.rc_context(STYLE):
+        width = ONE_COLUMN if columns == 1 else TWO_COLUMNS
+        figure = Figure(figsize=(width, (2.3 if columns == 1 else 1.95) * rows), layout="constrained")
+        grid = figure.subplots(rows, columns, squeeze=False).ravel()
+        for axes, curves in zip(grid, chosen, strict=False):
+            _draw_panel(axes, runs, curves, look)
+        for axes in grid[len(chosen) :]:
+            axes.remove()
+        if len(runs) > 1 and columns == 2:
+            _runs_legend(figure, runs)
+        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+
+
+def _draw_panel(axes: Axes, runs: list[Run], curves: Curves, look: Look) -> None:
+    names = panels.legend_names(runs, curves)
+    kinds = list(dict.fromkeys(curves.metrics.values()))
+    shared_legend = len(runs) > 1 and axes.get_subplotspec().get_gridspec().ncols == 2
+    for (i, metric), name in names.items():
+        kind = kinds.index(curves.metrics[metric])
+        hue, dash = (kind, 0) if len(runs) == 1 else (i, kind)
+        style = {
+            "color": panels.COLORS[hue % len(panels.COLORS)],
+            "linestyle": DASHES[panels.DASHES[dash % len(panels.DASHES)]],
+        }
+        if shared_legend:  # colours are told once for the figure; here only what the dashes mean
+            name = curves.metrics[metric] if i == min(r for r, m in names if m == metric) and len(kinds) > 1 else None
+        window = look.smooth if panels.may_smooth(curves.panel, metric) else 0
+        _draw_curve(axes, runs[i], metric, name, style, look.axis, window)
+    for value in {run.config.get(curves.panel.limit) for run in runs} - {None}:
+        axes.axhline(value, color="#6c757d", linewidth=0.7, linestyle=(0, (1, 1.5)), zorder=1)
+        axes.annotate(f"{curves.panel.limit_name} {value:g}", (1, value), (0, 1.5), xycoords=("axes fraction", "data"),
+                      textcoords="offset points", ha="right", va="bottom", fontsize=7, color="#6c757d")  # fmt: skip
+    axes.set_xlabel(panels.AXES[look.axis][0])
+    axes.set_ylabel(curves.panel.unit)
+    axes.set_title(curves.panel.title, loc="left", fontweight="bold")
+    if look.log_x:
+        axes.set_xscale("log")
+    if curves.panel.log:
+        axes.set_yscale("log")
+    _number_axes(axes, look, curves.panel.log)
+    if len(kinds) > 1 or (len(runs) > 1 and not shared_legend):
+        legend = axes.legend(loc="best")
+        for handle in legend.get_lines():
+            handle.set_alpha(1)
+            if shared_legend:
+                handle.set_color("#3d444b")
+
+
+def _draw_curve(axes: Axes, run: Run, metric: str, name: str | None, style: dict, axis: str, window: float) -> None:
+    series = run.series[metric]
+    raw = thin.thin(series, MAX_POINTS)
+    if window:
+        _plot(axes, run, raw, axis, alpha=0.25, linewidth=0.5, color=style["color"])
+        _plot(axes, run, thin.smooth(thin.means(series, MAX_POINTS), window), axis, label=name, **style)
+    else:
+        few = panels.is_evaluation(metric) and len(series) <= 60
+        _plot(axes, run, raw, axis, label=name, marker="o" if few else None, markersize=2.2, **style)
+
+
+def _plot(axes: Axes, run: Run, series: Series, axis: str, **style) -> None:
+    x = panels.x_values(run, axis, series.steps)
+    if x is not None:
+        axes.plot(x, np.where(np.isfinite(series.values), series.values, np.nan), **style)
+
+
+def _number_axes(axes: Axes, look: Look, log_y: bool) -> None:
+    """Few round numbers, counts as 250k and 1.5B; a log axis of less than three decades has 2 and 5 beside 1."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+    if not look.log_x:
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        if look.axis in ("step", "tokens"):
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: _counted(v)))
+    if log_y:
+        low, high = axes.get_ylim()
+        if high / low < 1000:
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    elif axes.get_ylim()[1] >= 1e4:
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: _counted(v)))
+    elif 0 < axes.get_ylim()[1] < 0.01:  # a power of ten in the label: above the axis it would push the title up
+        power = int(np.floor(np.log10(axes.get_ylim()[1])))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v / 10**power:g}"))
+        axes.set_ylabel(f"{axes.get_ylabel()} ($\\times 10^{{{power}}}$)".strip())
+
+
+def _counted(value: float) -> str:
+    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= max(size, 1e4):
+            return f"{value / size:,.10g}{letter}"
+    return f"{value:,.10g}"
+
+
+def _runs_legend(figure: Figure, runs: list[Run]) -> None:
+    from matplotlib.lines import Line2D
+
+    handles = [
+        Line2D([], [], color=panels.COLORS[i % len(panels.COLORS)], linewidth=1.6, label=run.name) for i, run in enumerate(runs)
+    ]
+    figure.legend(handles=handles, loc="outside upper center", ncols=min(len(runs), 5))

@@ -1,0 +1,157 @@
+"""Read what a run has logged, into arrays: `read_run(run_dir)` gives a Run, whatever wrote it.
+
+The one idea: every metric is a Series of its own (steps, values), for metrics are logged at different steps. The other
+x axes (tokens, FLOPs, time) are functions of the step, found by interpolation between the logged lines.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from olmo_train import config as yaml_config
+from olmo_train.errors import ConfigError, DataError
+
+# Bookkeeping of a line, no metrics: they are drawn only when --metric asks for them.
+BOOKKEEPING = ("step", "time", "attempt", "world_size", "sample_hash", "_step", "_timestamp", "_runtime")
+STEP_KEYS = ("step", "_step", "Step", "trainer/global_step")  # the first that a line has; "_step" is W&B's
+TIME_KEYS = ("time", "_timestamp")  # unix seconds
+
+
+@dataclass(frozen=True)
+class Series:
+    """One metric: steps (n,) int64, strictly increasing, and values (n,) float64, which may be NaN or infinite."""
+
+    steps: np.ndarray
+    values: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+
+@dataclass(frozen=True)
+class Run:
+    name: str
+    path: Path
+    series: dict[str, Series]  # by metric name
+    elapsed: Series | None = None  # seconds of running, without the pauses between attempts
+    events: list[dict[str, Any]] = field(default_factory=list)  # each with "event" and "step"
+    config: dict[str, Any] = field(default_factory=dict)  # {dotted key: value}
+    notes: list[str] = field(default_factory=list)  # what could not be read
+
+    @property
+    def last_step(self) -> int:
+        return max(int(series.steps[-1]) for series in self.series.values())
+
+    @property
+    def ended(self) -> bool:
+        total = self.config.get("total_steps")
+        return isinstance(total, int) and self.last_step >= total
+
+
+def read_run(run_dir: Path) -> Run:
+    """Read RUN_DIR/metrics.jsonl, events.jsonl and config.yaml; the last two may be absent.
+
+    A half-written last line is passed over, so a run can be read while it writes. Raises DataError when there is no
+    metrics.jsonl or it holds no metrics yet.
+    """
+    metrics = run_dir / "metrics.jsonl"
+    if not metrics.is_file():
+        raise DataError(run_dir, "holds no metrics.jsonl; name the run_dir of a run that was started")
+    notes: list[str] = []
+    events = [e for e in json_lines(run_dir / "events.jsonl", notes) if isinstance(e.get("step"), int) and "event" in e]
+    columns, clock = collect(json_lines(metrics, notes))
+    if not columns:
+        raise DataError(metrics, "holds no metrics yet; wait for the first line (--follow waits for you)")
+    config: dict[str, Any] = {}
+    if (run_dir / "config.yaml").is_file():
+        try:
+            config = yaml_config.flatten(yaml_config.read([run_dir / "config.yaml"]))
+        except ConfigError as problem:
+            notes.append(str(problem))
+    name = run_dir.resolve().name
+    return Run(name, run_dir, columns, elapsed_seconds(clock, events), events, config, notes)
+
+
+def json_lines(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
+    """The JSON objects of a file, a line each; broken lines are counted in `notes`, a half-written last one is not."""
+    if not path.is_file():
+        return
+    broken = 0
+    with path.open("rb") as file:
+        for line in file:
+            try:
+                row = json.loads(line)
+            except ValueError:
+                broken += line.endswith(b"\n") and bool(line.strip())
+                continue
+            if isinstance(row, dict):
+                yield row
+            else:
+                broken += 1
+    if broken:
+        notes.append(f"{path}: {broken} broken line{'s' * (broken > 1)} passed over")
+
+
+def collect(rows: Iterable[dict[str, Any]]) -> tuple[dict[str, Series], list[tuple[int, float, int]]]:
+    """Rows to (series by metric, clock). The clock holds (step, unix seconds, attempt) of each row that tells them.
+
+    A null is a NaN, a row without a step is passed over, and of two values of a metric at one step the later counts.
+    """
+    columns: dict[str, tuple[list[int], list[float]]] = {}
+    clock = []
+    for row in rows:
+        step = next((int(row[key]) for key in STEP_KEYS if _is_number(row.get(key))), None)
+        if step is None:
+            continue
+        for key, value in row.items():
+            if value is None:
+                value = float("nan")
+            elif not _is_number(value):
+                continue
+            if key not in STEP_KEYS:
+                steps, values = columns.setdefault(key, ([], []))
+                steps.append(step)
+                values.append(value)
+        time = next((row[key] for key in TIME_KEYS if _is_number(row.get(key))), None)
+        if time is not None:
+            clock.append((step, float(time), int(row.get("attempt") or 0)))
+    series = {name: _series(*column) for name, column in columns.items()}
+    return {name: s for name, s in series.items() if not np.isnan(s.values).all()}, clock
+
+
+def elapsed_seconds(clock: list[tuple[int, float, int]], events: list[dict[str, Any]] = ()) -> Series | None:
+    """Seconds of running at each step. An attempt begins at its start or resume event, so that pauses do not count."""
+    if not clock:
+        return None
+    starts = sorted(float(e["time"]) for e in events if e["event"] in ("start", "resume") and _is_number(e.get("time")))
+    total, steps, values = 0.0, [], []
+    previous_time, previous_attempt = None, None
+    for step, time, attempt in clock:
+        if attempt != previous_attempt:  # count from the newest start before this line, if it lies after the last line
+            started = next((s for s in reversed(starts) if s <= time), time)
+            previous_time = started if previous_time is None or started >= previous_time else time
+        total += max(0.0, time - previous_time)
+        previous_time, previous_attempt = time, attempt
+        steps.append(step)
+        values.append(total)
+    return _series(steps, values)
+
+
+def _series(steps: list[int], values: list[float]) -> Series:
+    steps, values = np.asarray(steps, dtype=np.int64), np.asarray(values, dtype=np.float64)
+    if len(steps) > 1 and (np.diff(steps) <= 0).any():
+        order = np.argsort(steps, kind="stable")
+        steps, values = steps[order], values[order]
+        last = np.append(steps[1:] != steps[:-1], True)
+        steps, values = steps[last], values[last]
+    return Series(steps, values)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

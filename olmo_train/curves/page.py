@@ -1,0 +1,186 @@
+"""The page: one HTML file that holds the data, the plotting library and the code, and asks no network for anything.
+
+This side prepares the data and fills `page.html`; `page.js` draws it. Values are written as Python's shortest
+representation of a float, which reads back bit for bit; a run of up to `MAX_POINTS` lines stands there whole.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+import re
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Any
+
+import numpy as np
+
+from olmo_train.curves import panels, thin
+from olmo_train.curves.history import Run, Series
+from olmo_train.curves.panels import Curves
+
+MAX_POINTS = 4000  # of one curve: more than the pixels of any screen
+MIN_POINTS = 500
+PAGE_POINTS = 250_000  # of all curves together, so that many runs still open at once
+MAX_EVENTS = 400  # of one kind and run
+MAX_OWN_PANELS = 24  # a run may log hundreds of metrics of its own
+
+
+@dataclass(frozen=True)
+class Look:
+    """The page's first view; its reader changes it."""
+
+    axis: str = "step"
+    log_x: bool = False
+    smooth: float = 0  # steps; 0: not at all
+
+
+def page_text(runs: list[Run], chosen: list[Curves], look: Look) -> str:
+    """The text of the HTML file."""
+    data = json.dumps(page_data(runs, chosen, look), separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    parts = {
+        "TITLE": html.escape(" · ".join(run.name for run in runs)),
+        "STYLE": _file("page.css"),
+        "DATA": data,
+        "PLOTLY": _plotly(),
+        "SCRIPT": _file("page.js"),
+    }
+    pieces = _file("page.html").split("%%")  # text, name, text, name, ... text
+    return "".join(parts[piece] if i % 2 else piece for i, piece in enumerate(pieces))
+
+
+def page_data(runs: list[Run], chosen: list[Curves], look: Look) -> dict[str, Any]:
+    """All that the page draws, as JSON. A value that is not finite is null and named in the curve's `odd`."""
+    known = [curves for curves in chosen if curves.panel in panels.PANELS]
+    own = [curves for curves in chosen if curves.panel not in panels.PANELS]
+    shown = known + own[:MAX_OWN_PANELS]
+    count = sum(metric in run.series for curves in shown for metric in curves.metrics for run in runs)
+    max_points = min(MAX_POINTS, max(MIN_POINTS, PAGE_POINTS // max(1, count)))
+    notes = [f"{run.name}: {note}" for run in runs for note in run.notes]
+    if len(own) > MAX_OWN_PANELS:
+        notes.append(f"{len(own) - MAX_OWN_PANELS} more metrics are not drawn; choose them with --metric")
+    return {
+        "look": {"axis": look.axis, "log_x": look.log_x, "smooth": look.smooth},
+        "axes": {name: label for name, (label, _) in panels.AXES.items()},
+        "colors": {"light": panels.COLORS, "dark": panels.DARK_COLORS},
+        "dashes": panels.DASHES,
+        "events": {kind: {"mark": mark, "shown": shown} for kind, (mark, shown) in panels.EVENTS.items()},
+        "notes": notes,
+        "runs": [_run(run) for run in runs],
+        "panels": [_panel(curves, runs, max_points) for curves in shown],
+        "differences": differences(runs),
+    }
+
+
+def differences(runs: list[Run]) -> dict[str, Any]:
+    """Rows of configuration keys whose values differ; the whole configuration when there is but one run."""
+    told = [run for run in runs if run.config]
+    rows = []
+    for key in sorted({key for run in told for key in run.config} - {"run_dir"}):
+        values = [run.config.get(key, "–") for run in told]
+        if len(told) == 1 or any(value != values[0] for value in values):
+            rows.append([key, *(_cell(value) for value in values)])
+    return {"runs": [run.name for run in told], "rows": rows}
+
+
+def _run(run: Run) -> dict[str, Any]:
+    sources = {axis: panels.axis_source(run, axis) for axis in panels.AXES if axis != "step"}
+    tables = {axis: _points(thin.thin(source, MAX_POINTS)) for axis, source in sources.items() if source is not None}
+    events = {kind: [e for e in run.events if e["event"] == kind] for kind in panels.EVENTS}
+    return {
+        "name": run.name,
+        "axes": tables,
+        "events": {kind: [_event(e) for e in _spread(found)] for kind, found in events.items()},
+        "summary": summary(run),
+    }
+
+
+def summary(run: Run) -> dict[str, Any]:
+    """What the table of runs tells; None where it was not logged."""
+    losses = [s for name, s in run.series.items() if name.startswith("eval/") and name.endswith("/CrossEntropyLoss")]
+    count = {kind: sum(e["event"] == kind for e in run.events) for kind in panels.EVENTS}
+    at_end = np.array([run.last_step])
+    tokens, hours = panels.x_values(run, "tokens", at_end), panels.x_values(run, "time", at_end)
+    speed = run.series.get("throughput/tokens_per_second")
+    return {
+        "steps": run.last_step,
+        "tokens": None if tokens is None else float(tokens[0]),
+        "hours": None if hours is None else float(hours[0]),
+        "training": _last(run.series.get("train/CrossEntropyLoss")),
+        "validation": _json_float(np.mean([_last(s) for s in losses])) if losses else None,
+        "speed": None if speed is None else _json_float(np.nanmedian(speed.values)),
+        "events": {kind: n for kind, n in count.items() if n and kind != "save"},
+    }
+
+
+def _panel(curves: Curves, runs: list[Run], max_points: int) -> dict[str, Any]:
+    drawn = []
+    for metric, name in curves.metrics.items():
+        for i, run in enumerate(runs):
+            if metric in run.series:
+                drawn.append({"metric": metric, "name": name, "run": i, **_curve(run.series[metric], max_points)})
+    limits = [run.config.get(curves.panel.limit) for run in runs]
+    return {
+        "title": curves.panel.title,
+        "unit": curves.panel.told_unit,
+        "log": curves.panel.log,
+        "smooth": curves.panel.smooth,
+        "limits": [{"run": i, "value": v} for i, v in enumerate(limits) if isinstance(v, (int, float))],
+        "limit_name": curves.panel.limit_name,
+        "curves": drawn,
+    }
+
+
+def _curve(series: Series, max_points: int) -> dict[str, Any]:
+    kept = thin.thin(series, max_points)
+    curve: dict[str, Any] = _points(kept)
+    odd = {int(s): str(float(v)) for s, v in zip(kept.steps, kept.values, strict=True) if not math.isfinite(v)}
+    if odd:
+        curve["odd"] = odd
+    if len(kept) < len(series):
+        curve["mean"] = _points(thin.means(series, max_points // 4))
+        curve["of"] = len(series)
+    return curve
+
+
+def _points(series: Series) -> dict[str, list]:
+    return {"step": series.steps.tolist(), "value": [_json_float(v) for v in series.values.tolist()]}
+
+
+def _event(event: dict[str, Any]) -> dict[str, Any]:
+    told = {k: v for k, v in event.items() if k not in ("event", "step", "time") and isinstance(v, (int, float, str))}
+    return {"step": event["step"], "text": ", ".join(f"{k} {_cell(v)}" for k, v in told.items())}
+
+
+def _spread(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """At most MAX_EVENTS of them, evenly spread."""
+    stride = -(-len(events) // MAX_EVENTS)
+    return events[:: max(1, stride)]
+
+
+def _last(series: Series | None) -> float | None:
+    finite = [] if series is None else series.values[np.isfinite(series.values)]
+    return float(finite[-1]) if len(finite) else None
+
+
+def _json_float(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return "null" if value is None else str(value)
+
+
+def _file(name: str) -> str:
+    return files("olmo_train.curves").joinpath(name).read_text(encoding="utf-8")
+
+
+def _plotly() -> str:
+    """plotly.js as it came, but for a space in the links of its map credits, so that whoever searches the page for
+    remote addresses that it would load finds none."""
+    from plotly.offline import get_plotlyjs
+
+    return re.sub(r"((?:href|src)=)([\"']https?:)", r"\1 \2", get_plotlyjs())

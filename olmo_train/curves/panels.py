@@ -1,0 +1,169 @@
+"""What is drawn where: panels of metrics that share a unit, x axes, marked events, and colours.
+
+PANELS is the table to extend: a metric goes to the first panel with a pattern that fits, and is called there by the
+part of its name that the pattern's `*` covers. A metric that fits none has a panel of its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import numpy as np
+
+from olmo_train.curves.history import BOOKKEEPING, Run, Series
+from olmo_train.errors import ConfigError, nearest
+
+# name: (label, metric that holds it as a function of the step)
+AXES = {
+    "step": ("step", None),
+    "tokens": ("tokens", "throughput/total_tokens"),
+    "flops": ("training FLOPs", "throughput/total_flops"),
+    "time": ("hours of training", None),
+}
+
+# Okabe and Ito's colours, which people of every colour vision can tell apart, black and yellow left out: on a light
+# ground, and made lighter for a dark one.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F5539", "#6C757D")
+DARK_COLORS = ("#56A8E8", "#FF8B4D", "#2FC79B", "#E89AC7", "#F2B544", "#9AD7FF", "#C69A7A", "#A8B0B8")
+DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
+
+# event: (how it is marked, shown at first)
+EVENTS = {
+    "resume": ("line", True),
+    "spike": ("point", True),
+    "skip": ("point", True),
+    "signal": ("line", False),
+    "save": ("line", False),
+}
+
+
+@dataclass(frozen=True)
+class Panel:
+    title: str
+    unit: str  # label of the y axis
+    patterns: dict[str, str]  # metric pattern: name of its curves; `*` in both is the same text
+    log: bool = False  # y axis
+    smooth: bool = True  # whether smoothing may touch it; a schedule has no noise
+    limit: str | None = None  # dotted configuration key of a value that is drawn as a horizontal line
+    limit_name: str = ""
+
+    @property
+    def told_unit(self) -> str:
+        """The unit beside the title, unless it would say the same again."""
+        return "" if self.unit == self.title.lower() else self.unit
+
+
+PANELS = (
+    Panel("Loss", "nats per token", {"train/CrossEntropyLoss": "training", "eval/*/CrossEntropyLoss": "validation *"}),
+    Panel("Loss by source", "nats per token", {"train/source/*/CrossEntropyLoss": "*"}),
+    Panel("Bits per byte", "bits per byte", {"train/BitsPerByte": "training", "train/source/*/BitsPerByte": "*",
+                                             "eval/*/BitsPerByte": "validation *"}),
+    Panel("Gradient norm", "L2 norm", {"optim/total_grad_norm": "gradient norm"}, log=True,
+          limit="optim.max_grad_norm", limit_name="clip"),
+    Panel("Learning rate", "learning rate", {"optim/learning_rate_group0": "learning rate"}, smooth=False),
+    Panel("Throughput", "tokens per second", {"throughput/tokens_per_second": "all devices"}),
+    Panel("Throughput per device", "tokens per second", {"throughput/device/tokens_per_second": "per device"}),
+    Panel("Model FLOPs utilization", "share of peak", {"throughput/mfu": "MFU"}),
+    Panel("Seconds per step", "seconds", {"throughput/step_seconds": "step",
+                                          "throughput/data_wait_seconds": "waiting for data"}),
+    Panel("Downstream accuracy", "accuracy", {"eval/downstream/*_acc": "*",
+                                              "eval/downstream/*_len_norm": "* (length-normalized)"}),
+    Panel("Downstream bits per byte", "bits per byte", {"eval/downstream/*_bpb": "*"}),
+    Panel("Clipped steps", "share of steps", {"optim/clipping_rate": "clipped"}),
+    Panel("Peak memory", "MB", {"System/Peak GPU Memory (MB)": "peak memory"}),
+)  # fmt: skip
+
+# Said by another panel already, or an x axis: drawn only when --metric asks.
+REDUNDANT = ("*/Perplexity", "throughput/total_*", "optim/learning_rate_group[1-9]*", "skipped", *BOOKKEEPING)
+
+
+@dataclass(frozen=True)
+class Curves:
+    """A panel and its metrics: {metric: name of the curve}."""
+
+    panel: Panel
+    metrics: dict[str, str]
+
+
+def choose(runs: list[Run], patterns: list[str] = ()) -> list[Curves]:
+    """The panels for these runs: of every metric, or of those that fit `patterns` (names, or with * ? [...]).
+
+    Raises ConfigError when a pattern fits no metric of any run.
+    """
+    known = list(dict.fromkeys(name for run in runs for name in run.series))
+    wanted = [name for name in known if not any(fnmatchcase(name, pattern) for pattern in REDUNDANT)]
+    if patterns:
+        for pattern in patterns:
+            if not any(fnmatchcase(name, pattern) for name in known):
+                raise ConfigError("--metric", f"no run has the metric '{pattern}'; {nearest(pattern, known)}")
+        wanted = [name for pattern in patterns for name in known if fnmatchcase(name, pattern)]
+    found: dict[str, Curves] = {}
+    for name in dict.fromkeys(wanted):
+        panel, label = place(name)
+        found.setdefault(panel.title, Curves(panel, {})).metrics[name] = label
+    rank = {panel.title: i for i, panel in enumerate(PANELS)}
+    return sorted(found.values(), key=lambda curves: rank.get(curves.panel.title, len(PANELS)))
+
+
+def first(chosen: list[Curves], titles: tuple[str, ...]) -> list[Curves]:
+    """The panels of these titles, or the first one when a run has none of them."""
+    return [curves for curves in chosen if curves.panel.title in titles] or chosen[:1]
+
+
+def check_axis(runs: list[Run], axis: str) -> None:
+    """Raises ConfigError when no run tells where it was on this axis."""
+    if axis != "step" and all(axis_source(run, axis) is None for run in runs):
+        known = [name for name in AXES if name == "step" or any(axis_source(run, name) is not None for run in runs)]
+        raise ConfigError("--x", f"no run has logged its {AXES[axis][0]}; known here: {', '.join(known)}")
+
+
+def x_values(run: Run, axis: str, steps: np.ndarray) -> np.ndarray | None:
+    """The steps on another axis (tokens, FLOPs, or hours), or None when the run does not tell it."""
+    if axis == "step":
+        return steps.astype(np.float64)
+    source = axis_source(run, axis)
+    if source is None:
+        return None
+    return np.interp(steps, source.steps, source.values)
+
+
+def axis_source(run: Run, axis: str) -> Series | None:
+    """An x axis as a function of the step, which is 0 at step 0: tokens, FLOPs or hours where they were logged."""
+    source = run.elapsed if axis == "time" else run.series.get(AXES[axis][1])
+    if source is None:
+        return None
+    finite = np.isfinite(source.values)
+    steps, values = source.steps[finite], source.values[finite] / (3600 if axis == "time" else 1)
+    if steps[0] > 0:
+        steps, values = np.append(0, steps), np.append(0.0, values)
+    return Series(steps, values)
+
+
+def place(metric: str) -> tuple[Panel, str]:
+    """The panel of a metric and the name of its curve there."""
+    for panel in PANELS:
+        for pattern, name in panel.patterns.items():
+            if fnmatchcase(metric, pattern):
+                before, star, after = pattern.partition("*")
+                covered = metric[len(before) : len(metric) - len(after)] if star else ""
+                return panel, name.replace("*", covered)
+    return Panel(metric, "", {metric: metric}), metric
+
+
+def legend_names(runs: list[Run], curves: Curves) -> dict[tuple[int, str], str]:
+    """{(run index, metric): what a legend calls the curve}: the run, the curve, or both, as far as it takes."""
+    found = [(i, metric) for metric in curves.metrics for i, run in enumerate(runs) if metric in run.series]
+    one_curve = len({curves.metrics[metric] for _, metric in found}) == 1
+    if len(runs) == 1:
+        return {(i, metric): curves.metrics[metric] for i, metric in found}
+    return {(i, m): runs[i].name if one_curve else f"{runs[i].name}, {curves.metrics[m]}" for i, m in found}
+
+
+def is_evaluation(metric: str) -> bool:
+    """Evaluations are few and far between: drawn with their points, never smoothed."""
+    return metric.startswith("eval/")
+
+
+def may_smooth(panel: Panel, metric: str) -> bool:
+    return panel.smooth and not is_evaluation(metric)

@@ -1,0 +1,69 @@
+"""Keep a long series small without losing a spike.
+
+The one idea: cut the steps into buckets and keep of each the first, lowest, highest and last point (M4, Jugel et al.
+2014), which draws the same pixels as all points would. Half of the buckets are equal on a linear axis and half on a
+logarithmic one, for the first hundred steps of a million are all there is to see on the left of a log axis.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from olmo_train.curves.history import Series
+
+
+def thin(series: Series, max_points: int) -> Series:
+    """At most `max_points` points of the series, unchanged ones; the whole series when it has no more than that."""
+    if len(series) <= max_points:
+        return series
+    bucket = _buckets(series.steps, max_points // 5)  # 4 points a bucket, and one that is not finite
+    starts = np.flatnonzero(np.append(True, bucket[1:] != bucket[:-1]))
+    ends = np.append(starts[1:], len(bucket))
+    finite = np.isfinite(series.values)
+    by_value = np.lexsort((series.values, ~finite, bucket))  # in each bucket: finite ones rising, then the others
+    counts = np.add.reduceat(finite.astype(np.int64), starts)
+    some = counts > 0
+    not_finite = starts[counts < ends - starts] + counts[counts < ends - starts]  # the first of the others
+    keep = [starts, ends - 1, by_value[starts[some]], by_value[(starts + counts - 1)[some]], by_value[not_finite]]
+    keep = np.unique(np.concatenate(keep))
+    return Series(series.steps[keep], series.values[keep])
+
+
+def means(series: Series, max_points: int) -> Series:
+    """The mean of the finite values of each bucket at the bucket's mean step: what a smoothed curve is made from.
+
+    (The points that `thin` keeps are extremes, so an average over them would be wrong.)
+    """
+    finite = np.isfinite(series.values)
+    steps, values = series.steps[finite], series.values[finite]
+    if len(steps) <= max_points:
+        return Series(steps, values)
+    bucket = _buckets(steps, max_points)
+    starts = np.flatnonzero(np.append(True, bucket[1:] != bucket[:-1]))
+    counts = np.diff(np.append(starts, len(steps)))
+    mean_steps = np.add.reduceat(steps.astype(np.float64), starts) / counts
+    return Series(np.rint(mean_steps).astype(np.int64), np.add.reduceat(values, starts) / counts)
+
+
+def smooth(series: Series, window: float) -> Series:
+    """Exponential moving average with a memory of `window` steps, without the pull towards the first value.
+
+    Counted in steps, so that runs logged at other intervals compare. Values must be finite, as those of `means` are.
+    """
+    total = weight = 0.0
+    previous, smoothed = int(series.steps[0]) if len(series) else 0, []
+    for step, value in zip(series.steps.tolist(), series.values.tolist(), strict=True):
+        keep = math.exp(-(step - previous) / window)
+        total, weight, previous = total * keep + value, weight * keep + 1, step
+        smoothed.append(total / weight)
+    return Series(series.steps, np.asarray(smoothed))
+
+
+def _buckets(steps: np.ndarray, count: int) -> np.ndarray:
+    """The bucket of each step, rising: at most `count` buckets between the first step and the last."""
+    first, last = int(steps[0]), int(steps[-1])
+    linear = np.linspace(first, last, count // 2)[1:-1]
+    logarithmic = first - 1 + np.geomspace(1, last - first + 1, count - count // 2)[1:-1]
+    return np.searchsorted(np.sort(np.concatenate([linear, logarithmic])), steps)
