@@ -9,17 +9,19 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from olmo_train.errors import ConfigError
+from olmo_train.errors import ConfigError, UserError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,28 @@ class World:
         shared = torch.tensor(int(flag))
         dist.all_reduce(shared, op=dist.ReduceOp.MAX, group=self.control_group)
         return int(shared)
+
+    def on_main(self, function: Callable[[], T]) -> T:
+        """Call a function on rank 0 and give its result, a small picklable object, to every rank.
+
+        A UserError that it raises is raised on every rank, so that none waits for a rank that is gone.
+        """
+        outcome: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                outcome[0] = function()
+            except UserError as problem:
+                outcome[1] = problem
+        dist.broadcast_object_list(outcome, src=0, group=self.control_group)
+        if outcome[1] is not None:
+            raise outcome[1]
+        return outcome[0]
+
+    def on_main_only(self, function: Callable[[], T]) -> T | None:
+        """Call a function on rank 0; None elsewhere. Errors are raised on every rank, as with on_main."""
+        kept: list[T] = []
+        self.on_main(lambda: kept.append(function()))
+        return kept[0] if kept else None
 
     def gather(self, value: Any) -> list[Any]:
         """A small Python object of every rank, in the order of ranks."""

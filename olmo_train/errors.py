@@ -17,6 +17,10 @@ class UserError(Exception):
 
     def __init__(self, where: object, what: str):
         super().__init__(f"{where}: {what}")
+        self.where, self.what = where, what
+
+    def __reduce__(self) -> tuple:  # so that it can be told to other ranks
+        return type(self), (self.where, self.what)
 
 
 class ConfigError(UserError):  # configuration or usage

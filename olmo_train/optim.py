@@ -33,7 +33,15 @@ class OptimConfig:
     def __post_init__(self) -> None:
         check_choice("optim.name", self.name, OPTIMIZERS)
         check_choice("optim.schedule", self.schedule, SCHEDULES)
-        for key in ("peak_lr", "eps", "weight_decay", "max_grad_norm", "warmup_steps", "warmup_start_ratio", "final_lr_ratio"):
+        for key in (
+            "peak_lr",
+            "eps",
+            "weight_decay",
+            "max_grad_norm",
+            "warmup_steps",
+            "warmup_start_ratio",
+            "final_lr_ratio",
+        ):
             if not getattr(self, key) >= 0:
                 raise ConfigError(f"optim.{key}", f"must not be negative, got {getattr(self, key)}")
         if not all(0 <= beta < 1 for beta in self.betas):
@@ -120,6 +128,19 @@ def adamw(parameters: Mapping[str, nn.Parameter], config: OptimConfig) -> torch.
 
 
 OPTIMIZERS = {"adamw": adamw}
+
+
+@torch.no_grad()
+def allocate_state(optimizer: torch.optim.Optimizer) -> None:
+    """Give the optimizer its state as before the first step, so that it can be loaded into, and so that memory is
+    complete from the start. Weights are left as they are."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    set_lr(optimizer, 0.0)
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.found_inf = torch.ones((), device=parameters[0].device)  # an exact no-op, which allocates all the same
+    optimizer.step()
+    optimizer.zero_grad()
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -6,13 +6,14 @@ optimizer state are fp32; what is computed inside a block is in `precision`.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils.checkpoint import checkpoint
 
 from olmo_train.distributed import World
 from olmo_train.errors import ConfigError, check_choice
@@ -43,11 +44,11 @@ class ParallelConfig:
 def shard(model: Transformer, config: ParallelConfig, world: World) -> Transformer:
     """Prepare a model on the meta device for training in this world, in place: its parameters become DTensors on the
     device, whose values are not set yet. The names of parameters stay as they are."""
-    for index, block in enumerate(model.blocks):
+    for block in model.blocks:
         if config.activation_checkpointing == "full":
-            block = model.blocks[index] = checkpoint_wrapper(block)
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
         if config.compile:
-            block.compile(fullgraph=config.activation_checkpointing == "none")
+            block.compile()
     policy = MixedPrecisionPolicy(param_dtype=DTYPES[config.precision], reduce_dtype=DTYPES[config.reduce_dtype])
     for module in [*model.blocks, model]:
         fully_shard(module, mesh=world.mesh, mp_policy=policy, reshard_after_forward=config.shard == "full")
@@ -57,15 +58,10 @@ def shard(model: Transformer, config: ParallelConfig, world: World) -> Transform
     return model.to_empty(device=world.device)
 
 
-def parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """{name: parameter} under the model's own names, whatever wraps its blocks."""
-    return {name.replace("_checkpoint_wrapped_module.", ""): p for name, p in model.named_parameters()}
-
-
 @torch.no_grad()
 def init_weights(model: Transformer, seed: int) -> None:
     """Give every parameter, whole or sharded, its first value; equal for every world size."""
-    for name, parameter in parameters(model).items():
+    for name, parameter in model.named_parameters():
         value = initial_value(name, parameter.shape, model.config, seed)
         if isinstance(parameter, DTensor):  # every rank has drawn the whole value, so nothing needs to be sent
             value = distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None)

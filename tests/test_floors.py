@@ -14,6 +14,7 @@ FLOORS = (
     "errors",
     "config storage console hardware optim distributed model data",
     "parallel checkpoint metrics guards planner curves eval",
+    "recipe resume",
     "train",
     "commands",
     "__main__",

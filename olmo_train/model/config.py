@@ -49,7 +49,10 @@ class ModelConfig:
             if getattr(self, key) < 1:
                 raise ConfigError(f"model.{key}", f"must be at least 1, got {getattr(self, key)}")
         if self.head_dim is None and self.d_model % self.n_heads:
-            raise ConfigError("model.n_heads", f"{self.n_heads} does not divide d_model {self.d_model}; choose a divisor or set model.head_dim")
+            raise ConfigError(
+                "model.n_heads",
+                f"{self.n_heads} does not divide d_model {self.d_model}; choose a divisor or set model.head_dim",
+            )
         if self.kv_heads < 1 or self.n_heads % self.kv_heads:
             raise ConfigError("model.n_kv_heads", f"{self.kv_heads} does not divide n_heads {self.n_heads}")
         if self.head_size % 2:

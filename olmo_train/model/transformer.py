@@ -26,7 +26,7 @@ def rope_tables(positions: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]
     Half-split RoPE: dimension i turns with i + D/2 by the angle position / theta^(2i / D) (Su et al. 2021).
     """
     exponent = torch.arange(0, config.head_size, 2, device=positions.device, dtype=torch.float32) / config.head_size
-    angles = positions.float()[..., None] * config.rope_theta ** -exponent  # (..., T, D/2)
+    angles = positions.float()[..., None] * config.rope_theta**-exponent  # (..., T, D/2)
     angles = torch.cat((angles, angles), dim=-1)
     return angles.cos(), angles.sin()
 

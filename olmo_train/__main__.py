@@ -1,0 +1,61 @@
+"""The command line: a list of verbs, each a module of commands/ that is imported only when it is called."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import os
+import sys
+
+VERBS = {
+    "train": "train a model, or go on with a run",
+    "train-tokenizer": "make a tokenizer from text",
+    "prepare-data": "turn text into memory-mapped token shards",
+    "verify-data": "check prepared data against its hashes",
+    "inspect-data": "show what a step trains on, or which steps see a document",
+    "plan": "tell memory, time, energy and schedule before a launch",
+    "curves": "draw the curves of runs: page, picture or terminal",
+    "evaluate": "measure a checkpoint on held-out text",
+    "generate": "continue a text with a checkpoint",
+}
+
+
+def main(words: list[str] | None = None) -> int:
+    """Run one verb; gives its exit code. A UserError becomes one line on stderr, from rank 0 alone."""
+    words = sys.argv[1:] if words is None else words
+    parser = argparse.ArgumentParser(prog="olmo-train", description="Pretrain OLMo-style language models.")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    for name, text in VERBS.items():
+        verb = verbs.add_parser(name, help=text, description=text)
+        verb.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        if words and words[0] == name:
+            module = importlib.import_module(f"olmo_train.commands.{name.replace('-', '_')}")
+            module.add_arguments(verb)
+    arguments, rest = parser.parse_known_args(words)
+    if rest:  # key=value words behind an option: argparse leaves them over
+        if not hasattr(arguments, "config") or not all("=" in word and not word.startswith("-") for word in rest):
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        arguments.config += rest
+    return _run(importlib.import_module(f"olmo_train.commands.{arguments.verb.replace('-', '_')}").run, arguments)
+
+
+def _run(verb, arguments: argparse.Namespace) -> int:
+    from olmo_train.errors import UserError
+
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    try:
+        return verb(arguments) or 0
+    except UserError as problem:
+        if arguments.debug:
+            raise
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"error: {' '.join(str(problem).split())}", file=sys.stderr, flush=True)
+        return problem.exit_code
+    except BrokenPipeError:  # `olmo-train ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

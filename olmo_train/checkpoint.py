@@ -1,0 +1,296 @@
+"""Checkpoints: save beside training, commit whole, load on any number of processes.
+
+A checkpoint is a folder checkpoints/step-0001000/ of safetensors shards (torch.distributed.checkpoint writes and reshards
+them), state.json, config.yaml and MANIFEST.json. No file is ever unpickled. Names of tensors: `model.NAME` for weights and
+`optim.NAME.KEY` for the optimizer's state of that weight.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+import shutil
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import FileSystem
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+from olmo_train import config as configuration
+from olmo_train.distributed import World
+from olmo_train.errors import CheckpointError, ConfigError
+from olmo_train.model.config import ModelConfig
+from olmo_train.model.transformer import Transformer
+from olmo_train.storage import commit_folder, problems_of, remove_folder, write_file
+
+log = logging.getLogger(__name__)
+FOLDER = re.compile(r"step-(\d{7,})")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    interval_steps: int = 1000  # save after every so many steps, and at the end
+    keep_last: int = 3  # committed checkpoints that stay, besides the permanent ones
+    permanent_interval_steps: int | None = None  # checkpoints at multiples of this are never deleted
+    save_steps: tuple[int, ...] = ()  # further steps to save at, never deleted
+    async_save: bool = True  # write beside training, from a copy in host memory
+
+    def __post_init__(self) -> None:
+        for key in ("interval_steps", "keep_last", "permanent_interval_steps"):
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                raise ConfigError(f"checkpoint.{key}", f"must be at least 1, got {value}")
+
+    def is_due(self, step: int) -> bool:
+        return step % self.interval_steps == 0 or self.is_permanent(step)
+
+    def is_permanent(self, step: int) -> bool:
+        every = self.permanent_interval_steps
+        return step in self.save_steps or (every is not None and step % every == 0)
+
+
+def folder_of(run_dir: Path, step: int) -> Path:
+    return run_dir / "checkpoints" / f"step-{step:07d}"
+
+
+def committed(run_dir: Path) -> dict[int, Path]:
+    """{step: folder} of the committed checkpoints of a run, oldest first."""
+    root = run_dir / "checkpoints"
+    found = {int(m[1]): path for path in root.glob("step-*") if (m := FOLDER.fullmatch(path.name)) and path.is_dir()}
+    return dict(sorted(found.items()))
+
+
+def newest(run_dir: Path) -> Path | None:
+    """The newest checkpoint that verifies; None when the run has none at all.
+
+    Damaged ones are named in a warning and left alone. Raises CheckpointError when there are some and none verifies.
+    """
+    folders = committed(run_dir)
+    for folder in reversed(folders.values()):
+        problems = problems_of(folder)
+        if not problems:
+            return folder
+        log.warning("%s is damaged and passed over: %s", folder, "; ".join(problems))
+    if folders:
+        raise CheckpointError(
+            run_dir / "checkpoints",
+            f"none of the {len(folders)} checkpoints verifies; restore one or choose another run_dir",
+        )
+    return None
+
+
+def newest_folder(run_dir: Path) -> Path | None:
+    """The newest committed checkpoint, unverified."""
+    return next(reversed(committed(run_dir).values()), None)
+
+
+def resolve(path: Path) -> Path:
+    """The checkpoint folder that a user means: itself, or the newest of a run_dir. Raises CheckpointError."""
+    if (path / "MANIFEST.json").is_file():
+        problems = problems_of(path)
+        if problems:
+            raise CheckpointError(path, f"is damaged: {'; '.join(problems)}")
+        return path
+    folder = newest(path) if path.is_dir() else None
+    if folder is None:
+        raise CheckpointError(path, "is neither a checkpoint folder nor a run_dir with a checkpoint")
+    return folder
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "state.json").read_text())
+
+
+def load_model(folder: str | Path) -> Transformer:
+    """The Transformer of a checkpoint folder, or of a run_dir's newest: fp32, on the CPU, in eval mode.
+
+    Raises CheckpointError when the folder is damaged or does not hold this model's weights.
+    """
+    folder = resolve(Path(folder))
+    shape = configuration.build(ModelConfig, configuration.read([folder / "config.yaml"])["model"], "model")
+    with torch.device("meta"):
+        model = Transformer(shape)
+    model.to_empty(device="cpu")
+    wanted = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
+    _read_tensors(folder, wanted, prefix="model.", group=None)
+    return model.eval()
+
+
+def load(folder: Path, model: Transformer, optimizer: torch.optim.Optimizer, world: World) -> dict[str, Any]:
+    """Fill the model and the optimizer, sharded in any way, from a checkpoint; gives its state.json."""
+    state = read_state(folder)
+    _read_tensors(folder, state_tensors(model, optimizer), prefix="", group=world.control_group)
+    for values in optimizer.state.values():
+        values["step"].fill_(state["optimizer_steps"])
+    return state
+
+
+def state_tensors(model: Transformer, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """{name: tensor} of all that a checkpoint keeps as tensors. The optimizer's count of its updates is the same for
+    every weight and goes to state.json."""
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        tensors[f"model.{name}"] = parameter.detach()
+        for key, value in optimizer.state[parameter].items():
+            if key != "step":
+                tensors[f"optim.{name}.{key}"] = value
+    return tensors
+
+
+def _read_tensors(folder: Path, wanted: dict[str, Tensor], prefix: str, group: Any) -> None:
+    """Read tensors in place. Names and shapes must match both ways among those that start with `prefix`."""
+    reader = HuggingFaceStorageReader(str(folder))
+    stored = {
+        name: tuple(entry.size) for name, entry in reader.read_metadata().state_dict_metadata.items() if name.startswith(prefix)
+    }
+    shapes = {name: tuple(tensor.shape) for name, tensor in wanted.items()}
+    for name in sorted(stored.keys() | shapes.keys()):
+        if stored.get(name) != shapes.get(name):
+            raise CheckpointError(
+                folder,
+                f"{name} is {stored.get(name, 'absent')} in the checkpoint and {shapes.get(name, 'absent')} in this run",
+            )
+    dcp.load(wanted, storage_reader=HuggingFaceStorageReader(str(folder)), process_group=group, no_dist=group is None)
+
+
+class Checkpointer:
+    """Writes a run's checkpoints, one at a time, and deletes those that the configuration no longer keeps."""
+
+    def __init__(self, run_dir: Path, config: CheckpointConfig, world: World, files: dict[str, bytes]):
+        """`files` go into every checkpoint as they are: the configuration, the tokenizer."""
+        self.run_dir, self.config, self.world, self.files = run_dir, config, world, files
+        # A snapshot in host memory is a DTensor of a mesh of hosts.
+        on_host = world.device.type == "cpu"
+        self._mesh = world.mesh if on_host else DeviceMesh("cpu", world.mesh.mesh, mesh_dim_names=world.mesh.mesh_dim_names)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future | None = None
+
+    def save(self, step: int, model: Transformer, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> float:
+        """Save the state after update `step`; gives the seconds for which training stood still.
+
+        With async_save the files are written beside training; the next save, `wait` and `check` raise what went wrong.
+        """
+        started = time.perf_counter()
+        self.wait()
+        state = {**state, "step": step, "optimizer_steps": self._optimizer_steps(optimizer)}
+        snapshot = {name: self._on_host(tensor) for name, tensor in state_tensors(model, optimizer).items()}
+        self._pending = self._thread.submit(self._write, step, snapshot, state)
+        if not self.config.async_save:
+            self.wait()
+        return time.perf_counter() - started
+
+    def check(self) -> None:
+        """Raise the error of a save that has failed meanwhile; never waits."""
+        if self._pending is not None and self._pending.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Until the last save is committed; raises CheckpointError when it was not."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def close(self) -> None:
+        self._thread.shutdown(wait=True)
+
+    def _optimizer_steps(self, optimizer: torch.optim.Optimizer) -> int:
+        return int(next(iter(optimizer.state.values()))["step"].item())
+
+    def _on_host(self, tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, DTensor):
+            return tensor.detach().to("cpu", copy=True)
+        local = tensor.to_local().detach().to("cpu", copy=True)
+        return DTensor.from_local(
+            local, self._mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
+        )
+
+    def _write(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        """In the thread, on every rank: write, agree that all is written, let rank 0 commit and prune."""
+        final = folder_of(self.run_dir, step)
+        temporary = final.with_name(f".{final.name}.tmp")
+        group, problem = self.world.background_group, None
+        if self.world.is_main:
+            shutil.rmtree(temporary, ignore_errors=True)  # of a save that died
+            temporary.mkdir(parents=True)
+        dist.barrier(group=group)
+        writer = _HashingWriter(str(temporary))
+        dcp.save(tensors, storage_writer=writer, process_group=group)
+        entries: list[dict] = [{}] * self.world.size
+        dist.all_gather_object(entries, writer.entries, group=group)
+        if self.world.is_main:
+            try:
+                self._commit(step, temporary, final, state, {name: e for part in entries for name, e in part.items()})
+            except OSError as error:
+                problem = f"could not be committed: {error}"
+        outcome = [problem]
+        dist.broadcast_object_list(outcome, src=0, group=group)
+        if outcome[0] is not None:
+            raise CheckpointError(final, outcome[0])
+
+    def _commit(self, step: int, temporary: Path, final: Path, state: dict, entries: dict[str, dict]) -> None:
+        for name, content in {"state.json": json.dumps(state, indent=1).encode(), **self.files}.items():
+            entries[name] = write_file(temporary / name, content)
+        if final.exists():  # a damaged one that loading passed over, now computed again
+            remove_folder(final)
+        commit_folder(temporary, final, entries)
+        self._prune()
+
+    def _prune(self) -> None:
+        """Delete all but the newest keep_last that are not permanent, and what saves that died have left."""
+        folders = committed(self.run_dir)
+        passing = [step for step in folders if not self.config.is_permanent(step)]
+        for step in passing[: -self.config.keep_last]:
+            remove_folder(folders[step])
+        for leftover in (self.run_dir / "checkpoints").glob(".step-*"):
+            remove_folder(leftover)
+
+
+class _HashingWriter(HuggingFaceStorageWriter):
+    """torch's safetensors writer, one file a rank, that also notes size and hash of the bytes it is about to write."""
+
+    def __init__(self, path: str):
+        super().__init__(path, save_distributed=True)
+        self.fs = _HashingFileSystem()
+
+    @property
+    def entries(self) -> dict[str, dict[str, Any]]:
+        """{file name: manifest entry} of what this rank has written."""
+        return self.fs.entries
+
+
+class _HashingFileSystem(FileSystem):
+    def __init__(self) -> None:
+        super().__init__()
+        self.entries: dict[str, dict[str, Any]] = {}
+
+    @contextmanager
+    def create_stream(self, path, mode):
+        with super().create_stream(path, mode) as stream:
+            hashing = _HashingStream(stream)
+            yield hashing
+            self.entries[Path(path).name] = {"size": hashing.size, "sha256": hashing.digest.hexdigest()}
+
+
+class _HashingStream:
+    def __init__(self, stream):
+        self._stream, self.size, self.digest = stream, 0, hashlib.sha256()
+
+    def write(self, content) -> int:
+        self.digest.update(content)
+        self.size += len(content)
+        return self._stream.write(content)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)

@@ -1,0 +1,93 @@
+"""What a person sees while a run trains: a progress bar in a terminal, plain lines anywhere else."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+
+class Console:
+    """Shows each logged line. Made on rank 0 only."""
+
+    def __init__(self, run_dir: str, first_step: int, total_steps: int):
+        self.total_steps, self.first_step, self.started = total_steps, first_step, time.perf_counter()
+        self.progress = None
+        if sys.stdout.isatty():
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            columns = [
+                TextColumn("[bold]{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[now]}"),
+            ]
+            self.progress = Progress(*columns)
+            self.task = self.progress.add_task(run_dir, completed=first_step, total=total_steps, now="")
+            self.progress.start()
+
+    def say(self, text: str) -> None:
+        """A line above the bar."""
+        if self.progress is not None:
+            self.progress.console.print(text, highlight=False)
+        else:
+            print(text, flush=True)
+
+    def step(self, step: int) -> None:
+        if self.progress is not None:
+            self.progress.update(self.task, completed=step)
+
+    def log(self, step: int, metrics: dict[str, Any]) -> None:
+        if "train/CrossEntropyLoss" in metrics:
+            line = train_line(metrics)
+            left = (time.perf_counter() - self.started) / max(step - self.first_step, 1) * (self.total_steps - step)
+            if self.progress is not None:
+                self.progress.update(self.task, now=line)
+            else:
+                print(
+                    f"step {step:>{len(str(self.total_steps))}}/{self.total_steps}  {line}  left {duration(left)}",
+                    flush=True,
+                )
+        losses = {
+            key.split("/")[1]: value
+            for key, value in metrics.items()
+            if key.startswith("eval/") and key.endswith("/CrossEntropyLoss")
+        }
+        if losses:
+            self.say(f"step {step} validation loss  " + "  ".join(f"{label} {loss:.4f}" for label, loss in losses.items()))
+
+    def close(self) -> None:
+        if self.progress is not None:
+            self.progress.stop()
+
+
+def train_line(metrics: dict[str, Any]) -> str:
+    """`loss 4.8123  lr 2.1e-03  grad 0.84  12.3k tokens/s`, and what was skipped."""
+    parts = [
+        f"loss {metrics['train/CrossEntropyLoss']:.4f}",
+        f"lr {metrics['optim/learning_rate_group0']:.2e}",
+        f"grad {metrics['optim/total_grad_norm']:.2f}",
+        f"{short(metrics['throughput/tokens_per_second'])} tokens/s",
+    ]
+    if metrics.get("throughput/mfu"):
+        parts.append(f"mfu {metrics['throughput/mfu']:.1%}")
+    if metrics["skipped"]:
+        parts.append(f"skipped {metrics['skipped']}")
+    return "  ".join(parts)
+
+
+def short(number: float) -> str:
+    """12345.0 -> 12.3k"""
+    for unit in ("", "k", "M", "G", "T"):
+        if abs(number) < 1000 or unit == "T":
+            return f"{number:.3g}{unit}"
+        number /= 1000
+    raise AssertionError("unreachable")
+
+
+def duration(seconds: float) -> str:
+    """3725 -> 1:02:05"""
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

@@ -1,0 +1,125 @@
+"""Batches as tensors, read ahead by a thread. It holds no state worth saving: it starts at any step."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from olmo_train.data.mixture import Mixture
+from olmo_train.data.shards import TokenSource
+
+IGNORE = -100  # a label that is not scored
+AHEAD = 4  # batches read before they are asked for
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The rows of one rank."""
+
+    input_ids: Tensor  # (rows, T) int64
+    labels: Tensor  # (rows, T) int64, IGNORE where nothing is scored
+    sources: Tensor  # (rows,) int64, index into the mixture's names
+    sample_hash: str  # of the global batch
+
+    def micro_batches(self, rows: int) -> Iterator[Batch]:
+        for start in range(0, len(self.input_ids), rows):
+            part = slice(start, start + rows)
+            yield Batch(self.input_ids[part], self.labels[part], self.sources[part], self.sample_hash)
+
+    def to(self, device: torch.device) -> Batch:
+        moved = (tensor.to(device, non_blocking=True) for tensor in (self.input_ids, self.labels, self.sources))
+        return Batch(*moved, self.sample_hash)
+
+
+def read_batch(mixture: Mixture, step: int, rank: int, world_size: int) -> Batch:
+    """The rows of `rank` in step `step`: an equal, contiguous part of the global batch."""
+    whole = mixture.global_batch(step)
+    rows = mixture.global_batch_size // world_size
+    mine = whole[rank * rows : (rank + 1) * rows]
+    tokens = torch.from_numpy(mixture.read(mine))
+    input_ids, labels = split_labels(tokens, mixture.read_label_mask(mine), mixture.shifted)
+    return Batch(input_ids, labels, torch.from_numpy(mine.source), mixture.sample_hash(whole))
+
+
+def split_labels(tokens: Tensor, mask: np.ndarray | None, shifted: bool) -> tuple[Tensor, Tensor]:
+    """(input_ids, labels) of instances: each token's label is the next one; with `shifted` the last has none."""
+    if mask is None and not shifted:
+        return tokens[:, :-1], tokens[:, 1:]
+    labels = tokens.clone() if mask is None else tokens.masked_fill(torch.from_numpy(mask) == 0, IGNORE)
+    if shifted:
+        return tokens, torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE)
+    return tokens[:, :-1], labels[:, 1:]
+
+
+class Loader:
+    """Iterates over this rank's batches of steps first_step, first_step + 1, ... for ever; `close` ends its thread."""
+
+    def __init__(self, mixture: Mixture, rank: int, world_size: int, device: torch.device, first_step: int):
+        self.mixture, self.rank, self.world_size, self.device = mixture, rank, world_size, device
+        self._ready: queue.Queue[Batch | BaseException] = queue.Queue(maxsize=AHEAD)
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._run, args=(first_step,), name="loader", daemon=True)
+        self._thread.start()
+
+    def __iter__(self) -> Loader:
+        return self
+
+    def __next__(self) -> Batch:
+        item = self._ready.get()
+        if isinstance(item, BaseException):
+            raise item
+        return item.to(self.device)
+
+    def close(self) -> None:
+        self._closed.set()
+        while self._thread.is_alive():
+            try:
+                self._ready.get(timeout=0.05)  # make room for a thread that waits to put
+            except queue.Empty:
+                pass
+        self._thread.join()
+
+    def _run(self, step: int) -> None:
+        try:
+            while not self._closed.is_set():
+                batch = read_batch(self.mixture, step, self.rank, self.world_size)
+                self._ready.put(self._pinned(batch))
+                step += 1
+        except BaseException as problem:  # the loop raises it where the batch was asked for
+            self._ready.put(problem)
+
+    def _pinned(self, batch: Batch) -> Batch:
+        if self.device.type != "cuda":
+            return batch
+        pinned = (tensor.contiguous().pin_memory() for tensor in (batch.input_ids, batch.labels, batch.sources))
+        return Batch(*pinned, batch.sample_hash)
+
+
+def validation_batches(
+    source: TokenSource, seq_len: int, rows: int, rank: int, world_size: int, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """(input_ids, labels) of one validation source, in the order of its stream, every token a target once.
+
+    All ranks get the same number of batches of the same shape (rows, seq_len), as sharded models need; rows beyond the
+    source's end are unscored, so that sums over ranks are exact for every world size.
+    """
+    instances = -(-(source.n_tokens - 1) // seq_len)
+    for first in range(0, instances, rows * world_size):
+        tokens = np.zeros((rows, seq_len + 1), dtype=np.int64)
+        scored = np.zeros((rows, seq_len + 1), dtype=np.uint8)
+        for row in range(rows):
+            start = (first + rank * rows + row) * seq_len
+            length = min(seq_len + 1, source.n_tokens - start)
+            if length > 1:
+                source.read(start, tokens[row, :length])
+                scored[row, :length] = 1
+                if source.has_label_mask:
+                    source.read_label_mask(start, scored[row, :length])
+        input_ids, labels = split_labels(torch.from_numpy(tokens), scored, shifted=False)
+        yield input_ids.to(device), labels.to(device)

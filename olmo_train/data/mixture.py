@@ -1,0 +1,141 @@
+"""The data of a run: its sources opened, its order made. Any step's global batch can be named and read, in any order.
+
+Needs numpy alone, so that a run can be inspected on a machine without torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from olmo_train.data.order import ORDERS, PERIOD, Mixed, OlmoOrder, PermutedOrder, quotas
+from olmo_train.data.shards import SourceConfig, TokenSource, open_source
+from olmo_train.errors import ConfigError, DataError, check_choice
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """A change of the mix while the run goes on, such as annealing on better text."""
+
+    from_step: int  # the first step of the new mix
+    weights: dict[str, float]  # of every source, by name; a source that is not named gets 0
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    sources: dict[str, SourceConfig] = field(default_factory=dict)
+    order: str = "permute"  # permute: keyed permutations and weights; olmo: allenai/OLMo's own shuffle
+    seed: int | None = None  # of the order; null: the run's seed
+    eos_id: int | None = None  # end of a document in raw files; prepared folders know theirs
+    stages: tuple[StageConfig, ...] = ()
+    validation: dict[str, SourceConfig] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_choice("data.order", self.order, ORDERS)
+        if not self.sources:
+            raise ConfigError("data.sources", "names no data; set data.sources.NAME.path to a prepared folder or token file")
+        if self.order == "olmo" and (self.stages or len({source.weight for source in self.sources.values()}) > 1):
+            raise ConfigError("data.order", "'olmo' reads all sources as one list, so weights and stages need order: permute")
+        for stage, (start, weights) in enumerate(self.mixes()):
+            self._check_mix(f"data.stages.{stage - 1}" if stage else "data.sources", start, weights)
+        starts = [start for start, _ in self.mixes()]
+        if starts != sorted(set(starts)):
+            raise ConfigError("data.stages", f"must rise from a step above 1, got from_step {starts[1:]}")
+
+    def mixes(self) -> list[tuple[int, list[float]]]:
+        """[(first step, weight of each source)], the first at step 1."""
+        first = (1, [source.weight for source in self.sources.values()])
+        return [first, *((s.from_step, [s.weights.get(name, 0.0) for name in self.sources]) for s in self.stages)]
+
+    def _check_mix(self, where: str, start: int, weights: list[float]) -> None:
+        for stage in self.stages:
+            for name in stage.weights:
+                check_choice(f"{where}.weights", name, self.sources)
+        if min(weights) < 0 or sum(weights) <= 0:
+            raise ConfigError(where, f"weights must not be negative and must not all be 0, got {weights}")
+        for name, weight, places in zip(self.sources, weights, quotas(weights), strict=True):
+            if weight > 0 and places == 0:
+                raise ConfigError(
+                    where,
+                    f"the weight of {name}, {weight} of {sum(weights)}, is below one in {PERIOD}; raise it or use 0",
+                )
+
+
+class Mixture:
+    """Opened sources and their order: names, reads and hashes the global batch of any step."""
+
+    def __init__(self, config: DataConfig, seed: int, global_batch_size: int, seq_len: int, vocab_size: int):
+        """Raises DataError when a source cannot be read or is too small."""
+        self.global_batch_size, self.seq_len = global_batch_size, seq_len
+        self.sources = [open_source(name, source, vocab_size, config.eos_id) for name, source in config.sources.items()]
+        self.names = [source.name for source in self.sources]
+        self.shifted = config.order == "olmo"  # an instance is seq_len tokens, the last of which has no label
+        self.sizes = [self._instances_of(source) for source in self.sources]
+        seed = seed if config.seed is None else config.seed
+        if self.shifted:
+            self._check_size(sum(self.sizes), global_batch_size, ", ".join(self.names))
+            self.order = OlmoOrder(self.sizes, global_batch_size, seed)
+        else:
+            for name, size in zip(self.names, self.sizes, strict=True):
+                self._check_size(size, 1, name)
+            stages = [((step - 1) * global_batch_size, weights) for step, weights in config.mixes()]
+            self.order = PermutedOrder(self.names, self.sizes, stages, seed)
+
+    @property
+    def fingerprint(self) -> dict[str, str]:
+        """{source: hash of its contents}: what a resumed run compares."""
+        return {source.name: source.fingerprint for source in self.sources}
+
+    def global_batch(self, step: int) -> Mixed:
+        """The instances of step `step`, counted from 1, in the order of rows."""
+        first = (step - 1) * self.global_batch_size
+        return self.order.at(np.arange(first, first + self.global_batch_size))
+
+    def sample_hash(self, batch: Mixed) -> str:
+        """sha256 of the batch's sorted (source, instance) pairs: equal for equal batches, whatever the order of rows."""
+        pairs = sorted((self.names[s], int(i)) for s, i in zip(batch.source, batch.instance, strict=True))
+        return hashlib.sha256("".join(f"{name}\t{instance}\n" for name, instance in pairs).encode()).hexdigest()
+
+    def span(self, source: int, instance: int) -> tuple[int, int]:
+        """[start, end) of an instance in its source's stream of tokens."""
+        if not self.shifted:
+            start = instance * self.seq_len
+            return start, start + self.seq_len + 1
+        # OLMo cuts each file by itself and drops the rest of it.
+        starts = self.sources[source].starts
+        before = np.concatenate(([0], np.cumsum(np.diff(starts) // self.seq_len)))
+        file = int(np.searchsorted(before, instance, side="right")) - 1
+        start = int(starts[file]) + (instance - int(before[file])) * self.seq_len
+        return start, start + self.seq_len
+
+    def read(self, batch: Mixed) -> np.ndarray:
+        """Token ids of these instances, (rows, seq_len + 1) int64; seq_len columns with order: olmo."""
+        tokens = np.empty((len(batch), self.seq_len + (not self.shifted)), dtype=np.int64)
+        for row, (source, instance) in enumerate(zip(batch.source.tolist(), batch.instance.tolist(), strict=True)):
+            self.sources[source].read(self.span(source, instance)[0], tokens[row])
+        return tokens
+
+    def read_label_mask(self, batch: Mixed) -> np.ndarray | None:
+        """1 for each token that is scored when it is a label, like `read` in shape, uint8; None when all are."""
+        if not any(source.has_label_mask for source in self.sources):
+            return None
+        mask = np.ones((len(batch), self.seq_len + (not self.shifted)), dtype=np.uint8)
+        for row, (source, instance) in enumerate(zip(batch.source.tolist(), batch.instance.tolist(), strict=True)):
+            if self.sources[source].has_label_mask:
+                self.sources[source].read_label_mask(self.span(source, instance)[0], mask[row])
+        return mask
+
+    def _instances_of(self, source: TokenSource) -> int:
+        if self.shifted:
+            return int((np.diff(source.starts) // self.seq_len).sum())
+        return max(source.n_tokens - 1, 0) // self.seq_len
+
+    def _check_size(self, size: int, needed: int, name: str) -> None:
+        if size < needed:
+            files = ", ".join(str(file) for file in sorted({s.files[0] for s in self.sources if s.name in name.split(", ")}))
+            raise DataError(
+                f"data.sources.{name}",
+                f"{size} instances of {self.seq_len} tokens in {files}, at least {needed} are needed",
+            )

@@ -1,0 +1,220 @@
+"""What is in which step: pure functions of (seed, step), numpy alone, no index file, no state.
+
+The one idea: a keyed permutation. A Feistel network keyed by (seed, source, epoch) is a bijection of [0, n) that needs no
+memory and runs backwards too. So "what was in step 12345" and "which step saw instance 9" are arithmetic, a run resumes
+from its step alone, and every world size agrees.
+
+Words: a *place* is a row of the run's endless list of instances, place = (step - 1) * global_batch_size + row. A *period*
+is PERIOD places in a row, in which every source has exactly its share. A *visit* is the k-th place of a source, counted
+over the whole run; it falls in epoch k // n of the source's n instances.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+PERIOD = 10_000  # places in which shares are exact, so weights are kept to four decimals
+KEPT_TABLES = 8  # periods whose mix is kept computed: a global batch lies in one or two
+ROUNDS = 8  # of the Feistel network; four already pass for random, eight cost microseconds
+
+
+def key_of(*parts: object) -> np.ndarray:
+    """ROUNDS 64-bit round keys that depend on every part."""
+    digest = b"".join(hashlib.sha256(f"{part_index}:{parts!r}".encode()).digest() for part_index in range(ROUNDS // 4))
+    return np.frombuffer(digest, dtype="<u8")
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """The finalizer of SplitMix64 (Steele et al. 2014): every bit of the input reaches every bit of the output."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def _feistel(x: np.ndarray, key: np.ndarray, bits: int, backwards: bool) -> np.ndarray:
+    """A bijection of [0, 2^bits): in turn, one half is changed by a function of the other, which is undone by the same."""
+    low_bits = np.uint64(bits // 2)
+    low_mask = (np.uint64(1) << low_bits) - np.uint64(1)
+    high_mask = (np.uint64(1) << np.uint64(bits - bits // 2)) - np.uint64(1)
+    low, high = x & low_mask, x >> low_bits
+    for turn in reversed(range(ROUNDS)) if backwards else range(ROUNDS):
+        if turn % 2:
+            low = low ^ (_mix(high + key[turn]) & low_mask)
+        else:
+            high = high ^ (_mix(low + key[turn]) & high_mask)
+    return (high << low_bits) | low
+
+
+def permute(x: np.ndarray, n: int, key: np.ndarray, backwards: bool = False) -> np.ndarray:
+    """Where a keyed permutation of [0, n) sends each of x; `backwards` gives its inverse. x (any shape) -> int64.
+
+    The network permutes the next power of two; a value that lands outside [0, n) walks on along its cycle until it is
+    inside (Black and Rogaway 2002), fewer than two steps on average.
+    """
+    bits = max((n - 1).bit_length(), 1)
+    result = np.asarray(x).astype(np.uint64)
+    shape, result = result.shape, result.ravel()
+    outside = np.arange(result.size)
+    with np.errstate(over="ignore"):
+        while outside.size:
+            result[outside] = _feistel(result[outside], key, bits, backwards)
+            outside = outside[result[outside] >= n]
+    return result.astype(np.int64).reshape(shape)
+
+
+def quotas(weights: Sequence[float], period: int = PERIOD) -> np.ndarray:
+    """Places of each source in one period, (sources,) int64, adding up to `period`: largest remainders."""
+    exact = np.asarray(weights, dtype=np.float64) / np.sum(weights) * period
+    places = np.floor(exact).astype(np.int64)
+    largest = np.argsort(-(exact - places), kind="stable")[: period - places.sum()]
+    places[largest] += 1
+    return places
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """Instances as arrays of one length, in the order of places."""
+
+    source: np.ndarray  # int64, index into the sources
+    instance: np.ndarray  # int64, within the source
+    epoch: np.ndarray  # int64, how often the source has been read through before
+
+    def __getitem__(self, rows: slice | np.ndarray) -> Mixed:
+        return Mixed(self.source[rows], self.instance[rows], self.epoch[rows])
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+
+class PermutedOrder:
+    """`order: permute`: sources mixed by weight, each through its own permutation of each of its epochs.
+
+    sizes: instances of each source. stages: [(first place, weights)], the first at place 0; later ones change the mix
+    from their place on. The order does not depend on the length of the run.
+    """
+
+    def __init__(self, names: Sequence[str], sizes: Sequence[int], stages: Sequence[tuple[int, Sequence[float]]], seed: int):
+        self.names, self.sizes, self.seed = list(names), np.asarray(sizes, dtype=np.int64), seed
+        self.starts = np.array([start for start, _ in stages], dtype=np.int64)
+        self.quotas = [quotas(weights) for _, weights in stages]
+        self._tables: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}
+        self.visited = [np.zeros(len(names), dtype=np.int64)]  # visits of each source before each stage
+        for stage, (start, end) in enumerate(zip(self.starts, self.starts[1:], strict=False)):
+            self.visited.append(self.visited[-1] + self._count(stage, end - start))
+
+    def at(self, places: np.ndarray) -> Mixed:
+        """The instances at these places (any 1-D array of int64)."""
+        source, visit = self._visits(places)
+        epoch, position = np.divmod(visit, self.sizes[source])
+        instance = np.empty_like(position)
+        for s in np.unique(source):
+            for e in np.unique(epoch[source == s]):
+                rows = (source == s) & (epoch == e)
+                instance[rows] = permute(position[rows], int(self.sizes[s]), self._epoch_key(int(s), int(e)))
+        return Mixed(source, instance, epoch)
+
+    def places_of(self, source: int, instance: int, last_place: int) -> np.ndarray:
+        """Every place below `last_place` at which the instance is read: one an epoch."""
+        n, places = int(self.sizes[source]), []
+        for epoch in range(int(-(-self.visits_before(last_place)[source] // n))):
+            position = permute(np.array([instance]), n, self._epoch_key(source, epoch), backwards=True)[0]
+            places.append(self._place_of_visit(source, epoch * n + int(position)))
+        return np.array([place for place in places if place < last_place], dtype=np.int64)
+
+    def visits_before(self, place: int) -> np.ndarray:
+        """How often each source is read before this place, (sources,): divided by its size, its epochs."""
+        stage = int(np.searchsorted(self.starts, place, side="right")) - 1
+        return self.visited[stage] + self._count(stage, place - int(self.starts[stage]))
+
+    def _visits(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(source, visit) of each place."""
+        places = np.asarray(places, dtype=np.int64)
+        source, visit = np.empty_like(places), np.empty_like(places)
+        stage_of = np.searchsorted(self.starts, places, side="right") - 1
+        period_of, offset = np.divmod(places - self.starts[stage_of], PERIOD)
+        for stage, period in {(int(s), int(p)) for s, p in zip(stage_of, period_of, strict=True)}:
+            rows = (stage_of == stage) & (period_of == period)
+            owner, nth = self._table(stage, period)
+            source[rows] = owner[offset[rows]]
+            before = self.visited[stage] + period * self.quotas[stage]
+            visit[rows] = before[source[rows]] + nth[offset[rows]]
+        return source, visit
+
+    def _place_of_visit(self, source: int, visit: int) -> int:
+        # The last stage that starts at or before this visit. A stage without the source starts at the same visit as
+        # the next one, so it is passed over.
+        stage = max(s for s, visited in enumerate(self.visited) if visited[source] <= visit and self.quotas[s][source])
+        period, nth = divmod(visit - int(self.visited[stage][source]), int(self.quotas[stage][source]))
+        offset = np.flatnonzero(self._table(stage, period)[0] == source)[nth]
+        return int(self.starts[stage]) + period * PERIOD + int(offset)
+
+    def _count(self, stage: int, length: int) -> np.ndarray:
+        """Visits of each source in the first `length` places of a stage."""
+        periods, rest = divmod(int(length), PERIOD)
+        part = np.bincount(self._table(stage, periods)[0][:rest], minlength=len(self.names))
+        return periods * self.quotas[stage] + part
+
+    def _table(self, stage: int, period: int) -> tuple[np.ndarray, np.ndarray]:
+        """(source of each place of the period, how many places of that source come before it in the period)."""
+        if (stage, period) not in self._tables:
+            slots = permute(np.arange(PERIOD), PERIOD, key_of("period", self.seed, stage, period))
+            owner = np.searchsorted(np.cumsum(self.quotas[stage]), slots, side="right")
+            by_owner = np.argsort(owner, kind="stable")
+            nth = np.empty(PERIOD, dtype=np.int64)
+            nth[by_owner] = np.arange(PERIOD) - np.repeat(np.cumsum(self.quotas[stage]) - self.quotas[stage], self.quotas[stage])
+            if len(self._tables) >= KEPT_TABLES:
+                del self._tables[next(iter(self._tables))]  # the oldest
+            self._tables[stage, period] = owner, nth
+        return self._tables[stage, period]
+
+    def _epoch_key(self, source: int, epoch: int) -> np.ndarray:
+        return key_of("epoch", self.seed, self.names[source], epoch)
+
+
+class OlmoOrder:
+    """`order: olmo`: allenai/OLMo's own shuffle, bit for bit (olmo/data/iterable_dataset.py).
+
+    All sources in a row are one list of instances. Epoch e is that list shuffled by PCG64(seed + e); what does not fill
+    a global batch at its end is dropped. It needs four bytes of memory an instance, as it does there.
+    """
+
+    def __init__(self, sizes: Sequence[int], global_batch_size: int, seed: int):
+        self.ends, self.seed = np.cumsum(sizes), seed
+        self.epoch_places = int(self.ends[-1]) // global_batch_size * global_batch_size
+        self._shuffled: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.uint32))
+
+    def at(self, places: np.ndarray) -> Mixed:
+        epoch, position = np.divmod(np.asarray(places, dtype=np.int64), self.epoch_places)
+        flat = np.empty_like(position)
+        for e in np.unique(epoch):
+            flat[epoch == e] = self._shuffle(int(e))[position[epoch == e]]
+        source = np.searchsorted(self.ends, flat, side="right")
+        return Mixed(source, flat - np.concatenate(([0], self.ends))[source], epoch)
+
+    def places_of(self, source: int, instance: int, last_place: int) -> np.ndarray:
+        flat = instance + (int(self.ends[source - 1]) if source else 0)
+        places = []
+        for epoch in range(-(-last_place // self.epoch_places)):
+            position = int(np.flatnonzero(self._shuffle(epoch) == flat)[0])
+            if position < self.epoch_places:  # else it was dropped in this epoch
+                places.append(epoch * self.epoch_places + position)
+        return np.array([place for place in places if place < last_place], dtype=np.int64)
+
+    def visits_before(self, place: int) -> np.ndarray:
+        """Mean visits of each source before this place: exact at an epoch's end."""
+        sizes = np.diff(self.ends, prepend=0)
+        return sizes * place // int(self.ends[-1])
+
+    def _shuffle(self, epoch: int) -> np.ndarray:
+        if self._shuffled[0] != epoch:
+            indices = np.arange(self.ends[-1], dtype=np.uint32)
+            np.random.Generator(np.random.PCG64(self.seed + epoch)).shuffle(indices)
+            self._shuffled = (epoch, indices)
+        return self._shuffled[1]
+
+
+ORDERS = ("permute", "olmo")

@@ -1,0 +1,53 @@
+"""Loss on held-out tokens, and the unigram model that any language model must beat."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from olmo_train.data.loader import IGNORE
+from olmo_train.data.shards import TokenSource
+
+
+@torch.no_grad()
+def loss_sums(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], stop: Callable[[], int] = lambda: 0) -> Tensor:
+    """(2,) float64 on the model's device: summed loss in nats and scored tokens of (input_ids, labels) batches (B, T).
+
+    `stop` is asked between batches; the sums so far are returned when it says so.
+    """
+    sums = torch.zeros(2, dtype=torch.float64)
+    was_training = model.training
+    model.eval()
+    for input_ids, labels in batches:
+        sums = sums.to(input_ids.device)
+        sums[0] += model(input_ids, labels).double().sum()
+        sums[1] += (labels != IGNORE).sum()
+        if stop():
+            break
+    model.train(was_training)
+    return sums
+
+
+def token_counts(source: TokenSource, vocab_size: int, chunk: int = 1 << 22) -> np.ndarray:
+    """How often each id occurs in a source, (vocab_size,) int64."""
+    counts = np.zeros(vocab_size, dtype=np.int64)
+    for start in range(0, source.n_tokens, chunk):
+        tokens = np.empty(min(chunk, source.n_tokens - start), dtype=np.int64)
+        source.read(start, tokens)
+        counts += np.bincount(tokens, minlength=vocab_size)
+    return counts
+
+
+def unigram_loss(train_counts: np.ndarray, validation_counts: np.ndarray) -> float:
+    """Mean loss in nats of the model that knows how often each id occurs in training, plus one, and nothing else."""
+    probabilities = (train_counts + 1) / (train_counts.sum() + len(train_counts))
+    return float(-(validation_counts * np.log(probabilities)).sum() / max(validation_counts.sum(), 1))
+
+
+def bits_per_byte(loss_sum: float, n_bytes: int | None) -> float | None:
+    """Summed nats as bits per byte of the text; None where the bytes are not known."""
+    return loss_sum / math.log(2) / n_bytes if n_bytes else None

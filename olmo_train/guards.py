@@ -1,0 +1,116 @@
+"""What keeps a run from being poisoned, and what ends it in time: non-finite steps, stop signals, hangs."""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from olmo_train.errors import ConfigError, NonFiniteError, PeerError
+
+
+@dataclass(frozen=True)
+class GuardConfig:
+    max_skipped: int = 10  # stop after so many skipped steps in a row
+    hang_seconds: float = 600  # stop when no step ends for so long; 0: never
+
+    def __post_init__(self) -> None:
+        if self.max_skipped < 1:
+            raise ConfigError("guards.max_skipped", f"must be at least 1, got {self.max_skipped}")
+        if self.hang_seconds < 0:
+            raise ConfigError("guards.hang_seconds", f"must not be negative, got {self.hang_seconds}")
+
+
+def skip_if_not_finite(optimizer: torch.optim.Optimizer, loss: Tensor, grad_norm: Tensor) -> Tensor:
+    """Make the optimizer's next step an exact no-op when the loss or the gradient norm is not finite.
+
+    Weights, moments and the count of updates stay as they are. Gives 1.0 or 0.0, fp32, on the device: no host sync.
+    Both arguments are global, so every rank skips alike.
+    """
+    skipped = 1.0 - (torch.isfinite(loss) & torch.isfinite(grad_norm)).float()
+    optimizer.found_inf = skipped  # read by torch's fused optimizers
+    return skipped
+
+
+def check_skipped(in_a_row: int, config: GuardConfig, last_good: Path | None) -> None:
+    """Raise NonFiniteError when too many steps in a row were skipped."""
+    if in_a_row >= config.max_skipped:
+        kept = f"the last good checkpoint is {last_good}" if last_good else "there is no checkpoint yet"
+        raise NonFiniteError(
+            "guards.max_skipped",
+            f"{in_a_row} steps in a row had a non-finite loss or gradient and changed nothing; {kept}; "
+            "lower optim.peak_lr or look at the data of these steps with inspect-data",
+        )
+
+
+class StopSignals:
+    """Which stop signal this process has got, if any: SIGTERM, SIGINT or SIGUSR1. A second one ends it at once."""
+
+    NAMES = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+    def __init__(self) -> None:
+        self.received = 0  # the signal's number, 0 for none
+
+    @contextlib.contextmanager
+    def installed(self) -> Iterator[StopSignals]:
+        if threading.current_thread() is not threading.main_thread():
+            yield self  # Python takes signals in the main thread only: as a library in a thread, the caller's business
+            return
+        before = {name: signal.signal(name, self._receive) for name in self.NAMES}
+        try:
+            yield self
+        finally:
+            for name, handler in before.items():
+                signal.signal(name, handler)
+
+    def _receive(self, number: int, frame: object) -> None:
+        if self.received:
+            os._exit(128 + number)  # committed checkpoints are whole at any moment
+        self.received = number
+
+
+class Watchdog:
+    """Ends the process with exit code 6 when `beat` was not called for hang_seconds, leaving all Python stacks behind."""
+
+    def __init__(self, config: GuardConfig, run_dir: Path, rank: int):
+        self._seconds, self._folder, self._rank = config.hang_seconds, run_dir / "forensics" / "hang", rank
+        self._last, self._step = time.monotonic(), 0
+        self._closed = threading.Event()
+        if self._seconds:
+            threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+
+    def beat(self, step: int) -> None:
+        """Say that this rank is alive and where it is."""
+        self._last, self._step = time.monotonic(), step
+
+    def close(self) -> None:
+        self._closed.set()
+
+    def _watch(self) -> None:
+        while not self._closed.wait(min(1.0, self._seconds / 4)):
+            if time.monotonic() - self._last > self._seconds:
+                self._bark()
+
+    def _bark(self) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        stacks = self._folder / f"rank-{self._rank:04d}.txt"
+        with open(stacks, "w") as file:
+            file.write(f"rank {self._rank}: no progress for {self._seconds:g} s after step {self._step}\n")
+            file.flush()
+            faulthandler.dump_traceback(file, all_threads=True)
+        problem = PeerError(
+            "guards.hang_seconds",
+            f"rank {self._rank} made no progress for {self._seconds:g} s after step {self._step}; stacks are in {stacks}",
+        )
+        print(f"error: {problem}", file=sys.stderr, flush=True)
+        os._exit(problem.exit_code)

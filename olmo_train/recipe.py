@@ -1,0 +1,82 @@
+"""The configuration of a whole run, and what its numbers come to. The defaults are OLMo-7B's recipe."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from olmo_train.checkpoint import CheckpointConfig
+from olmo_train.data.mixture import DataConfig
+from olmo_train.errors import ConfigError
+from olmo_train.guards import GuardConfig
+from olmo_train.metrics import LogConfig
+from olmo_train.model.config import ModelConfig
+from olmo_train.optim import OptimConfig
+from olmo_train.parallel import ParallelConfig
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    interval_steps: int = 1000  # evaluate data.validation after every so many steps, and at the end
+
+    def __post_init__(self) -> None:
+        if self.interval_steps < 1:
+            raise ConfigError("eval.interval_steps", f"must be at least 1, got {self.interval_steps}")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A whole run. The defaults are OLMo-7B's recipe; only run_dir and data.sources must be named."""
+
+    run_dir: str  # everything that the run writes lies under it
+    data: DataConfig
+    seed: int = 6198  # of the weights, and of the data unless data.seed is set
+    total_steps: int | None = None  # updates
+    total_tokens: float | None = None  # instead of total_steps; neither: OLMo's 2e12
+    global_batch_size: int = 2048  # sequences a step, over all processes
+    micro_batch_size: int = 4  # sequences of one forward on one process
+    allow_changes: tuple[str, ...] = ()  # dotted keys that may differ from the checkpoint that is resumed
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    guards: GuardConfig = field(default_factory=GuardConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+    def __post_init__(self) -> None:
+        for key in ("global_batch_size", "micro_batch_size"):
+            if getattr(self, key) < 1:
+                raise ConfigError(key, f"must be at least 1, got {getattr(self, key)}")
+        if self.total_steps is not None and self.total_tokens is not None:
+            raise ConfigError(
+                "total_tokens",
+                f"{self.total_tokens:g} is given beside total_steps {self.total_steps}; name one of them",
+            )
+        if self.steps < 1:
+            raise ConfigError("total_steps" if self.total_tokens is None else "total_tokens", "must come to at least one step")
+        if self.optim.schedule != "constant" and self.optim.warmup_steps >= self.steps and self.total_steps is None:
+            raise ConfigError("optim.warmup_steps", f"{self.optim.warmup_steps} fills all {self.steps} steps; use fewer")
+
+    @property
+    def steps(self) -> int:
+        """Updates of the whole run."""
+        if self.total_steps is not None:
+            return self.total_steps
+        return math.ceil((self.total_tokens or 2e12) / self.tokens_per_step)
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.global_batch_size * self.model.seq_len
+
+    def check_world(self, size: int) -> None:
+        """Raises ConfigError when the global batch cannot be cut into equal micro-batches for `size` processes."""
+        unit = size * self.micro_batch_size
+        if self.global_batch_size % unit:
+            below = self.global_batch_size // unit * unit
+            way_out = f"{below} or {below + unit}" if below else f"{unit}, or a smaller micro_batch_size"
+            raise ConfigError(
+                "global_batch_size",
+                f"{self.global_batch_size} is not a multiple of world_size {size} x micro_batch_size "
+                f"{self.micro_batch_size} = {unit}; use {way_out}",
+            )

@@ -1,0 +1,43 @@
+"""What a resumed run may change: anything that leaves the training as it was; the rest only when it is allowed by name."""
+
+from __future__ import annotations
+
+import fnmatch
+from typing import Any
+
+from olmo_train.config import flatten
+from olmo_train.errors import ConfigError
+
+# Keys whose change does not alter which weights a step gives (up to the rounding of sums).
+HARMLESS = ("run_dir", "allow_changes", "micro_batch_size", "log.*", "checkpoint.*", "eval.*", "guards.*", "profile.*",
+            "parallel.shard", "parallel.replicas", "parallel.activation_checkpointing", "parallel.compile",
+            "data.validation.*", "data.validation",
+            "data.sources.*.path*",  # the contents are compared by their hashes
+            "total_steps", "total_tokens")  # a run may be made longer; see check_changes  # fmt: skip
+
+
+def check_changes(saved: dict[str, Any], now: dict[str, Any], allowed: tuple[str, ...]) -> None:
+    """Compare two resolved configurations. Raises ConfigError with the key and both values on a change that alters the
+    training and that `allowed` (dotted keys, or their beginnings) does not name."""
+    before, after = flatten(saved), flatten(now)
+    for key in sorted(before.keys() | after.keys()):
+        was, wanted = before.get(key), after.get(key)
+        named = any(key == name or key.startswith(name + ".") for name in allowed)
+        if was != wanted and not named and not any(fnmatch.fnmatchcase(key, pattern) for pattern in HARMLESS):
+            raise ConfigError(
+                key,
+                f"is {wanted!r} now and was {was!r} when this run was saved, which would train another model; "
+                f"set it back, choose another run_dir, or say allow_changes=[{key}]",
+            )
+
+
+def check_data(saved: dict[str, str], now: dict[str, str], allowed: tuple[str, ...]) -> None:
+    """Compare the hashes of the data. Raises ConfigError on a source whose contents differ."""
+    for name in sorted(saved.keys() & now.keys()):
+        key = f"data.sources.{name}"
+        if saved[name] != now[name] and not any(key == a or key.startswith(a + ".") for a in allowed):
+            raise ConfigError(
+                key,
+                f"the contents differ from those that this run was trained on (hash {now[name][:12]}, was {saved[name][:12]}); "
+                f"restore the files, choose another run_dir, or say allow_changes=[{key}]",
+            )

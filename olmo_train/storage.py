@@ -1,0 +1,130 @@
+"""Files that are whole or not there: how anything that must survive a crash is written.
+
+The one idea: write under another name, flush the file, flush the folder, rename, flush the parent. A folder that carries
+its final name is whole; its MANIFEST.json lists size and hash of every file, taken from the bytes in memory before they
+were written, so that a later read can tell what the disk did to them.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+from olmo_train.errors import ConfigError
+
+MANIFEST = "MANIFEST.json"
+CHUNK = 1 << 22  # bytes read at once when a file is hashed
+
+
+def flush_folder(folder: Path) -> None:
+    """Make the names in a folder survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_file(path: Path, content: bytes) -> dict[str, Any]:
+    """Write and flush a file; gives its manifest entry."""
+    entry = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    with open(path, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    return entry
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file so that a reader sees the old content or the new, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write_file(temporary, content)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    flush_folder(path.parent)
+
+
+def commit_folder(temporary: Path, final: Path, entries: dict[str, dict[str, Any]]) -> None:
+    """Turn a folder of flushed files into the whole folder `final`. `entries` is {file name: its manifest entry}."""
+    write_file(temporary / MANIFEST, json.dumps({"format": 1, "files": entries}, indent=1, sort_keys=True).encode())
+    flush_folder(temporary)
+    os.rename(temporary, final)
+    flush_folder(final.parent)
+
+
+def remove_folder(folder: Path) -> None:
+    """Delete a folder so that a crash in between leaves no half of it under its name. A symlink is never followed."""
+    if folder.is_symlink():
+        folder.unlink()
+        return
+    doomed = folder.with_name(f".{folder.name}.deleted") if not folder.name.startswith(".") else folder
+    if doomed != folder:
+        shutil.rmtree(doomed, ignore_errors=True)
+        os.rename(folder, doomed)
+    shutil.rmtree(doomed)
+
+
+def hash_file(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb", buffering=0) as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def problems_of(folder: Path) -> list[str]:
+    """What is wrong with a committed folder, file by file; empty when every file is as its manifest says."""
+    try:
+        files = json.loads((folder / MANIFEST).read_bytes())["files"]
+        expected = {str(name): (int(entry["size"]), str(entry["sha256"])) for name, entry in files.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
+        return [f"{MANIFEST} cannot be read: {problem!r}"]
+    problems = []
+    for name, (size, sha256) in expected.items():
+        path = folder / name
+        if Path(name).name != name or path.is_symlink():
+            problems.append(f"{name} leads out of the folder")
+        elif not path.is_file():
+            problems.append(f"{name} is missing")
+        elif path.stat().st_size != size:
+            problems.append(f"{name} has {path.stat().st_size} bytes, expected {size}")
+        elif hash_file(path) != sha256:
+            problems.append(f"{name} does not have the hash of what was written")
+    extra = sorted({path.name for path in folder.iterdir()} - set(expected) - {MANIFEST})
+    return problems + [f"{name} is not in the manifest" for name in extra]
+
+
+class RunLock:
+    """One run at a time in a run_dir. The lock ends with the process, however it ends, so a stale one cannot block."""
+
+    def __init__(self, run_dir: Path):
+        self.path = run_dir / ".lock"
+
+    def __enter__(self) -> RunLock:
+        self._file = open(self.path, "a+")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as problem:
+            self._file.seek(0)
+            holder = self._file.read().strip() or "another process"
+            self._file.close()
+            raise ConfigError(
+                "run_dir", f"{self.path.parent} is in use by {holder}; stop it, or choose another run_dir"
+            ) from problem
+        self._file.truncate(0)
+        self._file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+        self._file.flush()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._file.truncate(0)
+        self._file.close()

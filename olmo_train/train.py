@@ -1,0 +1,303 @@
+"""The run: read it from top to bottom and you know what training is here.
+
+    for stats in train(config): ...
+
+`train` yields after every update, so a user's own behaviour is the body of this loop; the command line merely drains it.
+The same call again resumes from the newest checkpoint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from olmo_train import checkpoint as checkpoints
+from olmo_train import config as configuration
+from olmo_train import hardware, optim, parallel
+from olmo_train.checkpoint import Checkpointer
+from olmo_train.console import Console
+from olmo_train.data.loader import IGNORE, Batch, Loader, validation_batches
+from olmo_train.data.mixture import Mixture
+from olmo_train.data.shards import TokenSource, open_source
+from olmo_train.distributed import World, join_world
+from olmo_train.errors import ConfigError, Stopped
+from olmo_train.eval.perplexity import loss_sums
+from olmo_train.guards import StopSignals, Watchdog, check_skipped, skip_if_not_finite
+from olmo_train.metrics import Clock, Interval, Recorder, loss_metrics, throughput_metrics
+from olmo_train.model.cost import flops_per_token
+from olmo_train.model.transformer import Transformer
+from olmo_train.recipe import TrainConfig
+from olmo_train.resume import check_changes, check_data
+from olmo_train.storage import RunLock, replace_file
+
+
+@dataclass(frozen=True)
+class StepStats:
+    """What one update was. Tensors lie on the device: reading one waits for it."""
+
+    step: int  # counted from 1
+    lr: float
+    sums: Tensor  # (2, sources) float64: summed loss in nats and scored tokens of the global batch
+    grad_norm: Tensor  # before clipping
+    skipped: Tensor  # 1.0 when loss or gradient were not finite and nothing was changed
+
+    @property
+    def loss(self) -> Tensor:
+        """Mean over the scored tokens of the global batch, in nats."""
+        return self.sums[0].sum() / self.sums[1].sum().clamp(min=1)
+
+
+def train_step(
+    model: Transformer,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    step: int,
+    config: TrainConfig,
+    world: World,
+    sources: int,
+) -> StepStats:
+    """One update: the loss summed over tokens, divided once by the number of scored tokens of the global batch."""
+    lr = optim.lr_at(step, config.optim, config.steps)
+    scored = world.sum((batch.labels != IGNORE).sum()).clamp(min=1)
+    sums = torch.zeros(2, sources, dtype=torch.float64, device=world.device)
+    micro_batches = list(batch.micro_batches(config.micro_batch_size))
+    for i, micro in enumerate(micro_batches):
+        parallel.last_micro_batch(model, i == len(micro_batches) - 1)
+        losses = model(micro.input_ids, micro.labels)  # (rows,) fp32
+        (losses.sum() / scored).backward()
+        sums[0].index_add_(0, micro.sources, losses.detach().double())
+        sums[1].index_add_(0, micro.sources, (micro.labels != IGNORE).sum(dim=1).double())
+    world.sum(sums)
+    grad_norm = parallel.clip_gradients(model, config.optim.max_grad_norm)
+    skipped = skip_if_not_finite(optimizer, sums.sum(), grad_norm)
+    optim.set_lr(optimizer, lr)
+    optimizer.step()
+    optimizer.zero_grad()
+    return StepStats(step, lr, sums, grad_norm, skipped)
+
+
+def train(config: TrainConfig) -> Iterator[StepStats]:
+    """Train to config.steps, from the newest checkpoint of run_dir if there is one; yields after every update.
+
+    Raises ConfigError, DataError, CheckpointError, NonFiniteError, and Stopped when a signal ended the run after a save.
+    """
+    with contextlib.ExitStack() as stack:
+        signals = stack.enter_context(StopSignals().installed())
+        world = stack.enter_context(join_world(config.parallel.replicas))
+        run = stack.enter_context(Run(config, world, signals))
+        if run.last_step >= config.steps:
+            return
+        model, optimizer = run.build()
+        loader = stack.enter_context(contextlib.closing(run.loader()))
+
+        for step in range(run.last_step + 1, config.steps + 1):
+            waited = time.perf_counter()
+            batch = next(loader)
+            waited = time.perf_counter() - waited
+            stats = train_step(model, optimizer, batch, step, config, world, len(run.mixture.names))
+            run.add(stats, waited)
+
+            last = step == config.steps
+            line = run.train_metrics(stats, batch) if last or step % config.log.interval_steps == 0 else {}
+            if config.data.validation and (last or step % config.eval.interval_steps == 0):
+                line |= run.evaluate(model, step)
+            run.log(step, line)
+            stop = run.agree_to_stop()
+            if last or stop or config.checkpoint.is_due(step):
+                run.save(step, model, optimizer)
+            yield stats
+            if stop and not last:
+                run.checkpointer.wait()
+                raise Stopped(
+                    "signal",
+                    f"stopped after step {step} of {config.steps} and saved; run the same command again to go on",
+                )
+
+
+class Run:
+    """All that stands around the loop: the run_dir, the data, the records. Entered once, on every rank."""
+
+    def __init__(self, config: TrainConfig, world: World, signals: StopSignals):
+        config.check_world(world.size)
+        self.config, self.world, self.signals = config, world, signals
+        self.run_dir = Path(config.run_dir)
+        self.resolved = configuration.to_dict(config)
+        self.stack = contextlib.ExitStack()
+
+    def __enter__(self) -> Run:
+        with self.stack:  # whatever was opened before an error is closed again
+            self._open()
+            self.stack = self.stack.pop_all()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stack.close()
+
+    def _open(self) -> None:
+        config, world = self.config, self.world
+        shape = config.model
+        self.mixture = Mixture(config.data, config.seed, config.global_batch_size, shape.seq_len, shape.vocab_size)
+        self.validation = [
+            open_source(name, s, shape.vocab_size, config.data.eos_id) for name, s in config.data.validation.items()
+        ]
+        world.on_main(self._take_run_dir)
+        self.folder = world.on_main(lambda: checkpoints.newest(self.run_dir))
+        self.state = self._resumed_state() if self.folder else {"step": 0, "attempt": 0}
+        self.last_step, self.attempt = self.state["step"], self.state["attempt"] + 1
+        if self.last_step >= config.steps:
+            if world.is_main:
+                print(
+                    f"{self.run_dir} is finished with {self.last_step} of {config.steps} steps; set total_steps higher to go on"
+                )
+            return
+        world.on_main(lambda: replace_file(self.run_dir / "config.yaml", configuration.dump(config).encode()))
+        self.interval = Interval(len(self.mixture.names), world.device, self.state.get("interval"))
+        self.bytes_per_token = [s.n_bytes / s.n_tokens if s.n_bytes else None for s in self.mixture.sources]
+        self.clock = Clock()
+        self.recorder = world.on_main_only(lambda: Recorder(self.run_dir, config.log, self.resolved, self.last_step))
+        self.console = world.on_main_only(lambda: Console(config.run_dir, self.last_step, config.steps))
+        self.checkpointer = Checkpointer(self.run_dir, config.checkpoint, world, self._checkpoint_files())
+        self.watchdog = Watchdog(config.guards, self.run_dir, world.rank)
+        for closing in (self.recorder, self.console, self.watchdog, self.checkpointer):
+            if closing is not None:
+                self.stack.callback(closing.close)
+        self._event("resume" if self.folder else "start", self.last_step, world_size=world.size, attempt=self.attempt)
+
+    def _take_run_dir(self) -> None:
+        try:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            self.stack.enter_context(RunLock(self.run_dir))
+        except OSError as problem:
+            raise ConfigError("run_dir", f"{self.run_dir} cannot be written: {problem}") from problem
+
+    def _resumed_state(self) -> dict[str, Any]:
+        state = checkpoints.read_state(self.folder)
+        saved = configuration.read([self.folder / "config.yaml"])
+        check_changes(saved, self.resolved, self.config.allow_changes)
+        check_data(state["data"], self.mixture.fingerprint, self.config.allow_changes)
+        return state
+
+    def _checkpoint_files(self) -> dict[str, bytes]:
+        files = {"config.yaml": configuration.dump(self.config).encode()}
+        folders = [source.folder for source in self.mixture.sources if source.folder]
+        if folders:
+            files["tokenizer.json"] = (folders[0] / "tokenizer.json").read_bytes()
+        return files
+
+    def build(self) -> tuple[Transformer, torch.optim.Optimizer]:
+        """The model, sharded, and its optimizer: with first weights, or as the checkpoint has them."""
+        with torch.device("meta"):
+            model = Transformer(self.config.model)
+        parallel.shard(model, self.config.parallel, self.world)
+        optimizer = optim.build_optimizer(dict(model.named_parameters()), self.config.optim)
+        optim.allocate_state(optimizer)
+        if self.folder:
+            checkpoints.load(self.folder, model, optimizer, self.world)
+        else:
+            parallel.init_weights(model, self.config.seed)
+        if self.world.is_main:
+            self._introduce(sum(p.numel() for p in model.parameters()))
+        self.clock.restart()
+        return model, optimizer
+
+    def _introduce(self, n_parameters: int) -> None:
+        config = self.config
+        self.console.say(
+            f"{config.run_dir} {f'resumed from {self.folder}' if self.folder else 'started'}: {n_parameters:,} parameters, "
+            f"{config.steps:,} steps of {config.tokens_per_step:,} tokens, "
+            f"{self.world.size} x {self.world.device.type}, {config.parallel.precision}"
+        )
+        epochs = self.mixture.order.visits_before(config.steps * config.global_batch_size) / self.mixture.sizes
+        parts = [f"{name} {epoch:.3g}" for name, epoch in zip(self.mixture.names, epochs, strict=True)]
+        self.console.say(f"epochs of each source in the whole run: {', '.join(parts)}")
+
+    def loader(self) -> Loader:
+        return Loader(self.mixture, self.world.rank, self.world.size, self.world.device, self.last_step + 1)
+
+    def add(self, stats: StepStats, waited: float) -> None:
+        """Count a step; ends the run when too many in a row were skipped."""
+        clipped = (stats.grad_norm > self.config.optim.max_grad_norm).float()
+        self.interval.add(stats.sums, stats.skipped, clipped, waited)
+        self.watchdog.beat(stats.step)
+        limit = self.config.guards.max_skipped
+        if stats.step % limit == 0 or self.world.device.type == "cpu":  # on a GPU reading the counter waits for the step
+            check_skipped(self.interval.skipped_in_a_row(), self.config.guards, checkpoints.newest_folder(self.run_dir))
+        if self.console is not None:
+            self.console.step(stats.step)
+
+    def train_metrics(self, stats: StepStats, batch: Batch) -> dict[str, Any]:
+        """The metrics of the interval that ends with this step; begins the next interval."""
+        config, world, device = self.config, self.world, hardware.detect()
+        metrics = self.interval.metrics(self.mixture.names, self.bytes_per_token)
+        metrics |= {"optim/total_grad_norm": stats.grad_norm.item(), "optim/learning_rate_group0": stats.lr}
+        metrics |= throughput_metrics(
+            step=stats.step,
+            steps=self.interval.steps,
+            seconds=self.clock.seconds,
+            data_wait=self.interval.data_wait,
+            tokens_per_step=config.tokens_per_step,
+            flops_per_token=flops_per_token(config.model),
+            world_size=world.size,
+            peak_flops=device.peak_flops if device else None,
+        )
+        if world.device.type == "cuda":
+            metrics["System/Peak GPU Memory (MB)"] = torch.cuda.max_memory_allocated() / 2**20
+        self.interval.restart()
+        self.clock.restart()
+        return metrics | {"sample_hash": batch.sample_hash, "attempt": self.attempt, "world_size": world.size}
+
+    def evaluate(self, model: Transformer, step: int) -> dict[str, float]:
+        """Loss on each validation source; nothing when a signal came in between."""
+        metrics = {}
+        with self.clock.paused():
+            for source in self.validation:
+                sums = self.world.sum(loss_sums(model, self._validation_batches(source, step), self.agree_to_stop))
+                if self.agree_to_stop():
+                    return {}
+                loss, tokens = sums.tolist()
+                # A source's n_bytes are the text of all its tokens, all of which but the first are scored.
+                metrics |= loss_metrics(f"eval/{source.name}", loss, tokens, source.n_bytes)
+        self._event("evaluation", step, **{name: value for name, value in metrics.items() if name.endswith("CrossEntropyLoss")})
+        return metrics
+
+    def _validation_batches(self, source: TokenSource, step: int) -> Iterator[tuple[Tensor, Tensor]]:
+        config, world = self.config, self.world
+        for batch in validation_batches(
+            source, config.model.seq_len, config.micro_batch_size, world.rank, world.size, world.device
+        ):
+            self.watchdog.beat(step)
+            yield batch
+
+    def log(self, step: int, line: dict[str, Any]) -> None:
+        if line and self.world.is_main:
+            self.recorder.log(step, line)
+            self.console.log(step, line)
+
+    def save(self, step: int, model: Transformer, optimizer: torch.optim.Optimizer) -> None:
+        """Save the state after this step; the metrics so far are on the disk before it."""
+        with self.clock.paused():
+            if self.recorder is not None:
+                self.recorder.sync()
+            state = {"format": 1, "attempt": self.attempt, "world_size": self.world.size, "data": self.mixture.fingerprint,
+                     "total_tokens": step * self.config.tokens_per_step, "interval": self.interval.state()}  # fmt: skip
+            stall = self.checkpointer.save(step, model, optimizer, state)
+        self._event("save", step, stall_seconds=stall)
+
+    def agree_to_stop(self) -> int:
+        """The signal that any rank has got, 0 for none: the same answer on every rank."""
+        self.checkpointer.check()
+        number = self.world.any(self.signals.received)
+        if number and self.signals.received == 0:
+            self.signals.received = number
+        return number
+
+    def _event(self, event: str, step: int, **details: Any) -> None:
+        if self.recorder is not None:
+            self.recorder.event(event, step, **details)
