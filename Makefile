@@ -53,6 +53,7 @@ bench: $(SOURCES:%=$(DATA)/%/meta.json)
 
 # The environment, made anew when the project's requirements change.
 $(INSTALLED): pyproject.toml constraints.txt
+	@echo "Installing into .venv, which takes a minute or two"
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	touch $@
