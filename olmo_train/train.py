@@ -25,7 +25,7 @@ from olmo_train.checkpoint import Checkpointer
 from olmo_train.console import Console
 from olmo_train.data.loader import IGNORE, Batch, Loader, validation_batches
 from olmo_train.data.mixture import Mixture
-from olmo_train.data.shards import TokenSource, open_source
+from olmo_train.data.shards import TokenSource, check_ids, open_source
 from olmo_train.distributed import World, join_world
 from olmo_train.errors import ConfigError, Stopped
 from olmo_train.eval.perplexity import loss_sums
@@ -36,6 +36,8 @@ from olmo_train.model.transformer import Transformer
 from olmo_train.recipe import TrainConfig
 from olmo_train.resume import check_changes, check_data
 from olmo_train.storage import RunLock, replace_file
+
+CHECKED_TOKENS = 10**9  # a source of at most so many tokens is checked whole before the first step: some seconds
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ def train_step(
     micro_batches = list(batch.micro_batches(config.micro_batch_size))
     for i, micro in enumerate(micro_batches):
         parallel.last_micro_batch(model, i == len(micro_batches) - 1)
-        losses = model(micro.input_ids, micro.labels)  # (rows,) fp32
+        losses = model(micro.input_ids, micro.labels, micro.documents)  # (rows,) fp32
         (losses.sum() / scored).backward()
         sums[0].index_add_(0, micro.sources, losses.detach().double())
         sums[1].index_add_(0, micro.sources, (micro.labels != IGNORE).sum(dim=1).double())
@@ -147,6 +149,7 @@ class Run:
         self.validation = [
             open_source(name, s, shape.vocab_size, config.data.eos_id) for name, s in config.data.validation.items()
         ]
+        world.on_main(self._check_ids)
         world.on_main(self._take_run_dir)
         self.folder = world.on_main(lambda: checkpoints.newest(self.run_dir))
         self.state = self._resumed_state() if self.folder else {"step": 0, "attempt": 0}
@@ -169,6 +172,12 @@ class Run:
             if closing is not None:
                 self.stack.callback(closing.close)
         self._event("resume" if self.folder else "start", self.last_step, world_size=world.size, attempt=self.attempt)
+
+    def _check_ids(self) -> None:
+        """Look at every token once, unless there are too many to wait for; those are checked batch by batch."""
+        for source in (*self.mixture.sources, *self.validation):
+            if source.n_tokens <= CHECKED_TOKENS:
+                check_ids(source, self.config.model.vocab_size)
 
     def _take_run_dir(self) -> None:
         try:
@@ -267,10 +276,10 @@ class Run:
         self._event("evaluation", step, **{name: value for name, value in metrics.items() if name.endswith("CrossEntropyLoss")})
         return metrics
 
-    def _validation_batches(self, source: TokenSource, step: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def _validation_batches(self, source: TokenSource, step: int) -> Iterator[Batch]:
         config, world = self.config, self.world
         for batch in validation_batches(
-            source, config.model.seq_len, config.micro_batch_size, world.rank, world.size, world.device
+            source, config.model.seq_len, config.micro_batch_size, world.rank, world.size, self.mixture.eos_id
         ):
             self.watchdog.beat(step)
             yield batch

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,16 +25,22 @@ class Batch:
     input_ids: Tensor  # (rows, T) int64
     labels: Tensor  # (rows, T) int64, IGNORE where nothing is scored
     sources: Tensor  # (rows,) int64, index into the mixture's names
-    sample_hash: str  # of the global batch
+    documents: Tensor | None = None  # (rows, T) int64, which document of its row a token is of; None: attend to all
+    sample_hash: str = ""  # of the global batch
 
     def micro_batches(self, rows: int) -> Iterator[Batch]:
         for start in range(0, len(self.input_ids), rows):
-            part = slice(start, start + rows)
-            yield Batch(self.input_ids[part], self.labels[part], self.sources[part], self.sample_hash)
+            yield self._map(lambda tensor, start=start: tensor[start : start + rows])
 
     def to(self, device: torch.device) -> Batch:
-        moved = (tensor.to(device, non_blocking=True) for tensor in (self.input_ids, self.labels, self.sources))
-        return Batch(*moved, self.sample_hash)
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> Batch:
+        return self._map(lambda tensor: tensor.contiguous().pin_memory())
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
+        documents = None if self.documents is None else function(self.documents)
+        return Batch(function(self.input_ids), function(self.labels), function(self.sources), documents, self.sample_hash)
 
 
 def read_batch(mixture: Mixture, step: int, rank: int, world_size: int) -> Batch:
@@ -44,7 +50,14 @@ def read_batch(mixture: Mixture, step: int, rank: int, world_size: int) -> Batch
     mine = whole[rank * rows : (rank + 1) * rows]
     tokens = torch.from_numpy(mixture.read(mine))
     input_ids, labels = split_labels(tokens, mixture.read_label_mask(mine), mixture.shifted)
-    return Batch(input_ids, labels, torch.from_numpy(mine.source), mixture.sample_hash(whole))
+    documents = None if mixture.eos_id is None else document_numbers(input_ids, mixture.eos_id)
+    return Batch(input_ids, labels, torch.from_numpy(mine.source), documents, mixture.sample_hash(whole))
+
+
+def document_numbers(input_ids: Tensor, eos_id: int) -> Tensor:
+    """Which document of its row each token is of, (rows, T) int64, counted from 0; EOS belongs to what it ends."""
+    ends = (input_ids == eos_id).long()
+    return ends.cumsum(dim=1) - ends
 
 
 def split_labels(tokens: Tensor, mask: np.ndarray | None, shifted: bool) -> tuple[Tensor, Tensor]:
@@ -89,22 +102,17 @@ class Loader:
         try:
             while not self._closed.is_set():
                 batch = read_batch(self.mixture, step, self.rank, self.world_size)
-                self._ready.put(self._pinned(batch))
+                self._ready.put(batch.pinned() if self.device.type == "cuda" else batch)
                 step += 1
         except BaseException as problem:  # the loop raises it where the batch was asked for
             self._ready.put(problem)
 
-    def _pinned(self, batch: Batch) -> Batch:
-        if self.device.type != "cuda":
-            return batch
-        pinned = (tensor.contiguous().pin_memory() for tensor in (batch.input_ids, batch.labels, batch.sources))
-        return Batch(*pinned, batch.sample_hash)
-
 
 def validation_batches(
-    source: TokenSource, seq_len: int, rows: int, rank: int, world_size: int, device: torch.device
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """(input_ids, labels) of one validation source, in the order of its stream, every token a target once.
+    source: TokenSource, seq_len: int, rows: int, rank: int, world_size: int, eos_id: int | None = None
+) -> Iterator[Batch]:
+    """One validation source in the order of its stream, every token a target once. With `eos_id`, attention stays
+    within documents.
 
     All ranks get the same number of batches of the same shape (rows, seq_len), as sharded models need; rows beyond the
     source's end are unscored, so that sums over ranks are exact for every world size.
@@ -122,4 +130,5 @@ def validation_batches(
                 if source.has_label_mask:
                     source.read_label_mask(start, scored[row, :length])
         input_ids, labels = split_labels(torch.from_numpy(tokens), scored, shifted=False)
-        yield input_ids.to(device), labels.to(device)
+        documents = None if eos_id is None else document_numbers(input_ids, eos_id)
+        yield Batch(input_ids, labels, torch.zeros(rows, dtype=torch.int64), documents)

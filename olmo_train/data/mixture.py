@@ -29,6 +29,7 @@ class DataConfig:
     order: str = "permute"  # permute: keyed permutations and weights; olmo: allenai/OLMo's own shuffle
     seed: int | None = None  # of the order; null: the run's seed
     eos_id: int | None = None  # end of a document in raw files; prepared folders know theirs
+    document_mask: bool = False  # attention stays within a document, positions start again with each
     stages: tuple[StageConfig, ...] = ()
     validation: dict[str, SourceConfig] = field(default_factory=dict)
 
@@ -72,6 +73,8 @@ class Mixture:
         self.sources = [open_source(name, source, vocab_size, config.eos_id) for name, source in config.sources.items()]
         self.names = [source.name for source in self.sources]
         self.shifted = config.order == "olmo"  # an instance is seq_len tokens, the last of which has no label
+        self.eos_id = self._eos_id() if config.document_mask else None  # given: attention stays within documents
+        self.vocab_size = vocab_size
         self.sizes = [self._instances_of(source) for source in self.sources]
         seed = seed if config.seed is None else config.seed
         if self.shifted:
@@ -115,7 +118,20 @@ class Mixture:
         tokens = np.empty((len(batch), self.seq_len + (not self.shifted)), dtype=np.int64)
         for row, (source, instance) in enumerate(zip(batch.source.tolist(), batch.instance.tolist(), strict=True)):
             self.sources[source].read(self.span(source, instance)[0], tokens[row])
+        if tokens.max(initial=0) >= self.vocab_size:
+            self._refuse_ids(batch, tokens)
         return tokens
+
+    def _refuse_ids(self, batch: Mixed, tokens: np.ndarray) -> None:
+        row, column = np.argwhere(tokens >= self.vocab_size)[0]
+        source = self.sources[batch.source[row]]
+        at = self.span(int(batch.source[row]), int(batch.instance[row]))[0] + int(column)
+        file = int(np.searchsorted(source.starts, at, side="right")) - 1
+        raise DataError(
+            source.files[file],
+            f"token {at - int(source.starts[file])} has id {tokens[row, column]}, but the last id of the vocabulary is "
+            f"{self.vocab_size - 1}; another dtype, another tokenizer, or model.vocab_size is too small",
+        )
 
     def read_label_mask(self, batch: Mixed) -> np.ndarray | None:
         """1 for each token that is scored when it is a label, like `read` in shape, uint8; None when all are."""
@@ -126,6 +142,14 @@ class Mixture:
             if self.sources[source].has_label_mask:
                 self.sources[source].read_label_mask(self.span(source, instance)[0], mask[row])
         return mask
+
+    def _eos_id(self) -> int:
+        known = {source.eos_id for source in self.sources}
+        if len(known) != 1 or None in known:
+            raise ConfigError(
+                "data.document_mask", f"needs one EOS id, and the sources have {known}; set data.eos_id for raw files"
+            )
+        return known.pop()
 
     def _instances_of(self, source: TokenSource) -> int:
         if self.shifted:

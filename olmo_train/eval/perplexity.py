@@ -9,23 +9,24 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from olmo_train.data.loader import IGNORE
+from olmo_train.data.loader import IGNORE, Batch
 from olmo_train.data.shards import TokenSource
 
 
 @torch.no_grad()
-def loss_sums(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], stop: Callable[[], int] = lambda: 0) -> Tensor:
-    """(2,) float64 on the model's device: summed loss in nats and scored tokens of (input_ids, labels) batches (B, T).
+def loss_sums(model: nn.Module, batches: Iterable[Batch], stop: Callable[[], int] = lambda: 0) -> Tensor:
+    """(2,) float64 on the model's device: summed loss in nats and scored tokens of the batches.
 
     `stop` is asked between batches; the sums so far are returned when it says so.
     """
-    sums = torch.zeros(2, dtype=torch.float64)
+    device = next(model.parameters()).device
+    sums = torch.zeros(2, dtype=torch.float64, device=device)
     was_training = model.training
     model.eval()
-    for input_ids, labels in batches:
-        sums = sums.to(input_ids.device)
-        sums[0] += model(input_ids, labels).double().sum()
-        sums[1] += (labels != IGNORE).sum()
+    for batch in batches:
+        batch = batch.to(device)
+        sums[0] += model(batch.input_ids, batch.labels, batch.documents).double().sum()
+        sums[1] += (batch.labels != IGNORE).sum()
         if stop():
             break
     model.train(was_training)

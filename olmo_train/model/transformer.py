@@ -8,11 +8,13 @@ V padded vocabulary.
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from olmo_train.model.config import ModelConfig
 from olmo_train.model.norms import NORMS
@@ -21,7 +23,7 @@ IGNORE = -100  # a label that is not scored
 
 
 def rope_tables(positions: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:
-    """cos and sin of every position and pair, fp32, each (..., T, D), for positions (..., T).
+    """cos and sin of every position and pair, fp32, each (T, D) for positions (T,), (B, 1, T, D) for (B, 1, T).
 
     Half-split RoPE: dimension i turns with i + D/2 by the angle position / theta^(2i / D) (Su et al. 2021).
     """
@@ -38,6 +40,44 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (wide * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
 
 
+Mask = Tensor | BlockMask | None  # None: plain causal attention
+
+
+def document_mask(documents: Tensor) -> Mask:
+    """Causal attention that does not leave its document, for document numbers (B, T).
+
+    Flex attention skips the blocks that are masked as a whole; on a CPU it has no backward, so there the mask is dense.
+    """
+    B, T = documents.shape
+    if documents.is_cuda:
+        same = lambda b, h, q, k: (q >= k) & (documents[b, q] == documents[b, k])  # noqa: E731
+        return create_block_mask(same, B, None, T, T, device=documents.device)
+    causal = torch.ones(T, T, dtype=torch.bool, device=documents.device).tril()
+    return causal & (documents[:, None, :, None] == documents[:, None, None, :])  # (B, 1, T, T)
+
+
+def document_positions(documents: Tensor) -> Tensor:
+    """Positions that start again at 0 with each document, (B, 1, T), for document numbers (B, T)."""
+    places = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
+    first = torch.ones_like(documents, dtype=torch.bool)
+    first[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    starts = torch.where(first, places, 0).cummax(dim=1).values
+    return (places - starts)[:, None]
+
+
+@functools.cache
+def _compiled_flex_attention():
+    return torch.compile(flex_attention)  # uncompiled it would hold the whole matrix of scores
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v, (B, H, T, D), for q (B, H, T, D) and k, v (B, K, S, D), K a divisor of H."""
+    grouped = q.shape[1] != k.shape[1]
+    if isinstance(mask, BlockMask):
+        return _compiled_flex_attention()(q, k, v, block_mask=mask, enable_gqa=grouped)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
+
+
 class Attention(nn.Module):
     """Causal attention with one matrix for q, k and v, whose rows lie in this order."""
 
@@ -52,7 +92,7 @@ class Attention(nn.Module):
         self.q_norm = norm(q, config.norm_eps, config.bias == "norm") if config.qk_norm else nn.Identity()
         self.k_norm = norm(kv, config.norm_eps, config.bias == "norm") if config.qk_norm else nn.Identity()
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Mask, cache: KVCache | None) -> Tensor:
         B, T, _ = x.shape
         qkv = self.wqkv(x)  # (B, T, (H + 2K) * D)
         if self.config.clip_qkv is not None:
@@ -64,8 +104,7 @@ class Attention(nn.Module):
         q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:
             k, v = cache.append(self, k, v)  # (B, K, past + T, D)
-        grouped = self.config.kv_heads != self.config.n_heads
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
+        out = attend(q, k, v, mask)  # (B, H, T, D)
         return self.wo(out.transpose(1, 2).reshape(B, T, -1))  # (B, T, C)
 
 
@@ -105,7 +144,7 @@ class SequentialBlock(nn.Module):
         self.mlp_norm = NORMS[config.norm](config.d_model, config.norm_eps, config.bias == "norm")
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Mask, cache: KVCache | None) -> Tensor:
         x = x + self.attn(self.attn_norm(x), rope, mask, cache)
         return x + self.mlp(self.mlp_norm(x))
 
@@ -113,7 +152,7 @@ class SequentialBlock(nn.Module):
 class ReorderedNormBlock(SequentialBlock):
     """x + norm(attention(x)), then x + norm(mlp(x)): OLMo 2 normalizes what a sub-layer gives, not what it reads."""
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Mask, cache: KVCache | None) -> Tensor:
         x = x + self.attn_norm(self.attn(x, rope, mask, cache))
         return x + self.mlp_norm(self.mlp(x))
 
@@ -127,7 +166,7 @@ class ParallelBlock(nn.Module):
         self.attn = Attention(config)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Mask, cache: KVCache | None) -> Tensor:
         normed = self.norm(x)
         return x + self.attn(normed, rope, mask, cache) + self.mlp(normed)
 
@@ -161,16 +200,19 @@ class Transformer(nn.Module):
         self.norm = NORMS[config.norm](config.d_model, config.norm_eps, config.bias == "norm")
         self.head = None if config.tie_embeddings else nn.Linear(config.d_model, config.vocab_rows, bias=False)
 
-    def forward(self, input_ids: Tensor, labels: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor | None = None,
+        documents: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
         """Logits (B, T, V) of input_ids (B, T); with labels (B, T), the summed loss of each sequence, fp32 (B,).
 
-        A label is the token to be predicted at its place, or IGNORE. The loss is the cross-entropy in nats.
+        A label is the token to be predicted at its place, or IGNORE. The loss is the cross-entropy in nats. With
+        documents (B, T), the number of the document that each token is of, attention and positions stay within one.
         """
-        past = 0 if cache is None else cache.length
-        positions = torch.arange(past, past + input_ids.shape[1], device=input_ids.device)
-        rope = rope_tables(positions, self.config)
-        # One query at a time may look at everything; several queries after a cache need the shifted triangle.
-        mask = None if past == 0 else positions[:, None] >= torch.arange(past + input_ids.shape[1], device=positions.device)
+        rope, mask = self._positions(input_ids, documents, cache)
         x = self.embed(input_ids)  # (B, T, C)
         if self.config.embedding_scale:
             x = x * torch.tensor(math.sqrt(self.config.d_model), dtype=x.dtype)
@@ -180,6 +222,17 @@ class Transformer(nn.Module):
             cache.length += input_ids.shape[1]
         logits = F.linear(self.norm(x), self.embed.weight if self.head is None else self.head.weight)  # (B, T, V)
         return logits if labels is None else sequence_losses(logits, labels)
+
+    def _positions(self, input_ids: Tensor, documents: Tensor | None, cache: KVCache | None) -> tuple[tuple, Mask]:
+        """The RoPE tables and the attention mask of these tokens."""
+        if documents is not None:
+            assert cache is None, "documents are for training, a cache is for generation"
+            return rope_tables(document_positions(documents), self.config), document_mask(documents)
+        past = 0 if cache is None else cache.length
+        positions = torch.arange(past, past + input_ids.shape[1], device=input_ids.device)
+        # Several queries after a cache need a triangle that is shifted; SDPA's own starts at the first key.
+        mask = None if past == 0 else positions[:, None] >= torch.arange(past + len(positions), device=positions.device)
+        return rope_tables(positions, self.config), mask
 
 
 def sequence_losses(logits: Tensor, labels: Tensor) -> Tensor:
