@@ -114,19 +114,27 @@ class DocumentTable:
     def _rows(self, group: int, start: int, stop: int) -> list[Document]:
         spans = self._parquet.read_row_group(group, columns=["start", "end"])
         starts, ends = spans["start"].to_numpy(), spans["end"].to_numpy()
-        low = int(
-            np.searchsorted(ends, start, side="left")
-        )  # `end` is the place of the EOS, which counts as the document's
+        low = int(np.searchsorted(ends, start, side="left"))  # `end` is the place of the EOS, which counts as the document's
         high = int(np.searchsorted(starts, stop, side="left"))
         if low >= high:
             return []
-        texts = (
-            self._parquet.read_row_group(group, columns=["id", "origin", "record"]).slice(low, high - low).to_pylist()
-        )
+        texts = self._parquet.read_row_group(group, columns=["id", "origin", "record"]).slice(low, high - low).to_pylist()
         return [
             Document(row["id"], _origin(row), int(s), int(e))
             for row, s, e in zip(texts, starts[low:high], ends[low:high], strict=True)
         ]
+
+    def spans(self, shard: int) -> tuple[np.ndarray, np.ndarray]:
+        """(documents of the shard,) their starts and ends."""
+        import pyarrow as pa
+
+        groups = range(self._parquet.num_row_groups)
+        low, high = (bisect_left(groups, (s, -1), key=self._group_key) for s in (shard, shard + 1))
+        try:
+            table = self._parquet.read_row_groups(list(range(low, high)), columns=["start", "end"])
+        except (OSError, pa.ArrowException) as problem:
+            raise DataError(self.file, f"cannot be read: {problem}; prepare the source again") from problem
+        return table["start"].to_numpy(), table["end"].to_numpy()
 
     @cached_property
     def _ids(self) -> np.ndarray:
@@ -259,9 +267,7 @@ class _IdsFile:
         if self.buckets:
             self._spill()
         with open(file, "wb") as stream:
-            for rows in (
-                (np.fromfile(bucket, ID_DTYPE) for bucket in self.buckets) if self.buckets else self.rows_once()
-            ):
+            for rows in (np.fromfile(bucket, ID_DTYPE) for bucket in self.buckets) if self.buckets else self.rows_once():
                 np.sort(rows, order=("hash", "start")).tofile(stream)
 
     def rows_once(self) -> list[np.ndarray]:

@@ -123,9 +123,7 @@ def prepare(
                 shutil.rmtree(output)
             raise
         except OSError as problem:  # a full disk, most often: what is done is kept
-            raise DataError(
-                problem.filename or output, f"{problem.strerror}; the same command goes on from here"
-            ) from problem
+            raise DataError(problem.filename or output, f"{problem.strerror}; the same command goes on from here") from problem
         finally:
             run.close()
         shutil.rmtree(work)
@@ -144,9 +142,7 @@ class _Run:
         self.held_out = None
         if self.every:
             self.held_out = SourceWriter(output / VALIDATION, work / VALIDATION, tokenizer, most, state.validation)
-        self.writers = [
-            writer for writer in (self.held_out, self.train) if writer
-        ]  # the folder itself is finished last
+        self.writers = [writer for writer in (self.held_out, self.train) if writer]  # the folder itself is finished last
         self.progress = Progress(state.input_bytes, sum(unit.size for unit in units))
         self.progress.resumed_tokens = self._count()
 
@@ -303,7 +299,5 @@ def _locked(output: Path) -> Iterator[Path]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as problem:
-            raise ConfigError(
-                output, "another prepare-data is writing here; wait for it or choose another --output"
-            ) from problem
+            raise ConfigError(output, "another prepare-data is writing here; wait for it or choose another --output") from problem
         yield work

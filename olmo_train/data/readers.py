@@ -117,9 +117,7 @@ def _walk(folder: Path) -> list[tuple[str, Path, str]]:
     for parent, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         if "dataset_dict.json" in names:
-            raise ConfigError(
-                parent, f"is a data set of several splits; name one: {', '.join(f'{parent}/{s}' for s in folders)}"
-            )
+            raise ConfigError(parent, f"is a data set of several splits; name one: {', '.join(f'{parent}/{s}' for s in folders)}")
         files += [Path(parent, name) for name in names if not name.startswith(".") and name not in HUB_FILES]
     files = sorted((file for file in files if file.is_file()), key=lambda file: file.relative_to(folder).parts)
     if not files:
@@ -128,9 +126,7 @@ def _walk(folder: Path) -> list[tuple[str, Path, str]]:
     if all(file.suffix == ".json" for file in files):
         kept = files
     else:  # a lone .json among other files is more often settings than records
-        kept = [
-            file for file, format in zip(files, formats, strict=True) if format != "text" and file.suffix != ".json"
-        ]
+        kept = [file for file, format in zip(files, formats, strict=True) if format != "text" and file.suffix != ".json"]
     _refuse_splits(folder, kept)
     return [(_format(file), file, str(file)) for file in kept] or [("text", file, str(file)) for file in files]
 
@@ -206,17 +202,11 @@ def _parse_text(chunk: Chunk, text_field: str) -> Iterator[Record | Skipped]:
                 data = open_stream(path, raw).read()
             text = data.decode("utf-8-sig")
         except UnicodeDecodeError as problem:
-            yield Skipped(
-                origin, "is binary, not text" if b"\0" in data[:8192] else f"is not UTF-8 (byte {problem.start})"
-            )
+            yield Skipped(origin, "is binary, not text" if b"\0" in data[:8192] else f"is not UTF-8 (byte {problem.start})")
         except (OSError, EOFError) as problem:
             yield Skipped(origin, f"cannot be read: {problem}")
         else:
-            yield (
-                Skipped(origin, "is binary, not text")
-                if "\0" in text[:8192]
-                else Record(None, origin, None, ((text, True),))
-            )
+            yield (Skipped(origin, "is binary, not text") if "\0" in text[:8192] else Record(None, origin, None, ((text, True),)))
 
 
 def _cut_table(unit: Unit, text_field: str) -> Iterator[Chunk]:

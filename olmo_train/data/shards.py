@@ -24,9 +24,7 @@ from olmo_train.data.meta import DTYPES, META_FILE, Meta, hash_blocks, hash_file
 from olmo_train.errors import ConfigError, DataError, check_choice
 
 WHOLE_BYTES = 64 * 2**20  # a source of at most this size is hashed whole when it is opened; a larger one in blocks
-RAW_BLOCKS = (
-    4096  # blocks of 4 KiB hashed over all raw files of a source, evenly spread, the first and the last included
-)
+RAW_BLOCKS = 4096  # blocks of 4 KiB hashed over all raw files of a source, evenly spread, the first and the last included
 CHECKED_SHARDS = 256  # of a large prepared source, so many shards, evenly spread, have their blocks compared at opening
 
 
@@ -170,9 +168,7 @@ def check_ids(source: TokenSource, vocab_size: int) -> None:
         if source.meta:
             expected, found = source.meta.shards[shard].sha256, hash_file(file)
             if expected != found:
-                raise DataError(
-                    file, f"contents changed: sha256 {found}, meta.json tells {expected}; prepare the source again"
-                )
+                raise DataError(file, f"contents changed: sha256 {found}, meta.json tells {expected}; prepare the source again")
         try:
             mark.parent.mkdir(parents=True, exist_ok=True)
             mark.write_text(f"{file} has passed with vocab_size {vocab_size}\n")
@@ -254,9 +250,7 @@ def _expand(path: str | tuple[str, ...]) -> list[Path]:
     files = []
     for word in [path] if isinstance(path, str) else path:
         if Path(word).is_dir():
-            raise DataError(
-                word, "is a folder inside a list; name raw token files, or one prepared folder for one source"
-            )
+            raise DataError(word, "is a folder inside a list; name raw token files, or one prepared folder for one source")
         matches = [word] if Path(word).exists() or not glob.has_magic(word) else sorted(glob.glob(word, recursive=True))
         if not matches:
             raise DataError(word, "matches no file")

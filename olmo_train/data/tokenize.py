@@ -36,9 +36,7 @@ class ChunkResult:
     input_bytes: int
 
 
-def tokenize_chunks(
-    chunks: Iterable[Chunk], tokenizer: Tokenizer, text_field: str, workers: int
-) -> Iterator[ChunkResult]:
+def tokenize_chunks(chunks: Iterable[Chunk], tokenizer: Tokenizer, text_field: str, workers: int) -> Iterator[ChunkResult]:
     """One result a chunk, in order. Raises DataError when a worker died (of memory, most often)."""
     if workers == 1:
         with _one_thread():
@@ -56,9 +54,7 @@ def tokenize_chunks(
         while under_way:
             yield under_way.popleft().result()
     except BrokenProcessPool as problem:
-        raise DataError(
-            "prepare-data", "a worker was killed (out of memory?); run again with fewer --workers"
-        ) from problem
+        raise DataError("prepare-data", "a worker was killed (out of memory?); run again with fewer --workers") from problem
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 

@@ -78,9 +78,7 @@ def load_tokenizer(name_or_file: str | Path, eos_id: int | None = None) -> Token
         file = file / "tokenizer.json"
     if not file.is_file():
         if name not in OLMO_FILES:
-            raise ConfigError(
-                name, f"is neither a tokenizer.json file nor the name of a tokenizer; {nearest(name, OLMO_FILES)}"
-            )
+            raise ConfigError(name, f"is neither a tokenizer.json file nor the name of a tokenizer; {nearest(name, OLMO_FILES)}")
         file = _olmo_file(name)
         eos_id = OLMO_FILES[name] if eos_id is None else eos_id
     try:

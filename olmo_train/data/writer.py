@@ -103,12 +103,12 @@ class SourceWriter:
     def _append(self, documents: Tokenized) -> None:
         state, begin = self.state, self.state.shard_tokens
         self._tokens.write(documents.tokens)
-        if documents.mask is not None and self._labels is None:
+        mask = None if documents.mask is None or documents.mask.all() else documents.mask
+        if mask is not None and self._labels is None:
             self._labels = _HashedFile(self.folder / self._names()[1], 0)
             self._labels.write(np.ones(begin, np.uint8))
             state.shard_labels = True
         if self._labels:
-            mask = documents.mask
             self._labels.write(np.ones(len(documents.tokens), np.uint8) if mask is None else mask)
         ends = begin + documents.ends() - 1
         shard = len(state.shards)

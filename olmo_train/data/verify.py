@@ -1,0 +1,187 @@
+"""verify-data: everything that a prepared folder claims of itself, checked against its bytes.
+
+The one idea: meta.json, the shards, documents.parquet and tokenizer.json each tell the same facts; every pair that could
+disagree is compared, and what disagrees is named with file, offset, expected and found. All problems are gathered.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from olmo_train.data.documents import DOCUMENTS_FILE, ID_DTYPE, IDS_FILE, DocumentTable, id_hash
+from olmo_train.data.meta import META_FILE, TOKENIZER_FILE, Meta, ShardMeta, hash_file, read_meta
+from olmo_train.data.tokenizer import from_json
+from olmo_train.errors import DataError
+
+BLOCK = 2**22  # tokens that are looked at together
+LOOKUPS = 256  # ids that are looked up as a test of documents.ids
+
+
+@dataclass(frozen=True)
+class Problem:
+    file: Path
+    what: str  # with offset (in tokens or rows), expected and found
+
+
+def verify(folder: Path, on_shard: Callable[[str], None] = lambda name: None) -> tuple[Meta, list[Problem]]:
+    """Check a prepared folder whole. Raises DataError when meta.json itself cannot be read."""
+    meta = read_meta(folder)
+    problems = list(_tokenizer(folder, meta))
+    table = None
+    try:
+        table = DocumentTable(folder)
+        problems += _documents_file(folder, meta, table)
+    except DataError as problem:
+        problems.append(Problem(folder / DOCUMENTS_FILE, str(problem).partition(": ")[2]))
+    documents = 0
+    for index, shard in enumerate(meta.shards):
+        on_shard(shard.file)
+        ends, found = _document_ends(folder, table, index, shard) if table else (None, [])
+        problems += found
+        problems += _shard(folder, meta, shard, ends)
+        problems += _labels(folder, shard)
+        documents += 0 if ends is None else len(ends)
+    if table and documents != meta.documents:
+        problems.append(Problem(folder / DOCUMENTS_FILE, f"expected {meta.documents} documents, found {documents}"))
+    if table and not problems:  # lookups would only fail in the wake of another problem
+        problems += _ids(folder, meta, table)
+    return meta, problems
+
+
+def _tokenizer(folder: Path, meta: Meta) -> Iterator[Problem]:
+    file = folder / TOKENIZER_FILE
+    try:
+        text = file.read_bytes()
+        found = hashlib.sha256(text).hexdigest()
+        if found != meta.tokenizer_sha256:
+            yield Problem(file, f"expected sha256 {meta.tokenizer_sha256}, found {found}")
+        tokenizer = from_json(text.decode(), str(file))
+    except (OSError, UnicodeDecodeError, DataError) as problem:
+        yield Problem(file, f"cannot be read: {problem}")
+        return
+    for key in ("vocab_size", "eos_id", "eos_text"):
+        if getattr(tokenizer, key) != getattr(meta, key):
+            yield Problem(file, f"{key}: expected {getattr(meta, key)!r} ({META_FILE}), found {getattr(tokenizer, key)!r}")
+
+
+def _documents_file(folder: Path, meta: Meta, table: DocumentTable) -> Iterator[Problem]:
+    file = folder / DOCUMENTS_FILE
+    found = hash_file(file)
+    if found != meta.documents_sha256:
+        yield Problem(file, f"expected sha256 {meta.documents_sha256}, found {found}")
+    if table.n_documents != meta.documents:
+        yield Problem(file, f"expected {meta.documents} rows, found {table.n_documents}")
+
+
+def _document_ends(folder: Path, table: DocumentTable, index: int, shard: ShardMeta) -> tuple[np.ndarray, list[Problem]]:
+    """(documents of the shard,) where each ends, which is where its EOS must be; they must lie end to end."""
+    file = folder / DOCUMENTS_FILE
+    try:
+        starts, ends = table.spans(index)
+    except DataError as problem:
+        return np.zeros(0, np.int64), [Problem(file, str(problem))]
+    expected = np.concatenate([[0], ends[:-1] + 1]) if len(ends) else starts
+    wrong = np.flatnonzero((starts != expected) | (ends < starts))
+    if len(wrong):
+        at = int(wrong[0])
+        what = f"shard {index}, document {at}: expected start {expected[at]}, found {starts[at]} to {ends[at]}"
+        return ends, [Problem(file, what)]
+    last = int(ends[-1]) + 1 if len(ends) else 0
+    if last != shard.tokens:
+        return ends, [Problem(file, f"shard {index}: expected documents up to token {shard.tokens}, found {last}")]
+    return ends, []
+
+
+def _shard(folder: Path, meta: Meta, shard: ShardMeta, ends: np.ndarray | None) -> Iterator[Problem]:
+    """Size, hash, range of ids, and an EOS at the end of each document and nowhere else."""
+    file, dtype = folder / shard.file, np.dtype(meta.dtype).newbyteorder("<")
+    size = file.stat().st_size if file.exists() else None
+    if size != shard.size or size != shard.tokens * dtype.itemsize:
+        expected = f"expected {shard.size} bytes for {shard.tokens} tokens of {meta.dtype}"
+        yield Problem(file, f"{expected}, found {'no such file' if size is None else size}{_header(file, size)}")
+        return
+    digest, named = hashlib.sha256(), set()
+    with open(file, "rb") as stream:
+        for start in range(0, shard.tokens, BLOCK):
+            data = stream.read(BLOCK * dtype.itemsize)
+            digest.update(data)
+            ids = np.frombuffer(data, dtype)
+            for kind, problem in _block(file, meta, start, ids, ends):
+                if kind not in named:  # the first of each kind tells where to look
+                    named.add(kind)
+                    yield problem
+    if digest.hexdigest() != shard.sha256:
+        yield Problem(file, f"expected sha256 {shard.sha256}, found {digest.hexdigest()}")
+
+
+def _header(file: Path, size: int | None) -> str:
+    if size is None:
+        return ""
+    with open(file, "rb") as stream:
+        return ", beginning with a NumPy header" if stream.read(6) == b"\x93NUMPY" else ""
+
+
+def _block(file: Path, meta: Meta, start: int, ids: np.ndarray, ends: np.ndarray | None) -> Iterator[tuple[str, Problem]]:
+    beyond = np.flatnonzero(ids >= meta.vocab_size)
+    if len(beyond):
+        at = int(beyond[0])
+        yield "range", Problem(file, f"token {start + at}: expected an id below {meta.vocab_size}, found {ids[at]}")
+    if ends is None:
+        return
+    expected = ends[np.searchsorted(ends, start) : np.searchsorted(ends, start + len(ids))] - start
+    missing = expected[ids[expected] != meta.eos_id]
+    if len(missing):
+        at = int(missing[0])
+        yield "missing", Problem(file, f"token {start + at}: expected EOS {meta.eos_id} (a document ends), found {ids[at]}")
+    found = np.flatnonzero(ids == meta.eos_id)
+    extra = found[~np.isin(found, expected)]
+    if len(extra):
+        at = start + int(extra[0])
+        yield "extra", Problem(file, f"token {at}: expected no EOS inside a document, found {meta.eos_id}")
+
+
+def _labels(folder: Path, shard: ShardMeta) -> Iterator[Problem]:
+    if not shard.labels:
+        return
+    file = folder / shard.labels["file"]
+    size = file.stat().st_size if file.exists() else None
+    if size != shard.tokens:
+        yield Problem(file, f"expected {shard.tokens} bytes, found {'no such file' if size is None else size}")
+        return
+    found = hash_file(file)
+    if found != shard.labels["sha256"]:
+        yield Problem(file, f"expected sha256 {shard.labels['sha256']}, found {found}")
+    mask = np.memmap(file, np.uint8, mode="r")
+    for start in range(0, len(mask), BLOCK):
+        wrong = np.flatnonzero(mask[start : start + BLOCK] > 1)
+        if len(wrong):
+            at = start + int(wrong[0])
+            yield Problem(file, f"token {at}: expected 0 or 1, found {mask[at]}")
+            return
+
+
+def _ids(folder: Path, meta: Meta, table: DocumentTable) -> Iterator[Problem]:
+    """Size and order of documents.ids, and that documents from all over the folder are found by their ids."""
+    file = folder / IDS_FILE
+    size = file.stat().st_size if file.exists() else None
+    if size != meta.documents * ID_DTYPE.itemsize:
+        expected = meta.documents * ID_DTYPE.itemsize
+        yield Problem(file, f"expected {expected} bytes, found {'no such file' if size is None else size}")
+        return
+    rows = np.memmap(file, ID_DTYPE, mode="r")
+    starts = np.cumsum([0] + [shard.tokens for shard in meta.shards]).tolist()
+    for row in {round(i * (len(rows) - 1) / LOOKUPS) for i in range(LOOKUPS + 1)}:
+        if row and rows[row - 1]["hash"] > rows[row]["hash"]:
+            yield Problem(file, f"row {row}: expected hashes in order, found {rows[row - 1]['hash']} before {rows[row]['hash']}")
+            return
+        at = int(rows[row]["start"])
+        shard = int(np.searchsorted(starts, at, side="right")) - 1
+        found = table.overlapping(shard, at - starts[shard], at - starts[shard] + 1) if 0 <= at < starts[-1] else []
+        if not found or found[0].start != at - starts[shard] or id_hash(found[0].id) != int(rows[row]["hash"]):
+            yield Problem(file, f"row {row}: expected the start of a document with that id, found token {at}")
+            return

