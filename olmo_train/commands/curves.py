@@ -56,15 +56,14 @@ def _write(args: argparse.Namespace) -> None:
     from olmo_train.curves import exports, figure, page, panels
 
     runs = exports.read_runs(args.runs, args.label)
-    chosen = panels.choose(runs, args.metric)
-    panels.check_axis(runs, args.x)
+    chosen, axis = panels.choose(runs, args.metric), panels.axis_of(runs, args.x)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     if args.output.suffix == ".html":
-        look = page.Look(args.x, args.log_x, args.smooth)
+        look = page.Look(axis, args.log_x, args.smooth)
         args.output.write_text(page.page_text(runs, chosen, look), encoding="utf-8")
     else:
         chosen = chosen if args.metric else panels.first(chosen, figure.FIRST)
-        figure.write_figure(runs, chosen, args.output, figure.Look(args.x, args.log_x, args.smooth))
+        figure.write_figure(runs, chosen, args.output, figure.Look(axis, args.log_x, args.smooth))
     for run in runs:
         for note in run.notes:
             print(f"note: {note}", file=sys.stderr)
@@ -76,11 +75,10 @@ def _frame(args: argparse.Namespace) -> tuple[str, bool]:
     from olmo_train.curves import exports, panels, terminal
 
     runs = exports.read_runs(args.runs, args.label)
-    chosen = panels.choose(runs, args.metric)
-    panels.check_axis(runs, args.x)
+    chosen, axis = panels.choose(runs, args.metric), panels.axis_of(runs, args.x)
     chosen = chosen if args.metric else panels.first(chosen, terminal.FIRST)
     width = max(40, shutil.get_terminal_size().columns)
-    look = terminal.Look(width, args.x, sys.stdout.isatty(), args.log_x, args.smooth)
+    look = terminal.Look(width, axis, sys.stdout.isatty(), args.log_x, args.smooth)
     return terminal.draw_terminal(runs, chosen, look), all(run.ended for run in runs)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from olmo_train.curves import panels, thin
 from olmo_train.curves.history import Run, Series
-from olmo_train.curves.panels import Curves
+from olmo_train.curves.panels import Axis, Curves
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -54,7 +54,7 @@ STYLE = {
 
 @dataclass(frozen=True)
 class Look:
-    axis: str = "step"
+    axis: Axis
     log_x: bool = False
     smooth: float = 0  # steps; 0: not at all
 
@@ -98,7 +98,7 @@ def _draw_panel(axes: Axes, runs: list[Run], curves: Curves, look: Look) -> None
         axes.axhline(value, color="#6c757d", linewidth=0.7, linestyle=(0, (1, 1.5)), zorder=1)
         axes.annotate(f"{curves.panel.limit_name} {value:g}", (1, value), (0, 1.5), xycoords=("axes fraction", "data"),
                       textcoords="offset points", ha="right", va="bottom", fontsize=7, color="#6c757d")  # fmt: skip
-    axes.set_xlabel(panels.AXES[look.axis][0])
+    axes.set_xlabel(look.axis.label)
     axes.set_ylabel(curves.panel.unit)
     axes.set_title(curves.panel.title, loc="left", fontweight="bold")
     if look.log_x:
@@ -114,7 +114,7 @@ def _draw_panel(axes: Axes, runs: list[Run], curves: Curves, look: Look) -> None
                 handle.set_color("#3d444b")
 
 
-def _draw_curve(axes: Axes, run: Run, metric: str, name: str | None, style: dict, axis: str, window: float) -> None:
+def _draw_curve(axes: Axes, run: Run, metric: str, name: str | None, style: dict, axis: Axis, window: float) -> None:
     series = run.series[metric]
     raw = thin.thin(series, MAX_POINTS)
     if window:
@@ -125,8 +125,8 @@ def _draw_curve(axes: Axes, run: Run, metric: str, name: str | None, style: dict
         _plot(axes, run, raw, axis, label=name, marker="o" if few else None, markersize=2.2, **style)
 
 
-def _plot(axes: Axes, run: Run, series: Series, axis: str, **style) -> None:
-    x = panels.x_values(run, axis, series.steps)
+def _plot(axes: Axes, run: Run, series: Series, axis: Axis, **style) -> None:
+    x = axis.at(run, series.steps)
     if x is not None:
         axes.plot(x, np.where(np.isfinite(series.values), series.values, np.nan), **style)
 
@@ -137,7 +137,7 @@ def _number_axes(axes: Axes, look: Look, log_y: bool) -> None:
 
     if not look.log_x:
         axes.xaxis.set_major_locator(MaxNLocator(5))
-        if look.axis in ("step", "tokens"):
+        if look.axis.name in ("step", "tokens"):
             axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: _counted(v)))
     if log_y:
         low, high = axes.get_ylim()

@@ -53,8 +53,12 @@ const short = (value, digits = 3) => {
     if (Math.abs(value) >= size) return +(value / size).toPrecision(digits) + letter;
   return String(+value.toPrecision(digits));
 };
-const duration = (hours) => (hours === null ? "–" : hours >= 48 ? short(hours / 24) + " d" : hours >= 1 ? short(hours) + " h"
-  : hours * 60 >= 1 ? short(hours * 60) + " min" : short(hours * 3600) + " s");
+function duration(seconds) {
+  if (seconds === null) return "–";
+  for (const [size, name] of [[172800, "d"], [3600, "h"], [60, "min"]])
+    if (seconds >= size) return `${short(seconds / { d: 86400, h: 3600, min: 60 }[name])} ${name}`;
+  return `${short(seconds)} s`;
+}
 
 // ---------------------------------------------------------------- colours
 
@@ -152,10 +156,10 @@ function layout(panel, traces) {
   const axis = { gridcolor: css("grid"), linecolor: css("line"), zeroline: false, automargin: true, tickfont: { color: css("soft"), size: 11 } };
   const exponent = state.axis === "tokens" ? "B" : state.axis === "flops" ? "power" : "SI";
   return {
-    margin: { l: 48, r: 10, t: 8, b: 36 }, height: panel.plot.clientHeight, showlegend: false, hovermode: "x unified", dragmode: touch ? false : "zoom",
+    margin: { l: 48, r: 10, t: 8, b: 36 }, width: panel.plot.clientWidth, height: panel.plot.clientHeight, showlegend: false, hovermode: "x unified", dragmode: touch ? false : "zoom",
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { color: css("ink"), family: getComputedStyle(document.body).fontFamily, size: 12 },
-    hoverlabel: { bgcolor: css("paper"), bordercolor: css("line"), font: { color: css("ink"), size: 12 } },
-    xaxis: { ...axis, type: state.logX ? "log" : "linear", range: xRange(), exponentformat: exponent, nticks: 8,
+    hoverlabel: { bgcolor: css("paper"), bordercolor: css("line"), font: { color: css("ink"), size: 12 }, namelength: -1 },
+    xaxis: { ...axis, type: state.logX ? "log" : "linear", range: xRange(), ...(state.logX ? logTicks(...xRange()) : { exponentformat: exponent, nticks: 8 }),
              title: { text: data.axes[state.axis], font: { color: css("soft"), size: 12 }, standoff: 6 }, showline: true,
              hoverformat: state.axis === "step" ? ",d" : ".4s" },
     yaxis: { ...axis, type: panel.log ? "log" : "linear", range: panel.zoom ?? fitY(panel, traces), hoverformat: ".6~g", ...yTicks(panel, traces) },
@@ -164,10 +168,21 @@ function layout(panel, traces) {
   };
 }
 
-// 1, 2, 5 on a log axis of less than three decades, on a longer one the powers of ten; small numbers as powers.
+// 1, 2, 5 on a log axis of up to three decades, on a longer one the powers of ten. `low` and `high` are logarithms.
+function logTicks(low, high) {
+  const span = high - low;
+  const digits = span < 0.8 ? [1, 2, 3, 4, 5, 6, 7, 8, 9] : span < 3 ? [1, 2, 5] : [1];
+  const every = span < 7 ? 1 : Math.ceil(span / 6);
+  const tickvals = [];
+  for (let power = Math.floor(low); power <= high; power++)
+    if (power % every === 0) tickvals.push(...digits.map((digit) => Number(`${digit}e${power}`)));
+  const plain = (value) => value >= 1e-3 && value < 1e15;
+  return { tickvals, ticktext: tickvals.map((value) => (plain(value) ? short(value) : value.toExponential().replace("+", ""))) };
+}
+
 function yTicks(panel, traces) {
   const [low, high] = panel.zoom ?? fitY(panel, traces) ?? [0, 1];
-  if (panel.log) return { dtick: high - low < 0.8 ? undefined : high - low < 3 ? "D2" : Math.ceil((high - low) / 6), exponentformat: "power" };
+  if (panel.log) return logTicks(low, high);
   return { nticks: 7, exponentformat: Math.abs(high) < 0.01 ? "power" : "SI", minexponent: Math.abs(high) < 0.01 ? 2 : 4 };
 }
 
@@ -182,7 +197,7 @@ function limitShapes(panel) {
 function draw(only) {
   for (const panel of only ? [only] : data.panels) {
     const curves = panel.curves.filter((c) => !state.hidden.has(c.run)).flatMap((curve) => curveTraces(panel, curve));
-    Plotly.react(panel.plot, [...curves, ...eventTraces()], layout(panel, curves), { displayModeBar: false, responsive: true, doubleClick: false });
+    Plotly.react(panel.plot, [...curves, ...eventTraces()], layout(panel, curves), { displayModeBar: false, doubleClick: false });
     drawLegend(panel);
   }
 }
@@ -261,9 +276,9 @@ function buildRuns() {
     const label = document.createElement("label");
     const box = Object.assign(document.createElement("input"), { type: "checkbox", checked: true });
     label.append(box, run.name);
-    const events = Object.entries(s.events).map(([kind, n]) => `${n} ${kind}`).join(", ") || "–";
+    const events = Object.entries(s.events).map(([kind, n]) => `${n} ${kind}${n > 1 ? "s" : ""}`).join(", ") || "–";
     const number = (v) => (v === null ? "–" : v.toFixed(4));
-    const line = row([label, s.steps.toLocaleString("en"), short(s.tokens), duration(s.hours), number(s.training), number(s.validation), short(s.speed), events]);
+    const line = row([label, s.steps.toLocaleString("en"), short(s.tokens), duration(s.seconds), number(s.training), number(s.validation), short(s.speed), events]);
     box.onchange = () => { box.checked ? state.hidden.delete(i) : state.hidden.add(i); line.classList.toggle("off", !box.checked); draw(); };
     run.box = box;
     run.label = label;
@@ -301,8 +316,7 @@ function buildConfiguration() {
 
 function buildTools() {
   $("tools").onsubmit = (event) => event.preventDefault();
-  for (const [name, label] of Object.entries(data.axes))
-    if (name === "step" || data.runs.some((run) => run.axes[name])) $("axis").append(new Option(label, name, false, name === state.axis));
+  for (const [name, label] of Object.entries(data.axes)) $("axis").append(new Option(label, name, false, name === state.axis));
   $("axis").onchange = (event) => { state.axis = event.target.value; setRange(0); };
   $("range").onchange = (event) => setRange(Number(event.target.value));
   const showWindow = () => { $("window").textContent = state.smoothing ? `${short(state.smoothing, 2)} steps` : "off"; };
@@ -332,3 +346,7 @@ paintRuns();
 draw();
 data.panels.forEach(linkZoom);
 dark.addEventListener("change", () => { paintRuns(); draw(); });
+let width = $("panels").clientWidth;
+new ResizeObserver(() => {
+  if ($("panels").clientWidth !== width) { width = $("panels").clientWidth; draw(); }
+}).observe($("panels"));

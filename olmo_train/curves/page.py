@@ -18,7 +18,7 @@ import numpy as np
 
 from olmo_train.curves import panels, thin
 from olmo_train.curves.history import Run, Series
-from olmo_train.curves.panels import Curves
+from olmo_train.curves.panels import Axis, Curves
 
 MAX_POINTS = 4000  # of one curve: more than the pixels of any screen
 MIN_POINTS = 500
@@ -31,7 +31,7 @@ MAX_OWN_PANELS = 24  # a run may log hundreds of metrics of its own
 class Look:
     """The page's first view; its reader changes it."""
 
-    axis: str = "step"
+    axis: Axis
     log_x: bool = False
     smooth: float = 0  # steps; 0: not at all
 
@@ -54,6 +54,7 @@ def page_data(runs: list[Run], chosen: list[Curves], look: Look) -> dict[str, An
     """All that the page draws, as JSON. A value that is not finite is null and named in the curve's `odd`."""
     known = [curves for curves in chosen if curves.panel in panels.PANELS]
     own = [curves for curves in chosen if curves.panel not in panels.PANELS]
+    axes = panels.axes(runs)
     shown = known + own[:MAX_OWN_PANELS]
     count = sum(metric in run.series for curves in shown for metric in curves.metrics for run in runs)
     max_points = min(MAX_POINTS, max(MIN_POINTS, PAGE_POINTS // max(1, count)))
@@ -61,13 +62,13 @@ def page_data(runs: list[Run], chosen: list[Curves], look: Look) -> dict[str, An
     if len(own) > MAX_OWN_PANELS:
         notes.append(f"{len(own) - MAX_OWN_PANELS} more metrics are not drawn; choose them with --metric")
     return {
-        "look": {"axis": look.axis, "log_x": look.log_x, "smooth": look.smooth},
-        "axes": {name: label for name, (label, _) in panels.AXES.items()},
+        "look": {"axis": look.axis.name, "log_x": look.log_x, "smooth": look.smooth},
+        "axes": {axis.name: axis.label for axis in axes.values()},
         "colors": {"light": panels.COLORS, "dark": panels.DARK_COLORS},
         "dashes": panels.DASHES,
         "events": {kind: {"mark": mark, "shown": shown} for kind, (mark, shown) in panels.EVENTS.items()},
         "notes": notes,
-        "runs": [_run(run) for run in runs],
+        "runs": [_run(run, axes) for run in runs],
         "panels": [_panel(curves, runs, max_points) for curves in shown],
         "differences": differences(runs),
     }
@@ -84,8 +85,8 @@ def differences(runs: list[Run]) -> dict[str, Any]:
     return {"runs": [run.name for run in told], "rows": rows}
 
 
-def _run(run: Run) -> dict[str, Any]:
-    sources = {axis: panels.axis_source(run, axis) for axis in panels.AXES if axis != "step"}
+def _run(run: Run, axes: dict[str, Axis]) -> dict[str, Any]:
+    sources = {name: axis.source(run) for name, axis in axes.items() if name != "step"}
     tables = {axis: _points(thin.thin(source, MAX_POINTS)) for axis, source in sources.items() if source is not None}
     events = {kind: [e for e in run.events if e["event"] == kind] for kind in panels.EVENTS}
     return {
@@ -100,13 +101,12 @@ def summary(run: Run) -> dict[str, Any]:
     """What the table of runs tells; None where it was not logged."""
     losses = [s for name, s in run.series.items() if name.startswith("eval/") and name.endswith("/CrossEntropyLoss")]
     count = {kind: sum(e["event"] == kind for e in run.events) for kind in panels.EVENTS}
-    at_end = np.array([run.last_step])
-    tokens, hours = panels.x_values(run, "tokens", at_end), panels.x_values(run, "time", at_end)
+    tokens = run.series.get("throughput/total_tokens")
     speed = run.series.get("throughput/tokens_per_second")
     return {
         "steps": run.last_step,
-        "tokens": None if tokens is None else float(tokens[0]),
-        "hours": None if hours is None else float(hours[0]),
+        "tokens": _last(tokens),
+        "seconds": _last(run.elapsed),
         "training": _last(run.series.get("train/CrossEntropyLoss")),
         "validation": _json_float(np.mean([_last(s) for s in losses])) if losses else None,
         "speed": None if speed is None else _json_float(np.nanmedian(speed.values)),

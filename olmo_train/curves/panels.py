@@ -14,13 +14,57 @@ import numpy as np
 from olmo_train.curves.history import BOOKKEEPING, Run, Series
 from olmo_train.errors import ConfigError, nearest
 
-# name: (label, metric that holds it as a function of the step)
-AXES = {
-    "step": ("step", None),
-    "tokens": ("tokens", "throughput/total_tokens"),
-    "flops": ("training FLOPs", "throughput/total_flops"),
-    "time": ("hours of training", None),
-}
+AXES = ("step", "tokens", "flops", "time")
+
+
+@dataclass(frozen=True)
+class Axis:
+    """An x axis; `source` gives its value at each logged step of a run, in units of `unit`."""
+
+    name: str
+    label: str
+    metric: str | None = None  # that holds it
+    unit: float = 1
+
+    def source(self, run: Run) -> Series | None:
+        """The axis as a function of the step, 0 at step 0; None when the run has not logged it."""
+        source = run.elapsed if self.name == "time" else run.series.get(self.metric)
+        if source is None:
+            return None
+        finite = np.isfinite(source.values)
+        steps, values = source.steps[finite], source.values[finite] / self.unit
+        if steps[0] > 0:
+            steps, values = np.append(0, steps), np.append(0.0, values)
+        return Series(steps, values)
+
+    def at(self, run: Run, steps: np.ndarray) -> np.ndarray | None:
+        """The steps on this axis, or None when the run has not logged it."""
+        if self.name == "step":
+            return steps.astype(np.float64)
+        source = self.source(run)
+        return None if source is None else np.interp(steps, source.steps, source.values)
+
+
+def axes(runs: list[Run]) -> dict[str, Axis]:
+    """The x axes on which any of the runs can be drawn, by name. The longest run decides the unit of time."""
+    longest = max((run.elapsed.values.max() for run in runs if run.elapsed), default=0)
+    word, unit = ("minutes", 60) if longest < 2 * 3600 else ("hours", 3600) if longest < 4 * 86400 else ("days", 86400)
+    known = (
+        Axis("step", "step"),
+        Axis("tokens", "tokens", "throughput/total_tokens"),
+        Axis("flops", "training FLOPs", "throughput/total_flops"),
+        Axis("time", f"{word} of training", unit=unit),
+    )
+    return {axis.name: axis for axis in known if axis.name == "step" or any(axis.source(run) is not None for run in runs)}
+
+
+def axis_of(runs: list[Run], name: str) -> Axis:
+    """Raises ConfigError when no run tells where it was on this axis."""
+    known = axes(runs)
+    if name not in known:
+        raise ConfigError("--x", f"no run has logged its {name}; known here: {', '.join(known)}")
+    return known[name]
+
 
 # Okabe and Ito's colours, which people of every colour vision can tell apart, black and yellow left out: on a light
 # ground, and made lighter for a dark one.
@@ -109,35 +153,6 @@ def choose(runs: list[Run], patterns: list[str] = ()) -> list[Curves]:
 def first(chosen: list[Curves], titles: tuple[str, ...]) -> list[Curves]:
     """The panels of these titles, or the first one when a run has none of them."""
     return [curves for curves in chosen if curves.panel.title in titles] or chosen[:1]
-
-
-def check_axis(runs: list[Run], axis: str) -> None:
-    """Raises ConfigError when no run tells where it was on this axis."""
-    if axis != "step" and all(axis_source(run, axis) is None for run in runs):
-        known = [name for name in AXES if name == "step" or any(axis_source(run, name) is not None for run in runs)]
-        raise ConfigError("--x", f"no run has logged its {AXES[axis][0]}; known here: {', '.join(known)}")
-
-
-def x_values(run: Run, axis: str, steps: np.ndarray) -> np.ndarray | None:
-    """The steps on another axis (tokens, FLOPs, or hours), or None when the run does not tell it."""
-    if axis == "step":
-        return steps.astype(np.float64)
-    source = axis_source(run, axis)
-    if source is None:
-        return None
-    return np.interp(steps, source.steps, source.values)
-
-
-def axis_source(run: Run, axis: str) -> Series | None:
-    """An x axis as a function of the step, which is 0 at step 0: tokens, FLOPs or hours where they were logged."""
-    source = run.elapsed if axis == "time" else run.series.get(AXES[axis][1])
-    if source is None:
-        return None
-    finite = np.isfinite(source.values)
-    steps, values = source.steps[finite], source.values[finite] / (3600 if axis == "time" else 1)
-    if steps[0] > 0:
-        steps, values = np.append(0, steps), np.append(0.0, values)
-    return Series(steps, values)
 
 
 def place(metric: str) -> tuple[Panel, str]:

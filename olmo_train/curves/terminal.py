@@ -9,7 +9,7 @@ import numpy as np
 
 from olmo_train.curves import panels, thin
 from olmo_train.curves.history import Run
-from olmo_train.curves.panels import Curves, Panel
+from olmo_train.curves.panels import Axis, Curves, Panel
 
 FIRST = ("Loss", "Gradient norm", "Learning rate")  # what is drawn when nothing is chosen
 TALL, LOW = 18, 10  # rows of the first panel and of the others
@@ -20,7 +20,7 @@ SYMBOLS = ("o", "x", "+", "*", "#", "@")  # tell the curves apart where there ar
 @dataclass(frozen=True)
 class Look:
     width: int  # columns
-    axis: str = "step"
+    axis: Axis
     color: bool = True
     log_x: bool = False
     smooth: float = 0  # steps; 0: not at all
@@ -47,7 +47,7 @@ def headline(run: Run) -> str:
     for kind in ("resume", "spike", "skip"):
         count = sum(event["event"] == kind for event in run.events)
         if count:
-            told.append(f"{count} {kind}")
+            told.append(f"{count} {kind}{'s' * (count > 1)}")
     return f"{run.name}: " + ", ".join(told)
 
 
@@ -59,7 +59,7 @@ def _panel(runs: list[Run], curves: Curves, look: Look, height: int) -> Any:
     figure.clear()
     figure.theme("colorless")
     figure.plot_size(look.width, height)
-    figure.label(panels.AXES[look.axis][0])
+    figure.label(look.axis.label)
     figure.axes(False, axis="x", side="upper")
     figure.axes(False, axis="y", side="right")
     x_ends: list[float] = []
@@ -106,7 +106,7 @@ def _points(run: Run, metric: str, panel: Panel, look: Look) -> tuple[np.ndarray
     if look.smooth and panels.may_smooth(panel, metric):
         series = thin.smooth(thin.means(series, most), look.smooth)
     series = thin.thin(series, most)
-    x, y = panels.x_values(run, look.axis, series.steps), series.values
+    x, y = look.axis.at(run, series.steps), series.values
     if x is None:
         return np.empty(0), np.empty(0)
     keep = np.isfinite(y) & ((x > 0) | (not look.log_x)) & ((y > 0) | (not panel.log))
