@@ -7,6 +7,7 @@ x axes (tokens, FLOPs, time) are functions of the step, found by interpolation b
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -106,21 +107,24 @@ def collect(rows: Iterable[dict[str, Any]]) -> tuple[dict[str, Series], list[tup
     columns: dict[str, tuple[list[int], list[float]]] = {}
     clock = []
     for row in rows:
-        step = next((int(row[key]) for key in STEP_KEYS if _is_number(row.get(key))), None)
+        step = _first_number(row, STEP_KEYS)
         if step is None:
             continue
         for key, value in row.items():
             if value is None:
-                value = float("nan")
-            elif not _is_number(value):
+                value = math.nan
+            elif type(value) not in (float, int):  # nor a bool; this line runs for every number of a long run
                 continue
-            if key not in STEP_KEYS:
-                steps, values = columns.setdefault(key, ([], []))
-                steps.append(step)
-                values.append(value)
-        time = next((row[key] for key in TIME_KEYS if _is_number(row.get(key))), None)
+            column = columns.get(key)
+            if column is None:
+                column = columns[key] = ([], [])
+            column[0].append(int(step))
+            column[1].append(value)
+        time = _first_number(row, TIME_KEYS)
         if time is not None:
-            clock.append((step, float(time), int(row.get("attempt") or 0)))
+            clock.append((int(step), float(time), int(row.get("attempt") or 0)))
+    for key in STEP_KEYS:
+        columns.pop(key, None)
     series = {name: _series(*column) for name, column in columns.items()}
     return {name: s for name, s in series.items() if not np.isnan(s.values).all()}, clock
 
@@ -151,6 +155,13 @@ def _series(steps: list[int], values: list[float]) -> Series:
         last = np.append(steps[1:] != steps[:-1], True)
         steps, values = steps[last], values[last]
     return Series(steps, values)
+
+
+def _first_number(row: dict[str, Any], keys: tuple[str, ...]) -> float | None:
+    for key in keys:
+        if _is_number(row.get(key)):
+            return row[key]
+    return None
 
 
 def _is_number(value: Any) -> bool:

@@ -84,10 +84,19 @@ function curveTraces(panel, curve) {
   const dots = isEvaluation(curve) && curve.step.length <= 100;
   const base = { type: "scatter", yaxis: "y", name: label, line: { color, dash, width: isEvaluation(curve) ? 2 : 1.5 } };
   const raw = { ...base, x: onAxis(curve.run, curve.step), y: curve.value, mode: dots || curve.step.length === 1 ? "lines+markers" : "lines", marker: { color, size: 5 } };
-  if (!smoothed) return [raw];
+  if (!smoothed) return [raw, ...oddTrace(curve, label, color)];
   const points = curve.mean ?? curve;
   const mean = { ...base, x: onAxis(curve.run, points.step), y: smooth(points.step, points.value, state.smoothing), mode: "lines", line: { color, dash, width: 2 } };
-  return [{ ...raw, opacity: 0.28, hoverinfo: "skip", line: { color, width: 1 } }, mean];
+  return [{ ...raw, opacity: 0.28, hoverinfo: "skip", line: { color, width: 1 } }, mean, ...oddTrace(curve, label, color)];
+}
+
+// NaN and infinity have no place on an axis: they are gaps, marked at the top.
+function oddTrace(curve, label, color) {
+  if (!curve.odd) return [];
+  const steps = Object.keys(curve.odd).map(Number);
+  const text = steps.map((step) => `${curve.odd[step]} at step ${step}`);
+  return [{ type: "scatter", yaxis: "y2", mode: "markers", name: label, x: onAxis(curve.run, steps), y: steps.map(() => 0.99), text,
+            hovertemplate: "%{text}", marker: { color, size: 9, symbol: "circle-x-open" } }];
 }
 
 // Events stand on a second y axis from 0 to 1, so that they keep their place whatever the curves do.
@@ -200,6 +209,14 @@ function draw(only) {
     Plotly.react(panel.plot, [...curves, ...eventTraces()], layout(panel, curves), { displayModeBar: false, doubleClick: false });
     drawLegend(panel);
   }
+}
+
+// A slider moves faster than a long run is drawn.
+let drawing = false;
+function drawSoon() {
+  if (drawing) return;
+  drawing = true;
+  requestAnimationFrame(() => { drawing = false; draw(); });
 }
 
 function drawLegend(panel) {
@@ -320,7 +337,7 @@ function buildTools() {
   $("axis").onchange = (event) => { state.axis = event.target.value; setRange(0); };
   $("range").onchange = (event) => setRange(Number(event.target.value));
   const showWindow = () => { $("window").textContent = state.smoothing ? `${short(state.smoothing, 2)} steps` : "off"; };
-  $("smoothing").oninput = (event) => { state.smoothing = WINDOWS[event.target.value] * lastStep; showWindow(); draw(); };
+  $("smoothing").oninput = (event) => { state.smoothing = WINDOWS[event.target.value] * lastStep; showWindow(); drawSoon(); };
   $("smoothing").value = WINDOWS.findLastIndex((share) => share * lastStep <= state.smoothing);
   showWindow();
   $("log-x").checked = state.logX;
