@@ -16,6 +16,7 @@ VERBS = {
     "inspect-data": "show what a step trains on, or which steps see a document",
     "plan": "tell memory, time, energy and schedule before a launch",
     "curves": "draw the curves of runs: page, picture or terminal",
+    "checkpoints": "list, verify or prune the checkpoints of a run",
     "evaluate": "measure a checkpoint on held-out text",
     "generate": "continue a text with a checkpoint",
 }

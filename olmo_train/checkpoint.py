@@ -13,6 +13,7 @@ import logging
 import re
 import shutil
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.device_mesh import DeviceMesh
@@ -30,7 +32,7 @@ from torch.distributed.tensor import DTensor
 
 from olmo_train import config as configuration
 from olmo_train.distributed import World
-from olmo_train.errors import CheckpointError, ConfigError
+from olmo_train.errors import CheckpointError, ConfigError, SaveError
 from olmo_train.model.config import ModelConfig
 from olmo_train.model.transformer import Transformer
 from olmo_train.storage import commit_folder, problems_of, remove_folder, write_file
@@ -46,6 +48,7 @@ class CheckpointConfig:
     permanent_interval_steps: int | None = None  # checkpoints at multiples of this are never deleted
     save_steps: tuple[int, ...] = ()  # further steps to save at, never deleted
     async_save: bool = True  # write beside training, from a copy in host memory
+    required: bool = True  # a save that fails ends the run; false: it is a warning, and training goes on
 
     def __post_init__(self) -> None:
         for key in ("interval_steps", "keep_last", "permanent_interval_steps"):
@@ -72,16 +75,19 @@ def committed(run_dir: Path) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
-def newest(run_dir: Path) -> Path | None:
+def newest(run_dir: Path, strict: bool = False) -> Path | None:
     """The newest checkpoint that verifies; None when the run has none at all.
 
-    Damaged ones are named in a warning and left alone. Raises CheckpointError when there are some and none verifies.
+    Damaged ones are named in a warning and left alone. Raises CheckpointError when there are some and none verifies;
+    with `strict`, when the newest one does not.
     """
     folders = committed(run_dir)
     for folder in reversed(folders.values()):
         problems = problems_of(folder)
         if not problems:
             return folder
+        if strict:
+            raise CheckpointError(folder, f"is damaged: {'; '.join(problems)}; resume: auto would take the one before it")
         log.warning("%s is damaged and passed over: %s", folder, "; ".join(problems))
     if folders:
         raise CheckpointError(
@@ -137,6 +143,12 @@ def load(folder: Path, model: Transformer, optimizer: torch.optim.Optimizer, wor
     return state
 
 
+def load_weights(folder: Path, model: Transformer, world: World) -> None:
+    """Fill the model, sharded in any way, with a checkpoint's weights alone."""
+    wanted = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
+    _read_tensors(folder, wanted, prefix="model.", group=world.control_group)
+
+
 def state_tensors(model: Transformer, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """{name: tensor} of all that a checkpoint keeps as tensors. The optimizer's count of its updates is the same for
     every weight and goes to state.json."""
@@ -176,31 +188,50 @@ class Checkpointer:
         self._mesh = world.mesh if on_host else DeviceMesh("cpu", world.mesh.mesh, mesh_dim_names=world.mesh.mesh_dim_names)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future | None = None
+        self._figures: dict[str, float] = {}
+        self.last_step: int | None = None  # of the last save that was begun
 
     def save(self, step: int, model: Transformer, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> float:
         """Save the state after update `step`; gives the seconds for which training stood still.
 
-        With async_save the files are written beside training; the next save, `wait` and `check` raise what went wrong.
+        With async_save the files are written beside training; the next save, `wait` or `failed` tells what went wrong.
         """
         started = time.perf_counter()
         self.wait()
         state = {**state, "step": step, "optimizer_steps": self._optimizer_steps(optimizer)}
         snapshot = {name: self._on_host(tensor) for name, tensor in state_tensors(model, optimizer).items()}
-        self._pending = self._thread.submit(self._write, step, snapshot, state)
+        self._pending, self.last_step = self._thread.submit(self._write, step, snapshot, state), step
         if not self.config.async_save:
             self.wait()
-        return time.perf_counter() - started
+        stall = time.perf_counter() - started
+        self._figures["throughput/checkpoint_stall_seconds"] = stall
+        return stall
 
-    def check(self) -> None:
-        """Raise the error of a save that has failed meanwhile; never waits."""
-        if self._pending is not None and self._pending.done():
-            self.wait()
+    def failed(self) -> bool:
+        """Whether the last save is known to have failed; never waits."""
+        return self._pending is not None and self._pending.done() and self._pending.exception() is not None
 
     def wait(self) -> None:
-        """Until the last save is committed; raises CheckpointError when it was not."""
+        """Until the last save is committed. Raises SaveError when it was not, or warns where a save is not required."""
         pending, self._pending = self._pending, None
-        if pending is not None:
-            pending.result()
+        if pending is None:
+            return
+        try:
+            seconds, size = pending.result()
+        except SaveError as problem:
+            if self.config.required:
+                raise
+            log.warning("%s; training goes on without it", problem)
+            return
+        self._figures["throughput/checkpoint_write_seconds"] = seconds
+        self._figures["throughput/checkpoint_bytes_per_second"] = size / seconds
+
+    def take_figures(self) -> dict[str, float]:
+        """Metrics of the saves since the last call: stall, time beside training, bandwidth of all ranks together."""
+        if self._pending is not None and self._pending.done() and not self.failed():
+            self.wait()
+        figures, self._figures = self._figures, {}
+        return figures
 
     def close(self) -> None:
         self._thread.shutdown(wait=True)
@@ -216,45 +247,65 @@ class Checkpointer:
             local, self._mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
         )
 
-    def _write(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-        """In the thread, on every rank: write, agree that all is written, let rank 0 commit and prune."""
+    def _write(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> tuple[float, int]:
+        """In the thread, on every rank: write, agree that all is written, let rank 0 commit and prune.
+
+        Gives seconds and bytes. All ranks raise SaveError when one of them cannot write.
+        """
+        started = time.perf_counter()
         final = folder_of(self.run_dir, step)
         temporary = final.with_name(f".{final.name}.tmp")
-        group, problem = self.world.background_group, None
-        if self.world.is_main:
-            shutil.rmtree(temporary, ignore_errors=True)  # of a save that died
-            temporary.mkdir(parents=True)
-        dist.barrier(group=group)
+        self._together(final, lambda: self._clear(temporary) if self.world.is_main else None)
         writer = _HashingWriter(str(temporary))
-        dcp.save(tensors, storage_writer=writer, process_group=group)
-        entries: list[dict] = [{}] * self.world.size
-        dist.all_gather_object(entries, writer.entries, group=group)
-        if self.world.is_main:
-            try:
-                self._commit(step, temporary, final, state, {name: e for part in entries for name, e in part.items()})
-            except OSError as error:
-                problem = f"could not be committed: {error}"
-        outcome = [problem]
-        dist.broadcast_object_list(outcome, src=0, group=group)
-        if outcome[0] is not None:
-            raise CheckpointError(final, outcome[0])
+        try:
+            dcp.save(tensors, storage_writer=writer, process_group=self.world.background_group)
+        except CheckpointException as problem:  # raised on every rank when the writing of one has failed
+            causes = {rank: failure[0] for rank, failure in problem.failures.items()}
+            raise SaveError(final, f"could not be written: {causes}; {self._need(tensors)}") from problem
+        parts = self._together(final, lambda: writer.entries)
+        entries = {name: entry for part in parts for name, entry in part.items()}
+        self._together(final, lambda: self._commit(temporary, final, state, entries) if self.world.is_main else None)
+        return time.perf_counter() - started, sum(entry["size"] for entry in entries.values())
 
-    def _commit(self, step: int, temporary: Path, final: Path, state: dict, entries: dict[str, dict]) -> None:
+    def _together(self, final: Path, function: Callable[[], Any]) -> list[Any]:
+        """Call a function on every rank and give all results; an OSError of one becomes a SaveError of all."""
+        try:
+            mine = (function(), None)
+        except OSError as problem:
+            mine = (None, f"could not be written: {problem}")
+        outcomes: list[Any] = [None] * self.world.size
+        dist.all_gather_object(outcomes, mine, group=self.world.background_group)
+        for _, problem in outcomes:
+            if problem is not None:
+                raise SaveError(final, problem)
+        return [result for result, _ in outcomes]
+
+    def _need(self, tensors: dict[str, Tensor]) -> str:
+        """What the disk must hold, for the error that tells of a full one."""
+        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        return f"a checkpoint needs {size / 1e9:.3g} GB, {shutil.disk_usage(self.run_dir).free / 1e9:.3g} GB are free"
+
+    def _clear(self, temporary: Path) -> None:
+        shutil.rmtree(temporary, ignore_errors=True)  # of a save that died
+        temporary.mkdir(parents=True)
+
+    def _commit(self, temporary: Path, final: Path, state: dict, entries: dict[str, dict]) -> None:
         for name, content in {"state.json": json.dumps(state, indent=1).encode(), **self.files}.items():
             entries[name] = write_file(temporary / name, content)
         if final.exists():  # a damaged one that loading passed over, now computed again
             remove_folder(final)
         commit_folder(temporary, final, entries)
-        self._prune()
-
-    def _prune(self) -> None:
-        """Delete all but the newest keep_last that are not permanent, and what saves that died have left."""
-        folders = committed(self.run_dir)
-        passing = [step for step in folders if not self.config.is_permanent(step)]
-        for step in passing[: -self.config.keep_last]:
-            remove_folder(folders[step])
-        for leftover in (self.run_dir / "checkpoints").glob(".step-*"):
+        for folder in superfluous(self.run_dir, self.config):
+            remove_folder(folder)
+        for leftover in final.parent.glob(".step-*"):  # of saves and deletions that died
             remove_folder(leftover)
+
+
+def superfluous(run_dir: Path, config: CheckpointConfig) -> list[Path]:
+    """The checkpoints that retention would delete now: neither permanent nor among the newest keep_last."""
+    folders = committed(run_dir)
+    passing = [step for step in folders if not config.is_permanent(step)]
+    return [folders[step] for step in passing[: -config.keep_last]]
 
 
 class _HashingWriter(HuggingFaceStorageWriter):

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from olmo_train.errors import ConfigError, UserError
+from olmo_train.errors import ConfigError, PeerError, UserError
 
 T = TypeVar("T")
 
@@ -80,6 +80,20 @@ class World:
 
     def barrier(self) -> None:
         dist.barrier(group=self.control_group)
+
+
+@contextlib.contextmanager
+def peers_named() -> Iterator[None]:
+    """Turn what torch raises when another process is gone or silent into a PeerError."""
+    try:
+        yield
+    except (dist.DistNetworkError, dist.DistBackendError) as problem:
+        raise PeerError("peers", f"another process of the run is gone: {problem}; run the same command again") from problem
+    except RuntimeError as problem:
+        # gloo tells of a closed connection or a timeout in a plain RuntimeError that names its own source file
+        if "gloo/transport" not in str(problem) and "Connection closed by peer" not in str(problem):
+            raise
+        raise PeerError("peers", f"another process of the run is gone: {problem}; run the same command again") from problem
 
 
 @contextlib.contextmanager

@@ -35,6 +35,10 @@ class CheckpointError(UserError):  # no loadable checkpoint
     exit_code = 4
 
 
+class SaveError(UserError):  # a checkpoint could not be written
+    exit_code = 1
+
+
 class NonFiniteError(UserError):  # training stopped by non-finite values
     exit_code = 5
 

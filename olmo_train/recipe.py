@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from olmo_train.checkpoint import CheckpointConfig
 from olmo_train.data.mixture import DataConfig
-from olmo_train.errors import ConfigError
+from olmo_train.errors import ConfigError, check_choice
 from olmo_train.guards import GuardConfig
 from olmo_train.metrics import LogConfig
 from olmo_train.model.config import ModelConfig
@@ -35,6 +35,9 @@ class TrainConfig:
     total_tokens: float | None = None  # instead of total_steps; neither: OLMo's 2e12
     global_batch_size: int = 2048  # sequences a step, over all processes
     micro_batch_size: int = 4  # sequences of one forward on one process
+    resume: str = "auto"  # auto: from the newest checkpoint that verifies; strict: refuse when the newest one does not
+    resume_from: str | None = None  # start a new run_dir from this checkpoint (of any run): weights, optimizer and step
+    init_from: str | None = None  # start a new run_dir with the weights of this checkpoint, at step 0
     allow_changes: tuple[str, ...] = ()  # dotted keys that may differ from the checkpoint that is resumed
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -48,6 +51,9 @@ class TrainConfig:
         for key in ("global_batch_size", "micro_batch_size"):
             if getattr(self, key) < 1:
                 raise ConfigError(key, f"must be at least 1, got {getattr(self, key)}")
+        check_choice("resume", self.resume, ("auto", "strict"))
+        if self.resume_from and self.init_from:
+            raise ConfigError("init_from", f"{self.init_from} is given beside resume_from {self.resume_from}; name one of them")
         if self.total_steps is not None and self.total_tokens is not None:
             raise ConfigError(
                 "total_tokens",

@@ -9,7 +9,10 @@ from olmo_train.config import flatten
 from olmo_train.errors import ConfigError
 
 # Keys whose change does not alter which weights a step gives (up to the rounding of sums).
-HARMLESS = ("run_dir", "allow_changes", "micro_batch_size", "log.*", "checkpoint.*", "eval.*", "guards.*", "profile.*",
+HARMLESS = ("run_dir",
+    "resume",
+    "resume_from",
+    "init_from", "allow_changes", "micro_batch_size", "log.*", "checkpoint.*", "eval.*", "guards.*", "profile.*",
             "parallel.shard", "parallel.replicas", "parallel.activation_checkpointing", "parallel.compile",
             "data.validation.*", "data.validation",
             "data.sources.*.path*",  # the contents are compared by their hashes

@@ -9,6 +9,7 @@ The same call again resumes from the newest checkpoint.
 from __future__ import annotations
 
 import contextlib
+import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,15 +27,16 @@ from olmo_train.console import Console
 from olmo_train.data.loader import IGNORE, Batch, Loader, validation_batches
 from olmo_train.data.mixture import Mixture
 from olmo_train.data.shards import TokenSource, check_ids, open_source
-from olmo_train.distributed import World, join_world
+from olmo_train.distributed import World, join_world, peers_named
 from olmo_train.errors import ConfigError, Stopped
 from olmo_train.eval.perplexity import loss_sums
 from olmo_train.guards import StopSignals, Watchdog, check_skipped, skip_if_not_finite
-from olmo_train.metrics import Clock, Interval, Recorder, loss_metrics, throughput_metrics
+from olmo_train.metrics import Recorder, attempts
 from olmo_train.model.cost import flops_per_token
 from olmo_train.model.transformer import Transformer
 from olmo_train.recipe import TrainConfig
 from olmo_train.resume import check_changes, check_data
+from olmo_train.stats import Clock, Interval, loss_metrics, throughput_metrics
 from olmo_train.storage import RunLock, replace_file
 
 CHECKED_TOKENS = 10**9  # a source of at most so many tokens is checked whole before the first step: some seconds
@@ -88,39 +90,33 @@ def train_step(
 def train(config: TrainConfig) -> Iterator[StepStats]:
     """Train to config.steps, from the newest checkpoint of run_dir if there is one; yields after every update.
 
-    Raises ConfigError, DataError, CheckpointError, NonFiniteError, and Stopped when a signal ended the run after a save.
+    Raises ConfigError, DataError, CheckpointError, SaveError, NonFiniteError, PeerError, and Stopped when a signal ended
+    the run after a save.
     """
     with contextlib.ExitStack() as stack:
+        stack.enter_context(peers_named())
         signals = stack.enter_context(StopSignals().installed())
         world = stack.enter_context(join_world(config.parallel.replicas))
         run = stack.enter_context(Run(config, world, signals))
-        if run.last_step >= config.steps:
+        if run.is_finished:
             return
         model, optimizer = run.build()
         loader = stack.enter_context(contextlib.closing(run.loader()))
 
         for step in range(run.last_step + 1, config.steps + 1):
-            waited = time.perf_counter()
-            batch = next(loader)
-            waited = time.perf_counter() - waited
+            batch, waited = run.next_batch(loader)
+            if run.agree_to_stop():
+                run.save_and_stop(step - 1, model, optimizer)
             stats = train_step(model, optimizer, batch, step, config, world, len(run.mixture.names))
             run.add(stats, waited)
-
-            last = step == config.steps
-            line = run.train_metrics(stats, batch) if last or step % config.log.interval_steps == 0 else {}
-            if config.data.validation and (last or step % config.eval.interval_steps == 0):
-                line |= run.evaluate(model, step)
-            run.log(step, line)
-            stop = run.agree_to_stop()
-            if last or stop or config.checkpoint.is_due(step):
+            run.report(stats, batch, model)
+            if step == config.steps or config.checkpoint.is_due(step):
                 run.save(step, model, optimizer)
             yield stats
-            if stop and not last:
-                run.checkpointer.wait()
-                raise Stopped(
-                    "signal",
-                    f"stopped after step {step} of {config.steps} and saved; run the same command again to go on",
-                )
+
+        if run.pending_line is not None:  # a signal came during the last evaluation
+            run.save_and_stop(config.steps, model, optimizer)
+        run.finish()
 
 
 class Run:
@@ -130,7 +126,6 @@ class Run:
         config.check_world(world.size)
         self.config, self.world, self.signals = config, world, signals
         self.run_dir = Path(config.run_dir)
-        self.resolved = configuration.to_dict(config)
         self.stack = contextlib.ExitStack()
 
     def __enter__(self) -> Run:
@@ -142,36 +137,50 @@ class Run:
     def __exit__(self, *error: object) -> None:
         self.stack.close()
 
+    # ---- before the loop
+
     def _open(self) -> None:
-        config, world = self.config, self.world
-        shape = config.model
+        config, world, shape = self.config, self.world, self.config.model
         self.mixture = Mixture(config.data, config.seed, config.global_batch_size, shape.seq_len, shape.vocab_size)
         self.validation = [
-            open_source(name, s, shape.vocab_size, config.data.eos_id) for name, s in config.data.validation.items()
+            open_source(name, s, shape.vocab_size, self.mixture.eos_id) for name, s in config.data.validation.items()
         ]
         world.on_main(self._check_ids)
         world.on_main(self._take_run_dir)
-        self.folder = world.on_main(lambda: checkpoints.newest(self.run_dir))
-        self.state = self._resumed_state() if self.folder else {"step": 0, "attempt": 0}
-        self.last_step, self.attempt = self.state["step"], self.state["attempt"] + 1
-        if self.last_step >= config.steps:
+        self.folder = world.on_main(lambda: checkpoints.newest(self.run_dir, config.resume == "strict"))
+        self.is_branch = self.folder is None and config.resume_from is not None
+        if self.is_branch:
+            self.folder = world.on_main(lambda: checkpoints.resolve(Path(config.resume_from)))
+        self.state = self._resumed_state() if self.folder else {"step": 0}
+        self.last_step: int = self.state["step"]
+        self.pending_line: dict[str, Any] | None = self.state.get("pending_line")
+        if self.is_finished:
             if world.is_main:
-                print(
-                    f"{self.run_dir} is finished with {self.last_step} of {config.steps} steps; set total_steps higher to go on"
-                )
+                print(f"{self.run_dir} is finished: {self.last_step} of {config.steps} steps; set total_steps higher to go on")
             return
+        self._open_records()
+
+    def _open_records(self) -> None:
+        config, world = self.config, self.world
+        resolved = configuration.to_dict(config)
         world.on_main(lambda: replace_file(self.run_dir / "config.yaml", configuration.dump(config).encode()))
-        self.interval = Interval(len(self.mixture.names), world.device, self.state.get("interval"))
+        self.attempt = world.on_main(lambda: 1 + attempts(self.run_dir))
+        self.interval = Interval(len(self.mixture.names), world.device, None if self.is_branch else self.state.get("interval"))
         self.bytes_per_token = [s.n_bytes / s.n_tokens if s.n_bytes else None for s in self.mixture.sources]
         self.clock = Clock()
-        self.recorder = world.on_main_only(lambda: Recorder(self.run_dir, config.log, self.resolved, self.last_step))
+        self.recorder = world.on_main_only(lambda: Recorder(self.run_dir, config.log, resolved, self.last_step))
         self.console = world.on_main_only(lambda: Console(config.run_dir, self.last_step, config.steps))
         self.checkpointer = Checkpointer(self.run_dir, config.checkpoint, world, self._checkpoint_files())
         self.watchdog = Watchdog(config.guards, self.run_dir, world.rank)
         for closing in (self.recorder, self.console, self.watchdog, self.checkpointer):
             if closing is not None:
                 self.stack.callback(closing.close)
-        self._event("resume" if self.folder else "start", self.last_step, world_size=world.size, attempt=self.attempt)
+        how = "branch" if self.is_branch else "resume" if self.folder else "start"
+        self._event(how, self.last_step, world_size=world.size, attempt=self.attempt, checkpoint=str(self.folder or ""))
+
+    @property
+    def is_finished(self) -> bool:
+        return self.last_step >= self.config.steps and self.pending_line is None
 
     def _check_ids(self) -> None:
         """Look at every token once, unless there are too many to wait for; those are checked batch by batch."""
@@ -187,10 +196,12 @@ class Run:
             raise ConfigError("run_dir", f"{self.run_dir} cannot be written: {problem}") from problem
 
     def _resumed_state(self) -> dict[str, Any]:
+        """The state of the checkpoint that is resumed. A branch may change what it likes, a resumed run may not."""
         state = checkpoints.read_state(self.folder)
-        saved = configuration.read([self.folder / "config.yaml"])
-        check_changes(saved, self.resolved, self.config.allow_changes)
-        check_data(state["data"], self.mixture.fingerprint, self.config.allow_changes)
+        if not self.is_branch:
+            saved = configuration.read([self.folder / "config.yaml"])
+            check_changes(saved, configuration.to_dict(self.config), self.config.allow_changes)
+            check_data(state["data"], self.mixture.fingerprint, self.config.allow_changes)
         return state
 
     def _checkpoint_files(self) -> dict[str, bytes]:
@@ -202,24 +213,32 @@ class Run:
 
     def build(self) -> tuple[Transformer, torch.optim.Optimizer]:
         """The model, sharded, and its optimizer: with first weights, or as the checkpoint has them."""
+        config, world = self.config, self.world
         with torch.device("meta"):
-            model = Transformer(self.config.model)
-        parallel.shard(model, self.config.parallel, self.world)
-        optimizer = optim.build_optimizer(dict(model.named_parameters()), self.config.optim)
+            model = Transformer(config.model)
+        parallel.shard(model, config.parallel, world)
+        optimizer = optim.build_optimizer(dict(model.named_parameters()), config.optim)
         optim.allocate_state(optimizer)
         if self.folder:
-            checkpoints.load(self.folder, model, optimizer, self.world)
+            checkpoints.load(self.folder, model, optimizer, world)
+        elif config.init_from:
+            checkpoints.load_weights(world.on_main(lambda: checkpoints.resolve(Path(config.init_from))), model, world)
         else:
-            parallel.init_weights(model, self.config.seed)
-        if self.world.is_main:
+            parallel.init_weights(model, config.seed)
+        if self.console is not None:
             self._introduce(sum(p.numel() for p in model.parameters()))
+        if self.pending_line is not None:  # a signal interrupted the evaluation of the step that is resumed
+            line, self.pending_line = self.pending_line, None
+            self._evaluate_and_log(self.last_step, line, model)
+        if self.last_step == 0 and 0 in config.checkpoint.save_steps:
+            self.save(0, model, optimizer)
         self.clock.restart()
         return model, optimizer
 
     def _introduce(self, n_parameters: int) -> None:
         config = self.config
         self.console.say(
-            f"{config.run_dir} {f'resumed from {self.folder}' if self.folder else 'started'}: {n_parameters:,} parameters, "
+            f"{config.run_dir} {f'goes on from {self.folder}' if self.folder else 'starts'}: {n_parameters:,} parameters, "
             f"{config.steps:,} steps of {config.tokens_per_step:,} tokens, "
             f"{self.world.size} x {self.world.device.type}, {config.parallel.precision}"
         )
@@ -227,8 +246,28 @@ class Run:
         parts = [f"{name} {epoch:.3g}" for name, epoch in zip(self.mixture.names, epochs, strict=True)]
         self.console.say(f"epochs of each source in the whole run: {', '.join(parts)}")
 
+    # ---- in the loop
+
     def loader(self) -> Loader:
         return Loader(self.mixture, self.world.rank, self.world.size, self.world.device, self.last_step + 1)
+
+    def next_batch(self, loader: Loader) -> tuple[Batch | None, float]:
+        """This rank's next batch and the seconds waited for it; None when a signal came meanwhile."""
+        started = time.perf_counter()
+        batch = loader.get(give_up=lambda: self.signals.received)
+        return batch, time.perf_counter() - started
+
+    def agree_to_stop(self) -> bool:
+        """Whether any rank has got a signal: the same answer on every rank. Raises SaveError on all when a save of one
+        has failed meanwhile."""
+        failed, received = 1 << 16, self.signals.received
+        agreed = self.world.any(failed if self.checkpointer.failed() else received)
+        if agreed == failed:
+            self.checkpointer.wait()
+            agreed = self.world.any(received)
+        if agreed and not received:
+            self.signals.received = agreed
+        return bool(agreed)
 
     def add(self, stats: StepStats, waited: float) -> None:
         """Count a step; ends the run when too many in a row were skipped."""
@@ -240,6 +279,16 @@ class Run:
             check_skipped(self.interval.skipped_in_a_row(), self.config.guards, checkpoints.newest_folder(self.run_dir))
         if self.console is not None:
             self.console.step(stats.step)
+
+    def report(self, stats: StepStats, batch: Batch, model: Transformer) -> None:
+        """Log and evaluate where this step is due for it: one line of metrics at most."""
+        config, step = self.config, stats.step
+        last = step == config.steps
+        line = self.train_metrics(stats, batch) if last or step % config.log.interval_steps == 0 else {}
+        if self.validation and (last or step % config.eval.interval_steps == 0):
+            self._evaluate_and_log(step, line, model)
+        elif line:
+            self._log(step, line)
 
     def train_metrics(self, stats: StepStats, batch: Batch) -> dict[str, Any]:
         """The metrics of the interval that ends with this step; begins the next interval."""
@@ -256,36 +305,43 @@ class Run:
             world_size=world.size,
             peak_flops=device.peak_flops if device else None,
         )
+        metrics |= self.checkpointer.take_figures()
         if world.device.type == "cuda":
             metrics["System/Peak GPU Memory (MB)"] = torch.cuda.max_memory_allocated() / 2**20
         self.interval.restart()
         self.clock.restart()
         return metrics | {"sample_hash": batch.sample_hash, "attempt": self.attempt, "world_size": world.size}
 
-    def evaluate(self, model: Transformer, step: int) -> dict[str, float]:
-        """Loss on each validation source; nothing when a signal came in between."""
+    def _evaluate_and_log(self, step: int, line: dict[str, Any], model: Transformer) -> None:
+        metrics = self.evaluate(model, step)
+        if metrics is None:
+            self.pending_line = line  # goes into the checkpoint; the resumed run evaluates this step and logs it
+        else:
+            self._event("evaluation", step)
+            self._log(step, line | metrics)
+
+    def evaluate(self, model: Transformer, step: int) -> dict[str, float] | None:
+        """Loss on each validation source; None when a signal came in between."""
         metrics = {}
         with self.clock.paused():
             for source in self.validation:
                 sums = self.world.sum(loss_sums(model, self._validation_batches(source, step), self.agree_to_stop))
                 if self.agree_to_stop():
-                    return {}
+                    return None
                 loss, tokens = sums.tolist()
                 # A source's n_bytes are the text of all its tokens, all of which but the first are scored.
                 metrics |= loss_metrics(f"eval/{source.name}", loss, tokens, source.n_bytes)
-        self._event("evaluation", step, **{name: value for name, value in metrics.items() if name.endswith("CrossEntropyLoss")})
         return metrics
 
     def _validation_batches(self, source: TokenSource, step: int) -> Iterator[Batch]:
         config, world = self.config, self.world
-        for batch in validation_batches(
-            source, config.model.seq_len, config.micro_batch_size, world.rank, world.size, self.mixture.eos_id
-        ):
+        rows, seq_len = config.micro_batch_size, config.model.seq_len
+        for batch in validation_batches(source, seq_len, rows, world.rank, world.size, self.mixture.eos_id):
             self.watchdog.beat(step)
             yield batch
 
-    def log(self, step: int, line: dict[str, Any]) -> None:
-        if line and self.world.is_main:
+    def _log(self, step: int, line: dict[str, Any]) -> None:
+        if self.recorder is not None:
             self.recorder.log(step, line)
             self.console.log(step, line)
 
@@ -294,18 +350,30 @@ class Run:
         with self.clock.paused():
             if self.recorder is not None:
                 self.recorder.sync()
-            state = {"format": 1, "attempt": self.attempt, "world_size": self.world.size, "data": self.mixture.fingerprint,
-                     "total_tokens": step * self.config.tokens_per_step, "interval": self.interval.state()}  # fmt: skip
+            state = {
+                "format": 1,
+                "attempt": self.attempt,
+                "world_size": self.world.size,
+                "data": self.mixture.fingerprint,
+                "total_tokens": step * self.config.tokens_per_step,
+                "interval": self.interval.state(),
+                "pending_line": self.pending_line,
+            }
             stall = self.checkpointer.save(step, model, optimizer, state)
         self._event("save", step, stall_seconds=stall)
 
-    def agree_to_stop(self) -> int:
-        """The signal that any rank has got, 0 for none: the same answer on every rank."""
-        self.checkpointer.check()
-        number = self.world.any(self.signals.received)
-        if number and self.signals.received == 0:
-            self.signals.received = number
-        return number
+    def save_and_stop(self, step: int, model: Transformer, optimizer: torch.optim.Optimizer) -> None:
+        """Raises Stopped when the state after this step is committed."""
+        self._event("signal", step, signal=self.signals.received)
+        if self.checkpointer.last_step != step or self.pending_line is not None:
+            self.save(step, model, optimizer)
+        self.checkpointer.wait()
+        name = signal.Signals(self.signals.received).name
+        raise Stopped(name, f"stopped after step {step} of {self.config.steps} and saved; run the same command again to go on")
+
+    def finish(self) -> None:
+        self.checkpointer.wait()
+        self._event("finish", self.config.steps)
 
     def _event(self, event: str, step: int, **details: Any) -> None:
         if self.recorder is not None:

@@ -12,7 +12,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "olmo_train"
 FLOORS = (
     "errors",
-    "config storage console hardware optim distributed model data",
+    "config storage console hardware optim distributed stats model data",
     "parallel checkpoint metrics guards planner curves eval",
     "recipe resume",
     "train",

@@ -16,6 +16,7 @@ from olmo_train.data.shards import TokenSource
 
 IGNORE = -100  # a label that is not scored
 AHEAD = 4  # batches read before they are asked for
+PATIENCE = 0.2  # seconds between two looks at whether to go on waiting
 
 
 @dataclass(frozen=True)
@@ -80,14 +81,22 @@ class Loader:
         self._thread = threading.Thread(target=self._run, args=(first_step,), name="loader", daemon=True)
         self._thread.start()
 
-    def __iter__(self) -> Loader:
-        return self
+    def __iter__(self) -> Iterator[Batch]:
+        while (batch := self.get()) is not None:
+            yield batch
 
-    def __next__(self) -> Batch:
-        item = self._ready.get()
-        if isinstance(item, BaseException):
-            raise item
-        return item.to(self.device)
+    def get(self, give_up: Callable[[], int] = lambda: 0) -> Batch | None:
+        """The next batch; None when `give_up`, asked while there is none yet, says so."""
+        while True:
+            try:
+                item = self._ready.get(timeout=PATIENCE)
+            except queue.Empty:
+                if give_up():
+                    return None
+                continue
+            if isinstance(item, BaseException):
+                raise item
+            return item.to(self.device)
 
     def close(self) -> None:
         self._closed.set()

@@ -1,0 +1,119 @@
+"""What the figures of a stretch of steps are: sums on the device, read once a line of metrics, and pure functions of them."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Clock:
+    """Seconds of training in an interval: the wall clock less what was spent on evaluating and saving."""
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        self._started, self._paused = time.perf_counter(), 0.0
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self._started - self._paused
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        before = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._paused += time.perf_counter() - before
+
+
+class Interval:
+    """Sums over the steps since the last line of metrics, on the device until they are read: one host sync a line.
+
+    A skipped step gives no loss. The sums are part of a checkpoint, so that a resumed run logs the same line.
+    """
+
+    # rows of the tensor of scalars
+    STEPS, SKIPPED, CLIPPED, IN_A_ROW = range(4)
+
+    def __init__(self, sources: int, device: torch.device, state: dict[str, Any] | None = None):
+        state = state or {"sums": [[0.0] * sources] * 2, "counts": [0.0] * 4}
+        self.sums = torch.tensor(state["sums"], dtype=torch.float64, device=device)  # (2, sources): loss, scored tokens
+        self.counts = torch.tensor(state["counts"], dtype=torch.float64, device=device)
+        self.data_wait = 0.0  # seconds
+
+    def add(self, sums: Tensor, skipped: Tensor, clipped: Tensor, data_wait: float) -> None:
+        """sums (2, sources) of one step; skipped and clipped are 0.0 or 1.0."""
+        self.sums += torch.where(skipped > 0, torch.zeros_like(sums), sums)
+        self.counts[: self.IN_A_ROW] += torch.stack((torch.ones_like(skipped), skipped, clipped))
+        self.counts[self.IN_A_ROW] = (self.counts[self.IN_A_ROW] + 1) * skipped
+        self.data_wait += data_wait
+
+    @property
+    def steps(self) -> int:
+        return int(self.counts[self.STEPS].item())
+
+    def metrics(self, names: list[str], bytes_per_token: list[float | None]) -> dict[str, float]:
+        """Mean losses over the interval, whole and by source, and the shares of clipped and skipped steps."""
+        (losses, tokens), (steps, skipped, clipped, _) = self.sums.tolist(), self.counts.tolist()
+        read = list(zip(names, losses, tokens, bytes_per_token, strict=True))
+        known = all(ratio is not None for _, _, scored, ratio in read if scored)
+        n_bytes = sum(scored * ratio for _, _, scored, ratio in read if scored) if known else None
+        metrics = loss_metrics("train", sum(losses), sum(tokens), n_bytes)
+        metrics |= {f"train/source/{name}/CrossEntropyLoss": loss / scored for name, loss, scored, _ in read if scored}
+        return metrics | {"optim/clipping_rate": clipped / steps, "skipped": int(skipped)}
+
+    def skipped_in_a_row(self) -> int:
+        return int(self.counts[self.IN_A_ROW].item())
+
+    def state(self) -> dict[str, Any]:
+        return {"sums": self.sums.tolist(), "counts": self.counts.tolist()}
+
+    def restart(self) -> None:
+        self.sums.zero_()
+        self.counts[: self.IN_A_ROW] = 0
+        self.data_wait = 0.0
+
+
+def loss_metrics(prefix: str, loss: float, tokens: float, n_bytes: float | None) -> dict[str, float]:
+    """Mean loss in nats a token, its perplexity, and bits per byte where the bytes of the tokens are known."""
+    mean = loss / tokens if tokens else math.nan
+    metrics = {f"{prefix}/CrossEntropyLoss": mean, f"{prefix}/Perplexity": math.exp(min(mean, 700.0))}
+    if n_bytes:
+        metrics[f"{prefix}/BitsPerByte"] = loss / math.log(2) / n_bytes
+    return metrics
+
+
+def throughput_metrics(
+    step: int,
+    steps: int,
+    seconds: float,
+    data_wait: float,
+    tokens_per_step: int,
+    flops_per_token: int,
+    world_size: int,
+    peak_flops: float | None,
+) -> dict[str, float]:
+    """Speed over an interval of `steps` that ends with `step` and took `seconds`, of which `data_wait` for data.
+
+    MFU is left out where the device's peak is not known: a missing figure is better than a wrong one.
+    """
+    rate = steps * tokens_per_step / seconds
+    metrics = {
+        "throughput/total_tokens": step * tokens_per_step,
+        "throughput/total_flops": step * tokens_per_step * flops_per_token,
+        "throughput/tokens_per_second": rate,
+        "throughput/device/tokens_per_second": rate / world_size,
+        "throughput/step_seconds": seconds / steps,
+        "throughput/data_wait_seconds": data_wait / steps,
+    }
+    if peak_flops is not None:
+        metrics["throughput/mfu"] = rate / world_size * flops_per_token / peak_flops
+    return metrics
