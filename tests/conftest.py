@@ -1,6 +1,6 @@
 """What the tests share: few threads, no W&B, a tiny token stream, a tiny model, and the command line as a process.
 
-tiny_tokens          a raw uint16 token file of a stream that a small model learns within a dozen steps
+tiny_tokens          a raw uint16 token file of a stream that a small model begins to learn within a dozen steps
 tiny_words(...)      the key=value words of a run on it, as a user would type them
 tiny_args(...)       the same as a TrainConfig
 run_cli(*words)      python -m olmo_train WORDS, or under torchrun with nproc=2
