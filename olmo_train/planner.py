@@ -1,0 +1,236 @@
+"""Before launch: the memory of a GPU by part, and a run's time, money, energy and carbon.
+
+The one idea: a step has three moments at which memory can peak, and at each the bytes of every part are closed form.
+The forms follow what autograd and FSDP2 keep for the model of transformer.py, run without torch.compile; tests hold them
+against the live tensors of a real step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from olmo_train.errors import ConfigError, check_choice
+from olmo_train.hardware import Hardware
+from olmo_train.model.config import ModelConfig
+from olmo_train.model.cost import block_parameters, count_parameters, flops_per_token
+
+BYTES = {"bf16": 2, "fp32": 4}
+CHECKPOINTING = ("none", "full")
+RUNTIME_BYTES = 1_500_000_000  # assumed: CUDA context, NCCL buffers, cuBLAS workspaces, fragments between tensors
+LOSS_BYTES = 12  # a logit while the loss is differentiated: log-probability, its gradient, the logit's; fp32 each
+STATE_BYTES = 16  # a parameter in training: weight, two moments and gradient in fp32
+CHECKPOINT_BYTES = 12  # a parameter in a checkpoint: weight and two moments in fp32
+
+PAPER_PUE = 1.1  # Groeneveld et al. 2024, section 5 (power and carbon): data-centre power over GPU power
+PAPER_CARBON = 0.610  # kgCO2eq/kWh, ibid., for the run on A100s
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one step lies on the GPUs; the names are those of the configuration's `parallel`."""
+
+    gpus: int = 1
+    replicas: int = 1
+    shard: str = "full"
+    precision: str = "bf16"
+    reduce_dtype: str = "fp32"
+    activation_checkpointing: str = "none"
+    micro_batch_size: int = 1  # sequences of one forward on one GPU
+    micro_batches: int = 1  # of one GPU in one step
+
+    def __post_init__(self) -> None:
+        check_choice("parallel.activation_checkpointing", self.activation_checkpointing, CHECKPOINTING)
+        if self.gpus < 1 or self.gpus % self.replicas:
+            raise ConfigError("parallel.replicas", f"{self.replicas} does not divide the {self.gpus} GPUs of the plan")
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes of one GPU: {moment: {part: bytes}}."""
+
+    moments: dict[str, dict[str, int]]
+
+    @property
+    def moment(self) -> str:
+        """The moment at which memory is highest."""
+        return max(self.moments, key=lambda moment: sum(self.moments[moment].values()))
+
+    @property
+    def peak(self) -> int:
+        """Bytes of live tensors at the highest moment, without the runtime's own."""
+        return sum(self.moments[self.moment].values())
+
+    def fits(self, memory_bytes: float) -> bool:
+        return self.peak + RUNTIME_BYTES <= memory_bytes
+
+
+def memory_estimate(model: ModelConfig, layout: Layout) -> MemoryEstimate:
+    """Bytes of one GPU by part at the three moments of a step that can be the highest.
+
+    loss: the loss is differentiated, and every block's activations are kept.
+    backward: a block is differentiated, with activation checkpointing after it was computed again.
+    update: all gradients are there, those of the embedding and the head are reduced, and the optimizer steps.
+    """
+    total, block = count_parameters(model).total, block_parameters(model)
+    root = total - model.n_layers * block  # embedding, head and final norm, which are gathered as one unit
+    shards = layout.gpus // layout.replicas
+    width, reduced = BYTES[layout.precision], BYTES[layout.reduce_dtype]
+    state = {"weights": math.ceil(4 * total / shards), "optimizer": math.ceil(8 * total / shards)}
+
+    def parts(gradients: int, activations: int, logits: int, buffers: int) -> dict[str, int]:
+        return state | {
+            "gradients": gradients,
+            "activations": activations,
+            "logits and loss": logits,
+            "gathered weights, buffers": buffers,
+        }
+
+    # Micro-batches before the last add up whole gradients on each rank; sharded ones appear with the last.
+    whole_gradients = reduced * total if layout.micro_batches > 1 else 0
+    tokens = layout.micro_batch_size * model.seq_len
+    kept, final = tokens * kept_activation_bytes(model, layout), tokens * final_activation_bytes(model, layout.precision)
+    gathered = width * (root if layout.shard == "full" else total)
+    if shards > 1 and layout.shard == "full":
+        gathered += width * block  # the next block, gathered meanwhile
+    loss = parts(whole_gradients, model.n_layers * kept + final, tokens * model.vocab_rows * LOSS_BYTES, gathered)
+
+    # From block to block the backward adds sharded gradients and frees activations, so the highest block is its first,
+    # or its last, which also meets the fp32 buffer from which the gradients of the one before are being reduced.
+    freed_gradients = reduced * block if whole_gradients else 0
+    later = (model.n_layers - 1) * (math.ceil(4 * block / shards) - freed_gradients)
+    freed = (model.n_layers - 1) * kept
+    reducing = reduced * block
+    if later - freed + reducing <= 0 or model.n_layers == 1:
+        later = freed = reducing = 0
+    working = tokens * block_working_bytes(model, layout)
+    own = width * block if layout.shard == "full" else 0
+    matrix_gradients = width * model.d_model * (model.mlp_hidden + (0 if model.tie_embeddings else model.vocab_rows))
+    backward = parts(
+        whole_gradients + later, model.n_layers * kept - freed + working, 0, gathered + own + matrix_gradients + reducing
+    )
+
+    update = parts(math.ceil(4 * total / shards), 0, 0, width * root + (width + reduced) * root)
+    return MemoryEstimate({"loss": loss, "backward": backward, "update": update})
+
+
+def kept_activation_bytes(model: ModelConfig, layout: Layout) -> int:
+    """Bytes a token that one block keeps from its forward until its backward."""
+    if layout.activation_checkpointing == "full":
+        return BYTES[layout.precision] * model.d_model  # its input
+    return block_activation_bytes(model, layout.precision)
+
+
+def final_activation_bytes(model: ModelConfig, precision: str) -> int:
+    """Bytes a token that is kept outside the blocks and is no logit: the final norm, the head's input, the ids."""
+    return norm_activation_bytes(model, model.d_model, precision) + BYTES[precision] * model.d_model + 16
+
+
+def block_activation_bytes(model: ModelConfig, precision: str) -> int:
+    """Bytes a token that one block keeps: what each operation of Attention, MLP and the norms saves for its backward."""
+    width = BYTES[precision]
+    queries, keys = model.n_heads * model.head_size, model.kv_heads * model.head_size
+    norms = 1 if model.block == "parallel" else 2
+    kept = norms * (norm_activation_bytes(model, model.d_model, precision) + width * model.d_model)  # and matrix inputs
+    kept += width * (queries + 2 * keys) * (2 if model.clip_qkv is not None else 1)  # v keeps all of q, k, v; clamp its input
+    kept += width * (queries + keys)  # q and k after their rotation
+    kept += width * queries + 4 * model.n_heads  # what attention gives, and its log-sum-exp in fp32
+    if model.qk_norm:
+        for size in (queries, keys):  # LayerNorm keeps its input, which is there already; RMSNorm keeps fp32 copies
+            kept += norm_activation_bytes(model, size, precision) - width * size * (model.norm.startswith("layer") or width == 4)
+    kept += width * model.mlp_hidden * (4 if model.gated else 2)  # up and gate, act(gate), the product; or in and out
+    return kept
+
+
+def norm_activation_bytes(model: ModelConfig, size: int, precision: str) -> int:
+    """Bytes a token that one norm of `size` features keeps: LayerNorm its input, mean and deviation; RMSNorm, which is
+    written out in fp32, its input and its quotient in fp32, and the root."""
+    width = BYTES[precision]
+    return width * size + 2 * width if model.norm.startswith("layer_norm") else 8 * size + 4
+
+
+def block_working_bytes(model: ModelConfig, layout: Layout) -> int:
+    """Bytes a token at the height of a block's backward beside what all blocks keep: the gradients of the residual
+    stream and of the MLP's two factors (or of its one hidden vector), and what was computed again."""
+    width = BYTES[layout.precision]
+    gradients = width * (model.d_model + (2 if model.gated else 1) * model.mlp_hidden)
+    if layout.activation_checkpointing == "none":
+        return gradients
+    return gradients + block_activation_bytes(model, layout.precision) - width * model.d_model  # its input is kept already
+
+
+def largest_micro_batch(model: ModelConfig, layout: Layout, memory_bytes: float) -> int | None:
+    """The largest micro-batch, in sequences, that divides one GPU's share of the batch and fits; None when none does."""
+    share = layout.micro_batch_size * layout.micro_batches
+    for size in range(share, 0, -1):
+        if share % size == 0:
+            trial = replace(layout, micro_batch_size=size, micro_batches=share // size)
+            if memory_estimate(model, trial).fits(memory_bytes):
+                return size
+    return None
+
+
+@dataclass(frozen=True)
+class RunCost:
+    """What a run takes; a field is None where its price or peak is not known."""
+
+    flops: float
+    seconds: float
+    gpu_hours: float
+    tokens_per_second: float  # all GPUs
+    gpu_kwh: float  # at the GPUs' full power
+    kwh: float  # with the data centre's share
+    co2_kg: float
+    money: float | None
+
+
+def run_cost(
+    model: ModelConfig,
+    tokens: float,
+    gpus: int,
+    hardware: Hardware,
+    mfu: float,
+    price: float | None = None,
+    pue: float = PAPER_PUE,
+    carbon: float = PAPER_CARBON,
+) -> RunCost:
+    """Time from FLOPs and an assumed MFU; energy and carbon as the OLMo paper counts them: power x PUE x intensity.
+
+    `price` is per GPU-hour in any currency, `carbon` in kgCO2eq/kWh. Evaluation, saving and restarts are not in it.
+    """
+    per_token = flops_per_token(model)
+    tokens_per_second = gpus * hardware.peak_flops * mfu / per_token
+    seconds = tokens / tokens_per_second
+    gpu_hours = gpus * seconds / 3600
+    gpu_kwh = gpu_hours * hardware.power_watts / 1000
+    return RunCost(
+        flops=tokens * per_token,
+        seconds=seconds,
+        gpu_hours=gpu_hours,
+        tokens_per_second=tokens_per_second,
+        gpu_kwh=gpu_kwh,
+        kwh=gpu_kwh * pue,
+        co2_kg=co2_kg(gpu_kwh, pue, carbon),
+        money=None if price is None else gpu_hours * price,
+    )
+
+
+def co2_kg(gpu_kwh: float, pue: float = PAPER_PUE, carbon: float = PAPER_CARBON) -> float:
+    """kgCO2eq of energy measured at the GPUs: the paper's 104 MWh on A100s give 70 t."""
+    return gpu_kwh * pue * carbon
+
+
+def checkpoint_steps(
+    total_steps: int, keep_last: int, is_due: Callable[[int], bool], is_permanent: Callable[[int], bool]
+) -> tuple[list[int], list[int]]:
+    """(steps at which a run saves, those whose checkpoints are still there at its end)."""
+    saved = [step for step in range(1, total_steps + 1) if is_due(step) or step == total_steps]
+    passing = [step for step in saved if not is_permanent(step)]
+    return saved, sorted({*passing[-keep_last:], *(step for step in saved if is_permanent(step))})
+
+
+def milestones(total_steps: int, warmup_steps: int) -> list[int]:
+    """Steps at which a schedule is worth reading: the first, the end of the warmup, each tenth, the last."""
+    tenths = {round(total_steps * tenth / 10) for tenth in range(1, 11)}
+    return sorted(step for step in {1, warmup_steps, *tenths} if 1 <= step <= total_steps)

@@ -1,0 +1,215 @@
+"""The planned bytes equal those of a real step's live tensors; time, energy and carbon equal the paper's arithmetic."""
+
+import weakref
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from olmo_train import optim, parallel, planner
+from olmo_train.errors import ConfigError
+from olmo_train.hardware import lookup
+from olmo_train.model.config import ModelConfig
+from olmo_train.model.cost import count_parameters
+from olmo_train.model.transformer import Transformer
+from olmo_train.planner import Layout, memory_estimate, run_cost
+
+OLMO_1B = ModelConfig(d_model=2048, n_layers=16, n_heads=16, mlp_hidden=8192, tie_embeddings=True)
+OLMO_7B = ModelConfig()
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+SHAPES = {
+    "olmo": {},
+    "small vocabulary": {"vocab_size": 128, "padded_vocab_size": 128},  # the logits are no longer the highest moment
+    "olmo 2": {"norm": "rms_norm", "qk_norm": True, "block": "reordered_norm"},
+    "clipped": {"clip_qkv": 8.0, "norm": "layer_norm", "qk_norm": True},
+    "gemma": {"n_kv_heads": 1, "activation": "geglu", "norm": "rms_norm_offset", "tie_embeddings": True},
+    "falcon": {"activation": "gelu", "block": "parallel", "norm": "layer_norm", "bias": "norm"},
+}
+
+
+def small(**changes) -> ModelConfig:
+    shape = dict(n_layers=3, d_model=128, n_heads=4, mlp_hidden=384, vocab_size=2000, padded_vocab_size=2048, seq_len=128)
+    return ModelConfig(**shape | changes)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Follows every storage that an operation touches; `peak` is the most bytes that were alive after one."""
+
+    def __init__(self):
+        super().__init__()
+        self.alive, self.peak = {}, 0
+
+    def follow(self, tensor: torch.Tensor) -> None:
+        storage = (tensor.to_local() if isinstance(tensor, DTensor) else tensor).untyped_storage()
+        if storage._cdata not in self.alive:
+            gone = lambda _, key=storage._cdata: self.alive.pop(key, None)  # noqa: E731
+            self.alive[storage._cdata] = weakref.ref(storage, gone)
+
+    @property
+    def total(self) -> int:
+        """FSDP frees gathered weights by resizing their storage to nothing, so sizes are read anew."""
+        return sum(storage.nbytes() for ref in list(self.alive.values()) if (storage := ref()) is not None)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for leaf in tree_leaves((args, kwargs, result)):
+            if isinstance(leaf, torch.Tensor) and not isinstance(leaf, DTensor):
+                self.follow(leaf)
+        self.peak = max(self.peak, self.total)
+        return result
+
+
+def measure_step(model_config: ModelConfig, layout: Layout) -> tuple[int, int]:
+    """(bytes of weights and moments, highest bytes of a step) of rank 0, with collectives that move nothing."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=layout.gpus)
+    try:
+        mesh = init_device_mesh("cpu", (layout.replicas, layout.gpus // layout.replicas), mesh_dim_names=("replicate", "shard"))
+        world = SimpleNamespace(mesh=mesh if layout.replicas > 1 else mesh["shard"], device=torch.device("cpu"))
+        choices = parallel.ParallelConfig(
+            shard=layout.shard,
+            replicas=layout.replicas,
+            precision=layout.precision,
+            activation_checkpointing=layout.activation_checkpointing,
+        )
+        with torch.device("meta"):
+            model = Transformer(model_config)
+        parallel.shard(model, choices, world)
+        for parameter in model.parameters():
+            torch.nn.init.zeros_(parameter)
+        optimizer = optim.build_optimizer(dict(model.named_parameters()), optim.OptimConfig())
+        ids = torch.zeros(layout.micro_batch_size, model_config.seq_len, dtype=torch.int64)
+        run_step(model, optimizer, ids, layout.micro_batches)  # the first step makes the moments
+        live = LiveBytes()
+        for tensor in tree_leaves((list(model.parameters()), [list(s.values()) for s in optimizer.state.values()])):
+            live.follow(tensor)
+        state = live.total
+        with live:
+            run_step(model, optimizer, ids, layout.micro_batches)
+        return state, live.peak
+    finally:
+        dist.destroy_process_group()
+
+
+def run_step(model, optimizer, ids, micro_batches) -> None:
+    for i in range(micro_batches):
+        parallel.last_micro_batch(model, i == micro_batches - 1)
+        model(ids, ids).sum().backward()
+    parallel.clip_gradients(model, 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+LAYOUTS = {
+    "one": Layout(micro_batch_size=4),
+    "one, full, accumulated": Layout(micro_batch_size=4, micro_batches=2, activation_checkpointing="full"),
+    "eight, full": Layout(gpus=8, micro_batch_size=4, activation_checkpointing="full"),
+    "eight, grad_op, accumulated": Layout(gpus=8, micro_batch_size=4, micro_batches=2, shard="grad_op"),
+    "eight, two replicas": Layout(gpus=8, replicas=2, micro_batch_size=4),
+}
+CASES = [  # every layout, where the loss is the highest moment and where it is not; every other shape once
+    *(("olmo", name, "bf16") for name in LAYOUTS),
+    *(("small vocabulary", name, "fp32") for name in LAYOUTS),
+    *((name, "one", "bf16") for name in list(SHAPES)[1:]),
+    ("olmo 2", "eight, full", "fp32"),
+]
+
+
+@pytest.mark.parametrize("shape, layout, precision", CASES)
+def test_planned_peak_lies_within_a_tenth_of_the_live_tensors_of_a_real_step(shape, layout, precision):
+    model, layout = small(**SHAPES[shape]), replace(LAYOUTS[layout], precision=precision)
+    state, peak = measure_step(model, layout)
+    planned = memory_estimate(model, layout)
+    assert state == pytest.approx(12 * count_parameters(model).total / (layout.gpus // layout.replicas), rel=1e-3)
+    assert planned.peak == pytest.approx(peak, rel=0.1)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_planned_activations_are_what_autograd_saves(shape, precision):
+    config = small(**SHAPES[shape])
+    model = Transformer(config).to(DTYPES[precision])
+    ids, saved = torch.zeros(2, config.seq_len, dtype=torch.int64), {}
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+
+    def note(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        loss = model(ids, ids).sum()
+    assert loss.requires_grad
+    tokens, layout = ids.numel(), Layout(precision=precision)
+    planned = config.n_layers * planner.kept_activation_bytes(config, layout) + planner.final_activation_bytes(config, precision)
+    log_probabilities = 4 * tokens * config.vocab_rows
+    assert sum(saved.values()) == pytest.approx(tokens * planned + log_probabilities, rel=0.02)
+
+
+def test_state_is_exactly_sixteen_bytes_a_parameter_over_all_gpus():
+    for gpus in (1, 8):
+        update = memory_estimate(OLMO_1B, Layout(gpus=gpus)).moments["update"]
+        assert gpus * (update["weights"] + update["optimizer"] + update["gradients"]) == 16 * 1_176_764_416
+
+
+def test_gradients_are_whole_on_each_gpu_while_they_add_up_over_micro_batches():
+    once = memory_estimate(OLMO_7B, Layout(gpus=64, micro_batches=1)).moments["loss"]
+    twice = memory_estimate(OLMO_7B, Layout(gpus=64, micro_batches=2)).moments["loss"]
+    assert once["gradients"] == 0
+    assert twice["gradients"] == 4 * 6_888_095_744
+
+
+def test_largest_micro_batch_fits_and_the_next_divisor_does_not():
+    layout = Layout(gpus=8, micro_batch_size=8, micro_batches=32)
+    size = planner.largest_micro_batch(OLMO_1B, layout, 80e9)
+    fits = lambda n: memory_estimate(OLMO_1B, Layout(gpus=8, micro_batch_size=n, micro_batches=256 // n)).fits(80e9)  # noqa: E731
+    assert fits(size) and not fits(2 * size)
+    assert planner.largest_micro_batch(OLMO_7B, Layout(), 80e9) is None
+
+
+def test_a_layout_that_no_run_can_have_is_refused():
+    with pytest.raises(ConfigError, match=r"parallel.replicas: 3 does not divide the 8 GPUs"):
+        Layout(gpus=8, replicas=3)
+    with pytest.raises(ConfigError, match=r"activation_checkpointing: 'some' is not a choice"):
+        Layout(activation_checkpointing="some")
+
+
+def test_the_papers_energy_gives_the_papers_carbon():
+    assert planner.co2_kg(104_000) == pytest.approx(70_000, rel=0.005)  # OLMo-7B on A100: 104 MWh, 70 t
+    assert planner.co2_kg(135_000, carbon=0) == 0  # on LUMI, which hydropower feeds
+
+
+def test_time_and_money_follow_from_the_tokens_per_second_of_the_assumed_mfu():
+    cost = run_cost(OLMO_1B, tokens=50.3e3 * 3600, gpus=1, hardware=lookup("h100"), mfu=0.4, price=2.0)
+    assert cost.tokens_per_second == pytest.approx(50.3e3, rel=1e-3)  # the convention's table
+    assert cost.seconds == pytest.approx(3600, rel=1e-3)
+    assert cost.money == pytest.approx(2.0, rel=1e-3)
+    assert cost.gpu_kwh == pytest.approx(0.7, rel=1e-3)
+    assert cost.kwh == pytest.approx(0.77, rel=1e-3)
+    assert cost.co2_kg == pytest.approx(0.77 * 0.61, rel=1e-3)
+
+
+def test_more_gpus_take_less_time_for_the_same_money():
+    one, eight = (run_cost(OLMO_7B, 1e12, gpus, lookup("h100"), 0.4, price=2.0) for gpus in (1, 8))
+    assert one.seconds == pytest.approx(8 * eight.seconds)
+    assert one.money == pytest.approx(eight.money)
+    assert run_cost(OLMO_7B, 1e12, 1, lookup("h100"), 0.4).money is None
+
+
+def test_checkpoints_that_stay_are_the_permanent_ones_and_the_last_of_the_others():
+    permanent = lambda step: step % 40 == 0 or step == 2  # noqa: E731
+    saved, kept = planner.checkpoint_steps(95, 2, lambda step: step % 10 == 0 or permanent(step), permanent)
+    assert saved == [2, 10, 20, 30, 40, 50, 60, 70, 80, 90, 95]
+    assert kept == [2, 40, 80, 90, 95]
+
+
+def test_milestones_hold_the_first_step_the_end_of_the_warmup_and_the_last():
+    assert planner.milestones(100, 25) == [1, 10, 20, 25, 30, 40, 50, 60, 70, 80, 90, 100]
+    assert planner.milestones(3, 5000) == [1, 2, 3]
