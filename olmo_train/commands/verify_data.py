@@ -1,0 +1,34 @@
+"""check a source folder against its own hashes, spans and tokenizer"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Checks sizes, hashes, token ids, the EOS behind each document, label masks and the tokenizer of a folder that "
+        "prepare-data wrote, and of its validation folder. Every problem is named with file, offset, expected and found."
+    )
+    parser.add_argument("folder", type=Path, metavar="DIR", help="a source folder")
+
+
+def run(args: argparse.Namespace) -> int | None:
+    from olmo_train.data.prepare import VALIDATION
+    from olmo_train.data.verify import Problem, verify
+    from olmo_train.errors import DataError
+
+    problems: list[Problem] = []
+    held_out = args.folder / VALIDATION
+    for folder in [args.folder, *([held_out] if held_out.is_dir() else [])]:
+        meta, found = verify(folder, lambda name, folder=folder: print(f"checking {folder / name}", file=sys.stderr))
+        problems += found
+        if not found:
+            print(f"{folder}: {meta.tokens:,} tokens in {meta.documents:,} documents and {len(meta.shards)} shards, all as told")
+    for problem in problems[1:]:
+        print(f"problem: {problem.file}: {problem.what}", file=sys.stderr)
+    if problems:
+        more = f" (and {len(problems) - 1} more, above)" if len(problems) > 1 else ""
+        raise DataError(problems[0].file, f"{problems[0].what}; prepare or copy it again{more}")
