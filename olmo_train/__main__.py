@@ -17,6 +17,8 @@ VERBS = {
     "plan": "tell memory, time, energy and schedule before a launch",
     "curves": "draw the curves of runs: page, picture or terminal",
     "checkpoints": "list, verify or prune the checkpoints of a run",
+    "replay": "compute a logged step again and compare it, bit for bit",
+    "bench": "measure how fast a configuration trains on this machine",
     "evaluate": "measure a checkpoint on held-out text",
     "generate": "continue a text with a checkpoint",
 }

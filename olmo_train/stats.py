@@ -44,7 +44,8 @@ class Interval:
     STEPS, SKIPPED, CLIPPED, IN_A_ROW = range(4)
 
     def __init__(self, sources: int, device: torch.device, state: dict[str, Any] | None = None):
-        state = state or {"sums": [[0.0] * sources] * 2, "counts": [0.0] * 4}
+        if state is None or len(state["sums"][0]) != sources:  # a fresh run, or a branch with other sources
+            state = {"sums": [[0.0] * sources] * 2, "counts": [0.0] * 4}
         self.sums = torch.tensor(state["sums"], dtype=torch.float64, device=device)  # (2, sources): loss, scored tokens
         self.counts = torch.tensor(state["counts"], dtype=torch.float64, device=device)
         self.data_wait = 0.0  # seconds

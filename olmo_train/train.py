@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from olmo_train import checkpoint as checkpoints
 from olmo_train import config as configuration
@@ -51,6 +52,7 @@ class StepStats:
     sums: Tensor  # (2, sources) float64: summed loss in nats and scored tokens of the global batch
     grad_norm: Tensor  # before clipping
     skipped: Tensor  # 1.0 when loss or gradient were not finite and nothing was changed
+    losses: Tensor  # (rows of this rank,) fp32: summed loss of each sequence
 
     @property
     def loss(self) -> Tensor:
@@ -71,20 +73,27 @@ def train_step(
     lr = optim.lr_at(step, config.optim, config.steps)
     scored = world.sum((batch.labels != IGNORE).sum()).clamp(min=1)
     sums = torch.zeros(2, sources, dtype=torch.float64, device=world.device)
+    losses = []
     micro_batches = list(batch.micro_batches(config.micro_batch_size))
     for i, micro in enumerate(micro_batches):
         parallel.last_micro_batch(model, i == len(micro_batches) - 1)
-        losses = model(micro.input_ids, micro.labels, micro.documents)  # (rows,) fp32
-        (losses.sum() / scored).backward()
-        sums[0].index_add_(0, micro.sources, losses.detach().double())
-        sums[1].index_add_(0, micro.sources, (micro.labels != IGNORE).sum(dim=1).double())
+        with record_function("forward"):
+            loss = model(micro.input_ids, micro.labels, micro.documents)  # (rows,) fp32
+        with record_function("backward"):
+            (loss.sum() / scored).backward()
+        losses.append(loss.detach())
+    losses = torch.cat(losses)
+    sums[0].index_add_(0, batch.sources, losses.double())
+    sums[1].index_add_(0, batch.sources, (batch.labels != IGNORE).sum(dim=1).double())
     world.sum(sums)
-    grad_norm = parallel.clip_gradients(model, config.optim.max_grad_norm)
+    with record_function("clip"):
+        grad_norm = parallel.clip_gradients(model, config.optim.max_grad_norm)
     skipped = skip_if_not_finite(optimizer, sums.sum(), grad_norm)
-    optim.set_lr(optimizer, lr)
-    optimizer.step()
-    optimizer.zero_grad()
-    return StepStats(step, lr, sums, grad_norm, skipped)
+    with record_function("optimizer"):
+        optim.set_lr(optimizer, lr)
+        optimizer.step()
+        optimizer.zero_grad()
+    return StepStats(step, lr, sums, grad_norm, skipped, losses)
 
 
 def train(config: TrainConfig) -> Iterator[StepStats]:
@@ -165,7 +174,7 @@ class Run:
         resolved = configuration.to_dict(config)
         world.on_main(lambda: replace_file(self.run_dir / "config.yaml", configuration.dump(config).encode()))
         self.attempt = world.on_main(lambda: 1 + attempts(self.run_dir))
-        self.interval = Interval(len(self.mixture.names), world.device, None if self.is_branch else self.state.get("interval"))
+        self.interval = Interval(len(self.mixture.names), world.device, self.state.get("interval"))
         self.bytes_per_token = [s.n_bytes / s.n_tokens if s.n_bytes else None for s in self.mixture.sources]
         self.clock = Clock()
         self.recorder = world.on_main_only(lambda: Recorder(self.run_dir, config.log, resolved, self.last_step))
@@ -176,7 +185,8 @@ class Run:
             if closing is not None:
                 self.stack.callback(closing.close)
         how = "branch" if self.is_branch else "resume" if self.folder else "start"
-        self._event(how, self.last_step, world_size=world.size, attempt=self.attempt, checkpoint=str(self.folder or ""))
+        about = {"attempt": self.attempt, "world_size": world.size, "checkpoint": str(self.folder or ""), "config": resolved}
+        self._event(how, self.last_step, **about)
 
     @property
     def is_finished(self) -> bool:

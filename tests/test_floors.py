@@ -16,6 +16,7 @@ FLOORS = (
     "parallel checkpoint metrics guards planner curves eval",
     "recipe resume",
     "train",
+    "bench replay doctor",
     "commands",
     "__main__",
 )

@@ -1,0 +1,49 @@
+"""measure how fast a configuration trains on this machine"""
+
+from __future__ import annotations
+
+import argparse
+
+from olmo_train.commands.train import add_config_arguments, split_config
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_config_arguments(parser)
+    parser.add_argument("--steps", type=int, default=20, help="timed steps (default 20)")
+    parser.add_argument("--warmup", type=int, default=5, help="steps before them (default 5)")
+    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    import json
+    import os
+
+    from olmo_train import bench
+    from olmo_train.errors import ConfigError
+
+    for name in ("steps", "warmup"):
+        if getattr(arguments, name) < 1:
+            raise ConfigError(f"--{name}", f"must be at least 1, got {getattr(arguments, name)}")
+    figures = bench.measure(*split_config(arguments.config), arguments.steps, arguments.warmup)
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(json.dumps(figures, indent=1) if arguments.json else table(figures))
+
+
+def table(figures: dict) -> str:
+    """The figures as lines of `name  value`."""
+    mfu = "not told: the device's peak is not known"
+    if figures["mfu"] is not None:
+        mfu = f"{figures['mfu']:.1%} of {figures['peak_flops'] / 1e12:.1f} TFLOP/s"
+    fastest, slowest = figures["step_seconds_min"], figures["step_seconds_max"]
+    phases = "  ".join(f"{name} {seconds:.4f}" for name, seconds in figures["phase_seconds"].items())
+    rows = {
+        "device": figures["device"],
+        "speed": f"{figures['tokens_per_second']:,.0f} tokens/s",
+        "step": f"{figures['step_seconds']:.4f} s (fastest {fastest:.4f}, slowest {slowest:.4f})",
+        "phases, profiled": f"{phases} s",
+        "work": f"{figures['flops_per_second'] / 1e12:.4g} TFLOP/s ({figures['flops_convention']})",
+        "MFU": mfu,
+        "peak memory": f"{figures['peak_memory_bytes'] / 1e9:.2f} GB",
+        "first step after": f"{figures['first_step_seconds']:.1f} s",
+    }
+    return "\n".join(f"{name:<18}{value}" for name, value in rows.items())

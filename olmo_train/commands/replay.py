@@ -1,0 +1,46 @@
+"""compute a logged step again and compare it, bit for bit"""
+
+from __future__ import annotations
+
+import argparse
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_dir", metavar="RUN_DIR")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--step", type=int, help="the step to compute again")
+    what.add_argument("--audit", type=int, metavar="K", help="K logged steps at random")
+    parser.add_argument("--seed", type=int, default=0, help="of --audit's choice")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    import random
+    from pathlib import Path
+
+    from olmo_train import replay
+    from olmo_train.errors import ConfigError
+
+    run_dir = Path(arguments.run_dir)
+    steps = [arguments.step]
+    if arguments.audit is not None:
+        known = sorted(replay.logged_lines(run_dir))
+        if not 1 <= arguments.audit <= len(known):
+            raise ConfigError("--audit", f"{arguments.audit} steps, but {len(known)} are logged")
+        steps = sorted(random.Random(arguments.seed).sample(known, arguments.audit))
+    results = [replay.replay(run_dir, step) for step in steps]
+    for result in results:
+        show(result, sequences=arguments.audit is None)
+    differing = [result.step for result in results if result.differing]
+    print(f"{len(results) - len(differing)} of {len(results)} steps are equal to the last bit")
+    return 1 if differing else 0
+
+
+def show(result, sequences: bool) -> None:
+    """What was logged beside what came out, and the loss of each sequence."""
+    start = result.checkpoint or "the first weights"
+    print(f"step {result.step}, computed from {start}: {'differs' if result.differing else 'equal'}")
+    for name in result.differing:
+        print(f"  {name}: logged {result.logged.get(name)!r}, now {result.replayed.get(name)!r}")
+    if sequences:
+        for source, instance, loss in result.sequences:
+            print(f"  {loss:9.4f} nats a token  {source} {instance}")
