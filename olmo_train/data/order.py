@@ -119,11 +119,13 @@ class PermutedOrder:
 
     def places_of(self, source: int, instance: int, last_place: int) -> np.ndarray:
         """Every place below `last_place` at which the instance is read: one an epoch."""
-        n, places = int(self.sizes[source]), []
-        for epoch in range(int(-(-self.visits_before(last_place)[source] // n))):
+        n, visits, places = int(self.sizes[source]), int(self.visits_before(last_place)[source]), []
+        for epoch in range(-(-visits // n)):
             position = permute(np.array([instance]), n, self._epoch_key(source, epoch), backwards=True)[0]
-            places.append(self._place_of_visit(source, epoch * n + int(position)))
-        return np.array([place for place in places if place < last_place], dtype=np.int64)
+            visit = epoch * n + int(position)
+            if visit < visits:  # a later one may never come, when a stage leaves the source out
+                places.append(self._place_of_visit(source, visit))
+        return np.array(places, dtype=np.int64)
 
     def visits_before(self, place: int) -> np.ndarray:
         """How often each source is read before this place, (sources,): divided by its size, its epochs."""
