@@ -49,7 +49,10 @@ def shard(model: Transformer, config: ParallelConfig, world: World) -> Transform
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
         if config.compile:
             block.compile()
-    policy = MixedPrecisionPolicy(param_dtype=DTYPES[config.precision], reduce_dtype=DTYPES[config.reduce_dtype])
+    # What is handed from block to block has its precision already; a cast of inputs would round the fp32 tables of RoPE.
+    policy = MixedPrecisionPolicy(
+        param_dtype=DTYPES[config.precision], reduce_dtype=DTYPES[config.reduce_dtype], cast_forward_inputs=False
+    )
     for module in [*model.blocks, model]:
         fully_shard(module, mesh=world.mesh, mp_policy=policy, reshard_after_forward=config.shard == "full")
         # FSDP averages gradients over ranks; the loss is already divided by the global batch's tokens, so take the sum.
