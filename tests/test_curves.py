@@ -156,8 +156,17 @@ def test_smoothing_counts_in_steps_and_leaves_a_constant_alone():
     np.testing.assert_allclose(thin.smooth(constant, 30).values, 2.5, rtol=1e-15)
     fine = Series(np.arange(0, 3001), np.append(np.zeros(2001), np.ones(1000)))
     coarse = Series(fine.steps[::10], fine.values[::10])
-    assert thin.smooth(fine, 100).values[2100] == pytest.approx(1 - np.exp(-1), abs=0.01)
-    assert thin.smooth(coarse, 100).values[210] == pytest.approx(1 - np.exp(-1), abs=0.04)
+    for series, every in ((fine, 1), (coarse, 10)):
+        smoothed = thin.smooth(series, 100).values[:: 10 // every]  # of the steps 0, 10, 20, ...
+        assert smoothed[200] == pytest.approx(0.5, abs=0.06)  # to both sides alike: no lag
+        assert smoothed[205] == pytest.approx(1 - 0.5**2 / 2, abs=0.06)  # half of the triangle's way
+        assert smoothed[189] == 0 and smoothed[211] == pytest.approx(1)
+
+
+def test_smoothing_neither_lags_behind_a_falling_line_nor_moves_its_start():
+    line = Series(np.arange(0, 1001, 10), 11.0 - np.arange(0, 1001, 10) / 100)
+    smoothed = thin.smooth(line, 80).values
+    np.testing.assert_allclose(smoothed[:-9], line.values[:-9], rtol=1e-12)
 
 
 # ---------------------------------------------------------------- what is drawn

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from curves_runs import make_run
 
-from olmo_train.curves import exports, page, panels
+from olmo_train.curves import exports, page, panels, thin
 from olmo_train.curves.history import Run, Series
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -105,9 +105,11 @@ def test_a_browser_draws_the_logged_values_and_links_the_zoom_of_all_panels(runs
     text = write_page(runs, tmp_path / "page.html")
     probe = """<script>
       const told = data.panels.map((panel) => panel.plot.data.slice(0, panel.curves.length).map((trace) => trace.y));
+      const curve = data.panels[0].curves[0];
+      const smoothed = smooth(curve.step, curve.value, 50);
       Plotly.relayout(data.panels[1].plot, {"xaxis.range[0]": 100, "xaxis.range[1]": 200}).then(() => {
         const zoomed = data.panels.map((panel) => panel.plot.layout.xaxis.range);
-        document.body.replaceChildren(JSON.stringify({ told, zoomed }));
+        document.body.replaceChildren(JSON.stringify({ told, zoomed, smoothed }));
       });
     </script></body>"""
     (tmp_path / "probe.html").write_text(text.replace("</body>", probe))
@@ -118,4 +120,6 @@ def test_a_browser_draws_the_logged_values_and_links_the_zoom_of_all_panels(runs
     seen = json.loads(re.search(r"<body>(.*)</body>", dom, re.S).group(1))
     panels_told = data_of(text)["panels"]
     assert seen["told"] == [[curve["value"] for curve in panel["curves"]] for panel in panels_told]
+    loss = exports.read_runs(runs)[0].series["train/CrossEntropyLoss"]
+    np.testing.assert_allclose(seen["smoothed"], thin.smooth(loss, 50).values, rtol=1e-12)
     assert seen["zoomed"] == [[100, 200]] * len(panels_told)

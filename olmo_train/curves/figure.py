@@ -14,6 +14,7 @@ from olmo_train.curves.panels import Axis, Curves
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import XAxis, YAxis
     from matplotlib.figure import Figure
 
 FIRST = ("Loss", "Gradient norm", "Learning rate", "Throughput")  # what is drawn when nothing is chosen
@@ -27,6 +28,7 @@ DASHES = {
     "longdash": (0, (8, 3)),
     "longdashdot": (0, (8, 3, 1, 3)),
 }
+COUNTS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e4, "k"), (0, ""))  # an axis that reaches so far has this letter
 STYLE = {
     "font.size": 8,
     "axes.titlesize": 8.5,
@@ -132,32 +134,35 @@ def _plot(axes: Axes, run: Run, series: Series, axis: Axis, **style) -> None:
 
 
 def _number_axes(axes: Axes, look: Look, log_y: bool) -> None:
-    """Few round numbers, counts as 250k and 1.5B; a log axis of less than three decades has 2 and 5 beside 1."""
+    """Few round numbers; a log axis of less than three decades has 2 and 5 beside 1."""
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
     if not look.log_x:
-        axes.xaxis.set_major_locator(MaxNLocator(5))
-        if look.axis.name in ("step", "tokens"):
-            axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: _counted(v)))
-    if log_y:
-        low, high = axes.get_ylim()
-        if high / low < 1000:
-            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
-        axes.yaxis.set_minor_formatter(NullFormatter())
-    elif axes.get_ylim()[1] >= 1e4:
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: _counted(v)))
-    elif 0 < axes.get_ylim()[1] < 0.01:  # a power of ten in the label: above the axis it would push the title up
-        power = int(np.floor(np.log10(axes.get_ylim()[1])))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v / 10**power:g}"))
-        axes.set_ylabel(f"{axes.get_ylabel()} ($\\times 10^{{{power}}}$)".strip())
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=look.axis.name == "step", steps=[1, 2, 2.5, 5, 10]))
+        _number_axis(axes.xaxis, axes.get_xlim()[1])
+    if not log_y:
+        _number_axis(axes.yaxis, axes.get_ylim()[1])
+        return
+    low, high = axes.get_ylim()
+    if high / low < 1000:
+        digits = (1, 2, 5) if high / low > 6 else range(1, 10)
+        axes.yaxis.set_major_locator(LogLocator(subs=digits) if high / low > 3 else MaxNLocator(5))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def _counted(value: float) -> str:
-    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= max(size, 1e4):
-            return f"{value / size:,.10g}{letter}"
-    return f"{value:,.10g}"
+def _number_axis(axis: XAxis | YAxis, high: float) -> None:
+    """Counts as 250k and 1.5B; beyond them a power of ten in the label, for above the axis it would push the title."""
+    from matplotlib.ticker import FuncFormatter
+
+    if 1000 <= high < 1e13:
+        letter = next(letter for least, letter in COUNTS if high >= least)
+        size = {"T": 1e12, "B": 1e9, "M": 1e6, "k": 1e3, "": 1}[letter]
+        axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v / size:,.10g}{letter if v else ''}"))
+    elif high >= 1e13 or 0 < high < 0.01:
+        power = int(np.floor(np.log10(high)))
+        axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v / 10.0**power:g}"))
+        axis.set_label_text(f"{axis.get_label_text()} ($\\times 10^{{{power}}}$)".strip())
 
 
 def _runs_legend(figure: Figure, runs: list[Run]) -> None:

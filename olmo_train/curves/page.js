@@ -34,16 +34,21 @@ function onAxis(run, steps) {
   });
 }
 
-// Exponential moving average whose memory is counted in steps, so that runs logged at other intervals compare.
-function smooth(steps, values, window) {
-  let sum = 0, weight = 0, before = steps[0];
+// Average over about `window` steps to each side: as thin.smooth in Python does. A null stays one and counts nowhere.
+const smooth = (steps, values, window) => average(steps, average(steps, values, window / 2), window / 2);
+
+function average(steps, values, reach) {
+  const sums = [0], counts = [0];
+  values.forEach((value, i) => { sums.push(sums[i] + (value ?? 0)); counts.push(counts[i] + (value === null ? 0 : 1)); });
+  let first = 0, end = 0;
   return values.map((value, i) => {
-    if (value === null) return null;
-    const keep = Math.exp(-(steps[i] - before) / window);
-    before = steps[i];
-    sum = sum * keep + value;
-    weight = weight * keep + 1;
-    return sum / weight;
+    const before = Math.min(reach, steps[i] - steps[0]);
+    const after = Math.min(before, steps[steps.length - 1] - steps[i]);
+    while (first < i && steps[first] < steps[i] - before) first++;
+    while (first > 0 && steps[first - 1] >= steps[i] - before) first--;
+    while (end < steps.length && steps[end] <= steps[i] + after) end++;
+    while (end > i + 1 && steps[end - 1] > steps[i] + after) end--;
+    return value === null ? null : (sums[end] - sums[first]) / (counts[end] - counts[first]);
   });
 }
 
@@ -95,7 +100,7 @@ function oddTrace(curve, label, color) {
   if (!curve.odd) return [];
   const steps = Object.keys(curve.odd).map(Number);
   const text = steps.map((step) => `${curve.odd[step]} at step ${step}`);
-  return [{ type: "scatter", yaxis: "y2", mode: "markers", name: label, x: onAxis(curve.run, steps), y: steps.map(() => 0.99), text,
+  return [{ type: "scatter", yaxis: "y2", mode: "markers", name: label, x: onAxis(curve.run, steps), y: steps.map(() => 0.97), text,
             hovertemplate: "%{text}", marker: { color, size: 9, symbol: "circle-x-open" } }];
 }
 
@@ -168,7 +173,7 @@ function layout(panel, traces) {
     margin: { l: 48, r: 10, t: 8, b: 36 }, width: panel.plot.clientWidth, height: panel.plot.clientHeight, showlegend: false, hovermode: "x unified", dragmode: touch ? false : "zoom",
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { color: css("ink"), family: getComputedStyle(document.body).fontFamily, size: 12 },
     hoverlabel: { bgcolor: css("paper"), bordercolor: css("line"), font: { color: css("ink"), size: 12 }, namelength: -1 },
-    xaxis: { ...axis, type: state.logX ? "log" : "linear", range: xRange(), ...(state.logX ? logTicks(...xRange()) : { exponentformat: exponent, nticks: 8 }),
+    xaxis: { ...axis, type: state.logX ? "log" : "linear", range: xRange(), ...(state.logX ? logTicks(...xRange()) : { exponentformat: exponent, nticks: 8, dtick: wholeSteps() }),
              title: { text: data.axes[state.axis], font: { color: css("soft"), size: 12 }, standoff: 6 }, showline: true,
              hoverformat: state.axis === "step" ? ",d" : ".4s" },
     yaxis: { ...axis, type: panel.log ? "log" : "linear", range: panel.zoom ?? fitY(panel, traces), hoverformat: ".6~g", ...yTicks(panel, traces) },
@@ -180,6 +185,7 @@ function layout(panel, traces) {
 // 1, 2, 5 on a log axis of up to three decades, on a longer one the powers of ten. `low` and `high` are logarithms.
 function logTicks(low, high) {
   const span = high - low;
+  if (span < 0.4) return { nticks: 6 };
   const digits = span < 0.8 ? [1, 2, 3, 4, 5, 6, 7, 8, 9] : span < 3 ? [1, 2, 5] : [1];
   const every = span < 7 ? 1 : Math.ceil(span / 6);
   const tickvals = [];
@@ -217,6 +223,12 @@ function drawSoon() {
   if (drawing) return;
   drawing = true;
   requestAnimationFrame(() => { drawing = false; draw(); });
+}
+
+// Between two steps there is none, so a short range needs no fractions.
+function wholeSteps() {
+  const [low, high] = xRange();
+  return state.axis === "step" && high - low < 8 ? 1 : undefined;
 }
 
 function drawLegend(panel) {
@@ -286,7 +298,7 @@ function row(cells, tag = "td", numberFrom = 1) {
 
 function buildRuns() {
   const table = $("runs").querySelector("table");
-  table.createTHead().append(row(["run", "steps", "tokens", "time", "training loss", "mean validation loss", "tokens/s", "events"], "th"));
+  table.createTHead().append(row(["run", "training loss", "validation loss", "steps", "tokens", "time", "tokens/s", "events"], "th"));
   const body = table.createTBody();
   data.runs.forEach((run, i) => {
     const s = run.summary;
@@ -295,7 +307,7 @@ function buildRuns() {
     label.append(box, run.name);
     const events = Object.entries(s.events).map(([kind, n]) => `${n} ${kind}${n > 1 ? "s" : ""}`).join(", ") || "–";
     const number = (v) => (v === null ? "–" : v.toFixed(4));
-    const line = row([label, s.steps.toLocaleString("en"), short(s.tokens), duration(s.seconds), number(s.training), number(s.validation), short(s.speed), events]);
+    const line = row([label, number(s.training), number(s.validation), s.steps.toLocaleString("en"), short(s.tokens), duration(s.seconds), short(s.speed), events]);
     box.onchange = () => { box.checked ? state.hidden.delete(i) : state.hidden.add(i); line.classList.toggle("off", !box.checked); draw(); };
     run.box = box;
     run.label = label;

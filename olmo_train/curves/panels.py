@@ -140,7 +140,9 @@ def choose(runs: list[Run], patterns: list[str] = ()) -> list[Curves]:
     if patterns:
         for pattern in patterns:
             if not any(fnmatchcase(name, pattern) for name in known):
-                raise ConfigError("--metric", f"no run has the metric '{pattern}'; {nearest(pattern, known)}")
+                raise ConfigError(
+                    "--metric", f"no run has the metric '{pattern}'; {nearest(pattern, set(known) - set(BOOKKEEPING))}"
+                )
         wanted = [name for pattern in patterns for name in known if fnmatchcase(name, pattern)]
     found: dict[str, Curves] = {}
     for name in dict.fromkeys(wanted):

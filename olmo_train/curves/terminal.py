@@ -124,11 +124,11 @@ def _rulers(figure: Any, x: list[float], y: list[float], log_y: bool, look: Look
             low, high = low - 0.5, high + 0.5
         ruler = figure.ruler(side)
         ruler.lim(low, high)
-        at = _ticks(low, high, count, log)
+        at = _ticks(low, high, count, log, whole=side == "x" and look.axis.name == "step")
         ruler.ticks(at, [short(10**t if log else t) for t in at])
 
 
-def _ticks(low: float, high: float, count: int, log: bool) -> list[float]:
+def _ticks(low: float, high: float, count: int, log: bool, whole: bool) -> list[float]:
     from matplotlib.ticker import LogLocator, MaxNLocator
 
     if log and high - low > 0.7:
@@ -136,7 +136,7 @@ def _ticks(low: float, high: float, count: int, log: bool) -> list[float]:
     elif log:
         ticks = np.log10([t for t in MaxNLocator(count).tick_values(10**low, 10**high) if t > 0])
     else:
-        ticks = MaxNLocator(count).tick_values(low, high)
+        ticks = MaxNLocator(count, integer=whole).tick_values(low, high)
     return [float(t) for t in ticks if low <= t <= high]
 
 

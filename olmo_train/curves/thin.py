@@ -7,8 +7,6 @@ logarithmic one, for the first hundred steps of a million are all there is to se
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 
 from olmo_train.curves.history import Series
@@ -48,17 +46,22 @@ def means(series: Series, max_points: int) -> Series:
 
 
 def smooth(series: Series, window: float) -> Series:
-    """Exponential moving average with a memory of `window` steps, without the pull towards the first value.
+    """Average over about `window` steps to each side, with weights that fall off to both (a triangle).
 
-    Counted in steps, so that runs logged at other intervals compare. Values must be finite, as those of `means` are.
+    Both sides, because an average over the past alone lags behind a falling loss; in steps, so that runs logged at
+    other intervals compare. Values must be finite, as those of `means` are.
     """
-    total = weight = 0.0
-    previous, smoothed = int(series.steps[0]) if len(series) else 0, []
-    for step, value in zip(series.steps.tolist(), series.values.tolist(), strict=True):
-        keep = math.exp(-(step - previous) / window)
-        total, weight, previous = total * keep + value, weight * keep + 1, step
-        smoothed.append(total / weight)
-    return Series(series.steps, np.asarray(smoothed))
+    return _average(_average(series, window / 2), window / 2)  # two boxes make a triangle
+
+
+def _average(series: Series, reach: float) -> Series:
+    """Mean of the points within `reach` steps; towards the first step both sides shrink, so that the start stays."""
+    steps = series.steps.astype(np.float64)
+    before = np.minimum(reach, steps - steps[:1])
+    after = np.minimum(before, steps[-1:] - steps)
+    first, end = np.searchsorted(steps, steps - before, "left"), np.searchsorted(steps, steps + after, "right")
+    sums = np.append(0.0, np.cumsum(series.values))
+    return Series(series.steps, (sums[end] - sums[first]) / (end - first))
 
 
 def _buckets(steps: np.ndarray, count: int) -> np.ndarray:
