@@ -135,8 +135,14 @@ def load_model(folder: str | Path) -> Transformer:
 
 
 def load(folder: Path, model: Transformer, optimizer: torch.optim.Optimizer, world: World) -> dict[str, Any]:
-    """Fill the model and the optimizer, sharded in any way, from a checkpoint; gives its state.json."""
+    """Fill the model and the optimizer, sharded in any way, from a checkpoint; gives its state.json.
+
+    A converted checkpoint may have weights alone (optimizer_steps null): then the optimizer stays as it is.
+    """
     state = read_state(folder)
+    if state["optimizer_steps"] is None:
+        load_weights(folder, model, world)
+        return state
     _read_tensors(folder, state_tensors(model, optimizer), prefix="", group=world.control_group)
     for values in optimizer.state.values():
         values["step"].fill_(state["optimizer_steps"])
@@ -147,6 +153,23 @@ def load_weights(folder: Path, model: Transformer, world: World) -> None:
     """Fill the model, sharded in any way, with a checkpoint's weights alone."""
     wanted = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
     _read_tensors(folder, wanted, prefix="model.", group=world.control_group)
+
+
+class WeightReader:
+    """Reads the weights of a checkpoint folder one at a time, whole, on the CPU: for what must not hold a model at once."""
+
+    def __init__(self, folder: Path):
+        self._storage = HuggingFaceStorageReader(str(folder))
+        metadata = self._storage.read_metadata()
+        self._storage.read_metadata = lambda: metadata  # the files' headers, read once
+        self._entries = metadata.state_dict_metadata
+
+    def __call__(self, name: str) -> Tensor:
+        """The parameter called `name`."""
+        entry = self._entries[f"model.{name}"]
+        tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
+        dcp.load({f"model.{name}": tensor}, storage_reader=self._storage, no_dist=True)
+        return tensor
 
 
 def state_tensors(model: Transformer, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -295,16 +318,19 @@ class Checkpointer:
         if final.exists():  # a damaged one that loading passed over, now computed again
             remove_folder(final)
         commit_folder(temporary, final, entries)
-        for folder in superfluous(self.run_dir, self.config):
+        for folder in superfluous(self.run_dir, self.config, int(state["step"])):
             remove_folder(folder)
         for leftover in final.parent.glob(".step-*"):  # of saves and deletions that died
             remove_folder(leftover)
 
 
-def superfluous(run_dir: Path, config: CheckpointConfig) -> list[Path]:
-    """The checkpoints that retention would delete now: neither permanent nor among the newest keep_last."""
+def superfluous(run_dir: Path, config: CheckpointConfig, last_step: int | None = None) -> list[Path]:
+    """The checkpoints that retention would delete now: neither permanent nor among the newest keep_last.
+
+    Those after `last_step`, the one just committed, do not count: they are damaged ones that loading passed over.
+    """
     folders = committed(run_dir)
-    passing = [step for step in folders if not config.is_permanent(step)]
+    passing = [step for step in folders if not config.is_permanent(step) and (last_step is None or step <= last_step)]
     return [folders[step] for step in passing[: -config.keep_last]]
 
 
