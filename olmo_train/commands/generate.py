@@ -1,0 +1,121 @@
+"""continue a text with a checkpoint"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from olmo_train.data.tokenizer import Tokenizer
+    from olmo_train.model.transformer import Transformer
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_checkpoint_arguments(parser)
+    parser.add_argument(
+        "--prompt", action="append", metavar="TEXT", help="may be given several times; without it a new document is begun"
+    )
+    parser.add_argument("--samples", type=int, default=1, metavar="N", help="continuations of each prompt (default: 1)")
+    parser.add_argument("--max-new-tokens", type=int, default=100, metavar="N", help="default: 100")
+    parser.add_argument("--temperature", type=float, default=0.8, metavar="T", help="0: the likeliest token (default: 0.8)")
+    parser.add_argument("--top-k", type=int, metavar="K", help="choose among the K likeliest tokens")
+    parser.add_argument("--top-p", type=float, metavar="P", help="choose among the likeliest tokens that reach P together")
+    parser.add_argument("--seed", type=int, default=0, help="of the draws: the same seed gives the same text (default: 0)")
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; EOS always ends")
+    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="prompts at once; changes no text (default: 8)")
+    parser.add_argument("--json", action="store_true", help="a list of {prompt, text, tokens} instead of text")
+
+
+def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
+    """CHECKPOINT, --tokenizer and --device: what verbs that run a trained model take."""
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a checkpoint folder, or a run_dir for its newest")
+    parser.add_argument("--tokenizer", metavar="NAME_OR_FILE", help="default: the checkpoint's own tokenizer.json")
+    parser.add_argument("--device", help="cpu, cuda, ... (default: a GPU when there is one)")
+
+
+def open_model(checkpoint: Path, device: str | None) -> tuple[Path, Transformer]:
+    """The checkpoint folder that is meant, and its model, fp32, on the device. Raises CheckpointError, ConfigError."""
+    import torch
+
+    from olmo_train import checkpoint as checkpoints
+    from olmo_train.errors import ConfigError
+
+    is_folder = (checkpoint / "MANIFEST.json").is_file()  # which load_model verifies by itself
+    folder = checkpoint if is_folder else checkpoints.resolve(checkpoint)
+    model = checkpoints.load_model(folder)
+    try:
+        return folder, model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except (RuntimeError, AssertionError) as problem:
+        raise ConfigError("--device", f"{device} cannot be used: {str(problem).splitlines()[0]}") from problem
+
+
+def open_tokenizer(folder: Path, named: str | None, vocab_size: int) -> Tokenizer:
+    """The tokenizer of a checkpoint, or the one named instead. Raises ConfigError when there is none or it does not fit."""
+    from olmo_train.data.tokenizer import load_tokenizer
+    from olmo_train.errors import ConfigError
+
+    own = folder / "tokenizer.json"
+    if named is None and not own.is_file():
+        raise ConfigError("--tokenizer", f"{folder} holds no tokenizer.json, since its data were raw token files; name the file")
+    tokenizer = load_tokenizer(named or own)
+    if tokenizer.vocab_size > vocab_size:
+        raise ConfigError("--tokenizer", f"{tokenizer.name} has {tokenizer.vocab_size} ids, the model only {vocab_size}")
+    return tokenizer
+
+
+def run(args: argparse.Namespace) -> None:
+    import json
+
+    from olmo_train.model.generate import Sampling
+
+    _check(args)
+    sampling = Sampling(args.temperature, args.top_k, args.top_p)
+    folder, model = open_model(args.checkpoint, args.device)
+    tokenizer = open_tokenizer(folder, args.tokenizer, model.config.vocab_size)
+    prompts = [prompt for prompt in args.prompt or [""] for _ in range(args.samples)]
+    results = []
+    for prompt, tokens in zip(prompts, _continue(model, tokenizer, prompts, sampling, args), strict=True):
+        text = tokenizer.decode(tokens[:-1] if tokens[-1:] == [tokenizer.eos_id] else tokens)
+        results.append({"prompt": prompt, "text": text[: _stop_at(text, args.stop)], "tokens": tokens})
+    if args.json:
+        print(json.dumps(results, ensure_ascii=False, indent=1))
+        return
+    for i, result in enumerate(results):
+        if len(results) > 1:
+            print(f"{'' if i == 0 else chr(10)}--- {i + 1} of {len(results)}")
+        print(result["prompt"] + result["text"])
+
+
+def _check(args: argparse.Namespace) -> None:
+    from olmo_train.errors import ConfigError
+
+    for option in ("samples", "max_new_tokens", "batch_size"):
+        if getattr(args, option) < 1:
+            raise ConfigError(f"--{option.replace('_', '-')}", f"must be at least 1, got {getattr(args, option)}")
+
+
+def _continue(model: Transformer, tokenizer: Tokenizer, prompts: list[str], sampling, args) -> list[list[int]]:
+    """New tokens of each prompt. Prompts of like length are run together, which costs the fewest steps."""
+    from olmo_train.model.generate import generate
+
+    ids = [tokenizer.encode(prompt) or [tokenizer.eos_id] for prompt in prompts]
+    by_length = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+    new: list[list[int]] = [[] for _ in ids]
+
+    def finished(tokens: list[int]) -> bool:
+        return bool(args.stop) and any(stop in tokenizer.decode(tokens) for stop in args.stop)
+
+    for start in range(0, len(ids), args.batch_size):
+        rows = by_length[start : start + args.batch_size]
+        seeds = [args.seed + row for row in rows]
+        chosen = [ids[row] for row in rows]
+        outputs = generate(model, chosen, args.max_new_tokens, sampling, seeds, tokenizer.eos_id, finished)
+        for row, tokens in zip(rows, outputs, strict=True):
+            new[row] = tokens
+    return new
+
+
+def _stop_at(text: str, stops: list[str]) -> int:
+    """Where the first of the stop texts begins in `text`; its length when none is in it."""
+    return min([text.find(stop) for stop in stops if stop in text], default=len(text))
