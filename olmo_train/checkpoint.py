@@ -32,7 +32,7 @@ from torch.distributed.tensor import DTensor
 
 from olmo_train import config as configuration
 from olmo_train.distributed import World
-from olmo_train.errors import CheckpointError, ConfigError, SaveError
+from olmo_train.errors import CheckpointError, ConfigError, NonFiniteError, SaveError
 from olmo_train.model.config import ModelConfig
 from olmo_train.model.transformer import Transformer
 from olmo_train.storage import commit_folder, problems_of, remove_folder, write_file
@@ -273,10 +273,17 @@ class Checkpointer:
     def _write(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> tuple[float, int]:
         """In the thread, on every rank: write, agree that all is written, let rank 0 commit and prune.
 
-        Gives seconds and bytes. All ranks raise SaveError when one of them cannot write.
+        Gives seconds and bytes. All ranks raise SaveError when one of them cannot write, and NonFiniteError when one
+        holds a non-finite value: such a state is never committed.
         """
         started = time.perf_counter()
         final = folder_of(self.run_dir, step)
+        if poisoned := sorted(set(sum(self._together(final, lambda: _non_finite(tensors)), []))):
+            raise NonFiniteError(
+                final,
+                f"was not committed: {poisoned[0]} and {len(poisoned) - 1} other tensors hold non-finite values; "
+                f"the last good checkpoint is {newest_folder(self.run_dir)}; lower optim.peak_lr",
+            )
         temporary = final.with_name(f".{final.name}.tmp")
         self._together(final, lambda: self._clear(temporary) if self.world.is_main else None)
         writer = _HashingWriter(str(temporary))
@@ -322,6 +329,12 @@ class Checkpointer:
             remove_folder(folder)
         for leftover in final.parent.glob(".step-*"):  # of saves and deletions that died
             remove_folder(leftover)
+
+
+def _non_finite(tensors: dict[str, Tensor]) -> list[str]:
+    """The names of those whose part on this rank is not finite throughout."""
+    local = {name: t.to_local() if isinstance(t, DTensor) else t for name, t in tensors.items()}
+    return [name for name, tensor in local.items() if not torch.isfinite(tensor).all()]
 
 
 def superfluous(run_dir: Path, config: CheckpointConfig, last_step: int | None = None) -> list[Path]:
