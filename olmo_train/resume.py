@@ -23,6 +23,8 @@ def check_changes(saved: dict[str, Any], now: dict[str, Any], allowed: tuple[str
     """Compare two resolved configurations. Raises ConfigError with the key and both values on a change that alters the
     training and that `allowed` (dotted keys, or their beginnings) does not name."""
     before, after = flatten(saved), flatten(now)
+    for flat, config in ((before, saved), (after, now)):
+        flat["data.sources"] = list(config["data"]["sources"])  # the order of the sources decides which place is whose
     for key in sorted(before.keys() | after.keys()):
         was, wanted = before.get(key), after.get(key)
         named = any(key == name or key.startswith(name + ".") for name in allowed)
