@@ -33,21 +33,17 @@ class OptimConfig:
     def __post_init__(self) -> None:
         check_choice("optim.name", self.name, OPTIMIZERS)
         check_choice("optim.schedule", self.schedule, SCHEDULES)
-        for key in (
-            "peak_lr",
-            "eps",
-            "weight_decay",
-            "max_grad_norm",
-            "warmup_steps",
-            "warmup_start_ratio",
-            "final_lr_ratio",
-        ):
-            if not getattr(self, key) >= 0:
-                raise ConfigError(f"optim.{key}", f"must not be negative, got {getattr(self, key)}")
+        for key in ("peak_lr", "eps", "weight_decay", "warmup_steps", "warmup_start_ratio", "final_lr_ratio"):
+            if not 0 <= getattr(self, key) < math.inf:
+                raise ConfigError(f"optim.{key}", f"must be a finite number and not negative, got {getattr(self, key)}")
+        if not self.max_grad_norm > 0:
+            raise ConfigError("optim.max_grad_norm", f"must be above 0, got {self.max_grad_norm}; .inf clips nothing")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ConfigError("optim.betas", f"must lie in [0, 1), got {list(self.betas)}")
         if self.decay_steps is not None and self.schedule != "wsd":
             raise ConfigError("optim.decay_steps", f"is read by schedule: wsd only, and the schedule is {self.schedule}")
+        if self.decay_steps is not None and self.decay_steps < 1:
+            raise ConfigError("optim.decay_steps", f"must be at least 1, got {self.decay_steps}")
 
 
 def lr_at(step: int, config: OptimConfig, total_steps: int) -> float:

@@ -6,6 +6,7 @@ Needs numpy alone, so that a run can be inspected on a machine without torch.
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -54,8 +55,8 @@ class DataConfig:
         for stage in self.stages:
             for name in stage.weights:
                 check_choice(f"{where}.weights", name, self.sources)
-        if min(weights) < 0 or sum(weights) <= 0:
-            raise ConfigError(where, f"weights must not be negative and must not all be 0, got {weights}")
+        if not all(0 <= weight < math.inf for weight in weights) or sum(weights) <= 0:
+            raise ConfigError(where, f"weights must be finite, not negative and not all 0, got {weights}")
         for name, weight, places in zip(self.sources, weights, quotas(weights), strict=True):
             if weight > 0 and places == 0:
                 raise ConfigError(

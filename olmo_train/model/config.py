@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from olmo_train.errors import ConfigError, check_choice
@@ -48,6 +49,10 @@ class ModelConfig:
         for key in ("d_model", "n_layers", "n_heads", "mlp_hidden", "vocab_size", "seq_len"):
             if getattr(self, key) < 1:
                 raise ConfigError(f"model.{key}", f"must be at least 1, got {getattr(self, key)}")
+        for key in ("head_dim", "norm_eps", "rope_theta", "clip_qkv", "init_std"):
+            value = getattr(self, key)
+            if value is not None and not 0 < value < math.inf:
+                raise ConfigError(f"model.{key}", f"must be a finite number above 0, got {value}")
         if self.head_dim is None and self.d_model % self.n_heads:
             raise ConfigError(
                 "model.n_heads",
