@@ -49,6 +49,7 @@ class Interval:
         self.sums = torch.tensor(state["sums"], dtype=torch.float64, device=device)  # (2, sources): loss, scored tokens
         self.counts = torch.tensor(state["counts"], dtype=torch.float64, device=device)
         self.data_wait = 0.0  # seconds
+        self.timed_steps = 0  # steps of this process: those before a resume took none of its time
 
     def add(self, sums: Tensor, skipped: Tensor, clipped: Tensor, data_wait: float) -> None:
         """sums (2, sources) of one step; skipped and clipped are 0.0 or 1.0."""
@@ -56,10 +57,7 @@ class Interval:
         self.counts[: self.IN_A_ROW] += torch.stack((torch.ones_like(skipped), skipped, clipped))
         self.counts[self.IN_A_ROW] = (self.counts[self.IN_A_ROW] + 1) * skipped
         self.data_wait += data_wait
-
-    @property
-    def steps(self) -> int:
-        return int(self.counts[self.STEPS].item())
+        self.timed_steps += 1
 
     def metrics(self, names: list[str], bytes_per_token: list[float | None]) -> dict[str, float]:
         """Mean losses over the interval, whole and by source, and the shares of clipped and skipped steps."""
@@ -80,7 +78,7 @@ class Interval:
     def restart(self) -> None:
         self.sums.zero_()
         self.counts[: self.IN_A_ROW] = 0
-        self.data_wait = 0.0
+        self.data_wait, self.timed_steps = 0.0, 0
 
 
 def loss_metrics(prefix: str, loss: float, tokens: float, n_bytes: float | None) -> dict[str, float]:

@@ -307,7 +307,7 @@ class Run:
         metrics |= {"optim/total_grad_norm": stats.grad_norm.item(), "optim/learning_rate_group0": stats.lr}
         metrics |= throughput_metrics(
             step=stats.step,
-            steps=self.interval.steps,
+            steps=self.interval.timed_steps,
             seconds=self.clock.seconds,
             data_wait=self.interval.data_wait,
             tokens_per_step=config.tokens_per_step,
