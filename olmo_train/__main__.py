@@ -7,6 +7,7 @@ import importlib
 import logging
 import os
 import sys
+from typing import NoReturn
 
 VERBS = {
     "train": "train a model, or go on with a run",
@@ -24,10 +25,20 @@ VERBS = {
 }
 
 
+class Parser(argparse.ArgumentParser):
+    """Tells a wrong use as every other mistake is told: usage, then one `error:` line, from rank 0 alone."""
+
+    def error(self, message: str) -> NoReturn:
+        if int(os.environ.get("RANK", 0)) == 0:
+            self.print_usage(sys.stderr)
+            print(f"error: {self.prog}: {message}", file=sys.stderr, flush=True)
+        sys.exit(2)
+
+
 def main(words: list[str] | None = None) -> int:
     """Run one verb; gives its exit code. A UserError becomes one line on stderr, from rank 0 alone."""
     words = sys.argv[1:] if words is None else words
-    parser = argparse.ArgumentParser(prog="olmo-train", description="Pretrain OLMo-style language models.")
+    parser = Parser(prog="olmo-train", description="Pretrain OLMo-style language models.")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     for name, text in VERBS.items():
         verb = verbs.add_parser(name, help=text, description=text)
