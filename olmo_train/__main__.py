@@ -19,6 +19,7 @@ VERBS = {
     "curves": "draw the curves of runs: page, picture or terminal",
     "checkpoints": "list, verify or prune the checkpoints of a run",
     "replay": "compute a logged step again and compare it, bit for bit",
+    "doctor": "look for what would keep a run from working on this machine",
     "bench": "measure how fast a configuration trains on this machine",
     "evaluate": "measure a checkpoint on held-out text",
     "generate": "continue a text with a checkpoint",

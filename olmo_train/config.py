@@ -69,7 +69,10 @@ def build(cls: type[T], values: dict[str, Any], where: str = "", partial: bool =
         made[key] = _convert(hints[key], value, dotted)
     for name, field in fields.items():
         if name not in made and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-            raise ConfigError(f"{where}.{name}" if where else name, "is missing and has no default; set it")
+            dotted = f"{where}.{name}" if where else name
+            if not dataclasses.is_dataclass(hints[name]):
+                raise ConfigError(dotted, "is missing and has no default; set it")
+            made[name] = build(hints[name], {}, dotted)  # which names what it misses
     return cls(**made)
 
 

@@ -1,0 +1,29 @@
+"""look for what would keep a run from working on this machine"""
+
+from __future__ import annotations
+
+import argparse
+
+from olmo_train.commands.train import split_config
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", nargs="*", metavar="CONFIG.yaml|key=value", help="also look at this configuration")
+    parser.add_argument("--json", action="store_true", help="print the findings as JSON")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    import json
+
+    from olmo_train import config, doctor
+    from olmo_train.recipe import TrainConfig
+
+    findings = doctor.examine(config.load(TrainConfig, *split_config(arguments.config)) if arguments.config else None)
+    if arguments.json:
+        print(json.dumps([vars(finding) for finding in findings], indent=1))
+    else:
+        for finding in findings:
+            print(f"{finding.status:<8}{finding.check:<14}{finding.finding}")
+            if finding.remedy:
+                print(f"{'':<22}-> {finding.remedy}")
+    return 1 if any(finding.status == "problem" for finding in findings) else 0

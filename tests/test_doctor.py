@@ -1,0 +1,39 @@
+"""doctor: what it finds is what is so, and each problem comes with a remedy."""
+
+import json
+
+from olmo_train import doctor
+
+
+def by_check(findings):
+    return {finding.check: finding for finding in findings}
+
+
+def test_a_healthy_configuration_has_no_problem_and_tells_epochs_and_disk(tiny_args):
+    findings = by_check(doctor.examine(tiny_args()))
+    assert not [finding for finding in findings.values() if finding.status == "problem"]
+    assert "40,000 tokens, read 0.15 times" in findings["data a"].finding  # 12 steps x 8 of 624 instances
+    assert "GB free" in findings["disk"].finding
+    assert findings["wandb"].finding == "will be disabled"
+
+
+def test_many_epochs_are_warned_of(tiny_args):
+    finding = by_check(doctor.examine(tiny_args(total_steps=1000)))["data a"]
+    assert finding.status == "warning" and "4 epochs" in finding.remedy
+
+
+def test_missing_data_is_a_problem_with_its_file(tiny_args, tmp_path):
+    findings = doctor.examine(tiny_args(**{"data.sources.a.path": tmp_path / "none.npy"}))
+    (problem,) = [finding for finding in findings if finding.status == "problem"]
+    assert "none.npy" in problem.check + problem.finding and problem.remedy
+
+
+def test_a_batch_that_does_not_fit_the_processes_is_a_problem(tiny_args, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    (problem,) = [finding for finding in doctor.examine(tiny_args()) if finding.status == "problem"]
+    assert problem.check == "global_batch_size" and "use 12" in problem.finding
+
+
+def test_the_verb_prints_json_and_exits_by_the_findings(run_cli, tiny_words):
+    done = run_cli("doctor", *tiny_words(), "--json")
+    assert done.returncode == 0 and {"environment", "gpus", "network"} <= {f["check"] for f in json.loads(done.stdout)}
