@@ -1,0 +1,110 @@
+"""`plan` as a user meets it: readable at 80 columns, honest about what it does not know, the same numbers as JSON."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from olmo_train.__main__ import main
+from olmo_train.optim import OptimConfig, lr_at
+
+OLMO_1B = str(Path(__file__).parent.parent / "configs" / "models" / "olmo-1b.yaml")
+H100S = ("--gpus", "8", "--gpu", "h100")
+
+
+@pytest.fixture
+def plan(capsys, monkeypatch):
+    """plan(*words): (exit code, stdout, stderr) of a run in a pipe of 80 columns."""
+    monkeypatch.setenv("COLUMNS", "80")
+
+    def run(*words):
+        code = main(["plan", *map(str, words)])
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def test_a_models_file_alone_gives_a_plan_that_fits_80_columns(plan):
+    code, text, _ = plan(OLMO_1B, *H100S)
+    assert code == 0
+    assert max(map(len, text.splitlines())) <= 80
+    for figure in ("1,176,764,416", "7.866 GFLOPs", "18.83 GB", "assumed MFU 40%", "739,328", "Epochs are unknown"):
+        assert figure in text
+
+
+def test_json_holds_the_learning_rates_and_epochs_of_the_run(plan, tiny_words):
+    code, text, _ = plan(*tiny_words(), "data.validation.a.path=" + tiny_words()[-5].split("=")[1], "--json")
+    told = json.loads(text)
+    assert code == 0
+    config = OptimConfig(peak_lr=3e-3, warmup_steps=4)
+    assert {m["step"]: m["lr"] for m in told["milestones"]} == {
+        step: lr_at(step, config, 12) for step in (1, 2, 4, 5, 6, 7, 8, 10, 11, 12)
+    }
+    assert told["sources"]["a"]["epochs"] == 12 * 8 / ((40_000 - 1) // 64)
+    assert told["checkpoints_saved"] == 3 and told["evaluations"] == 1
+
+
+def test_missing_data_leave_epochs_unknown_and_name_the_reason(plan, tiny_words):
+    code, text, _ = plan(*tiny_words(**{"data.sources.a.path": "nowhere/tokens.npy"}), *H100S, "micro_batch_size=1")
+    assert code == 0
+    assert "Epochs are unknown" in text and "nowhere/tokens.npy" in text
+
+
+def test_without_a_gpu_nothing_is_guessed(plan, tiny_words, monkeypatch):
+    monkeypatch.setattr("olmo_train.hardware.detect", lambda: None)
+    told = json.loads(plan(*tiny_words(), "--json")[1])
+    assert told["cost"] is told["fits"] is told["gpu"] is None
+    assert "unknown without a GPU" in plan(*tiny_words())[1]
+
+
+def test_an_unknown_gpu_is_asked_for_its_figures(plan, tiny_words):
+    code, _, error = plan(*tiny_words(), "--gpu", "h1000")
+    assert code == 2
+    for option in ("h1000", "--gpu-memory", "--gpu-peak", "--gpu-power", "did you mean 'h100'?"):
+        assert option in error
+    code, text, _ = plan(*tiny_words(), "--gpu", "h1000", "--gpu-memory", 96, "--gpu-peak", 2000, "--gpu-power", 900, "--json")
+    gpu = json.loads(text)["gpu"]
+    assert code == 0
+    assert (gpu["memory_gb"], gpu["peak_flops"], gpu["power_watts"]) == (96, 2000e12, 900)
+
+
+def test_a_figure_that_is_given_goes_before_the_table(plan):
+    gpu = json.loads(plan(OLMO_1B, *H100S, "--gpu-power", 500, "--json")[1])["gpu"]
+    assert (gpu["power_watts"], gpu["peak_flops"]) == (500, 989.4e12)
+
+
+def test_assumptions_enter_the_result_and_stand_beside_it(plan):
+    words = (OLMO_1B, *H100S, "--price", 2, "--mfu", 0.5, "--pue", 1.2, "--carbon", 0.1)
+    cost = json.loads(plan(*words, "--json")[1])["cost"]
+    assert cost["money"] == pytest.approx(2 * cost["gpu_hours"])
+    assert cost["tokens_per_second"] / 8 == pytest.approx(62.9e3, rel=1e-3)
+    assert cost["co2_kg"] == pytest.approx(cost["gpu_hours"] * 0.7 * 1.2 * 0.1)
+    text = plan(*words)[1]
+    for assumption in ("MFU 50%", "2 a GPU-hour", "PUE 1.2", "0.1 kg a kWh"):
+        assert assumption in text
+
+
+@pytest.mark.parametrize(
+    "words, says",
+    [
+        (("--gpus", "3"), "global_batch_size: 8 is not a multiple"),
+        (("--gpus", "0"), "--gpus: must be above 0"),
+        (("--mfu", "40"), "--mfu: is a share"),
+        (("--output", "plan.docx"), "'.docx' is not a format"),
+        (("optim.peak=1",), "did you mean 'peak_lr'?"),
+    ],
+)
+def test_wrong_input_exits_2_with_one_line(plan, tiny_words, words, says):
+    code, _, error = plan(*tiny_words(), *words)
+    assert code == 2
+    assert error.startswith("error: ") and error.count("\n") == 1
+    assert says in error
+
+
+@pytest.mark.parametrize("name", ["schedule.png", "new/schedule.svg", "schedule.html"])
+def test_the_schedule_is_drawn_without_a_network(plan, tiny_words, tmp_path, name):
+    code, text, _ = plan(*tiny_words(), "--output", tmp_path / name)
+    assert code == 0 and text.rstrip().endswith(name)
+    content = (tmp_path / name).read_bytes()
+    assert len(content) > 5000
+    assert b'src="http' not in content
