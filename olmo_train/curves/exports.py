@@ -7,10 +7,11 @@ Two shapes are met: a run's history (`_step` and a column for each metric) and a
 from __future__ import annotations
 
 import csv
+import dataclasses
 from pathlib import Path
 from typing import Any
 
-from olmo_train.curves.history import STEP_KEYS, Run, collect, elapsed_seconds, json_lines, read_run
+from olmo_train.curves.history import STEP_KEYS, Run, Series, collect, elapsed_seconds, json_lines, read_run
 from olmo_train.errors import ConfigError, DataError
 
 # OLMo logs training FLOPs in units of 1e9 under this name; ours are in FLOPs under the other.
@@ -33,7 +34,7 @@ def read_runs(paths: list[Path], labels: list[str] = ()) -> list[Run]:
     names = labels or _distinct_names(runs)
     if len(names) != len(runs):
         raise ConfigError("--label", f"{len(names)} labels for {len(runs)} runs; give one for each, in order")
-    return [Run(**{**vars(run), "name": name}) for run, name in zip(runs, names, strict=True)]
+    return [dataclasses.replace(run, name=name) for run, name in zip(runs, names, strict=True)]
 
 
 def read_export(path: Path) -> list[Run]:
@@ -53,7 +54,7 @@ def read_export(path: Path) -> list[Run]:
         series = {key: value for key, value in series.items() if not key.endswith(("__MIN", "__MAX"))}
         if GIGAFLOPS in series and FLOPS not in series:
             giga = series[GIGAFLOPS]
-            series[FLOPS] = type(giga)(giga.steps, giga.values * 1e9)
+            series[FLOPS] = Series(giga.steps, giga.values * 1e9)
         if series:
             runs.append(Run(name, path, series, elapsed_seconds(clock), notes=notes))
     if not runs:

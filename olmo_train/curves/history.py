@@ -159,7 +159,7 @@ def _series(steps: list[int], values: list[float]) -> Series:
 
 def _first_number(row: dict[str, Any], keys: tuple[str, ...]) -> float | None:
     for key in keys:
-        if _is_number(row.get(key)):
+        if _is_number(row.get(key)) and math.isfinite(row[key]):
             return row[key]
     return None
 

@@ -99,7 +99,7 @@ def _run(run: Run, axes: dict[str, Axis]) -> dict[str, Any]:
 
 def summary(run: Run) -> dict[str, Any]:
     """What the table of runs tells; None where it was not logged."""
-    losses = [s for name, s in run.series.items() if name.startswith("eval/") and name.endswith("/CrossEntropyLoss")]
+    losses = [_last(s) for name, s in run.series.items() if name.startswith("eval/") and name.endswith("/CrossEntropyLoss")]
     count = {kind: sum(e["event"] == kind for e in run.events) for kind in panels.EVENTS}
     tokens = run.series.get("throughput/total_tokens")
     speed = run.series.get("throughput/tokens_per_second")
@@ -108,7 +108,7 @@ def summary(run: Run) -> dict[str, Any]:
         "tokens": _last(tokens),
         "seconds": _last(run.elapsed),
         "training": _last(run.series.get("train/CrossEntropyLoss")),
-        "validation": _json_float(np.mean([_last(s) for s in losses])) if losses else None,
+        "validation": float(np.mean(losses)) if losses and None not in losses else None,
         "speed": None if speed is None else _json_float(np.nanmedian(speed.values)),
         "events": {kind: n for kind, n in count.items() if n and kind != "save"},
     }
