@@ -15,7 +15,7 @@ from olmo_train import config
 from olmo_train.model.cost import count_parameters
 from olmo_train.model.transformer import Transformer
 from olmo_train.optim import lr_at
-from olmo_train.train import TrainConfig
+from olmo_train.recipe import TrainConfig
 
 ROOT = Path(__file__).parent.parent
 MODELS = sorted((ROOT / "configs/models").glob("*.yaml"))
@@ -95,7 +95,8 @@ def shrunk(file: Path) -> list[str]:
 START = """
 import json, sys
 from olmo_train import config
-from olmo_train.train import TrainConfig, train
+from olmo_train.recipe import TrainConfig
+from olmo_train.train import train
 for files, words in json.load(sys.stdin):
     losses = [float(stats.loss) for stats in train(config.load(TrainConfig, files, words))]
     print(json.dumps([files[0], losses]))
