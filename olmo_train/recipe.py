@@ -51,6 +51,9 @@ class TrainConfig:
         for key in ("global_batch_size", "micro_batch_size"):
             if getattr(self, key) < 1:
                 raise ConfigError(key, f"must be at least 1, got {getattr(self, key)}")
+        for key, seed in (("seed", self.seed), ("data.seed", self.data.seed)):
+            if seed is not None and seed < 0:
+                raise ConfigError(key, f"must not be negative, got {seed}")
         check_choice("resume", self.resume, ("auto", "strict"))
         if self.resume_from and self.init_from:
             raise ConfigError("init_from", f"{self.init_from} is given beside resume_from {self.resume_from}; name one of them")

@@ -40,6 +40,9 @@ class DataConfig:
             raise ConfigError("data.sources", "names no data; set data.sources.NAME.path to a prepared folder or token file")
         if self.order == "olmo" and (self.stages or len({source.weight for source in self.sources.values()}) > 1):
             raise ConfigError("data.order", "'olmo' reads all sources as one list, so weights and stages need order: permute")
+        for stage, change in enumerate(self.stages):
+            for name in change.weights:
+                check_choice(f"data.stages.{stage}.weights", name, self.sources)
         for stage, (start, weights) in enumerate(self.mixes()):
             self._check_mix(f"data.stages.{stage - 1}" if stage else "data.sources", start, weights)
         starts = [start for start, _ in self.mixes()]
@@ -52,9 +55,6 @@ class DataConfig:
         return [first, *((s.from_step, [s.weights.get(name, 0.0) for name in self.sources]) for s in self.stages)]
 
     def _check_mix(self, where: str, start: int, weights: list[float]) -> None:
-        for stage in self.stages:
-            for name in stage.weights:
-                check_choice(f"{where}.weights", name, self.sources)
         if not all(0 <= weight < math.inf for weight in weights) or sum(weights) <= 0:
             raise ConfigError(where, f"weights must be finite, not negative and not all 0, got {weights}")
         for name, weight, places in zip(self.sources, weights, quotas(weights), strict=True):
