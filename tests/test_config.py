@@ -1,0 +1,210 @@
+"""Strict configuration: what is merged, what is refused and how it is told, and that the defaults are the paper's recipe."""
+
+import dataclasses
+
+import pytest
+
+from olmo_train import config
+from olmo_train.errors import ConfigError
+from olmo_train.recipe import TrainConfig
+
+LEAST = ["run_dir=runs/a", "data.sources.a.path=a.npy"]
+
+
+def load(*words, files=()):
+    return config.load(TrainConfig, list(files), [*LEAST, *words])
+
+
+def refusal(*words, files=()) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load(*words, files=files)
+    return str(caught.value)
+
+
+def write(folder, name, text):
+    (folder / name).write_text(text)
+    return folder / name
+
+
+def test_a_config_that_names_only_data_and_run_dir_is_the_papers_recipe():
+    run = load()
+    model, optim = run.model, run.optim
+    assert (model.d_model, model.n_layers, model.n_heads, model.mlp_hidden, model.seq_len) == (4096, 32, 32, 11008, 2048)
+    assert (model.norm, model.norm_eps, model.activation, model.bias) == ("layer_norm_nonparametric", 1e-5, "swiglu", "none")
+    assert (model.position, model.rope_theta, model.init, model.tie_embeddings) == ("rope", 10_000.0, "mitchell", False)
+    assert (model.vocab_size, model.padded_vocab_size) == (50280, 50304)
+    assert (optim.name, optim.peak_lr, optim.betas, optim.eps) == ("adamw", 3e-4, (0.9, 0.95), 1e-5)
+    assert (optim.weight_decay, optim.decay_embeddings, optim.decay_norms) == (0.1, False, False)
+    assert (optim.schedule, optim.warmup_steps, optim.warmup_start_ratio, optim.final_lr_ratio) == ("linear", 5000, 0.1, 0.1)
+    assert (optim.max_grad_norm, run.global_batch_size, run.seed) == (1.0, 2048, 6198)
+    assert (run.parallel.precision, run.parallel.reduce_dtype, run.parallel.shard) == ("bf16", "fp32", "full")
+    assert run.steps == 476838  # 2e12 tokens
+
+
+def test_files_are_merged_left_to_right_and_words_come_last(tmp_path):
+    first = write(tmp_path, "first.yaml", "seed: 1\nmodel: {n_layers: 4, d_model: 64}\noptim: {peak_lr: 0.1}\n")
+    second = write(tmp_path, "second.yaml", "seed: 2\nmodel: {n_layers: 8}\n")
+    run = load("optim.peak_lr=0.3", "model.n_heads=4", files=[first, second])
+    assert (run.seed, run.model.n_layers, run.model.d_model, run.optim.peak_lr) == (2, 8, 64, 0.3)
+
+
+def test_the_resolved_file_is_itself_a_valid_input(tmp_path):
+    run = load("optim.peak_lr=1e-5", "total_tokens=2e9", "model.n_kv_heads=8", "optim.warmup_steps=10", "checkpoint.save_steps=[1,2,4]",
+               "data.stages=[{from_step: 5, weights: {a: 2.0}}]", "log.wandb.tags=[007, 'true', '1e3']")  # fmt: skip
+    file = write(tmp_path, "config.yaml", config.dump(run))
+    assert config.load(TrainConfig, [file]) == run
+    assert run.log.wandb.tags[1:] == ("true", "1e3")
+
+
+def test_a_config_is_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        load().optim.peak_lr = 1.0
+
+
+@pytest.mark.parametrize(
+    "word, told",
+    [
+        ("optim.peek_lr=1", "optim.peek_lr: is not a known key; did you mean 'peak_lr'?"),
+        ("modle.d_model=1", "modle: is not a known key; did you mean 'model'?"),
+        ("data.sources.a.pth=b", "data.sources.a.pth: is not a known key; did you mean 'path'?"),
+        ("log.wandb.tag=[x]", "log.wandb.tag: is not a known key; did you mean 'tags'?"),
+        ("model.norm=rmsnorm", "model.norm: 'rmsnorm' is not a choice; did you mean 'rms_norm'?"),
+        ("optim.schedule=cosin", "optim.schedule: 'cosin' is not a choice; did you mean 'cosine'?"),
+        ("data.order=shuffle", "data.order: 'shuffle' is not a choice; known: olmo, permute"),
+        ("parallel.precision=fp16", "parallel.precision: 'fp16' is not a choice"),
+        ("resume=never", "resume: 'never' is not a choice"),
+    ],
+)
+def test_an_unknown_key_or_choice_is_refused_with_the_nearest_known_one(word, told):
+    assert refusal(word).startswith(told)
+
+
+@pytest.mark.parametrize(
+    "word, told",
+    [
+        ("seed=abc", "seed: must be a whole number, got 'abc'"),
+        ("seed=1.5", "seed: must be a whole number, got 1.5"),
+        ("seed=true", "seed: must be a whole number, got True"),
+        ("seed=null", "seed: must be a whole number, got None"),
+        ("seed.x=1", "seed: must be a whole number, got {'x': 1}"),
+        ("total_steps=.inf", "total_steps: must be a whole number, got inf"),
+        ("optim.peak_lr=fast", "optim.peak_lr: must be a number, got 'fast'"),
+        ("optim.peak_lr=false", "optim.peak_lr: must be a number, got False"),
+        ("optim.betas=[0.9]", "optim.betas: must be a list of 2 values, got [0.9]"),
+        ("optim.betas=0.9", "optim.betas: must be a list, got 0.9"),
+        ("optim.betas=[0.9,x]", "optim.betas.1: must be a number, got 'x'"),
+        ("parallel.compile=1", "parallel.compile: must be true or false, got 1"),
+        ("model=olmo-7b", "model: must be a mapping of keys, got 'olmo-7b'"),
+        ("data.sources=wiki", "data.sources: must be a mapping of names, got 'wiki'"),
+        ("data.sources.a=null", "data.sources.a: must be a mapping of keys, got None"),
+        ("data.sources.b.weight=1", "data.sources.b.path: is missing and has no default; set it"),
+        ("run_dir=", "run_dir: must be text, got None"),
+    ],
+)
+def test_a_wrong_type_is_refused_by_its_key(word, told):
+    assert refusal(word) == told
+
+
+@pytest.mark.parametrize(
+    "word, key",
+    [
+        ("seed=-1", "seed"),
+        ("data.seed=-1", "data.seed"),
+        ("optim.peak_lr=-1", "optim.peak_lr"),
+        ("optim.peak_lr=.inf", "optim.peak_lr"),
+        ("optim.peak_lr=.nan", "optim.peak_lr"),
+        ("optim.max_grad_norm=0", "optim.max_grad_norm"),
+        ("optim.betas=[0.9,1.0]", "optim.betas"),
+        ("optim.decay_steps=5", "optim.decay_steps"),
+        ("model.n_heads=3", "model.n_heads"),
+        ("model.n_kv_heads=5", "model.n_kv_heads"),
+        ("model.n_kv_heads=0", "model.n_kv_heads"),
+        ("model.head_dim=3", "model.head_dim"),
+        ("model.head_dim=-2", "model.head_dim"),
+        ("model.padded_vocab_size=50000", "model.padded_vocab_size"),
+        ("model.bias=norm", "model.bias"),
+        ("model.rope_theta=0", "model.rope_theta"),
+        ("model.norm_eps=-1e-5", "model.norm_eps"),
+        ("model.clip_qkv=0", "model.clip_qkv"),
+        ("model.n_layers=0", "model.n_layers"),
+        ("global_batch_size=0", "global_batch_size"),
+        ("micro_batch_size=-4", "micro_batch_size"),
+        ("total_steps=0", "total_steps"),
+        ("total_tokens=-5", "total_tokens"),
+        ("parallel.replicas=0", "parallel.replicas"),
+        ("checkpoint.keep_last=0", "checkpoint.keep_last"),
+        ("checkpoint.interval_steps=0", "checkpoint.interval_steps"),
+        ("log.interval_steps=0", "log.interval_steps"),
+        ("eval.interval_steps=0", "eval.interval_steps"),
+        ("guards.max_skipped=0", "guards.max_skipped"),
+        ("guards.hang_seconds=-1", "guards.hang_seconds"),
+        ("data.sources.a.weight=-1", "data.sources"),
+        ("data.sources.a.weight=0", "data.sources"),
+        ("data.sources.a.weight=.inf", "data.sources"),
+        ("data.sources.a.weight=.nan", "data.sources"),
+        ("data.stages=[{from_step: 1, weights: {a: 1}}]", "data.stages"),
+        ("data.stages=[{from_step: 9, weights: {b: 1}}]", "data.stages.0.weights"),
+        ("data.stages=[{from_step: 9, weights: {a: -1}}]", "data.stages.0"),
+    ],
+)
+def test_a_value_that_makes_no_sense_is_refused_by_its_key(word, key):
+    assert refusal(word).startswith(f"{key}: ")
+
+
+def test_options_that_exclude_each_other_are_refused():
+    assert refusal("total_steps=5", "total_tokens=1e9").startswith("total_tokens: ")
+    assert refusal("resume_from=a", "init_from=b").startswith("init_from: ")
+    assert refusal("data.order=olmo", "data.sources.b.path=b", "data.sources.b.weight=2").startswith("data.order: ")
+    assert refusal("total_tokens=1e9").startswith("optim.warmup_steps: 5000 fills all 239 steps")
+
+
+def test_numbers_may_be_written_as_people_write_them():
+    run = load("total_tokens=2e12", "global_batch_size=2e3", "optim.peak_lr=1", "micro_batch_size=8.0")
+    assert run.global_batch_size == 2000 and isinstance(run.global_batch_size, int)
+    assert run.optim.peak_lr == 1.0 and isinstance(run.optim.peak_lr, float)
+    assert run.micro_batch_size == 8
+
+
+def test_a_path_may_be_one_text_or_a_list():
+    assert load("data.sources.a.path=[x,y]").data.sources["a"].path == ("x", "y")
+    assert load("data.sources.a.path=x=y").data.sources["a"].path == "x=y"
+
+
+@pytest.mark.parametrize(
+    "text, told",
+    [
+        ("a: [1", "is not valid YAML"),
+        ("- 1\n- 2\n", "must hold a mapping"),
+        ("seed: 1\nseed: 2\n", "is not valid YAML"),
+        ("\x00\x01", "is not valid YAML"),
+    ],
+)
+def test_a_file_that_is_no_mapping_is_refused_by_its_name(tmp_path, text, told):
+    file = write(tmp_path, "bad.yaml", text)
+    message = refusal(files=[file])
+    assert message.startswith(f"{file}: ") and told in message and "\n" not in message
+
+
+def test_what_is_no_file_and_no_word_is_refused(tmp_path):
+    assert refusal(files=[tmp_path / "none.yaml"]) == f"{tmp_path / 'none.yaml'}: there is no such configuration file"
+    assert refusal(files=[tmp_path]).endswith("there is no such configuration file")
+    assert refusal("=3").endswith("is neither a YAML file nor key=value")
+    assert refusal("optim.betas=[").startswith("optim.betas: cannot be set to '['")
+    assert "nothing" in refusal("data.sources.a.path=${nothing}")
+
+
+def test_a_batch_that_cannot_be_divided_is_told_with_the_way_out():
+    run = load("global_batch_size=100", "micro_batch_size=4")
+    with pytest.raises(ConfigError) as caught:
+        run.check_world(8)
+    assert str(caught.value) == (
+        "global_batch_size: 100 is not a multiple of world_size 8 x micro_batch_size 4 = 32; use 96 or 128"
+    )
+    run.check_world(5)
+    with pytest.raises(ConfigError, match="use 128, or a smaller micro_batch_size"):
+        load("global_batch_size=100", "micro_batch_size=16").check_world(8)
+
+
+def test_flatten_names_every_leaf():
+    values = {"a": 1, "b": {"c": [1, {"d": 2}], "e": {}, "f": {"g": None}}}
+    assert config.flatten(values) == {"a": 1, "b.c": [1, {"d": 2}], "b.e": {}, "b.f.g": None}
