@@ -49,7 +49,8 @@ def test_files_are_merged_left_to_right_and_words_come_last(tmp_path):
 
 
 def test_the_resolved_file_is_itself_a_valid_input(tmp_path):
-    run = load("optim.peak_lr=1e-5", "total_tokens=2e9", "model.n_kv_heads=8", "optim.warmup_steps=10", "checkpoint.save_steps=[1,2,4]",
+    run = load("optim.peak_lr=1e-5", "total_tokens=2e9", "model.n_kv_heads=8", "optim.warmup_steps=10",
+               "checkpoint.save_steps=[1,2,4]",
                "data.stages=[{from_step: 5, weights: {a: 2.0}}]", "log.wandb.tags=[007, 'true', '1e3']")  # fmt: skip
     file = write(tmp_path, "config.yaml", config.dump(run))
     assert config.load(TrainConfig, [file]) == run
