@@ -33,14 +33,29 @@ def loss_sums(model: nn.Module, batches: Iterable[Batch], stop: Callable[[], int
     return sums
 
 
-def token_counts(source: TokenSource, vocab_size: int, chunk: int = 1 << 22) -> np.ndarray:
-    """How often each id occurs in a source, (vocab_size,) int64."""
+def token_counts(source: TokenSource, vocab_size: int, most: int = 1 << 28, chunk: int = 1 << 20) -> np.ndarray:
+    """How often each id occurs in a source, (vocab_size,) int64; of a source above `most` tokens, in as many tokens,
+    taken in evenly spread chunks."""
     counts = np.zeros(vocab_size, dtype=np.int64)
-    for start in range(0, source.n_tokens, chunk):
+    every = max(-(-source.n_tokens // most), 1)
+    for start in range(0, source.n_tokens, chunk * every):
         tokens = np.empty(min(chunk, source.n_tokens - start), dtype=np.int64)
         source.read(start, tokens)
         counts += np.bincount(tokens, minlength=vocab_size)
     return counts
+
+
+def mixed_counts(sources: list[TokenSource], visits: np.ndarray, vocab_size: int) -> np.ndarray:
+    """Counts of a training mix, (vocab_size,) float64: each source's, weighted by how often it is read.
+
+    `visits` (sources,) are in any unit. The counts add up to the tokens of all sources, which is what plus one is set against.
+    """
+    total, shares = sum(source.n_tokens for source in sources), visits / visits.sum()
+    mixed = np.zeros(vocab_size)
+    for source, share in zip(sources, shares, strict=True):
+        counts = token_counts(source, vocab_size)
+        mixed += total * share * counts / counts.sum()
+    return mixed
 
 
 def unigram_loss(train_counts: np.ndarray, validation_counts: np.ndarray) -> float:

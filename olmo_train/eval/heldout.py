@@ -1,0 +1,86 @@
+"""What a model makes of held-out sources, beside two models that know no context: unigram and uniform.
+
+The same batches and the same sums as the evaluation inside a run, so that both give the same numbers.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from olmo_train.data.loader import IGNORE, Batch, validation_batches
+from olmo_train.data.mixture import DataConfig, Mixture
+from olmo_train.data.shards import TokenSource
+from olmo_train.errors import ConfigError, DataError
+from olmo_train.eval.perplexity import bits_per_byte, loss_sums, mixed_counts, unigram_loss
+from olmo_train.model.transformer import Transformer
+
+log = logging.getLogger(__name__)
+Watch = Callable[[Iterable, str, int], Iterable]  # (items, what they are of, how many) -> the items: a progress bar
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """One source. Losses are nats a token."""
+
+    source: str
+    tokens: int  # scored
+    loss: float
+    perplexity: float
+    bits_per_byte: float | None  # None where the bytes of the tokens are not known
+    unigram_loss: float | None  # of the model that knows how often each token occurs in training; None without its data
+    uniform_loss: float  # ln(vocab_size)
+
+
+def measure(
+    model: Transformer,
+    source: TokenSource,
+    rows: int,
+    document_mask: bool,
+    train_counts: np.ndarray | None,
+    watch: Watch = lambda items, *_: items,
+) -> HeldOut:
+    """Evaluate a model on all tokens of a source, `rows` sequences of seq_len tokens at once.
+
+    document_mask: attention stays within documents, as in the training. train_counts: (vocab_size,) how often each id occurs
+    in training. Raises ConfigError when documents are asked for and the source does not know its EOS.
+    """
+    config = model.config
+    if document_mask and source.eos_id is None:
+        raise ConfigError("data.eos_id", f"is needed for data.document_mask, since {source.name} is made of raw token files")
+    seen = np.zeros(config.vocab_size, dtype=np.int64)  # how often each id is a scored label
+
+    def counted(batches: Iterable[Batch]) -> Iterable[Batch]:
+        for batch in batches:
+            seen[:] += np.bincount(batch.labels[batch.labels != IGNORE].numpy(), minlength=config.vocab_size)
+            yield batch
+
+    batches = validation_batches(source, config.seq_len, rows, 0, 1, source.eos_id if document_mask else None)
+    n_batches = -(-(source.n_tokens - 1) // (config.seq_len * rows))
+    loss, tokens = loss_sums(model, watch(counted(batches), source.name, n_batches)).tolist()
+    mean = loss / max(tokens, 1)
+    return HeldOut(
+        source=source.name,
+        tokens=int(tokens),
+        loss=mean,
+        perplexity=math.exp(min(mean, 700.0)),
+        bits_per_byte=bits_per_byte(loss, source.n_bytes),
+        unigram_loss=None if train_counts is None else unigram_loss(train_counts, seen),
+        uniform_loss=math.log(config.vocab_size),
+    )
+
+
+def training_counts(
+    data: DataConfig, seed: int, step: int, global_batch_size: int, seq_len: int, vocab_size: int
+) -> np.ndarray | None:
+    """How often each id occurs in what a run reads up to `step`, (vocab_size,); None, and a warning, without its data."""
+    try:
+        mixture = Mixture(data, seed, global_batch_size, seq_len, vocab_size)
+    except DataError as problem:
+        log.warning("no unigram loss, since the training data cannot be read: %s", problem)
+        return None
+    return mixed_counts(mixture.sources, mixture.order.visits_before(max(step, 1) * global_batch_size), vocab_size)
