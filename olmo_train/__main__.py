@@ -22,6 +22,7 @@ VERBS = {
     "doctor": "look for what would keep a run from working on this machine",
     "bench": "measure how fast a configuration trains on this machine",
     "evaluate": "measure a checkpoint on held-out text",
+    "convert": "take checkpoints to and from transformers folders and OLMo checkpoints",
     "generate": "continue a text with a checkpoint",
 }
 

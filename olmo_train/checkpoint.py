@@ -13,6 +13,7 @@ import logging
 import re
 import shutil
 import time
+import warnings
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -38,6 +39,8 @@ from olmo_train.model.transformer import Transformer
 from olmo_train.storage import commit_folder, problems_of, remove_folder, write_file
 
 log = logging.getLogger(__name__)
+# Reading on one process without a process group is meant: load_model, WeightReader.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 FOLDER = re.compile(r"step-(\d{7,})")
 
 

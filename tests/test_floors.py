@@ -16,7 +16,7 @@ FLOORS = (
     "parallel checkpoint metrics guards planner curves eval",
     "recipe resume",
     "train",
-    "bench replay doctor",
+    "bench replay doctor convert",
     "commands",
     "__main__",
 )
