@@ -1,0 +1,178 @@
+"""Runs that die at a chosen file operation: forked children of the test, in which the operating system's calls are counted.
+
+    run(words, world=2, die=Death(rank=0, at=7))      trains in forked processes; rank 0 is killed at its 7th operation
+
+An operation is a call that changes the disk's structure or flushes it (open for writing, fsync, rename, replace, mkdir,
+unlink, rmdir) or a write. With `power_cut` the kill also empties every file that was never flushed and cuts appended ones
+to their last flushed length; with `torn` it is the next write that dies, leaving half of its bytes.
+"""
+
+import builtins
+import contextlib
+import io
+import os
+import signal
+import socket
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from olmo_train import config
+from olmo_train.__main__ import _run
+from olmo_train.recipe import TrainConfig
+
+PATIENCE = 120  # seconds for a run of a few steps on a busy machine
+
+
+@dataclass(frozen=True)
+class Death:
+    rank: int = 0
+    at: int = 0  # the number of the operation; 0: only count
+    power_cut: bool = False
+    torn: bool = False
+
+
+class Disk:
+    """Counts the operations of this process below a folder and kills it at one of them."""
+
+    def __init__(self, folder: Path, death: Death):
+        self.folder, self.death, self.count = str(folder), death, 0
+        self.unflushed: dict[str, int] = {}  # path -> bytes that are known to be on the disk
+
+    def install(self) -> None:
+        for name in ("rename", "replace", "mkdir", "unlink", "rmdir"):
+            setattr(os, name, self._counted(getattr(os, name)))
+        real_fsync = os.fsync
+
+        def fsync(descriptor):
+            self._operation()
+            real_fsync(descriptor)
+            self.unflushed.pop(os.readlink(f"/proc/self/fd/{descriptor}"), None)
+
+        os.fsync = fsync
+        real_open = io.open
+
+        def opened(file, mode="r", *args, **kwargs):
+            if not isinstance(file, (str, os.PathLike)) or not os.path.abspath(file).startswith(self.folder):
+                return real_open(file, mode, *args, **kwargs)
+            if not set(mode) & set("wax+"):
+                return real_open(file, mode, *args, **kwargs)
+            path = os.path.realpath(file)
+            self._operation()
+            self.unflushed.setdefault(path, os.path.getsize(path) if "a" in mode and os.path.exists(path) else 0)
+            return Written(real_open(file, mode, *args, **kwargs), self)
+
+        io.open = builtins.open = opened
+
+    def _counted(self, real):
+        def call(path, *args, **kwargs):
+            if os.path.abspath(os.fspath(path)).startswith(self.folder):
+                self._operation()
+                if real.__name__ in ("rename", "replace"):  # what was not flushed keeps to be so under its new name
+                    old, new = os.path.realpath(path), os.path.realpath(args[0])
+                    self.unflushed = {new + p[len(old) :] if p.startswith(old) else p: n for p, n in self.unflushed.items()}
+            return real(path, *args, **kwargs)
+
+        call.__name__ = real.__name__
+        return call
+
+    def _operation(self) -> None:
+        """Count an operation, and die before it when it is the one."""
+        self.count += 1
+        if self.count == self.death.at and not self.death.torn:
+            self.die()
+
+    def is_torn(self) -> bool:
+        """Whether this write is the first at or after the operation at which a torn write was asked for."""
+        return self.death.torn and self.count >= self.death.at > 0
+
+    def die(self) -> None:
+        if self.death.power_cut:
+            for path, size in self.unflushed.items():
+                with contextlib.suppress(OSError):
+                    os.truncate(path, size)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Written:
+    """A file open for writing, each write of which is an operation."""
+
+    def __init__(self, file, disk: Disk):
+        self._file, self._disk = file, disk
+
+    def write(self, content):
+        self._disk._operation()
+        if self._disk.is_torn():
+            self._file.write(content[: len(content) // 2])
+            self._file.flush()
+            self._disk.die()
+        return self._file.write(content)
+
+    def __getattr__(self, name):
+        return getattr(self._file, name)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self._file.close()
+
+
+def run(words: list[str], run_dir: Path, world: int = 1, die: Death | None = None) -> tuple[list[int], int]:
+    """Train in `world` forked processes. Gives their exit codes (-9: killed), and the operations of the rank that was to die."""
+    death = die or Death()
+    counter = run_dir.with_name(run_dir.name + ".count")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = []
+    for rank in range(world):
+        child = os.fork()
+        if child == 0:
+            _child(words, run_dir, rank, world, port, death, counter)
+        children.append(child)
+    codes = _wait(children)
+    return codes, int(counter.read_text()) if counter.exists() else 0
+
+
+def _child(words, run_dir, rank, world, port, death, counter) -> None:
+    code = 1
+    try:
+        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+        os.environ.pop("RANK", None)
+        if world > 1:
+            os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        disk = Disk(run_dir, death)
+        if rank == death.rank:
+            disk.install()
+        code = _run(lambda _: _train(words), type("Arguments", (), {"debug": False}))
+        if rank == death.rank:
+            counter.write_text(str(disk.count))
+    finally:
+        os._exit(code)
+
+
+def _train(words: list[str]) -> int:
+    from olmo_train.train import train
+
+    for _ in train(config.load(TrainConfig, [], words)):
+        pass
+    return 0
+
+
+def _wait(children: list[int]) -> list[int]:
+    """Exit codes; when one child was killed, the others get some time to notice by themselves."""
+    codes: dict[int, int] = {}
+    deadline = time.monotonic() + PATIENCE
+    while len(codes) < len(children):
+        for child in set(children) - set(codes):
+            done, status = os.waitpid(child, os.WNOHANG)
+            if done:
+                codes[child] = os.waitstatus_to_exitcode(status)
+        if time.monotonic() > deadline:
+            for child in set(children) - set(codes):
+                os.kill(child, signal.SIGKILL)
+            deadline = float("inf")
+        time.sleep(0.01)
+    return [codes[child] for child in children]

@@ -1,0 +1,93 @@
+"""Killed anywhere in a save, a run resumes as if nothing had happened."""
+
+import json
+import random
+
+import pytest
+from crash import Death, run
+
+COMPARED = ("step", "train/CrossEntropyLoss", "optim/total_grad_norm", "optim/learning_rate_group0", "sample_hash", "skipped")
+
+
+def history(run_dir):
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [tuple(line[name] for name in COMPARED) for line in lines]
+
+
+@pytest.fixture
+def few_steps(tiny_words, tmp_path):
+    """few_steps(name, **changes): the words of a run of six steps that saves every two and keeps one checkpoint."""
+
+    def words(name, **changes):
+        small = {"total_steps": 6, "checkpoint.interval_steps": 2, "checkpoint.keep_last": 1, "model.n_layers": 1}
+        return tiny_words(name, **{**small, **changes}), tmp_path / name
+
+    return words
+
+
+def sweep(few_steps, world, deaths, **changes):
+    """Kill a run at each death, resume it, and compare it with one that was left alone."""
+    words, whole = few_steps("whole", **changes)
+    codes, operations = run(words, whole, world)
+    assert codes == [0] * world
+    expected = history(whole)
+    assert [line[0] for line in expected] == [1, 2, 3, 4, 5, 6]
+    for number, death in enumerate(deaths(operations)):
+        words, run_dir = few_steps(f"killed-{number}", **changes)
+        codes, _ = run(words, run_dir, world, death)
+        assert codes[death.rank] == -9, f"{death} was not reached: {codes}"
+        finished = (run_dir / "checkpoints" / "step-0000006").exists()
+        codes, _ = run(words, run_dir, world)
+        assert codes == [0] * world, f"no resume after {death}: exit {codes}"
+        assert history(run_dir) == expected, f"another history after {death}"
+        names = {path.name for path in (run_dir / "checkpoints").iterdir()}
+        if finished:  # there is no further save to clean up what this death left
+            names = {name for name in names if not name.startswith(".")} - {"step-0000004"}
+        assert names == {"step-0000006"}, f"left behind after {death}: {names}"
+
+
+def some(operations, step, **kind):
+    return [Death(at=at, **kind) for at in range(2, operations + 1, step)]
+
+
+@pytest.mark.parametrize("async_save", [False, True])
+def test_killed_at_an_operation_of_a_save_a_run_resumes_bit_for_bit(few_steps, async_save):
+    sweep(few_steps, 1, lambda operations: some(operations, 23), **{"checkpoint.async_save": async_save})
+
+
+def test_a_power_cut_that_empties_unflushed_files_loses_nothing_committed(few_steps):
+    sweep(few_steps, 1, lambda operations: some(operations, 29, power_cut=True))
+
+
+def test_a_torn_write_is_never_taken_for_a_whole_one(few_steps):
+    sweep(few_steps, 1, lambda operations: some(operations, 31, torn=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("async_save", [False, True])
+@pytest.mark.parametrize("kind", [{}, {"power_cut": True}, {"torn": True}])
+def test_killed_at_every_operation_of_a_run(few_steps, async_save, kind):
+    sweep(few_steps, 1, lambda operations: some(operations, 1, **kind), **{"checkpoint.async_save": async_save})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("async_save", [False, True])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_one_of_two_processes_killed_at_an_operation(few_steps, async_save, rank):
+    sweep(few_steps, 2, lambda operations: some(operations, 6, rank=rank), **{"checkpoint.async_save": async_save})
+
+
+@pytest.mark.slow
+def test_a_storm_of_kills_leaves_each_step_once(few_steps):
+    words, whole = few_steps("whole", total_steps=40)
+    codes, operations = run(words, whole)
+    expected = history(whole)
+    rng = random.Random(7)
+    words, run_dir = few_steps("storm", total_steps=40)
+    kills = 0
+    for _ in range(8):
+        codes, _ = run(words, run_dir, die=Death(at=rng.randrange(2, operations // 3)))
+        kills += codes == [-9]
+    codes, _ = run(words, run_dir)
+    assert codes == [0] and kills >= 6
+    assert history(run_dir) == expected
