@@ -29,6 +29,8 @@ POINTS = 600  # of a drawn curve
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from olmo_train.planner import PAPER_CARBON, PAPER_PUE
+
     add_config_arguments(parser)
     parser.add_argument("--gpus", type=int, default=1, metavar="N", help="GPUs of the whole run (default: 1)")
     parser.add_argument("--gpu", metavar="NAME", help="their kind, such as h100 or a100-80gb (default: this machine's)")
@@ -37,8 +39,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpu-power", type=float, metavar="W", help="its power under load")
     parser.add_argument("--mfu", type=float, default=0.4, help="share of the peak that is assumed (default: 0.4)")
     parser.add_argument("--price", type=float, metavar="MONEY", help="of a GPU-hour")
-    parser.add_argument("--pue", type=float, default=1.1, help="data centre's power over the GPUs' (default: 1.1)")
-    parser.add_argument("--carbon", type=float, default=0.61, metavar="KG", help="kgCO2eq of a kWh where it runs (default: 0.61)")
+    pue = f"the data centre's power over the GPUs' (default: {PAPER_PUE:g}, the OLMo paper's)"
+    parser.add_argument("--pue", type=float, default=PAPER_PUE, help=pue)
+    carbon = f"kgCO2eq of a kWh where it runs (default: {PAPER_CARBON:g}, the OLMo paper's)"
+    parser.add_argument("--carbon", type=float, default=PAPER_CARBON, metavar="KG", help=carbon)
     parser.add_argument("--output", type=Path, metavar="FILE", help="draw the schedule: .png, .svg, .pdf or .html")
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
 
@@ -100,9 +104,11 @@ def choose_gpu(arguments: argparse.Namespace) -> Hardware | None:
         return detect()
     figures = (asdict(known) if known else {}) | {key: value for key, value in given.items() if value}
     if len(figures) < len(given):
+        name = (arguments.gpu or "").lower()
+        kinds = [key for key in GPUS if name and key.startswith(name)]
+        known_ones = f"one of {', '.join(kinds)}" if kinds else f"a known GPU: {nearest(name, GPUS)}"
         what = f"'{arguments.gpu}' has no figures here" if arguments.gpu else "only some figures are given"
-        raise ConfigError("--gpu", f"{what}; give --gpu-memory, --gpu-peak and --gpu-power, or a known GPU: "
-                          f"{nearest((arguments.gpu or '').lower(), GPUS)}")  # fmt: skip
+        raise ConfigError("--gpu", f"{what}; give --gpu-memory, --gpu-peak and --gpu-power, or {known_ones}")
     return Hardware(**({"name": arguments.gpu or "a GPU of your figures"} | figures))
 
 
@@ -231,8 +237,8 @@ def show(plan: dict[str, Any], config: TrainConfig) -> None:
 
     console = Console(highlight=False, soft_wrap=False)
     gpu = plan["gpu"]
-    console.print(f"[bold]{config.run_dir if config.run_dir != UNNAMED else 'plan'}[/bold]: {plan['gpus']} x "
-                  f"{gpu['name'] if gpu else 'a GPU that is not named'}", highlight=False)  # fmt: skip
+    kind = f"{plan['gpus']} x {gpu['name']}" if gpu else f"{plan['gpus']} GPU{'s' * (plan['gpus'] > 1)}, kind not named"
+    console.print(f"{'' if config.run_dir == UNNAMED else config.run_dir + ': '}{kind}", style="bold")
     show_parameters(console, plan)
     show_memory(console, plan)
     show_cost(console, plan)
@@ -271,28 +277,28 @@ def show_memory(console: Console, plan: dict[str, Any]) -> None:
     from olmo_train import planner
 
     moments, layout, gpu = plan["memory_bytes"], plan["layout"], plan["gpu"]
-    parts = list(next(iter(moments.values())))
-    rows = [[part, *(gigabytes(moment[part]) for moment in moments.values())] for part in parts]
-    total = ["total", *(gigabytes(sum(moment.values())) for moment in moments.values())]
-    title = (
-        f"Memory of a GPU in GB: {layout['precision']}, {layout['micro_batches']} micro-batches a step of "
-        f"{layout['micro_batch_size']}, checkpointing {layout['activation_checkpointing']}"
-    )
+    small = plan["memory_peak_bytes"] < 1e9
+    number = lambda count: f"{count / (1e6 if small else 1e9):,.2f}"  # noqa: E731
+    rows = [[part, *(number(moment[part]) for moment in moments.values())] for part in next(iter(moments.values()))]
+    total = ["total", *(number(sum(moment.values())) for moment in moments.values())]
+    title = f"Memory of a GPU in {'MB' if small else 'GB'}"
     table(console, title, ["at the height of", *moments], rows, total)
+    console.print(f"{layout['precision']}, {layout['micro_batches']:,} x {layout['micro_batch_size']} sequences a step, "
+                  f"activation_checkpointing={layout['activation_checkpointing']}, without torch.compile.")  # fmt: skip
     shards = layout["gpus"] // layout["replicas"]
-    each = f", {gigabytes(plan['state_bytes'] / shards)} GB on each of {shards} GPUs" if shards > 1 else ""
-    console.print(f"State, {planner.STATE_BYTES} bytes a parameter: {gigabytes(plan['state_bytes'])} GB{each}.")
-    needed = plan["memory_peak_bytes"] + plan["memory_runtime_bytes"]
+    each = f", {gigabytes(plan['state_bytes'] / shards)} on each of {shards} GPUs" if shards > 1 else ""
+    console.print(f"State, {planner.STATE_BYTES} bytes a parameter: {gigabytes(plan['state_bytes'])}{each}.")
+    needed = plan["memory_peak_bytes"] + planner.RUNTIME_BYTES
+    assumed = f"{gigabytes(planner.RUNTIME_BYTES)} of them assumed for the runtime"
     if not gpu:
-        console.print(f"A GPU needs {gigabytes(needed)} GB; name one with --gpu to see whether it fits.")
+        console.print(f"A GPU needs {gigabytes(needed)}, {assumed}; name one with --gpu to see whether it fits.")
         return
     verdict = "[green]Fits[/green]" if plan["fits"] else "[red]Does not fit[/red]"
-    console.print(f"{verdict}: {gigabytes(needed)} of {gpu['memory_gb']:g} GB, {gigabytes(planner.RUNTIME_BYTES)} of them "
-                  "assumed for the runtime.")  # fmt: skip
+    console.print(f"{verdict}: {gigabytes(needed)} of {gpu['memory_gb']:g} GB, {assumed}.")
     share = layout["micro_batch_size"] * layout["micro_batches"]
     for checkpointing, largest in plan["largest_micro_batch_size"].items():
-        fits = f"{largest} of the {share} sequences a GPU has in a step" if largest else "none; take more GPUs"
-        console.print(f"Largest micro-batch that fits with activation_checkpointing={checkpointing}: {fits}.")
+        fits = f"{largest} of a GPU's {share:,} sequences" if largest else "none, take more GPUs"
+        console.print(f"Largest micro-batch with activation_checkpointing={checkpointing}: {fits}.")
 
 
 def show_cost(console: Console, plan: dict[str, Any]) -> None:
@@ -300,7 +306,7 @@ def show_cost(console: Console, plan: dict[str, Any]) -> None:
     if not cost:
         console.print("\nTime, energy and money are unknown without a GPU: name one with --gpu.")
         return
-    peak = f"{gpu['peak_flops'] / 1e12:,.4g} TFLOP/s"
+    peak = f"{gpu['peak_flops'] / 1e12:,.4g} bf16 TFLOP/s"
     money = f"{cost['money']:,.0f}" if cost["money"] is not None else "unknown"
     rows = [
         ["FLOPs", f"{cost['flops']:.3g}", f"{plan['total_tokens']:.4g} tokens"],
@@ -312,6 +318,8 @@ def show_cost(console: Console, plan: dict[str, Any]) -> None:
         ["CO2eq", mass(cost["co2_kg"]), f"{assumed['carbon']:g} kg a kWh (--carbon)"],
     ]
     table(console, "Cost", ["", "amount", "from"], rows, text=(0, 2))
+    if plan["layout"]["precision"] != "bf16":
+        console.print("The peak is that of bf16, and this run computes in fp32: it will take several times as long.")
 
 
 def show_schedule(console: Console, plan: dict[str, Any]) -> None:
@@ -336,12 +344,12 @@ def show_schedule(console: Console, plan: dict[str, Any]) -> None:
         console.print(f"Epochs are unknown: {plan['sources_unknown']}", markup=False)
     console.print(f"Evaluations: {plan['evaluations']:,}{'' if plan['evaluations'] else ', no data.validation is named'}.")
     console.print(f"Checkpoints: {plan['checkpoints_saved']:,} saved, {plan['checkpoints_kept']:,} kept, "
-                  f"{gigabytes(plan['checkpoint_bytes'])} GB each; at most {gigabytes(plan['checkpoints_disk_bytes'])} GB "
-                  "of disk.")  # fmt: skip
+                  f"{gigabytes(plan['checkpoint_bytes'])} each; at most "
+                  f"{gigabytes(plan['checkpoints_disk_bytes'])} of disk.")  # fmt: skip
 
 
 def gigabytes(count: float) -> str:
-    return "0" if not count else f"{count / 1e9:,.2f}" if count >= 1e8 else f"{count / 1e9:.2g}"
+    return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.2f} MB"
 
 
 def duration(seconds: float) -> str:
