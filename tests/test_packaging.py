@@ -49,9 +49,7 @@ def test_every_library_that_the_package_imports_is_declared():
                 names = [node.module]
             for top in {name.split(".")[0] for name in names} - sys.stdlib_module_names - {"olmo_train"}:
                 known = {canonicalize_name(name) for name in distributions.get(top, [OPTIONAL.get(top, top)])}
-                assert known & declared, (
-                    f"{file.relative_to(ROOT)} imports {top}, which pyproject.toml does not declare"
-                )
+                assert known & declared, f"{file.relative_to(ROOT)} imports {top}, which pyproject.toml does not declare"
 
 
 # Import names of optional libraries that need not be installed here.

@@ -99,8 +99,8 @@ def _number(value: float | None, digits: int = 4) -> str:
     return "-" if value is None else f"{value:,.{digits}f}"
 
 
-def print_table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
-    """The first column to the left, the others to the right; plain and unwrapped where it is no terminal."""
+def print_table(columns: tuple[str, ...], rows: list[tuple[str, ...]], left: tuple[str, ...] | None = None) -> None:
+    """Columns named in `left`, or else the first, to the left, the others to the right; unwrapped where it is no terminal."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -109,8 +109,8 @@ def print_table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
     if not console.is_terminal:
         console = Console(width=200)
     table = Table(box=box.SIMPLE_HEAD)
-    for i, column in enumerate(columns):
-        table.add_column(column, justify="right" if i else "left", no_wrap=True)
+    for column in columns:
+        table.add_column(column, justify="left" if column in (left or columns[:1]) else "right", no_wrap=True)
     for row in rows:
         table.add_row(*row)
     console.print(table)

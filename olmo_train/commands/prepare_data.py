@@ -24,9 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a tokenizer.json, or an OLMo tokenizer by name: allenai_gpt-neox-olmo-dolma-v1_5",
     )  # fmt: skip
     parser.add_argument("--text-field", default="text", help="field of a record that holds its text (default: text)")
-    parser.add_argument(
-        "--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: one a core)"
-    )
+    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: one a core)")
     parser.add_argument("--max-shard-tokens", type=int, default=2**28, help="most tokens of a shard (default: 2^28)")
     parser.add_argument(
         "--validation-fraction", type=float, metavar="F",
@@ -53,7 +51,7 @@ def run(args: argparse.Namespace) -> int | None:
     )
     begun = time.monotonic()
     with _ProgressLine() as line:
-        result = prepare(options, line.update, lambda skipped: line.warn(f"{skipped.where}: {skipped.why}"))
+        result = prepare(options, line.update, lambda s: line.warn(f"{s.where}: {s.why}; left out"), line.warn)
     _report(args.output, result, time.monotonic() - begun, line.new_tokens)
 
 
@@ -89,9 +87,8 @@ class _ProgressLine:
 
         self.console = Console(stderr=True, highlight=False, soft_wrap=True)
         columns = ("{task.percentage:>3.0f}%", "{task.fields[tokens]:,} tokens", "{task.fields[speed]:,.0f} tokens/s")
-        self.bar = Progress(
-            BarColumn(), *map(TextColumn, columns), TimeRemainingColumn(), console=self.console, disable=not self.console.is_terminal
-        )  # fmt: skip
+        parts = (BarColumn(), *map(TextColumn, columns), TimeRemainingColumn())
+        self.bar = Progress(*parts, console=self.console, disable=not self.console.is_terminal)
         self.begun = self.told = time.monotonic()
         self.new_tokens = 0
 
@@ -104,7 +101,7 @@ class _ProgressLine:
         self.bar.stop()
 
     def warn(self, text: str) -> None:
-        self.console.print(f"warning: {text}; left out", markup=False)
+        self.console.print(f"warning: {text}", markup=False)
 
     def update(self, progress) -> None:
         now = time.monotonic()

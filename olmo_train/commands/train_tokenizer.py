@@ -11,9 +11,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "Trains a tokenizer and writes it as a tokenizer.json. The same text gives the same file."
     parser.add_argument("inputs", nargs="+", metavar="INPUT", help="text, as for prepare-data")
     parser.add_argument("--output", required=True, type=Path, metavar="FILE", help="the tokenizer.json to write")
-    parser.add_argument(
-        "--vocab-size", type=int, default=4096, help="most ids, special tokens included (default: 4096)"
-    )
+    parser.add_argument("--vocab-size", type=int, default=4096, help="most ids, special tokens included (default: 4096)")
     parser.add_argument("--text-field", default="text", help="field of a record that holds its text (default: text)")
 
 

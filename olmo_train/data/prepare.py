@@ -95,6 +95,7 @@ def prepare(
     options: PrepareOptions,
     on_progress: Callable[[Progress], None] = lambda progress: None,
     on_skip: Callable[[Skipped], None] = lambda skipped: None,
+    on_note: Callable[[str], None] = lambda note: None,
 ) -> PrepareResult:
     """Tokenize the inputs into the output folder, going on where an earlier run of the same recipe was interrupted.
 
@@ -102,7 +103,7 @@ def prepare(
     documents, and for the first corrupt record with on_error 'stop'; after a DataError the output folder is as before.
     """
     tokenizer = load_tokenizer(options.tokenizer)
-    units = find_units(list(options.inputs))
+    units = find_units(list(options.inputs), on_note)
     recipe = _recipe(options, tokenizer, units)
     output = options.output
     if (output / META_FILE).exists():

@@ -58,16 +58,17 @@ class Unit:
     size: int  # bytes
 
 
-def find_units(inputs: list[str]) -> list[Unit]:
+def find_units(inputs: list[str], on_note: Callable[[str], None] = lambda note: None) -> list[Unit]:
     """Every file that `inputs` name, in the order given; those of a folder by their relative path.
 
+    `on_note` is told of files in a folder that are not read.
     Raises ConfigError for an input that does not exist, holds nothing, or is a data set of which a split must be named.
     """
     found: list[tuple[str, Path, str]] = []
     for word in inputs:
         path = Path(word)
         if path.is_dir():
-            found += _walk(path)
+            found += _walk(path, on_note)
         elif path.is_file():
             found.append((_format(path), path, str(path)))
         else:
@@ -111,8 +112,8 @@ def _format(path: Path) -> str:
     return SUFFIXES.get(inner.suffix.lower(), "text")
 
 
-def _walk(folder: Path) -> list[tuple[str, Path, str]]:
-    """(format, file, origin) of a folder: its files of records when it has any, else all its files as text."""
+def _walk(folder: Path, on_note: Callable[[str], None]) -> list[tuple[str, Path, str]]:
+    """(format, file, origin) of a folder: its files of records when they are at least half of all, else the others as text."""
     files = []
     for parent, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
@@ -122,13 +123,19 @@ def _walk(folder: Path) -> list[tuple[str, Path, str]]:
     files = sorted((file for file in files if file.is_file()), key=lambda file: file.relative_to(folder).parts)
     if not files:
         raise ConfigError(folder, "holds no files")
-    formats = [_format(file) for file in files]
     if all(file.suffix == ".json" for file in files):
-        kept = files
+        of_records, others = files, []
     else:  # a lone .json among other files is more often settings than records
-        kept = [file for file, format in zip(files, formats, strict=True) if format != "text" and file.suffix != ".json"]
-    _refuse_splits(folder, kept)
-    return [(_format(file), file, str(file)) for file in kept] or [("text", file, str(file)) for file in files]
+        of_records = [file for file in files if _format(file) != "text" and file.suffix != ".json"]
+        others = [file for file in files if _format(file) == "text" or file.suffix == ".json"]
+    as_records = 2 * len(of_records) >= len(files)
+    kept, passed = (of_records, others) if as_records else (others, of_records)
+    if passed:
+        kinds = ("files of records", "other files") if as_records else ("text files", "files of records")
+        on_note(f"{folder}: its {len(kept)} {kinds[0]} are read, its {len(passed)} {kinds[1]} are not (such as {passed[0]})")
+    if as_records:
+        _refuse_splits(folder, kept)
+    return [(_format(file) if as_records else "text", file, str(file)) for file in kept]
 
 
 def _refuse_splits(folder: Path, files: list[Path]) -> None:

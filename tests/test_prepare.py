@@ -1,0 +1,263 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from data_sources import contents, prepare_source, texts, write_jsonl, write_tokenizer
+
+from olmo_train.data import documents as documents_module
+from olmo_train.data import prepare as prepare_module
+from olmo_train.data import readers
+from olmo_train.data import writer as writer_module
+from olmo_train.data.shards import SourceConfig, open_source
+from olmo_train.data.tokenizer import load_tokenizer
+from olmo_train.data.verify import verify
+from olmo_train.data.writer import SourceWriter
+from olmo_train.errors import ConfigError, DataError
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(readers, "CHUNK_BYTES", 1000)
+
+
+def tokens_of(folder):
+    return np.concatenate([np.fromfile(file, np.uint16) for file in sorted(folder.glob("tokens-*.bin"))])
+
+
+def test_tokens_on_disk_are_the_documents_tokens_each_with_an_eos(tmp_path):
+    folder, result = prepare_source(tmp_path)
+    tokenizer = load_tokenizer(folder)
+    expected = [id for text in texts(60) for id in [*tokenizer.encode(text), tokenizer.eos_id]]
+    assert tokens_of(folder).tolist() == expected
+    assert result.meta.tokens == len(expected)
+    assert result.meta.documents == 60
+    assert result.meta.bytes == sum(len(text.encode()) for text in texts(60))
+    assert verify(folder)[1] == []
+
+
+def test_no_document_is_split_and_no_shard_is_too_long(tmp_path):
+    folder, result = prepare_source(tmp_path, max_shard_tokens=100)
+    rows = pq.read_table(folder / "documents.parquet").to_pylist()
+    assert len(result.meta.shards) > 10
+    for shard, meta in enumerate(result.meta.shards):
+        ends = [row["end"] for row in rows if row["shard"] == shard]
+        assert ends[-1] + 1 == meta.tokens
+        assert meta.tokens <= 100 or len(ends) == 1
+
+
+def test_every_document_knows_its_file_record_and_span(tmp_path):
+    write_jsonl(tmp_path / "b.jsonl", 5, ids=False)
+    (tmp_path / "a.txt").write_text("a text")
+    folder, _ = prepare_source(tmp_path, tmp_path / "a.txt", tmp_path / "b.jsonl")
+    rows = pq.read_table(folder / "documents.parquet").to_pylist()
+    assert [(row["origin"], row["record"]) for row in rows] == [
+        (str(tmp_path / "a.txt"), None),
+        *((str(tmp_path / "b.jsonl"), i) for i in range(1, 6)),
+    ]
+    assert rows[3]["id"] == f"{tmp_path}/b.jsonl:3"
+
+
+def test_the_output_is_the_same_bytes_for_any_number_of_workers(tmp_path, small_chunks):
+    write_jsonl(tmp_path / "a.jsonl", 300)
+    options = {"max_shard_tokens": 2000, "validation_fraction": 0.1}
+    one, _ = prepare_source(tmp_path, tmp_path / "a.jsonl", name="one", workers=1, **options)
+    two, _ = prepare_source(tmp_path, tmp_path / "a.jsonl", name="two", workers=2, **options)
+    assert contents(one) == contents(two)
+
+
+def test_the_output_does_not_depend_on_when_it_was_saved(tmp_path, small_chunks, monkeypatch):
+    write_jsonl(tmp_path / "a.jsonl", 300)
+    monkeypatch.setattr(documents_module, "GROUP_ROWS", 16)
+    monkeypatch.setattr(documents_module, "SORT_ROWS", 64)
+    seldom, _ = prepare_source(tmp_path, tmp_path / "a.jsonl", name="seldom")
+    monkeypatch.setattr(prepare_module, "SAVE_SECONDS", 0)
+    often, _ = prepare_source(tmp_path, tmp_path / "a.jsonl", name="often")
+    assert contents(seldom) == contents(often)
+    assert verify(often)[1] == []
+    groups = pq.ParquetFile(often / "documents.parquet")
+    assert groups.num_row_groups > 300 / 16
+    source = open_source("test", SourceConfig(str(often)), 280)
+    for i in range(0, 300, 7):
+        document = source.find_document(f"doc-{i}")
+        assert source.documents(document.start, document.start + 1) == [document]
+    assert [d.id for d in source.documents(0, source.n_tokens)] == [f"doc-{i}" for i in range(300)]
+
+
+class Interrupted(Exception):
+    """As a kill: nothing is cleaned up."""
+
+
+@pytest.mark.parametrize("stop_after", [1, 2, 5, 11])
+@pytest.mark.parametrize("save_seconds", [0, 1000])
+def test_an_interrupted_run_goes_on_to_the_same_bytes(tmp_path, small_chunks, monkeypatch, stop_after, save_seconds):
+    rows = [{"text": t} for t in texts(200)] + [{"prompt": t, "response": t} for t in texts(50, seed=1)]
+    rows[40] = {"nothing": "here"}
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = {"max_shard_tokens": 1500, "validation_fraction": 0.1}
+    whole, _ = prepare_source(tmp_path, tmp_path / "a.jsonl", name="whole", **options)
+    monkeypatch.setattr(prepare_module, "SAVE_SECONDS", save_seconds)
+    with monkeypatch.context() as patch:
+        calls = iter(range(1000))
+
+        def take_then_stop(run, result, take=prepare_module._Run._take):
+            take(run, result)
+            if next(calls) == stop_after:
+                raise Interrupted
+
+        patch.setattr(prepare_module._Run, "_take", take_then_stop)
+        with pytest.raises(Interrupted):
+            prepare_source(tmp_path, tmp_path / "a.jsonl", name="stopped", **options)
+    assert not (tmp_path / "stopped" / "meta.json").exists()
+    stopped, _ = prepare_source(tmp_path, tmp_path / "a.jsonl", name="stopped", **options)
+    assert contents(stopped) == contents(whole)
+
+
+@pytest.mark.parametrize("place", [(SourceWriter, "_close_shard"), (documents_module, "id_hash"), (writer_module, "write_meta")])
+def test_a_kill_while_finishing_goes_on_to_the_same_bytes(tmp_path, monkeypatch, place):
+    whole, _ = prepare_source(tmp_path, write_jsonl(tmp_path / "a.jsonl", 60), name="whole")
+    with monkeypatch.context() as patch:
+
+        def interrupt(*_):
+            raise Interrupted
+
+        patch.setattr(*place, interrupt)
+        with pytest.raises(Interrupted):
+            prepare_source(tmp_path, tmp_path / "a.jsonl", name="stopped")
+    stopped, _ = prepare_source(tmp_path, tmp_path / "a.jsonl", name="stopped")
+    assert contents(stopped) == contents(whole)
+
+
+def children(pid):
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def running(pid):
+    """Whether a process is there; one that has ended and waits for its parent to notice is not."""
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+def test_a_killed_process_goes_on_and_leaves_no_workers(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", 20_000)
+    tokenizer = write_tokenizer(tmp_path / "tokenizer.json")
+    command = [sys.executable, "-m", "olmo_train", "prepare-data", str(tmp_path / "a.jsonl"), "--tokenizer", str(tokenizer)]
+    command += ["--output", str(tmp_path / "killed"), "--workers", "2", "--max-shard-tokens", "50000"]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    while not (tmp_path / "killed" / "tokens-00001.bin").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    workers = children(process.pid)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert len(workers) >= 2
+    deadline = time.monotonic() + 20
+    while any(map(running, workers)):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    subprocess.run(command, check=True, capture_output=True)
+    whole, _ = prepare_source(tmp_path, tmp_path / "a.jsonl", name="whole", max_shard_tokens=50_000)
+    assert contents(tmp_path / "killed") == contents(whole)
+
+
+def test_a_finished_folder_is_left_as_it_is(tmp_path):
+    folder, _ = prepare_source(tmp_path)
+    before = {file: file.stat().st_mtime_ns for file in folder.iterdir()}
+    _, again = prepare_source(tmp_path)
+    assert again.already_finished
+    assert {file: file.stat().st_mtime_ns for file in folder.iterdir()} == before
+
+
+def test_another_recipe_into_the_same_folder_is_refused(tmp_path):
+    prepare_source(tmp_path, write_jsonl(tmp_path / "a.jsonl", 60))
+    with pytest.raises(ConfigError, match="was prepared with max_shard_tokens 1000, now it is 999"):
+        prepare_source(tmp_path, tmp_path / "a.jsonl", max_shard_tokens=999)
+    write_jsonl(tmp_path / "a.jsonl", 60, seed=1)
+    with pytest.raises(ConfigError, match="was prepared with input_"):
+        prepare_source(tmp_path, tmp_path / "a.jsonl")
+    write_jsonl(tmp_path / "a.jsonl", 60)
+    write_tokenizer(tmp_path / "tokenizer.json", 290)
+    with pytest.raises(ConfigError, match="was prepared with tokenizer_sha256"):
+        prepare_source(tmp_path, tmp_path / "a.jsonl")
+
+
+def test_a_folder_with_other_files_is_refused_and_left_alone(tmp_path):
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "thesis.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="holds other files"):
+        prepare_source(tmp_path)
+    assert [file.name for file in (tmp_path / "source").iterdir()] == ["thesis.txt"]
+
+
+def test_corrupt_records_are_named_and_counted_or_stop_it_all(tmp_path):
+    lines = [json.dumps({"text": text}) for text in texts(30)]
+    lines[7], lines[20] = "{broken", json.dumps({"text": ""})
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    _, result = prepare_source(tmp_path, tmp_path / "a.jsonl")
+    assert result.meta.documents == 28
+    assert result.meta.skipped["records"] == 1
+    assert result.meta.skipped["empty"] == 1
+    assert result.meta.skipped["first"][0]["where"] == f"{tmp_path}/a.jsonl:8"
+    with pytest.raises(DataError, match=r"a.jsonl:8: is not JSON"):
+        prepare_source(tmp_path, tmp_path / "a.jsonl", name="strict", on_error="stop")
+    assert not (tmp_path / "strict").exists()
+
+
+def test_inputs_without_documents_are_refused_and_leave_nothing(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", 5)
+    (tmp_path / "kept").mkdir()
+    with pytest.raises(
+        DataError, match=r"gives no documents \(5 records were skipped\).*no text in a field 'body'; its fields: text"
+    ):
+        prepare_source(tmp_path, tmp_path / "a.jsonl", name="kept", text_field="body")
+    assert list((tmp_path / "kept").iterdir()) == []
+
+
+def test_held_out_documents_are_every_kth_and_in_no_other_folder(tmp_path):
+    folder, result = prepare_source(tmp_path, validation_fraction=0.1)
+    held_out = pq.read_table(folder / "validation" / "documents.parquet")["id"].to_pylist()
+    assert held_out == [f"doc-{i}" for i in range(9, 60, 10)]
+    rest = pq.read_table(folder / "documents.parquet")["id"].to_pylist()
+    assert sorted(held_out + rest) == sorted(f"doc-{i}" for i in range(60))
+    assert result.validation.documents == 6
+    assert verify(folder / "validation")[1] == []
+
+
+def test_a_fraction_that_holds_nothing_out_is_refused(tmp_path):
+    with pytest.raises(DataError, match="holds out every 100th document, but there are 60"):
+        prepare_source(tmp_path, validation_fraction=0.01)
+    with pytest.raises(ConfigError, match="at most 0.5"):
+        prepare_source(tmp_path, validation_fraction=0.7)
+
+
+def test_label_masks_score_answers_and_plain_text_and_every_eos(tmp_path):
+    rows = [{"text": "plain"}, {"prompt": "a question", "response": "an answer"}, {"text": "more"}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    folder, result = prepare_source(tmp_path, tmp_path / "a.jsonl")
+    tokenizer = load_tokenizer(folder)
+    source = open_source("test", SourceConfig(str(folder)), 280)
+    lengths = [len(tokenizer.encode(text)) for text in ("plain", "a question", "an answer", "more")]
+    mask = np.zeros(source.n_tokens, np.uint8)
+    source.read_label_mask(0, mask)
+    assert mask.tolist() == [1] * (lengths[0] + 1) + [0] * lengths[1] + [1] * (lengths[2] + 1) + [1] * (lengths[3] + 1)
+    assert source.has_label_mask
+    assert verify(folder)[1] == []
+
+
+def test_a_shard_without_instructions_has_no_mask_file(tmp_path):
+    rows = [{"text": t} for t in texts(20)] + [{"prompt": "a", "response": "b"}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    _, result = prepare_source(tmp_path, tmp_path / "a.jsonl", max_shard_tokens=300)
+    assert [shard.labels is not None for shard in result.meta.shards][-1]
+    assert result.meta.shards[0].labels is None
+
+
+def test_two_runs_into_one_folder_are_refused(tmp_path):
+    with prepare_module._locked(tmp_path / "source"), pytest.raises(ConfigError, match="another prepare-data is writing here"):
+        prepare_source(tmp_path)

@@ -1,0 +1,116 @@
+import http.server
+import threading
+from functools import partial
+
+import fsspec
+import numpy as np
+import pytest
+from data_sources import prepare_source
+
+from olmo_train.data import remote
+from olmo_train.data.shards import SourceConfig, open_source
+from olmo_train.errors import ConfigError, DataError
+
+
+class Handler(http.server.SimpleHTTPRequestHandler):
+    requests: list[str] = []
+
+    def log_message(self, *_):
+        self.requests.append(self.path)
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """A local HTTP server of tmp_path/served; the cache is tmp_path/cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(Handler, "requests", [])
+    (tmp_path / "served").mkdir()
+    httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(tmp_path / "served")))
+    thread = threading.Thread(target=httpd.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield f"http://127.0.0.1:{httpd.server_port}", tmp_path / "served"
+    httpd.shutdown()
+    thread.join()
+    httpd.server_close()
+
+
+def test_a_remote_folder_is_the_local_one(server):
+    url, served = server
+    folder, _ = prepare_source(served)
+    here = open_source("test", SourceConfig(str(folder)), 280)
+    there = open_source("test", SourceConfig(f"{url}/source"), 280)
+    assert there.fingerprint == here.fingerprint
+    assert there.find_document("doc-7").start == here.find_document("doc-7").start
+    Handler.requests.clear()
+    open_source("test", SourceConfig(f"{url}/source"), 280)
+    assert [path for path in Handler.requests if "tokens-" in path or path.endswith("parquet")] == []
+
+
+def test_a_remote_shard_whose_hash_is_another_is_refused(server):
+    url, served = server
+    folder, _ = prepare_source(served)
+    file = folder / "tokens-00001.bin"
+    data = bytearray(file.read_bytes())
+    data[7] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(DataError, match=r"tokens-00001.bin: sha256 is .* meta.json tells"):
+        open_source("test", SourceConfig(f"{url}/source"), 280)
+    assert not list((remote.cache_folder()).rglob("tokens-00001.bin*[!k]"))
+    assert not list((remote.cache_folder()).rglob("*.part"))
+
+
+def test_a_remote_folder_that_was_prepared_anew_is_fetched_anew(server):
+    url, served = server
+    prepare_source(served)
+    before = open_source("test", SourceConfig(f"{url}/source"), 280).fingerprint
+    for file in (served / "source").iterdir():
+        file.unlink()
+    folder, _ = prepare_source(served, max_shard_tokens=500)
+    after = open_source("test", SourceConfig(f"{url}/source"), 280).fingerprint
+    assert after == open_source("test", SourceConfig(str(folder)), 280).fingerprint != before
+
+
+def test_a_remote_raw_file_is_fetched_once_and_again_when_its_size_changes(server):
+    url, served = server
+    np.arange(100, dtype=np.uint16).tofile(served / "a.npy")
+    assert open_source("test", SourceConfig((f"{url}/a.npy",)), 280).n_tokens == 100
+    assert open_source("test", SourceConfig((f"{url}/a.npy",)), 280).n_tokens == 100
+    np.arange(50, dtype=np.uint16).tofile(served / "a.npy")
+    assert open_source("test", SourceConfig(f"{url}/a.npy"), 280).n_tokens == 50
+
+
+def test_a_transfer_that_breaks_off_is_refused(server, monkeypatch):
+    url, served = server
+    np.arange(100, dtype=np.uint16).tofile(served / "a.npy")
+    monkeypatch.setattr(Handler, "copyfile", lambda self, source, target: target.write(source.read(150)))
+    with pytest.raises(DataError, match=r"a.npy: 150 bytes arrived of 200"):
+        remote.localize(f"{url}/a.npy")
+    assert not list(remote.cache_folder().rglob("a.npy*[!k]"))
+
+
+def test_a_copy_is_used_when_the_server_is_away(server):
+    url, served = server
+    np.arange(100, dtype=np.uint16).tofile(served / "a.npy")
+    local = remote.localize(f"{url}/a.npy")
+    assert remote._still_good("http://127.0.0.1:9/a.npy", remote.Path(local), None)
+
+
+def test_a_missing_remote_file_is_named(server):
+    url, _ = server
+    with pytest.raises(DataError, match=r"none.npy: cannot be fetched: HTTPError"):
+        remote.localize(f"{url}/none.npy")
+    with pytest.raises(ConfigError, match="HTTP cannot list files"):
+        remote.localize(f"{url}/*.npy")
+
+
+def test_other_schemes_go_through_fsspec_globs_included(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    memory = fsspec.filesystem("memory")
+    for i in range(2):
+        memory.pipe(f"/bucket/part-{i}.npy", np.full(10, i, np.uint16).tobytes())
+    source = open_source("test", SourceConfig("memory://bucket/part-*.npy"), 280)
+    out = np.zeros(20, np.int64)
+    source.read(0, out)
+    assert out.tolist() == [0] * 10 + [1] * 10
+    with pytest.raises(ConfigError, match="cannot be opened"):
+        remote.localize("nowhere://bucket/a.npy")
