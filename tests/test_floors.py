@@ -12,8 +12,8 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "olmo_train"
 FLOORS = (
     "errors",
-    "config storage console hardware optim distributed stats model data",
-    "parallel checkpoint metrics guards planner curves eval",
+    "config storage console hardware optim distributed stats spikes model data",
+    "parallel checkpoint metrics guards planner curves eval provenance",
     "recipe resume",
     "train",
     "bench replay doctor convert",
@@ -99,9 +99,7 @@ def test_a_planted_violation_is_found(tmp_path, file, code):
     assert set(violations(copy)) - set(before), f"{code!r} in {file} went unseen"
 
 
-@pytest.mark.parametrize(
-    "file, code", [("model/attention.py", "from . import rope"), ("train.py", "import torch.distribution")]
-)
+@pytest.mark.parametrize("file, code", [("model/attention.py", "from . import rope"), ("train.py", "import torch.distribution")])
 def test_what_is_allowed_is_not_refused(tmp_path, file, code):
     (tmp_path / file).parent.mkdir(exist_ok=True)
     (tmp_path / file).write_text(code)

@@ -1,0 +1,150 @@
+"""show what a step trains on, or which steps see a document"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from olmo_train.commands.train import split_config
+
+if TYPE_CHECKING:
+    from olmo_train.data.inspect import Row
+    from olmo_train.data.mixture import Mixture
+    from olmo_train.provenance import Attempt, Run
+
+SHOWN_ROWS = 64  # of a step, or of a document's visits, in the table; --json gives all
+SHOWN_TOKENS = 24  # of each instance's text in the table
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Computes the instances of any step of a run, past or future, or every step that reads a document, with the "
+        "configuration that the run had at that step. Needs the data, and no GPU, process group or torch."
+    )
+    parser.add_argument(
+        "config", nargs="+", metavar="RUN_DIR|CONFIG.yaml|key=value", help="a run_dir, or YAML files and keys as for train"
+    )
+    question = parser.add_mutually_exclusive_group(required=True)
+    question.add_argument("--step", type=int, metavar="N", help="show the global batch of step N, counted from 1")
+    question.add_argument(
+        "--document", metavar="SOURCE:ID", help="show the steps that read this document; SOURCE:@N is the one that holds token N"
+    )
+    parser.add_argument("--rank", type=int, metavar="R", help="only the rows of this rank")
+    parser.add_argument(
+        "--world-size", type=int, metavar="W", help="processes (default: as the run had them at that step, else 1)"
+    )
+    parser.add_argument("--brief", action="store_true", help="look up neither documents nor text, which takes most of the time")
+    parser.add_argument("--json", action="store_true", help="print JSON, with the whole text of each instance")
+
+
+def run(args: argparse.Namespace) -> None:
+    from olmo_train.provenance import Run
+
+    files, overrides = split_config(args.config)
+    is_folder = len(files) == 1 and Path(files[0]).is_dir()
+    inspected = Run.of_folder(Path(files[0]), overrides) if is_folder else Run(files, overrides)
+    show = _show_step if args.step is not None else _show_document
+    show(inspected, args)
+
+
+def _show_step(inspected: Run, args: argparse.Namespace) -> None:
+    from olmo_train.data.inspect import Texts, rows_of_step
+
+    attempt = inspected.attempt_of(args.step)
+    mixture = attempt.view.mixture()
+    world_size = _world_size(attempt, args)
+    rows = rows_of_step(mixture, args.step, world_size, args.rank, None if args.json else SHOWN_ROWS, not args.brief)
+    texts = [None] * len(rows) if args.brief else Texts(mixture).of(rows, None if args.json else SHOWN_TOKENS)
+    sample_hash, logged = mixture.sample_hash(mixture.global_batch(args.step)), inspected.logged(args.step)
+    as_logged = logged["sample_hash"] == sample_hash if logged and "sample_hash" in logged else None
+    if as_logged is False:
+        logging.getLogger(__name__).warning(
+            "the run logged another sample_hash for step %d: its data or configuration were not these", args.step
+        )
+    if args.json:
+        instances = [_instance(row, text) for row, text in zip(rows, texts, strict=True)]
+        about = {"step": args.step, "world_size": world_size, "sample_hash": sample_hash, "as_logged": as_logged}
+        print(json.dumps(about | {"instances": instances}, ensure_ascii=False))
+        return
+    told = {None: "", True: ", as the run logged it", False: ", NOT as the run logged it"}[as_logged]
+    print(f"step {args.step} of {inspected.view.steps}: {mixture.global_batch_size} instances of {mixture.seq_len} tokens "
+          f"on {world_size} rank{'s' * (world_size > 1)}, sample_hash {sample_hash[:16]}{told}")  # fmt: skip
+    _print_rows(rows, texts)
+    left = mixture.global_batch_size // (1 if args.rank is None else world_size) - len(rows)
+    if left:
+        print(f"... and {left} more rows; --rank R shows those of one rank, --json all")
+
+
+def _world_size(attempt: Attempt, args: argparse.Namespace) -> int:
+    return args.world_size if args.world_size is not None else attempt.world_size or 1
+
+
+def _instance(row: Row, text: str | None) -> dict[str, Any]:
+    return {**asdict(row), "text": text}
+
+
+def _print_rows(rows: list[Row], texts: list[str | None]) -> None:
+    from olmo_train.commands.evaluate import print_table
+
+    columns = ("row", "rank", "source", "instance", "epoch", "documents", "text")
+    print_table(columns, [
+        (str(row.row), str(row.rank), row.source, str(row.instance), str(row.epoch), _names(row),
+         "" if text is None else " ".join(text.split())[:60]) for row, text in zip(rows, texts, strict=True)
+    ], left=("source", "documents", "text"))  # fmt: skip
+
+
+def _names(row: Row) -> str:
+    """The first document of a row, and how many more there are."""
+    names = [d.id or f"{Path(d.origin).name}@{d.start}" for d in row.documents]
+    return "-" if not names else names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+
+
+def _show_document(inspected: Run, args: argparse.Namespace) -> None:
+    from olmo_train.data.inspect import find_document
+
+    if args.rank is not None:
+        from olmo_train.errors import ConfigError
+
+        raise ConfigError("--rank", "goes with --step; --document tells the rank of every visit")
+    mixture = inspected.view.mixture()
+    source, document = find_document(mixture, args.document)
+    done, visits = inspected.last_step(), []
+    for visit, rank in _visits(inspected, mixture, args):
+        visits.append({**asdict(visit), "rank": rank, "done": visit.step <= done})
+    about = {"source": mixture.names[source], **asdict(document)}
+    if args.json:
+        print(json.dumps({"document": about, "done_steps": done, "total_steps": inspected.view.steps, "visits": visits}))
+        return
+    print(f"{args.document} from {document.origin}: {document.end - document.start:,} tokens at {document.start:,} of its source")
+    past = sum(visit["done"] for visit in visits)
+    print(f"{past} reads in the {done:,} steps done, {len(visits) - past} in those to come, up to step {inspected.view.steps:,}")
+    _print_visits(visits)
+
+
+def _visits(inspected: Run, newest: Mixture, args: argparse.Namespace):
+    """(visit, rank) of the document, attempt by attempt, each with its own order and processes."""
+    from olmo_train.data.inspect import find_document, rows_a_rank, visits_of
+
+    ends = [attempt.first_step - 1 for attempt in inspected.attempts[1:]] + [inspected.view.steps]
+    for i, (attempt, end) in enumerate(zip(inspected.attempts, ends, strict=True)):
+        mixture = newest if attempt.view is inspected.view else attempt.view.mixture()
+        rank_size = rows_a_rank(mixture, _world_size(attempt, args))
+        first = attempt.first_step if i else 1  # a run that branched off read the same data before
+        for visit in visits_of(mixture, *find_document(mixture, args.document), first, end):
+            yield visit, visit.row // rank_size
+
+
+def _print_visits(visits: list[dict[str, Any]]) -> None:
+    from olmo_train.commands.evaluate import print_table
+
+    columns = ("step", "", "rank", "row", "instance")
+    print_table(columns, [
+        (str(v["step"]), "done" if v["done"] else "to come", str(v["rank"]), str(v["row"]), str(v["instance"]))
+        for v in visits[:SHOWN_ROWS]
+    ])  # fmt: skip
+    if len(visits) > SHOWN_ROWS:
+        print(f"... and {len(visits) - SHOWN_ROWS} more; --json lists all")

@@ -1,0 +1,157 @@
+"""What a step trains on, and which steps see a document: arithmetic on a Mixture, in both directions.
+
+A step's instances are spans of their sources' streams, and documents are spans as well: both questions are about which
+spans overlap, answered without an index of what was read. Needs numpy alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from olmo_train.data.documents import Document
+from olmo_train.data.meta import TOKENIZER_FILE
+from olmo_train.data.mixture import Mixture
+from olmo_train.data.shards import TokenSource
+from olmo_train.errors import ConfigError, DataError, check_choice
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a global batch. Positions are tokens of the source's stream."""
+
+    row: int  # in the global batch
+    rank: int
+    source: str
+    instance: int
+    epoch: int  # how often the source has been read through before
+    start: int  # of the instance's first token
+    end: int  # exclusive: the last token is only predicted, and is the next instance's first (not with order: olmo)
+    documents: list[Document]  # that overlap it, in order; those of raw files only where the EOS is known
+
+
+@dataclass(frozen=True)
+class Visit:
+    """A row of a step in which tokens of a document are read."""
+
+    step: int
+    row: int  # in the global batch
+    instance: int
+
+
+def rows_a_rank(mixture: Mixture, world_size: int) -> int:
+    """Raises ConfigError when the global batch cannot be cut into equal parts."""
+    if world_size < 1 or mixture.global_batch_size % world_size:
+        raise ConfigError("--world-size", f"{world_size} does not divide the global batch of {mixture.global_batch_size}")
+    return mixture.global_batch_size // world_size
+
+
+def rows_of_step(
+    mixture: Mixture,
+    step: int,
+    world_size: int,
+    rank: int | None = None,
+    most: int | None = None,
+    documents: bool = True,
+) -> list[Row]:
+    """The rows of a step in the order of the global batch: of one rank when it is given, and at most so many.
+
+    Without `documents` none are looked up, which costs most of the time. Raises ConfigError.
+    """
+    rank_size = rows_a_rank(mixture, world_size)
+    if rank is not None and not 0 <= rank < world_size:
+        raise ConfigError("--rank", f"{rank} is none of the {world_size} ranks; name 0 to {world_size - 1}, or --world-size")
+    first, stop = (0, mixture.global_batch_size) if rank is None else (rank * rank_size, (rank + 1) * rank_size)
+    batch = mixture.global_batch(step)[first : stop if most is None else min(stop, first + most)]
+    rows: dict[int, Row] = {}
+    for i in np.lexsort((batch.instance, batch.source)).tolist():  # neighbours in a stream are looked up one after the other
+        source, instance, epoch = (int(values[i]) for values in (batch.source, batch.instance, batch.epoch))
+        start, end = mixture.span(source, instance)
+        found = mixture.sources[source].documents(start, end) if documents else []
+        rows[i] = Row(first + i, (first + i) // rank_size, mixture.names[source], instance, epoch, start, end, found)
+    return [rows[i] for i in range(len(batch))]
+
+
+def find_document(mixture: Mixture, word: str) -> tuple[int, Document]:
+    """(source index, document) of `SOURCE:ID`, or of `SOURCE:@POSITION`, the document that holds this token of the stream.
+
+    Raises ConfigError and DataError.
+    """
+    name, colon, id = word.partition(":")
+    if not colon or not id:
+        raise ConfigError("--document", f"'{word}' is not SOURCE:ID")
+    check_choice("--document", name, mixture.names)
+    index = mixture.names.index(name)
+    source = mixture.sources[index]
+    if not (id.startswith("@") and id[1:].isdigit()):
+        return index, source.find_document(id)
+    position = int(id[1:])
+    if position >= source.n_tokens:
+        raise DataError(name, f"has {source.n_tokens} tokens, so there is none at {position}")
+    if source.meta is None and source.eos_id is None:
+        raise ConfigError("data.eos_id", f"is needed to tell the documents of {name} apart, which is made of raw token files")
+    return index, source.documents(position, position + 1)[0]
+
+
+def visits_of(mixture: Mixture, source: int, document: Document, first_step: int, last_step: int) -> list[Visit]:
+    """Every row of steps first_step to last_step, both included, that reads tokens of the document or its EOS."""
+    size, visits = mixture.global_batch_size, []
+    files = mixture.sources[source].starts
+    file_end = int(files[np.searchsorted(files, document.start, side="right")])  # a raw file may end without an EOS
+    for instance in _instances_of_span(mixture, source, document.start, min(document.end + 1, file_end)):
+        places = mixture.order.places_of(source, instance, last_step * size)
+        visits += [Visit(place // size + 1, place % size, instance) for place in places.tolist()]
+    return sorted((v for v in visits if v.step >= first_step), key=lambda visit: (visit.step, visit.row))
+
+
+def _instances_of_span(mixture: Mixture, source: int, start: int, stop: int) -> Iterator[int]:
+    """The instances that read any token of [start, stop): the inverse of Mixture.span."""
+    seq_len = mixture.seq_len
+    if not mixture.shifted:  # instance i reads tokens i * seq_len to (i + 1) * seq_len, both included
+        yield from range(max(start - 1, 0) // seq_len, min((stop - 1) // seq_len + 1, mixture.sizes[source]))
+        return
+    before = 0
+    for begin, end in zip(mixture.sources[source].starts, mixture.sources[source].starts[1:], strict=False):
+        count = int(end - begin) // seq_len
+        low, high = max(start - int(begin), 0), min(stop, int(end)) - int(begin)
+        if low < high:
+            yield from range(before + low // seq_len, before + min((high - 1) // seq_len + 1, count))
+        before += count
+
+
+class Texts:
+    """Decodes spans of sources, each with its own folder's tokenizer; None for a source without one."""
+
+    def __init__(self, mixture: Mixture):
+        self.mixture = mixture
+        self._tokenizers: dict[str, object] = {}  # by the hash of the file: sources often share one
+
+    def of(self, rows: list[Row], most: int | None = None) -> list[str | None]:
+        """The text of each row, of its first `most` tokens when given."""
+        texts: list[str | None] = [None] * len(rows)
+        for name in {row.source for row in rows}:
+            source = self.mixture.sources[self.mixture.names.index(name)]
+            tokenizer = self._tokenizer(source)
+            if tokenizer is not None:
+                mine = [i for i, row in enumerate(rows) if row.source == name]
+                ids = [self._tokens(source, rows[i], most) for i in mine]
+                for i, text in zip(mine, tokenizer.decode_batch(ids, skip_special_tokens=False), strict=True):
+                    texts[i] = text
+        return texts
+
+    def _tokens(self, source: TokenSource, row: Row, most: int | None) -> list[int]:
+        tokens = np.empty(row.end - row.start if most is None else min(most, row.end - row.start), dtype=np.int64)
+        source.read(row.start, tokens)
+        return tokens.tolist()
+
+    def _tokenizer(self, source: TokenSource):
+        if source.folder is None or not (source.folder / TOKENIZER_FILE).is_file():
+            return None
+        key = source.meta.tokenizer_sha256
+        if key not in self._tokenizers:
+            import tokenizers
+
+            self._tokenizers[key] = tokenizers.Tokenizer.from_file(str(source.folder / TOKENIZER_FILE))
+        return self._tokenizers[key]

@@ -1,0 +1,147 @@
+"""Which configuration, processes and log line stand behind a step of a run: what its run_dir tells, read without torch.
+
+A run may have changed while it went on: events.jsonl holds the configuration of each attempt and the step that it went on
+from, so every step is looked at with the configuration that made it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from olmo_train import config as configuration
+from olmo_train.data.mixture import DataConfig, Mixture
+from olmo_train.errors import ConfigError
+from olmo_train.model.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class RunView:
+    """The part of a run's configuration that says what each step reads. Names and defaults are those of the whole."""
+
+    data: DataConfig
+    model: ModelConfig = field(default_factory=ModelConfig)
+    run_dir: str | None = None
+    seed: int = 6198
+    global_batch_size: int = 2048
+    total_steps: int | None = None
+    total_tokens: float | None = None
+
+    @property
+    def steps(self) -> int:
+        if self.total_steps is not None:
+            return self.total_steps
+        return math.ceil((self.total_tokens or 2e12) / (self.global_batch_size * self.model.seq_len))
+
+    @property
+    def order(self) -> tuple:
+        """Equal for two views in which every step reads the same, wherever the data lie."""
+        seed = self.seed if self.data.seed is None else self.data.seed
+        names = tuple(self.data.sources)
+        return seed, self.global_batch_size, self.model.seq_len, self.data.order, names, tuple(map(repr, self.data.mixes()))
+
+    def mixture(self) -> Mixture:
+        """The data, opened. Raises DataError."""
+        return Mixture(self.data, self.seed, self.global_batch_size, self.model.seq_len, self.model.vocab_size)
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """A stretch of steps that one start of the run has made, or, the last one, will make."""
+
+    first_step: int
+    view: RunView
+    world_size: int | None  # None when it is not known
+
+
+class Run:
+    """A run_dir, or a configuration that has not been started."""
+
+    def __init__(self, files: list[str | Path], overrides: list[str] = ()):
+        """Raises ConfigError when the configuration cannot be read."""
+        self.view = configuration.load(RunView, files, overrides, partial=True)
+        self.run_dir = Path(self.view.run_dir) if self.view.run_dir else None
+        self.attempts = self._attempts()
+
+    @classmethod
+    def of_folder(cls, run_dir: Path, overrides: list[str]) -> Run:
+        """The run whose run_dir this is, wherever it has been moved to."""
+        return cls([run_dir / "config.yaml"], [f"run_dir={run_dir}", *overrides])
+
+    def attempt_of(self, step: int) -> Attempt:
+        """The attempt that made this step, or would. Raises ConfigError on a step that is none."""
+        if not 1 <= step <= self.view.steps:
+            raise ConfigError("--step", f"must be 1 to {self.view.steps}, the steps of this run, got {step}")
+        return next((attempt for attempt in reversed(self.attempts) if attempt.first_step <= step), self.attempts[0])
+
+    def last_step(self) -> int:
+        """The last step that is known to be done: of the newest checkpoint or the last line of metrics. 0 without a run."""
+        if self.run_dir is None:
+            return 0
+        steps = [int(path.name[5:]) for path in self.run_dir.glob("checkpoints/step-*") if path.name[5:].isdigit()]
+        last = _last_line(self.run_dir / "metrics.jsonl")
+        return max([*steps, last["step"] if last else 0], default=0)
+
+    def logged(self, step: int) -> dict[str, Any] | None:
+        """The line of metrics of this step; None when it was not logged."""
+        return _line_of_step(self.run_dir / "metrics.jsonl", step) if self.run_dir else None
+
+    def _attempts(self) -> list[Attempt]:
+        """What the events tell, oldest first: an attempt that went on from step n replaces what came after n."""
+        file = self.run_dir / "events.jsonl" if self.run_dir else None
+        attempts: list[Attempt] = []
+        for line in file.read_text().splitlines() if file and file.is_file() else ():
+            event = _parse(line)
+            if event and "config" in event and "world_size" in event:
+                attempts = [attempt for attempt in attempts if attempt.first_step <= event["step"]]
+                view = configuration.build(RunView, event["config"], partial=True)
+                # The data may have been moved since; where the order is the same, today's paths are taken.
+                view = self.view if view.order == self.view.order else view
+                attempts.append(Attempt(event["step"] + 1, view, event["world_size"]))
+        return attempts or [Attempt(1, self.view, None)]
+
+
+def _parse(line: str | bytes) -> dict[str, Any] | None:
+    """A JSON object, or None: the last line of a run that was killed may be half-written."""
+    try:
+        value = json.loads(line)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) and isinstance(value.get("step"), int) else None
+
+
+def _last_line(file: Path, tail: int = 1 << 16) -> dict[str, Any] | None:
+    if not file.is_file():
+        return None
+    with open(file, "rb") as stream:
+        stream.seek(max(file.stat().st_size - tail, 0))
+        lines = stream.read().splitlines()
+    return next(filter(None, map(_parse, reversed(lines))), None)
+
+
+def _line_of_step(file: Path, step: int) -> dict[str, Any] | None:
+    """The line of a step in a file whose steps rise, by bisection: a long run's file has millions of lines."""
+    if not file.is_file():
+        return None
+    with open(file, "rb") as stream:
+
+        def line_behind(position: int) -> dict[str, Any] | None:
+            """The first line that begins at or behind a byte."""
+            stream.seek(max(position - 1, 0))
+            if position:
+                stream.readline()
+            return _parse(stream.readline())
+
+        low, high = 0, file.stat().st_size
+        while low < high:
+            middle = (low + high) // 2
+            line = line_behind(middle)
+            if line is None or line["step"] >= step:
+                high = middle
+            else:
+                low = middle + 1
+        line = line_behind(low)
+    return line if line and line["step"] == step else None
