@@ -1,13 +1,13 @@
-"""The optimizer and the learning rate. A schedule is a pure function of the step: lr_at(step, config, total_steps)."""
+"""The optimizers and the learning rate. A schedule is a pure function of the step: lr_at(step, config, total_steps)."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from olmo_train.errors import ConfigError, check_choice
 
@@ -23,23 +23,32 @@ class OptimConfig:
     weight_decay: float = 0.1  # per step, times the learning rate
     decay_embeddings: bool = False  # OLMo decays Linear weights only; 0424 and later decay embeddings and norms too
     decay_norms: bool = False
+    muon_momentum: float = 0.95  # read by muon, for the matrices of the blocks
     max_grad_norm: float = 1.0  # global L2 norm
+    grad_clip_warmup_steps: int = 0  # for so many steps, counted from the second, the norm may be ...
+    grad_clip_warmup_factor: float = 1.0  # ... this many times larger: OLMo-7B 1000 steps and 10.0
     schedule: str = "linear"
     warmup_steps: int = 5000
     warmup_start_ratio: float = 0.1  # the warmup starts at this share of the peak, not at zero, as OLMo does
     final_lr_ratio: float = 0.1  # the last learning rate, as a share of the peak
+    schedule_steps: int | None = None  # at which the schedule ends; null: with the run
     decay_steps: int | None = None  # read by wsd: the length of the last, falling part; null: a tenth of the run
 
     def __post_init__(self) -> None:
         check_choice("optim.name", self.name, OPTIMIZERS)
         check_choice("optim.schedule", self.schedule, SCHEDULES)
-        for key in ("peak_lr", "eps", "weight_decay", "warmup_steps", "warmup_start_ratio", "final_lr_ratio"):
+        for key in ("peak_lr", "eps", "weight_decay", "warmup_steps", "warmup_start_ratio", "final_lr_ratio",
+                    "grad_clip_warmup_steps", "grad_clip_warmup_factor"):  # fmt: skip
             if not 0 <= getattr(self, key) < math.inf:
                 raise ConfigError(f"optim.{key}", f"must be a finite number and not negative, got {getattr(self, key)}")
         if not self.max_grad_norm > 0:
             raise ConfigError("optim.max_grad_norm", f"must be above 0, got {self.max_grad_norm}; .inf clips nothing")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ConfigError("optim.betas", f"must lie in [0, 1), got {list(self.betas)}")
+        if not 0 <= self.muon_momentum < 1:
+            raise ConfigError("optim.muon_momentum", f"must lie in [0, 1), got {self.muon_momentum}")
+        if self.schedule_steps is not None and self.schedule_steps < max(1, self.warmup_steps):
+            raise ConfigError("optim.schedule_steps", f"{self.schedule_steps} is below warmup_steps {self.warmup_steps}")
         if self.decay_steps is not None and self.schedule != "wsd":
             raise ConfigError("optim.decay_steps", f"is read by schedule: wsd only, and the schedule is {self.schedule}")
         if self.decay_steps is not None and self.decay_steps < 1:
@@ -56,7 +65,13 @@ def lr_at(step: int, config: OptimConfig, total_steps: int) -> float:
     if step < warmup:
         start = config.warmup_start_ratio * peak
         return start + (peak - start) * step / warmup
-    return SCHEDULES[config.schedule](step, config, total_steps)
+    return SCHEDULES[config.schedule](step, config, config.schedule_steps or total_steps)
+
+
+def max_grad_norm_at(step: int, config: OptimConfig) -> float:
+    """The norm that update `step` is clipped to. As in OLMo, which sets it after it has clipped, the first update is
+    clipped to the plain norm, and the warmup ends one step late."""
+    return config.max_grad_norm * (config.grad_clip_warmup_factor if 1 < step <= config.grad_clip_warmup_steps + 1 else 1.0)
 
 
 def linear(step: int, config: OptimConfig, total_steps: int) -> float:
@@ -107,12 +122,22 @@ def is_decayed(name: str, config: OptimConfig) -> bool:
     return True
 
 
-def build_optimizer(parameters: Mapping[str, nn.Parameter], config: OptimConfig) -> torch.optim.Optimizer:
+# f(whole matrix) of a tensor that may be sharded, sharded likewise; here: of one that is not. See parallel.on_whole.
+OnWhole = Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]
+
+
+def on_plain(function: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
+    return function(tensor)
+
+
+def build_optimizer(
+    parameters: Mapping[str, nn.Parameter], config: OptimConfig, on_whole: OnWhole = on_plain
+) -> torch.optim.Optimizer:
     """The optimizer over {name: parameter}; weight decay on Linear weights only, unless the configuration says more."""
-    return OPTIMIZERS[config.name](parameters, config)
+    return OPTIMIZERS[config.name](parameters, config, on_whole)
 
 
-def adamw(parameters: Mapping[str, nn.Parameter], config: OptimConfig) -> torch.optim.Optimizer:
+def adamw(parameters: Mapping[str, nn.Parameter], config: OptimConfig, on_whole: OnWhole = on_plain) -> torch.optim.AdamW:
     """torch's fused AdamW. Its `found_inf` makes a step an exact no-op without a host sync (see guards.py)."""
     groups = [
         {"params": [p for name, p in parameters.items() if is_decayed(name, config) == decayed],
@@ -123,7 +148,68 @@ def adamw(parameters: Mapping[str, nn.Parameter], config: OptimConfig) -> torch.
     return torch.optim.AdamW(groups, lr=config.peak_lr, betas=config.betas, eps=config.eps, fused=True)
 
 
-OPTIMIZERS = {"adamw": adamw}
+def muon(parameters: Mapping[str, nn.Parameter], config: OptimConfig, on_whole: OnWhole) -> Muon:
+    """Muon for the matrices of the blocks, AdamW for embedding, head and norms."""
+    matrices = {name: p for name, p in parameters.items() if name.startswith("blocks.") and p.ndim == 2}
+    rest = {name: p for name, p in parameters.items() if name not in matrices}
+    return Muon(list(matrices.values()), adamw(rest, config), config, on_whole)
+
+
+OPTIMIZERS = {"adamw": adamw, "muon": muon}
+
+
+class Muon(torch.optim.Muon):
+    """torch.optim.Muon (Jordan et al. 2024) on whole matrices, however they are sharded, and AdamW for the rest.
+
+    Each matrix is gathered while its momentum is orthogonalized, on every rank; the momentum itself stays sharded. The
+    update is scaled to the size of AdamW's (Liu et al. 2025), so that both share learning rate and weight decay. Like
+    torch's fused AdamW it reads `found_inf`, and a step with 1.0 there is an exact no-op without a host sync.
+    """
+
+    def __init__(self, matrices: list[nn.Parameter], rest: torch.optim.AdamW, config: OptimConfig, on_whole: OnWhole):
+        options = {"momentum": config.muon_momentum, "adjust_lr_fn": "match_rms_adamw"}
+        super().__init__(matrices, lr=config.peak_lr, weight_decay=config.weight_decay, **options)
+        self.matrices, self.rest, self.on_whole = list(self.param_groups), rest, on_whole
+        self.param_groups += rest.param_groups  # one list, so that set_lr and zero_grad reach all
+        rest.state = self.state  # one table too: what a checkpoint keeps
+        self.found_inf: Tensor | None = None
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.matrices:
+            for parameter in group["params"]:
+                self._step_matrix(parameter, group)
+        self.rest.found_inf = self.found_inf
+        self.rest.step()
+
+    def _step_matrix(self, parameter: nn.Parameter, group: dict) -> None:
+        """The arithmetic of torch.optim.Muon but for fp32 throughout, on copies that are kept unless the step is skipped."""
+        state, momentum = self.state[parameter], group["momentum"]
+        if not state:
+            state["step"] = torch.zeros((), device=parameter.device)
+            state["momentum_buffer"] = torch.zeros_like(parameter)
+        skipped = torch.zeros_like(state["step"]) if self.found_inf is None else self.found_inf
+        buffer = state["momentum_buffer"].lerp(parameter.grad, 1 - momentum)
+        update = parameter.grad.lerp(buffer, momentum) if group["nesterov"] else buffer
+        update = self.on_whole(orthogonalize, update)
+        lr = group["lr"] * 0.2 * math.sqrt(max(parameter.shape))
+        stepped = (parameter * (1 - group["lr"] * group["weight_decay"])).add_(update, alpha=-lr)
+        for kept, new in ((state["momentum_buffer"], buffer), (parameter, stepped)):
+            kept.copy_(torch.where(skipped > 0, kept, new))
+        state["step"] += 1 - skipped
+
+
+def orthogonalize(matrix: Tensor) -> Tensor:
+    """The nearest matrix with singular values near 1, by five quintic Newton-Schulz iterations (Jordan et al. 2024, with
+    their coefficients). In fp32: in bf16, as torch has it, the rounding of sums over ranks grows to 1e-2 of the update."""
+    a, b, c = 3.4445, -4.775, 2.0315
+    tall = matrix.shape[0] > matrix.shape[1]
+    x = matrix.T if tall else matrix
+    x = x / x.norm().clamp(min=1e-7)
+    for _ in range(5):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.T if tall else x
 
 
 @torch.no_grad()

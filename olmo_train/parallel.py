@@ -7,6 +7,7 @@ optimizer state are fp32; what is computed inside a block is in `precision`.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -76,6 +77,14 @@ def last_micro_batch(model: nn.Module, last: bool) -> None:
     assert isinstance(model, FSDPModule)
     model.set_requires_gradient_sync(last)
     model.set_is_last_backward(last)
+
+
+def on_whole(function: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
+    """function(the whole tensor), computed on every rank and sharded like `tensor` again."""
+    if not isinstance(tensor, DTensor):
+        return function(tensor)
+    whole = function(tensor.full_tensor())
+    return distribute_tensor(whole, tensor.device_mesh, tensor.placements, src_data_rank=None)
 
 
 @torch.no_grad()

@@ -35,6 +35,7 @@ class TrainConfig:
     total_tokens: float | None = None  # instead of total_steps; neither: OLMo's 2e12
     global_batch_size: int = 2048  # sequences a step, over all processes
     micro_batch_size: int = 4  # sequences of one forward on one process
+    loss_divisor: str = "scored_tokens"  # of loss and gradients; all_tokens: batch x seq_len, unscored ones too, as OLMo
     resume: str = "auto"  # auto: from the newest checkpoint that verifies; strict: refuse when the newest one does not
     resume_from: str | None = None  # start a new run_dir from this checkpoint (of any run): weights, optimizer and step
     init_from: str | None = None  # start a new run_dir with the weights of this checkpoint, at step 0
@@ -54,6 +55,7 @@ class TrainConfig:
         for key, seed in (("seed", self.seed), ("data.seed", self.data.seed)):
             if seed is not None and seed < 0:
                 raise ConfigError(key, f"must not be negative, got {seed}")
+        check_choice("loss_divisor", self.loss_divisor, ("scored_tokens", "all_tokens"))
         check_choice("resume", self.resume, ("auto", "strict"))
         if self.resume_from and self.init_from:
             raise ConfigError("init_from", f"{self.init_from} is given beside resume_from {self.resume_from}; name one of them")

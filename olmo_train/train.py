@@ -49,14 +49,14 @@ class StepStats:
 
     step: int  # counted from 1
     lr: float
-    sums: Tensor  # (2, sources) float64: summed loss in nats and scored tokens of the global batch
+    sums: Tensor  # (2, sources) float64: summed loss in nats and counted tokens of the global batch
     grad_norm: Tensor  # before clipping
     skipped: Tensor  # 1.0 when loss or gradient were not finite and nothing was changed
     losses: Tensor  # (rows of this rank,) fp32: summed loss of each sequence
 
     @property
     def loss(self) -> Tensor:
-        """Mean over the scored tokens of the global batch, in nats."""
+        """Mean over the counted tokens (see loss_divisor) of the global batch, in nats."""
         return self.sums[0].sum() / self.sums[1].sum().clamp(min=1)
 
 
@@ -69,9 +69,10 @@ def train_step(
     world: World,
     sources: int,
 ) -> StepStats:
-    """One update: the loss summed over tokens, divided once by the number of scored tokens of the global batch."""
+    """One update: the loss summed over tokens, divided once by the number of counted tokens of the global batch."""
     lr = optim.lr_at(step, config.optim, config.steps)
-    scored = world.sum((batch.labels != IGNORE).sum()).clamp(min=1)
+    counted = batch.labels != IGNORE if config.loss_divisor == "scored_tokens" else torch.ones_like(batch.labels)
+    divisor = world.sum(counted.sum()).clamp(min=1)
     sums = torch.zeros(2, sources, dtype=torch.float64, device=world.device)
     losses = []
     micro_batches = list(batch.micro_batches(config.micro_batch_size))
@@ -80,14 +81,14 @@ def train_step(
         with record_function("forward"):
             loss = model(micro.input_ids, micro.labels, micro.documents)  # (rows,) fp32
         with record_function("backward"):
-            (loss.sum() / scored).backward()
+            (loss.sum() / divisor).backward()
         losses.append(loss.detach())
     losses = torch.cat(losses)
     sums[0].index_add_(0, batch.sources, losses.double())
-    sums[1].index_add_(0, batch.sources, (batch.labels != IGNORE).sum(dim=1).double())
+    sums[1].index_add_(0, batch.sources, counted.sum(dim=1).double())
     world.sum(sums)
     with record_function("clip"):
-        grad_norm = parallel.clip_gradients(model, config.optim.max_grad_norm)
+        grad_norm = parallel.clip_gradients(model, optim.max_grad_norm_at(step, config.optim))
     skipped = skip_if_not_finite(optimizer, sums.sum(), grad_norm)
     with record_function("optimizer"):
         optim.set_lr(optimizer, lr)
@@ -227,7 +228,7 @@ class Run:
         with torch.device("meta"):
             model = Transformer(config.model)
         parallel.shard(model, config.parallel, world)
-        optimizer = optim.build_optimizer(dict(model.named_parameters()), config.optim)
+        optimizer = optim.build_optimizer(dict(model.named_parameters()), config.optim, parallel.on_whole)
         optim.allocate_state(optimizer)
         if self.folder:
             checkpoints.load(self.folder, model, optimizer, world)
@@ -281,7 +282,7 @@ class Run:
 
     def add(self, stats: StepStats, waited: float) -> None:
         """Count a step; ends the run when too many in a row were skipped."""
-        clipped = (stats.grad_norm > self.config.optim.max_grad_norm).float()
+        clipped = (stats.grad_norm > optim.max_grad_norm_at(stats.step, self.config.optim)).float()
         self.interval.add(stats.sums, stats.skipped, clipped, waited)
         self.watchdog.beat(stats.step)
         limit = self.config.guards.max_skipped

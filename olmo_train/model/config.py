@@ -39,6 +39,7 @@ class ModelConfig:
     tie_embeddings: bool = False  # the head is the embedding
     embedding_scale: bool = False  # multiply embeddings by sqrt(d_model), as Gemma
     clip_qkv: float | None = None  # clamp q, k and v to [-clip, clip] before the rotation
+    z_loss: float = 0.0  # times the square of log(sum(exp(logits))), added to what is trained on, not to the loss shown
     init: str = "mitchell"
     init_std: float = 0.02  # read by init: normal
 
@@ -53,6 +54,8 @@ class ModelConfig:
             value = getattr(self, key)
             if value is not None and not 0 < value < math.inf:
                 raise ConfigError(f"model.{key}", f"must be a finite number above 0, got {value}")
+        if not 0 <= self.z_loss < 1:
+            raise ConfigError("model.z_loss", f"must be at least 0 and below 1, got {self.z_loss}; PaLM has 1e-4, OLMo2 1e-5")
         if self.head_dim is None and self.d_model % self.n_heads:
             raise ConfigError(
                 "model.n_heads",

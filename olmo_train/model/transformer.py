@@ -221,7 +221,10 @@ class Transformer(nn.Module):
         if cache is not None:
             cache.length += input_ids.shape[1]
         logits = F.linear(self.norm(x), self.embed.weight if self.head is None else self.head.weight)  # (B, T, V)
-        return logits if labels is None else sequence_losses(logits, labels)
+        if labels is None:
+            return logits
+        losses = sequence_losses(logits, labels)
+        return losses + z_loss_gradient(logits, labels, self.config.z_loss) if self.config.z_loss else losses
 
     def _positions(self, input_ids: Tensor, documents: Tensor | None, cache: KVCache | None) -> tuple[tuple, Mask]:
         """The RoPE tables and the attention mask of these tokens."""
@@ -239,3 +242,11 @@ def sequence_losses(logits: Tensor, labels: Tensor) -> Tensor:
     """Summed cross-entropy of each sequence, fp32 (B,), for logits (B, T, V) and labels (B, T)."""
     losses = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="none")
     return losses.view_as(labels).sum(dim=1)
+
+
+def z_loss_gradient(logits: Tensor, labels: Tensor, coefficient: float) -> Tensor:
+    """0 for each sequence, (B,), with the gradient of coefficient * log(Z)^2 summed over its scored tokens, where
+    log(Z) = log(sum(exp(logits))) (Chowdhery et al. 2022, section 5). So the loss stays the cross-entropy."""
+    squares = logits.float().logsumexp(dim=-1).square() * (labels != IGNORE)  # (B, T)
+    losses = coefficient * squares.sum(dim=1)
+    return losses - losses.detach()

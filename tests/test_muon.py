@@ -1,0 +1,109 @@
+"""Muon: torch's arithmetic, in fp32, on whole matrices, for every number of processes; a skipped step leaves no trace."""
+
+import pytest
+import torch
+from torch import nn
+
+from olmo_train import optim
+from olmo_train.checkpoint import load_model
+from olmo_train.train import train
+
+SHAPES = {
+    "embed.weight": (32, 16),
+    "blocks.0.attn.wo.weight": (16, 16),
+    "blocks.0.mlp.w_in.weight": (64, 16),
+    "norm.weight": (16,),
+}
+MATRICES = [name for name in SHAPES if name.startswith("blocks.")]
+CONFIG = optim.OptimConfig(name="muon", peak_lr=1e-2)
+
+
+def random_parameters() -> dict[str, nn.Parameter]:
+    generator = torch.Generator().manual_seed(1)
+    return {name: nn.Parameter(torch.randn(shape, generator=generator)) for name, shape in SHAPES.items()}
+
+
+def test_steps_equal_those_of_torch_up_to_its_bf16():
+    ours, theirs = random_parameters(), random_parameters()
+    optimizer = optim.build_optimizer(ours, CONFIG)
+    optim.allocate_state(optimizer)
+    muon = torch.optim.Muon([theirs[name] for name in MATRICES], weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    rest = optim.adamw({name: theirs[name] for name in SHAPES if name not in MATRICES}, CONFIG)
+    for step in range(1, 6):
+        for one in (optimizer, muon, rest):
+            optim.set_lr(one, 1e-3 * step)
+        for name in SHAPES:
+            theirs[name].grad = torch.randn(SHAPES[name], generator=torch.Generator().manual_seed(step))
+            ours[name].grad = theirs[name].grad.clone()
+        optimizer.found_inf = torch.zeros(())
+        for one in (optimizer, muon, rest):
+            one.step()
+        for name in SHAPES:
+            size = (
+                1e-3 * step * (0.2 * max(SHAPES[name]) ** 0.5 if name in MATRICES else 0)
+            )  # an entry of an orthogonal matrix is below 1
+            assert torch.allclose(ours[name], theirs[name], rtol=0, atol=0.02 * step * size), name
+
+
+def test_orthogonalizing_keeps_singular_vectors_and_brings_values_near_one():
+    matrix = torch.randn(48, 16, generator=torch.Generator().manual_seed(2))
+    u, s, v = torch.linalg.svd(matrix, full_matrices=False)
+    seen = u.T @ optim.orthogonalize(matrix) @ v.T
+    assert (seen - seen.diagonal().diag()).abs().max() < 1e-4
+    assert seen.diagonal().min() > 0.6 and seen.diagonal().max() < 1.3
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_a_step_that_is_not_finite_changes_nothing(poison):
+    parameters = random_parameters()
+    optimizer = optim.build_optimizer(parameters, CONFIG)
+    optim.allocate_state(optimizer)
+    optim.set_lr(optimizer, 1e-3)
+    for value, skipped in ((0.5, 0.0), (poison, 1.0)):
+        before = [tensor.detach().clone() for tensor in everything(parameters, optimizer)]
+        for parameter in parameters.values():
+            parameter.grad = torch.full_like(parameter, value)
+        optimizer.found_inf = torch.tensor(skipped)
+        optimizer.step()
+        same = [torch.equal(*pair) for pair in zip(before, everything(parameters, optimizer), strict=True)]
+        assert all(same) if skipped else not any(same)
+
+
+def everything(parameters, optimizer) -> list[torch.Tensor]:
+    return [*parameters.values(), *(value for state in optimizer.state.values() for value in state.values())]
+
+
+def test_only_matrices_of_the_blocks_have_muons_state():
+    parameters = random_parameters()
+    optimizer = optim.build_optimizer(parameters, CONFIG)
+    optim.allocate_state(optimizer)
+    kept = {name: set(optimizer.state[parameter]) for name, parameter in parameters.items()}
+    assert {name for name, keys in kept.items() if "momentum_buffer" in keys} == set(MATRICES)
+    assert kept["norm.weight"] == {"step", "exp_avg", "exp_avg_sq"}
+
+
+def test_a_resumed_run_continues_bit_for_bit(tmp_path, tiny_args, read_metrics):
+    changes = {"optim.name": "muon", "checkpoint.interval_steps": 4}
+    for _ in train(tiny_args("whole", total_steps=8, **changes)):
+        pass
+    for steps in (4, 8):
+        for _ in train(tiny_args("parts", total_steps=steps, **{**changes, "optim.schedule_steps": 8})):
+            pass
+    whole, parts = (
+        [(line["train/CrossEntropyLoss"], line["optim/total_grad_norm"]) for line in read_metrics(tmp_path / name)]
+        for name in ("whole", "parts")
+    )
+    assert whole == parts and len(whole) == 8
+    ours = dict(load_model(tmp_path / "parts").named_parameters())
+    assert all(torch.equal(p, ours[name]) for name, p in load_model(tmp_path / "whole").named_parameters())
+
+
+def test_two_processes_train_as_one(tmp_path, tiny_words, run_cli, read_metrics):
+    curves = []
+    for nproc in (0, 2):
+        out = run_cli("train", *tiny_words(f"on-{nproc}", **{"optim.name": "muon"}), nproc=nproc)
+        assert out.returncode == 0, out.stderr
+        curves.append(torch.tensor([line["train/CrossEntropyLoss"] for line in read_metrics(tmp_path / f"on-{nproc}")]))
+    assert len(curves[0]) == 12 and curves[0][-1] < curves[0][0] - 0.1
+    assert (curves[0] - curves[1]).abs().max() < 1e-5
+    one, two = (dict(load_model(tmp_path / f"on-{nproc}").named_parameters()) for nproc in (0, 2))
