@@ -1,0 +1,47 @@
+"""Steps that stand out: loss or gradient norm far above what the last steps had.
+
+The one idea: a robust yardstick, the median and the median absolute deviation of the last steps, which a spike itself
+hardly moves. It lives on the device, so judging a step costs no host sync, and it is part of a checkpoint.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+WINDOW = 128  # steps that a new one is compared with
+LEAST = 32  # steps that must have been seen before any is judged
+SIGMAS = 6.0  # robust standard deviations above the median that make a spike
+FLOOR = 0.01  # of the standard deviation: on a plateau noise must not count; loss in nats, gradient norm in its logarithm
+
+
+class SpikeDetector:
+    """Compares each step's loss and gradient norm with those of the last WINDOW steps."""
+
+    def __init__(self, device: torch.device, state: dict[str, Any] | None = None):
+        state = state or {"window": [[None] * WINDOW] * 2, "seen": 0}
+        rows = [[float("nan") if value is None else value for value in row] for row in state["window"]]
+        self.window = torch.tensor(rows, dtype=torch.float64, device=device)  # (2, WINDOW): loss, log of the norm
+        self.seen = torch.tensor(state["seen"], device=device)  # finite steps so far
+
+    def judge(self, loss: Tensor, grad_norm: Tensor) -> Tensor:
+        """1.0 when this step is a spike, else 0.0, fp32 on the device; remembers the step. A non-finite step is neither
+        judged nor remembered. Standard deviation from the MAD: 1.4826 x MAD, as for a normal distribution."""
+        values = torch.stack((loss.double(), grad_norm.double().log()))
+        finite = torch.isfinite(values).all()
+        median = self.window.nanmedian(dim=1, keepdim=True).values
+        deviation = (self.window - median).abs().nanmedian(dim=1).values
+        limit = median[:, 0] + SIGMAS * (1.4826 * deviation).clamp(min=FLOOR)
+        spike = (values > limit).any() & finite & (self.seen >= LEAST)
+        place = (self.seen % WINDOW).expand(2, 1)
+        kept = torch.where(finite, values[:, None], self.window.gather(1, place))
+        self.window.scatter_(1, place, kept)
+        self.seen += finite
+        return spike.float()
+
+    def state(self) -> dict[str, Any]:
+        """Plain numbers for state.json, null where no step was seen yet."""
+        rows = [[None if value != value else value for value in row] for row in self.window.tolist()]
+        return {"window": rows, "seen": int(self.seen)}
