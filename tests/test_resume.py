@@ -1,0 +1,185 @@
+"""The same command again goes on as if nothing had happened."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from olmo_train.errors import ConfigError, Stopped
+from olmo_train.train import train
+
+SAME = ("step", "train/CrossEntropyLoss", "optim/total_grad_norm", "optim/learning_rate_group0", "optim/clipping_rate",
+        "sample_hash", "skipped", "throughput/total_tokens", "throughput/total_flops")  # fmt: skip
+
+
+def trained(config):
+    for _ in train(config):
+        pass
+    return config
+
+
+def cut(config, steps):
+    """Train some steps and drop the run, as a kill between two steps would."""
+    run = train(config)
+    for stats in run:
+        if stats.step == steps:
+            run.close()
+    return config
+
+
+@pytest.fixture
+def history(read_metrics):
+    return lambda config: [tuple(line[name] for name in SAME) for line in read_metrics(config.run_dir)]
+
+
+def test_killed_after_a_checkpoint_a_run_resumes_bit_for_bit(tiny_args, tiny_words, tmp_path, history):
+    whole = trained(tiny_args("whole"))
+    command = [sys.executable, "-m", "olmo_train", "train", *tiny_words("killed")]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    while not (tmp_path / "killed" / "checkpoints" / "step-0000005").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    again = trained(tiny_args("killed"))
+    assert history(again) == history(whole)
+    events = [json.loads(line) for line in (tmp_path / "killed" / "events.jsonl").read_text().splitlines()]
+    resumed = [event for event in events if event["event"] == "resume"]
+    assert resumed and resumed[0]["step"] in (5, 10)
+
+
+def test_stopped_in_the_middle_of_an_interval_a_run_logs_the_same_lines(tiny_args, history):
+    changes = {"log.interval_steps": 4, "checkpoint.interval_steps": 5}
+    whole = trained(tiny_args("whole", **changes))
+    cut(tiny_args("cut", **changes), steps=7)
+    assert history(trained(tiny_args("cut", **changes))) == history(whole)
+    assert [line[0] for line in history(whole)] == [4, 8, 12]
+
+
+def test_a_run_resumes_on_another_number_of_processes(tiny_args, tiny_words, run_cli, read_metrics, tmp_path):
+    whole = trained(tiny_args("whole"))
+    cut(tiny_args("cut"), steps=6)
+    done = run_cli("train", *tiny_words("cut"), nproc=2)
+    assert done.returncode == 0, done.stderr
+    one, two = read_metrics(whole.run_dir), read_metrics(tmp_path / "cut")
+    assert [line["world_size"] for line in two] == [1] * 5 + [2] * 7
+    assert [line["sample_hash"] for line in one] == [line["sample_hash"] for line in two]
+    assert max(abs(a["train/CrossEntropyLoss"] / b["train/CrossEntropyLoss"] - 1) for a, b in zip(one, two, strict=True)) < 1e-6
+    trained(tiny_args("cut", total_steps=14))  # and back on one
+    assert [line["world_size"] for line in read_metrics(tmp_path / "cut")][12:] == [1, 1]
+
+
+def test_a_finished_run_is_a_no_op(tiny_args, tmp_path):
+    trained(tiny_args("run"))
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    trained(tiny_args("run"))
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+
+
+def test_a_longer_run_goes_on_with_the_same_batches(tiny_args, read_metrics, tmp_path):
+    trained(tiny_args("run", total_steps=6))
+    trained(tiny_args("run", total_steps=9))
+    trained(tiny_args("whole", total_steps=9))
+    hashes = [[line["sample_hash"] for line in read_metrics(tmp_path / name)] for name in ("run", "whole")]
+    assert hashes[0] == hashes[1] and len(hashes[0]) == 9
+
+
+CHANGES = [("optim.peak_lr", 1e-3, "0.003"), ("seed", 4, "3"), ("global_batch_size", 16, "8"),
+           ("parallel.precision", "bf16", "fp32"), ("model.rope_theta", 500, "10000")]  # fmt: skip
+
+
+@pytest.mark.parametrize("key, value, was", CHANGES)
+def test_a_change_of_the_training_is_refused_with_both_values_unless_allowed(tiny_args, key, value, was):
+    trained(tiny_args("run", total_steps=2))
+    with pytest.raises(ConfigError, match=f"{key}.*{value}.*{was}"):
+        trained(tiny_args("run", total_steps=3, **{key: value}))
+    trained(tiny_args("run", total_steps=3, allow_changes=f"[{key}]", **{key: value}))
+
+
+def test_data_changed_at_the_same_size_are_refused(tiny_args, tiny_tokens):
+    trained(tiny_args("run", total_steps=2))
+    content = bytearray(tiny_tokens.read_bytes())
+    content[1000:1002], content[1002:1004] = content[1002:1004], content[1000:1002]
+    tiny_tokens.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"data\.sources\.a.*contents differ"):
+        trained(tiny_args("run", total_steps=3))
+    trained(tiny_args("run", total_steps=3, allow_changes="[data.sources.a]"))
+
+
+def test_moved_data_of_the_same_contents_are_accepted(tiny_args, tiny_tokens):
+    trained(tiny_args("run", total_steps=2))
+    moved = tiny_tokens.rename(tiny_tokens.with_name("moved.npy"))
+    trained(tiny_args("run", total_steps=3, **{"data.sources.a.path": moved}))
+
+
+def test_a_signal_during_training_and_during_evaluation_changes_no_line(tiny_args, read_metrics, history):
+    """Stopped in the last evaluation, too: the resumed run does it again, and each step stands once."""
+    changes = {"eval.interval_steps": 4, "data.validation.v.path": tiny_args("x").data.sources["a"].path}
+    whole = trained(tiny_args("whole", **changes))
+    stops = 0
+    for _ in range(8):
+        if stop_at_next_evaluation(tiny_args("run", **changes)):
+            stops += 1
+    assert stops >= 3
+    trained(tiny_args("run", **changes))
+    run_dir = tiny_args("run").run_dir
+    assert history(tiny_args("run")) == history(whole)
+    losses = [[line.get("eval/v/CrossEntropyLoss") for line in read_metrics(folder)] for folder in (whole.run_dir, run_dir)]
+    assert losses[0] == losses[1] and sum(loss is not None for loss in losses[0]) == 3
+
+
+def stop_at_next_evaluation(config):
+    """Train until an evaluation begins, and send SIGTERM to this process in the middle of it."""
+    from olmo_train import train as module
+
+    real, sent = module.loss_sums, []
+
+    def interrupted(model, batches, stop):
+        def signalled():
+            for number, batch in enumerate(batches):
+                if number == 3 and not sent:
+                    sent.append(os.kill(os.getpid(), signal.SIGTERM))
+                yield batch
+
+        return real(model, signalled(), stop)
+
+    module.loss_sums = interrupted
+    try:
+        trained(config)
+    except Stopped:
+        return True
+    finally:
+        module.loss_sums = real
+    return False
+
+
+def test_two_runs_cannot_share_a_run_dir(tiny_args, tiny_words, run_cli):
+    run = train(tiny_args("run"))
+    next(run)
+    other = run_cli("train", *tiny_words("run"))
+    assert other.returncode == 2 and f"in use by process {os.getpid()}" in other.stderr.splitlines()[-1]
+    run.close()
+    trained(tiny_args("run", total_steps=3))  # the lock ended with its holder
+
+
+def test_a_branch_goes_on_in_a_run_dir_of_its_own(tiny_args, read_metrics, tmp_path):
+    trained(tiny_args("trunk", total_steps=10))
+    folder = tmp_path / "trunk" / "checkpoints" / "step-0000005"
+    branch = {"total_steps": 10, "resume_from": folder}
+    trained(tiny_args("same", **branch))
+    trained(tiny_args("other", **branch, **{"data.seed": 9, "optim.peak_lr": 1e-3}))
+    trunk, same, other = (read_metrics(tmp_path / name) for name in ("trunk", "same", "other"))
+    assert [[line[name] for name in SAME] for line in same] == [[line[name] for name in SAME] for line in trunk[5:]]
+    assert other[0]["step"] == 6 and other[0]["sample_hash"] != trunk[5]["sample_hash"]
+
+
+def test_init_from_takes_weights_alone(tiny_args, read_metrics, tmp_path):
+    trained(tiny_args("trunk", total_steps=10, **{"optim.warmup_steps": 1}))
+    trained(tiny_args("warm", total_steps=2, init_from=tmp_path / "trunk", **{"optim.warmup_steps": 1}))
+    trunk, warm = read_metrics(tmp_path / "trunk"), read_metrics(tmp_path / "warm")
+    assert [line["step"] for line in warm] == [1, 2] and warm[0]["sample_hash"] == trunk[0]["sample_hash"]
+    assert warm[0]["train/CrossEntropyLoss"] < trunk[0]["train/CrossEntropyLoss"] - 0.05
