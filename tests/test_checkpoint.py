@@ -1,0 +1,252 @@
+"""What is saved is what is loaded, on any number of processes; what is damaged is named and passed over."""
+
+import json
+import os
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from olmo_train import checkpoint as checkpoints
+from olmo_train.checkpoint import CheckpointConfig, load_model
+from olmo_train.errors import CheckpointError, SaveError
+from olmo_train.storage import MANIFEST, hash_file, problems_of
+from olmo_train.train import train
+
+
+@pytest.fixture
+def finished(tiny_args):
+    """The run_dir of a run of six steps with checkpoints after 2, 4 and 6."""
+    config = tiny_args("run", total_steps=6, **{"checkpoint.interval_steps": 2})
+    for _ in train(config):
+        pass
+    return Path(config.run_dir)
+
+
+def trained(config):
+    for _ in train(config):
+        pass
+
+
+def steps_of(run_dir):
+    return list(checkpoints.committed(run_dir))
+
+
+def test_a_checkpoint_is_safetensors_and_json_with_hashes_of_what_was_written(finished):
+    for folder in checkpoints.committed(finished).values():
+        names = {path.name for path in folder.iterdir()}
+        assert {Path(name).suffix for name in names} == {".safetensors", ".json", ".yaml"}
+        files = json.loads((folder / MANIFEST).read_text())["files"]
+        assert set(files) == names - {MANIFEST}
+        assert all(entry["sha256"] == hash_file(folder / name) for name, entry in files.items())
+
+
+def test_the_saved_model_is_the_trained_one(tiny_args):
+    run = train(tiny_args("run", total_steps=3))
+    trained_weights = None
+    from olmo_train import train as module
+
+    real = module.Run.save
+
+    def save(self, step, model, optimizer):
+        nonlocal trained_weights
+        trained_weights = {name: p.detach().full_tensor().clone() for name, p in model.named_parameters()}
+        real(self, step, model, optimizer)
+
+    module.Run.save = save
+    try:
+        list(run)
+    finally:
+        module.Run.save = real
+    loaded = dict(load_model(tiny_args("run").run_dir).named_parameters())
+    assert loaded.keys() == trained_weights.keys()
+    assert all(torch.equal(loaded[name], weight) for name, weight in trained_weights.items())
+
+
+def test_any_flipped_byte_is_found(finished):
+    """A hundred bytes, anywhere in any file, one at a time."""
+    folder = checkpoints.newest(finished)
+    files = [path for path in sorted(folder.iterdir())]
+    rng = random.Random(0)
+    for _ in range(100):
+        path = rng.choice(files)
+        content = path.read_bytes()
+        at = rng.randrange(len(content))
+        path.write_bytes(content[:at] + bytes([content[at] ^ (1 << rng.randrange(8))]) + content[at + 1 :])
+        problems = problems_of(folder)
+        # A changed byte of the manifest may be one of its spaces, which tells nothing else.
+        assert problems or path.name == MANIFEST and json.loads(path.read_bytes()) == json.loads(content)
+        path.write_bytes(content)
+    assert problems_of(folder) == []
+
+
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_taken(finished, caplog):
+    shard = next((finished / "checkpoints/step-0000006").glob("*.safetensors"))
+    content = bytearray(shard.read_bytes())
+    content[-5] ^= 1
+    shard.write_bytes(content)
+    assert checkpoints.newest(finished).name == "step-0000004"
+    assert "step-0000006" in caplog.text and shard.name in caplog.text
+    assert shard.read_bytes() == content  # left alone
+    with pytest.raises(CheckpointError, match="step-0000006"):
+        checkpoints.newest(finished, strict=True)
+
+
+@pytest.mark.parametrize("harm", ["missing file", "missing manifest", "truncated", "extra file", "symlink"])
+def test_every_kind_of_damage_is_passed_over(finished, harm, tmp_path):
+    folder = finished / "checkpoints/step-0000006"
+    shard = next(folder.glob("*.safetensors"))
+    if harm == "missing file":
+        (folder / "state.json").unlink()
+    elif harm == "missing manifest":
+        (folder / MANIFEST).unlink()
+    elif harm == "truncated":
+        os.truncate(shard, shard.stat().st_size // 2)
+    elif harm == "extra file":
+        (folder / "model.pt").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
+    else:
+        shutil.move(shard, tmp_path / "outside")
+        shard.symlink_to(tmp_path / "outside")
+    assert checkpoints.newest(finished).name == "step-0000004"
+
+
+def test_none_that_verifies_is_an_error_with_exit_code_4_and_no_fresh_start(finished, tiny_words, run_cli):
+    for folder in checkpoints.committed(finished).values():
+        (folder / "state.json").write_text("{}")
+    lines = (finished / "metrics.jsonl").read_bytes()
+    done = run_cli("train", *tiny_words("run", total_steps=8, **{"checkpoint.interval_steps": 2}))
+    assert done.returncode == 4 and done.stderr.splitlines()[-1].startswith("error: ") and "none of the 3" in done.stderr
+    assert (finished / "metrics.jsonl").read_bytes() == lines
+
+
+def test_a_checkpoint_of_another_shape_is_refused_by_the_tensors_name(finished, tiny_args):
+    for wrong in ({"model.n_layers": 1}, {"model.n_layers": 3}, {"model.mlp_hidden": 160}):
+        key = next(iter(wrong))
+        config = tiny_args("run", total_steps=8, allow_changes=f"[{key}]", **{"checkpoint.interval_steps": 2}, **wrong)
+        with pytest.raises(CheckpointError, match=r"blocks\.\d.*in the checkpoint and .* in this run"):
+            trained(config)
+
+
+def test_retention_counts_committed_checkpoints_and_spares_permanent_ones(tiny_args):
+    changes = {"checkpoint.interval_steps": 1, "checkpoint.keep_last": 2, "checkpoint.save_steps": "[0,1,2,4,8]"}
+    config = tiny_args("run", **changes)
+    trained(config)
+    assert steps_of(Path(config.run_dir)) == [0, 1, 2, 4, 8, 11, 12]
+    trained(tiny_args("run", total_steps=14, **changes))
+    assert steps_of(Path(config.run_dir)) == [0, 1, 2, 4, 8, 13, 14]
+
+
+def test_permanent_intervals_are_kept(tiny_args):
+    changes = {"checkpoint.interval_steps": 2, "checkpoint.keep_last": 1, "checkpoint.permanent_interval_steps": 4}
+    config = tiny_args("run", total_steps=10, **changes)
+    trained(config)
+    assert steps_of(Path(config.run_dir)) == [4, 8, 10]
+
+
+def test_deletion_does_not_follow_a_symlink(tiny_args, tmp_path):
+    changes = {"checkpoint.interval_steps": 2, "checkpoint.keep_last": 1}
+    config = tiny_args("run", total_steps=2, **changes)
+    trained(config)
+    folder = Path(config.run_dir) / "checkpoints/step-0000002"
+    outside = Path(shutil.move(folder, tmp_path / "outside"))
+    folder.symlink_to(outside)
+    trained(tiny_args("run", total_steps=6, **changes))
+    assert problems_of(outside) == []
+
+
+def test_a_leftover_of_a_dead_save_neither_blocks_nor_stays(tiny_args):
+    config = tiny_args("run", total_steps=2)
+    leftover = Path(config.run_dir) / "checkpoints/.step-0000002.tmp"
+    leftover.mkdir(parents=True)
+    (leftover / "shard-00001-model-00001-of-00001.safetensors").write_bytes(b"half")
+    trained(config)
+    assert [path.name for path in leftover.parent.iterdir()] == ["step-0000002"]
+
+
+class Full(Exception):
+    pass
+
+
+@pytest.fixture
+def disk_fills(monkeypatch):
+    """disk_fills(step): from then on nothing can be written into a checkpoint of that step."""
+    import io
+
+    real = io.open
+
+    def at(step):
+        def opened(file, mode="r", *args, **kwargs):
+            if f"step-{step:07d}.tmp" in str(file) and set(mode) & set("wax+"):
+                raise OSError(28, "No space left on device", str(file))
+            return real(file, mode, *args, **kwargs)
+
+        monkeypatch.setattr(io, "open", opened)
+        monkeypatch.setattr("builtins.open", opened)
+
+    return at
+
+
+@pytest.mark.parametrize("async_save", [True, False])
+def test_a_full_disk_ends_the_run_with_path_and_need_and_older_checkpoints_stay(tiny_args, disk_fills, async_save):
+    config = tiny_args("run", **{"checkpoint.async_save": async_save})
+    disk_fills(10)
+    with pytest.raises(SaveError, match=r"step-0000010.*No space left.*needs .* GB") as told:
+        trained(config)
+    assert told.value.exit_code == 1
+    assert checkpoints.newest(Path(config.run_dir)).name == "step-0000005"
+
+
+def test_where_a_save_is_not_required_training_goes_on(tiny_args, disk_fills, caplog, read_metrics):
+    config = tiny_args("run", **{"checkpoint.required": False})
+    disk_fills(10)
+    trained(config)
+    assert steps_of(Path(config.run_dir)) == [5, 12] and len(read_metrics(config.run_dir)) == 12
+    assert "training goes on" in caplog.text
+
+
+def test_a_non_finite_state_is_never_committed(tiny_args):
+    from olmo_train.errors import NonFiniteError
+
+    config = tiny_args("run")
+    run = train(config)
+    from olmo_train import train as module
+
+    real = module.Run.save
+
+    def poisoned(self, step, model, optimizer):
+        with torch.no_grad():
+            next(model.parameters()).to_local()[0, 0] = float("nan")
+        real(self, step, model, optimizer)
+
+    module.Run.save = poisoned
+    try:
+        with pytest.raises(NonFiniteError, match="not committed"):
+            list(run)
+    finally:
+        module.Run.save = real
+    assert steps_of(Path(config.run_dir)) == []
+
+
+def test_save_steps_and_intervals_are_due():
+    config = CheckpointConfig(interval_steps=10, save_steps=(1, 2), permanent_interval_steps=25)
+    assert [step for step in range(31) if config.is_due(step) and step] == [1, 2, 10, 20, 25, 30]
+
+
+def test_the_verb_lists_verifies_and_prunes(finished, run_cli):
+    listed = run_cli("checkpoints", finished, "--verify")
+    assert listed.returncode == 0 and listed.stdout.count("verified") == 3
+    (finished / "config.yaml").write_text((finished / "config.yaml").read_text().replace("keep_last: 3", "keep_last: 1"))
+    dry = run_cli("checkpoints", finished, "--prune", "--dry-run")
+    assert dry.stdout.count("would delete") == 2 and steps_of(finished) == [2, 4, 6]
+    run_cli("checkpoints", finished, "--prune")
+    assert steps_of(finished) == [6]
+    (finished / "checkpoints/step-0000006/state.json").write_text("{}")
+    assert run_cli("checkpoints", finished, "--verify").returncode == 4
+
+
+def test_the_stall_and_the_bandwidth_of_saves_are_metrics(finished, read_metrics):
+    lines = read_metrics(finished)
+    assert any("throughput/checkpoint_stall_seconds" in line for line in lines)
+    assert any(line.get("throughput/checkpoint_bytes_per_second", 0) > 0 for line in lines)
