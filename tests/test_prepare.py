@@ -219,7 +219,7 @@ def test_inputs_without_documents_are_refused_and_leave_nothing(tmp_path):
     assert list((tmp_path / "kept").iterdir()) == []
 
 
-def test_held_out_documents_are_every_kth_and_in_no_other_folder(tmp_path):
+def test_held_out_documents_are_every_kth_and_in_no_other_folder(tmp_path, small_chunks):
     folder, result = prepare_source(tmp_path, validation_fraction=0.1)
     held_out = pq.read_table(folder / "validation" / "documents.parquet")["id"].to_pylist()
     assert held_out == [f"doc-{i}" for i in range(9, 60, 10)]

@@ -97,15 +97,15 @@ def test_uint16_read_as_uint32_is_refused(tmp_path):
 
 
 def test_an_id_beyond_the_vocabulary_is_found_anywhere_and_a_passed_shard_is_remembered(tmp_path):
-    array = np.zeros(3_000_000, np.uint16)
+    array = np.zeros(5_000_000, np.uint16)
     array.tofile(tmp_path / "a.npy")
     source = open_source("test", SourceConfig(str(tmp_path / "a.npy")), 1000)
     check_ids(source, 1000)
     assert len(list((tmp_path / "cache").rglob("checked/*"))) == 1
-    array[1_234_567] = 1000
+    array[4_567_891] = 1000
     array.tofile(tmp_path / "a.npy")
     source = open_source("test", SourceConfig(str(tmp_path / "a.npy")), 1000)  # the sample does not meet it
-    with pytest.raises(DataError, match=r"a.npy: token 1234567 has id 1000, .* is 999"):
+    with pytest.raises(DataError, match=r"a.npy: token 4567891 has id 1000, .* is 999"):
         check_ids(source, 1000)
 
 

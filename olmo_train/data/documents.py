@@ -172,9 +172,6 @@ class DocumentParts:
     def __init__(self, work: Path, parts: int):
         self.work, self.parts, self.rows = work, parts, 0
         self._columns: dict[str, list] = {name: [] for name in COLUMNS}
-        for file in work.glob("documents-*.parquet"):
-            if int(file.stem.split("-")[1]) >= parts:
-                file.unlink()
 
     def add(self, shard: int, ids: list, starts: np.ndarray, ends: np.ndarray, origins: list, records: list) -> None:
         """Rows of documents; starts and ends are positions in the shard, the EOS not included."""

@@ -168,15 +168,7 @@ def _cut_lines(unit: Unit, text_field: str) -> Iterator[Chunk]:
                 yield Chunk("jsonl", origin, line, data, raw.tell() - told)
                 line, told = line + data.count(b"\n"), raw.tell()
         except (OSError, EOFError) as problem:  # a damaged or cut-off compressed file
-            yield Chunk("jsonl", origin, line, bytes(carry), 0)  # what came before the damage counts
-            yield Chunk(
-                "jsonl",
-                origin,
-                line + carry.count(b"\n"),
-                b"",
-                unit.size - told,
-                f"the file breaks off here: {problem}",
-            )
+            yield Chunk("jsonl", origin, line, b"", unit.size - told, f"the file breaks off here: {problem}")
             return
     if carry:
         yield Chunk("jsonl", origin, line, bytes(carry), unit.size - told)

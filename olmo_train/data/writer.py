@@ -67,7 +67,6 @@ class SourceWriter:
         work.mkdir(parents=True, exist_ok=True)
         self.folder, self.tokenizer, self.max_shard_tokens, self.state = folder, tokenizer, max_shard_tokens, state
         self._parts = DocumentParts(work, state.parts)
-        self._remove_later_shards()
         names = self._names()
         self._tokens = _HashedFile(folder / names[0], state.shard_tokens * tokenizer.dtype.itemsize)
         self._labels = _HashedFile(folder / names[1], state.shard_tokens) if state.shard_labels else None
@@ -75,16 +74,6 @@ class SourceWriter:
     def _names(self) -> tuple[str, str]:
         index = len(self.state.shards)
         return f"tokens-{index:05d}.bin", f"labels-{index:05d}.bin"
-
-    def _remove_later_shards(self) -> None:
-        """Shards that were begun after the last save: their documents will come again."""
-        kept = {shard["file"] for shard in self.state.shards} | {self._names()[0]}
-        kept |= {shard["labels"]["file"] for shard in self.state.shards if shard["labels"]}
-        kept |= {self._names()[1]} if self.state.shard_labels else set()
-        for pattern in ("tokens-*.bin", "labels-*.bin"):
-            for file in self.folder.glob(pattern):
-                if file.name not in kept:
-                    file.unlink()
 
     def add(self, documents: Tokenized) -> None:
         """Append documents; a shard that is full is closed."""
