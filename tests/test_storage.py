@@ -1,0 +1,139 @@
+"""Files that are whole or not there, hashes that tell what a disk did, and one run at a time."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from olmo_train import storage
+from olmo_train.errors import ConfigError
+from olmo_train.storage import RunLock, commit_folder, problems_of, remove_folder, replace_file, write_file
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A committed folder of two files."""
+    temporary = tmp_path / ".step.tmp"
+    temporary.mkdir()
+    entries = {name: write_file(temporary / name, content) for name, content in (("a.bin", b"aaaa" * 100), ("b.json", b"{}"))}
+    commit_folder(temporary, tmp_path / "step", entries)
+    return tmp_path / "step"
+
+
+def test_a_committed_folder_verifies(folder):
+    assert problems_of(folder) == []
+    assert sorted(os.listdir(folder)) == ["MANIFEST.json", "a.bin", "b.json"]
+    assert not folder.with_name(".step.tmp").exists()
+
+
+@pytest.mark.parametrize("at", [0, 200, 399])
+def test_a_flipped_bit_is_told_by_the_files_name(folder, at):
+    content = bytearray((folder / "a.bin").read_bytes())
+    content[at] ^= 1
+    (folder / "a.bin").write_bytes(content)
+    assert problems_of(folder) == ["a.bin does not have the hash of what was written"]
+
+
+def test_every_other_damage_is_told_too(folder):
+    (folder / "a.bin").write_bytes(b"aaaa" * 99)
+    (folder / "b.json").unlink()
+    (folder / "c.txt").write_text("stray")
+    assert problems_of(folder) == ["a.bin has 396 bytes, expected 400", "b.json is missing", "c.txt is not in the manifest"]
+
+
+@pytest.mark.parametrize("manifest", ["", "[]", "{}", '{"files": []}', '{"files": {"a.bin": {}}}', "\x00"])
+def test_a_manifest_that_cannot_be_read_is_a_damage(folder, manifest):
+    (folder / "MANIFEST.json").write_text(manifest)
+    assert problems_of(folder)[0].startswith("MANIFEST.json cannot be read")
+
+
+def test_any_flipped_byte_of_the_manifest_changes_nothing_silently(folder):
+    """Either the folder is told to be damaged, or the flip was in what nothing depends on, and the rest still verifies."""
+    file = folder / "MANIFEST.json"
+    good = file.read_bytes()
+    entries = json.loads(good)["files"]
+    for at in range(len(good)):
+        bad = bytearray(good)
+        bad[at] ^= 0x02
+        file.write_bytes(bad)
+        if not problems_of(folder):
+            assert json.loads(file.read_bytes())["files"] == entries
+
+
+def test_a_manifest_cannot_lead_out_of_the_folder(folder, tmp_path):
+    (tmp_path / "outside").write_bytes(b"x")
+    manifest = json.loads((folder / "MANIFEST.json").read_text())
+    manifest["files"]["../outside"] = write_file(tmp_path / "outside", b"x")
+    (folder / "MANIFEST.json").write_text(json.dumps(manifest))
+    assert problems_of(folder) == ["../outside leads out of the folder"]
+
+
+def test_a_symlink_in_a_checkpoint_is_not_followed(folder, tmp_path):
+    (folder / "a.bin").rename(tmp_path / "elsewhere.bin")
+    (folder / "a.bin").symlink_to(tmp_path / "elsewhere.bin")
+    assert problems_of(folder) == ["a.bin leads out of the folder"]
+
+
+def test_removing_a_folder_does_not_follow_symlinks(folder, tmp_path):
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "precious").write_text("kept")
+    (folder / "link").symlink_to(outside)
+    remove_folder(folder)
+    assert not folder.exists() and (outside / "precious").exists()
+    link = tmp_path / "step-2"
+    link.symlink_to(outside)
+    remove_folder(link)
+    assert not link.is_symlink() and (outside / "precious").exists()
+
+
+def test_a_removal_that_was_interrupted_leaves_no_half_under_the_name(folder, monkeypatch):
+    monkeypatch.setattr(storage.shutil, "rmtree", lambda *args, **kwargs: None)  # dies before it deletes anything
+    remove_folder(folder)
+    assert not folder.exists()
+    assert problems_of(folder.with_name(".step.deleted")) == []
+
+
+def test_replacing_a_file_leaves_no_other(tmp_path, monkeypatch):
+    file = tmp_path / "config.yaml"
+    replace_file(file, b"old")
+    replace_file(file, b"new")
+    assert file.read_bytes() == b"new" and os.listdir(tmp_path) == ["config.yaml"]
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(storage.os, "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        replace_file(file, b"newer")
+    assert file.read_bytes() == b"new" and os.listdir(tmp_path) == ["config.yaml"]
+
+
+def test_all_is_flushed_before_a_folder_gets_its_name(tmp_path, monkeypatch):
+    calls = []
+    real_fsync, real_rename = os.fsync, os.rename
+    path = lambda descriptor: os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}"))  # noqa: E731
+    monkeypatch.setattr(os, "fsync", lambda d: calls.append(path(d)) or real_fsync(d))
+    monkeypatch.setattr(os, "rename", lambda a, b: calls.append("rename") or real_rename(a, b))
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    commit_folder(temporary, tmp_path / "final", {"a": write_file(temporary / "a", b"a")})
+    assert calls == ["a", "MANIFEST.json", "temporary", "rename", tmp_path.name]
+
+
+def test_one_run_at_a_time(tmp_path):
+    told = rf"run_dir: {tmp_path} is in use by process {os.getpid()} on .* since"
+    with RunLock(tmp_path), pytest.raises(ConfigError, match=told):
+        RunLock(tmp_path).__enter__()
+    with RunLock(tmp_path):
+        pass
+
+
+def test_the_lock_of_a_killed_run_does_not_block(tmp_path):
+    program = "from olmo_train.storage import *; import sys; RunLock(Path(sys.argv[1])).__enter__(); os.kill(os.getpid(), 9)"
+    killed = subprocess.run([sys.executable, "-c", program, str(tmp_path)], cwd=os.path.dirname(os.path.dirname(__file__)))
+    assert killed.returncode == -9 and (tmp_path / ".lock").read_text().startswith("process ")
+    with RunLock(tmp_path):
+        assert (tmp_path / ".lock").read_text().startswith(f"process {os.getpid()} ")
