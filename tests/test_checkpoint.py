@@ -138,6 +138,17 @@ def test_retention_counts_committed_checkpoints_and_spares_permanent_ones(tiny_a
     assert steps_of(Path(config.run_dir)) == [0, 1, 2, 4, 8, 13, 14]
 
 
+def test_damaged_checkpoints_do_not_push_out_the_good_one_that_is_written_after_them(tiny_args):
+    config = tiny_args("run", total_steps=6, **{"checkpoint.interval_steps": 3})
+    trained(config)
+    folder = Path(config.run_dir) / "checkpoints"
+    (folder / "step-0000006/state.json").write_text("{}")
+    shutil.copytree(folder / "step-0000006", folder / "step-0000005")
+    trained(tiny_args("run", total_steps=4, **{"checkpoint.interval_steps": 3, "checkpoint.keep_last": 1}))
+    assert checkpoints.newest(Path(config.run_dir)).name == "step-0000004"
+    assert steps_of(Path(config.run_dir)) == [4, 5, 6]  # the damaged ones are left alone
+
+
 def test_permanent_intervals_are_kept(tiny_args):
     changes = {"checkpoint.interval_steps": 2, "checkpoint.keep_last": 1, "checkpoint.permanent_interval_steps": 4}
     config = tiny_args("run", total_steps=10, **changes)

@@ -100,6 +100,29 @@ def test_a_change_of_the_training_is_refused_with_both_values_unless_allowed(tin
     trained(tiny_args("run", total_steps=3, allow_changes=f"[{key}]", **{key: value}))
 
 
+def test_sources_in_another_order_are_refused(tiny_args, tiny_words, tiny_tokens):
+    """The order decides which place of the mix is whose."""
+    from olmo_train import config
+    from olmo_train.recipe import TrainConfig
+
+    other = f"data.sources.b.path={tiny_tokens}"
+    words = tiny_words("run", total_steps=2)
+    trained(config.load(TrainConfig, [], [*words, other]))
+    with pytest.raises(ConfigError, match=r"data.sources: is \['b', 'a'\] now and was \['a', 'b'\]"):
+        trained(config.load(TrainConfig, [], [other, *words, "total_steps=3"]))
+
+
+def test_the_speed_after_a_resume_counts_the_steps_of_this_process_alone(tiny_args, monkeypatch):
+    from olmo_train import train as module
+
+    changes = {"log.interval_steps": 10, "checkpoint.interval_steps": 5}
+    cut(tiny_args("run", **changes), steps=6)
+    timed, real = [], module.throughput_metrics
+    monkeypatch.setattr(module, "throughput_metrics", lambda **known: timed.append(known["steps"]) or real(**known))
+    trained(tiny_args("run", **changes))
+    assert timed == [5, 2]
+
+
 def test_data_changed_at_the_same_size_are_refused(tiny_args, tiny_tokens):
     trained(tiny_args("run", total_steps=2))
     content = bytearray(tiny_tokens.read_bytes())
