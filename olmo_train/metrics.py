@@ -55,12 +55,16 @@ class JsonLines:
 
     def __init__(self, path: Path):
         self.path = path
-        self._file = open(path, "ab", buffering=0)  # noqa: SIM115, closed by close()
+        self._file = open(path, "a+b", buffering=0)  # noqa: SIM115, closed by close()
+        self._cut_half_line()
         self._waiting = b""  # not on the disk yet
         self._warned = False
 
     def append(self, line: dict[str, Any]) -> None:
         self._waiting += json.dumps(line).encode() + b"\n"
+        self._write()
+
+    def _write(self) -> None:
         try:
             while self._waiting:
                 self._waiting = self._waiting[self._file.write(self._waiting) :]
@@ -69,13 +73,21 @@ class JsonLines:
                 log.warning("%s cannot be written for now, its lines are kept in memory: %s", self.path, problem)
             self._warned = True
 
+    def _cut_half_line(self) -> None:
+        """Drop what a killed process has left behind the last line's end, so that the next line begins one."""
+        self._file.seek(0)
+        content = self._file.read()
+        self._file.truncate(content.rfind(b"\n") + 1)
+
     def sync(self) -> None:
+        self._write()
         try:
             os.fsync(self._file.fileno())
         except OSError as problem:
             log.warning("%s could not be flushed: %s", self.path, problem)
 
     def close(self) -> None:
+        self._write()
         self._file.close()
 
 
