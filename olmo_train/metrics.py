@@ -6,7 +6,6 @@ OLMo runs, so that curves overlay.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import math
@@ -162,12 +161,12 @@ def _mirrors(run_dir: Path, config: LogConfig, resolved: dict[str, Any]) -> Iter
         yield TensorboardMirror(run_dir)
     mode = wandb_mode(config.wandb)
     if mode != "disabled":
-        with contextlib.suppress(_MirrorFailed):
-            yield WandbMirror(run_dir, config.wandb, mode, resolved)
-
-
-class _MirrorFailed(Exception):
-    pass
+        try:
+            mirror = WandbMirror(run_dir, config.wandb, mode, resolved)
+        except Exception as problem:  # whatever ails it, training does not depend on it
+            log.warning("W&B is left out: %s", problem)
+        else:
+            yield mirror
 
 
 def wandb_mode(config: WandbConfig) -> str:
@@ -218,8 +217,7 @@ class WandbMirror:
             self._run = wandb.init(mode=mode, **options)
         except Exception as problem:
             if mode == "offline":
-                log.warning("W&B is left out: %s", problem)
-                raise _MirrorFailed from problem
+                raise
             log.warning(
                 "W&B cannot be reached, this part of the run is recorded offline (wandb sync sends it later): %s",
                 problem,
