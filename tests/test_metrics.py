@@ -1,0 +1,324 @@
+"""metrics.jsonl is the record of truth: each step once, read back bit for bit, complete whatever happens to the mirrors."""
+
+import json
+import logging
+import math
+import sys
+import types
+
+import pytest
+import torch
+
+from olmo_train import metrics as recording
+from olmo_train.errors import DataError
+from olmo_train.metrics import JsonLines, LogConfig, Recorder, WandbConfig, attempts, wandb_mode
+from olmo_train.stats import Interval, loss_metrics, throughput_metrics
+from olmo_train.train import train
+
+CPU = torch.device("cpu")
+DISABLED = LogConfig(wandb=WandbConfig(mode="disabled"))
+
+
+def recorder(run_dir, last_step=0, config=DISABLED):
+    return Recorder(run_dir, config, {}, last_step)
+
+
+def lines(run_dir, name="metrics.jsonl"):
+    return [json.loads(line) for line in (run_dir / name).read_text().splitlines()]
+
+
+# ---- the file
+
+
+def test_floats_read_back_bit_for_bit_and_non_finite_ones_are_null(tmp_path):
+    values = [0.1 + 0.2, 1e-323, math.pi * 1e300, -0.0, float(torch.tensor(0.1))]
+    log = recorder(tmp_path)
+    log.log(1, {f"v{i}": v for i, v in enumerate(values)} | {"nan": math.nan, "inf": -math.inf, "text": "NaN", "n": 3})
+    log.close()
+    line = lines(tmp_path)[0]
+    assert [line[f"v{i}"].hex() for i in range(5)] == [v.hex() for v in values]
+    assert (line["nan"], line["inf"], line["text"], line["n"], line["step"]) == (None, None, "NaN", 3, 1)
+
+
+def test_lines_beyond_the_step_that_is_resumed_are_dropped(tmp_path):
+    log = recorder(tmp_path)
+    for step in range(1, 8):
+        log.log(step, {"x": step})
+    log.close()
+    before = (tmp_path / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    again = recorder(tmp_path, last_step=4)
+    again.log(5, {"x": 50})
+    again.close()
+    assert (tmp_path / "metrics.jsonl").read_bytes().startswith(b"".join(before[:4]))
+    assert [(line["step"], line["x"]) for line in lines(tmp_path)] == [(1, 1), (2, 2), (3, 3), (4, 4), (5, 50)]
+
+
+@pytest.mark.parametrize("half", [b'{"step": 3, "x', b'{"step": 3}', b"\x00\x00\x00", b"{"])
+def test_half_a_line_of_a_killed_run_is_cut(tmp_path, half):
+    whole = b'{"step": 1}\n{"step": 2}\n'
+    (tmp_path / "metrics.jsonl").write_bytes(whole + half)
+    (tmp_path / "events.jsonl").write_bytes(b'{"event": "start", "step": 0}\n' + half)
+    log = recorder(tmp_path, last_step=2)
+    log.log(3, {})
+    log.event("resume", 2)
+    log.close()
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3]
+    assert [line["event"] for line in lines(tmp_path, "events.jsonl")] == ["start", "resume"]
+    assert attempts(tmp_path) == 2
+
+
+def test_a_broken_line_in_the_middle_is_refused_with_its_number(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"stp": 2}\n{"step": 3}\n')
+    with pytest.raises(DataError, match=r"metrics.jsonl: line 2 is not a line of metrics"):
+        recorder(tmp_path, last_step=3)
+    assert lines(tmp_path)[1] == {"stp": 2}, "and left as it was"
+
+
+class Disk:
+    """A file on a disk that is full until there is room for `room` bytes more."""
+
+    def __init__(self, file):
+        self.file, self.room = file, 10**9
+
+    def write(self, content):
+        if not self.room:
+            raise OSError(28, "No space left on device")
+        part = content[: self.room]
+        self.room -= len(part)
+        return self.file.write(part)
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+
+@pytest.mark.parametrize("then", ["append", "sync", "close"])
+@pytest.mark.parametrize("room", [0, 7])
+def test_lines_that_found_no_room_are_written_as_soon_as_there_is_some(tmp_path, room, then, caplog):
+    log = JsonLines(tmp_path / "metrics.jsonl")
+    log._file = disk = Disk(log._file)
+    log.append({"step": 1})
+    disk.room = room
+    log.append({"step": 2})
+    log.append({"step": 3})
+    assert caplog.text.count("cannot be written for now") == 1
+    disk.room = 10**9
+    if then == "append":
+        log.append({"step": 4})
+    elif then == "sync":
+        log.sync()
+    expected = [1, 2, 3, 4] if then == "append" else [1, 2, 3]
+    if then != "close":
+        assert [line["step"] for line in lines(tmp_path)] == expected
+    log.close()
+    assert [line["step"] for line in lines(tmp_path)] == expected
+
+
+# ---- the figures of an interval
+
+
+def add(interval, loss, tokens, skipped=0.0, clipped=0.0):
+    sums = torch.tensor([loss, tokens], dtype=torch.float64)
+    interval.add(sums, torch.tensor(skipped), torch.tensor(clipped), data_wait=0.5)
+
+
+def test_the_loss_is_the_mean_over_the_intervals_tokens_and_not_over_its_steps():
+    interval = Interval(2, CPU)
+    add(interval, [10.0, 30.0], [10, 10])
+    add(interval, [2.0, 0.0], [80, 0], clipped=1.0)
+    found = interval.metrics(["a", "b"], [None, None])
+    assert found["train/CrossEntropyLoss"] == 42 / 100
+    assert found["train/Perplexity"] == pytest.approx(math.exp(0.42))
+    assert found["train/source/a/CrossEntropyLoss"] == 12 / 90
+    assert found["train/source/b/CrossEntropyLoss"] == 3.0
+    assert (found["optim/clipping_rate"], found["skipped"], interval.timed_steps, interval.data_wait) == (0.5, 0, 2, 1.0)
+    assert "train/BitsPerByte" not in found
+
+
+def test_bits_per_byte_are_told_where_the_bytes_of_all_that_was_read_are_known():
+    interval = Interval(2, CPU)
+    add(interval, [8 * math.log(2), 0.0], [4, 0])
+    assert interval.metrics(["a", "b"], [2.0, None])["train/BitsPerByte"] == pytest.approx(1.0)
+    add(interval, [0.0, 1.0], [0, 1])
+    assert "train/BitsPerByte" not in interval.metrics(["a", "b"], [2.0, None])
+
+
+def test_a_skipped_step_gives_no_loss_and_is_counted():
+    interval = Interval(1, CPU)
+    add(interval, [10.0], [10])
+    add(interval, [math.nan], [10], skipped=1.0)
+    add(interval, [math.inf], [10], skipped=1.0)
+    found = interval.metrics(["a"], [None])
+    assert (found["train/CrossEntropyLoss"], found["skipped"]) == (1.0, 2)
+    assert interval.skipped_in_a_row() == 2
+    interval.restart()
+    assert interval.skipped_in_a_row() == 2, "a row of skipped steps goes on over the lines of metrics"
+    add(interval, [10.0], [10])
+    assert interval.skipped_in_a_row() == 0
+
+
+def test_an_interval_goes_on_from_its_state():
+    whole, first = Interval(2, CPU), Interval(2, CPU)
+    for part in (whole, first):
+        add(part, [0.1, 0.7], [3, 5], skipped=0.0, clipped=1.0)
+        add(part, [math.nan, 0.0], [3, 5], skipped=1.0)
+    second = Interval(2, CPU, json.loads(json.dumps(first.state())))
+    for part in (whole, second):
+        add(part, [0.2, 0.3], [1, 1])
+    assert second.metrics(["a", "b"], [None] * 2) == whole.metrics(["a", "b"], [None] * 2)
+    assert second.timed_steps == 1
+    assert Interval(3, CPU, first.state()).sums.tolist() == [[0.0] * 3] * 2  # other sources: begun anew
+
+
+def test_no_tokens_give_no_loss_and_no_crash():
+    found = loss_metrics("eval/x", 0.0, 0.0, None)
+    assert math.isnan(found["eval/x/CrossEntropyLoss"])
+    assert loss_metrics("eval/x", 1e6, 1.0, None)["eval/x/Perplexity"] > 1e300
+
+
+def test_throughput_is_arithmetic_and_an_unknown_device_has_no_mfu():
+    known = dict(step=20, steps=10, seconds=5.0, data_wait=1.0, tokens_per_step=1000, flops_per_token=7, world_size=4)
+    found = throughput_metrics(**known, peak_flops=None)
+    assert found == {
+        "throughput/total_tokens": 20_000,
+        "throughput/total_flops": 140_000,
+        "throughput/tokens_per_second": 2000.0,
+        "throughput/device/tokens_per_second": 500.0,
+        "throughput/step_seconds": 0.5,
+        "throughput/data_wait_seconds": 0.1,
+    }
+    assert throughput_metrics(**known, peak_flops=7000.0)["throughput/mfu"] == 0.5
+
+
+# ---- a run's lines
+
+
+def test_every_line_has_the_contracts_names(tiny_args, read_metrics, tmp_path):
+    config = tiny_args("run", total_steps=4, **{"log.interval_steps": 3, "data.validation.v.path": tmp_path / "tokens.npy"})
+    for _ in train(config):
+        pass
+    first, last = read_metrics(config.run_dir)
+    assert (first["step"], last["step"]) == (3, 4)
+    for line in (first, last):
+        assert line.keys() >= {
+            "step", "train/CrossEntropyLoss", "train/Perplexity", "optim/total_grad_norm", "optim/clipping_rate",
+            "optim/learning_rate_group0", "throughput/total_tokens", "throughput/device/tokens_per_second",
+            "throughput/tokens_per_second", "throughput/step_seconds", "throughput/data_wait_seconds",
+            "throughput/total_flops", "train/source/a/CrossEntropyLoss", "sample_hash", "skipped", "attempt", "world_size",
+        }  # fmt: skip
+        assert "throughput/mfu" not in line
+    assert last.keys() >= {"eval/v/CrossEntropyLoss", "eval/v/Perplexity"}
+    assert last["throughput/total_tokens"] == 4 * 8 * 64
+    events = [event["event"] for event in lines(tmp_path / "run", "events.jsonl")]
+    assert events == ["start", "evaluation", "save", "finish"]
+
+
+def test_the_logged_loss_is_the_mean_of_the_intervals_losses(tiny_args, read_metrics):
+    losses = [stats.loss.item() for stats in train(tiny_args("each", total_steps=6))]
+    for _ in train(tiny_args("six", total_steps=6, **{"log.interval_steps": 6})):
+        pass
+    (line,) = read_metrics(tiny_args("six").run_dir)
+    assert line["train/CrossEntropyLoss"] == pytest.approx(sum(losses) / 6, rel=1e-9)
+
+
+# ---- mirrors
+
+
+def test_auto_goes_online_with_a_key_and_offline_without_asking(monkeypatch, tmp_path):
+    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert wandb_mode(WandbConfig()) == "offline"
+    (tmp_path / ".netrc").touch(mode=0o600)
+    (tmp_path / ".netrc").write_text("machine other.example login user password x\n")
+    assert wandb_mode(WandbConfig()) == "offline"
+    (tmp_path / ".netrc").write_text("machine api.wandb.ai login user password x\n")
+    assert wandb_mode(WandbConfig()) == "online"
+    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example")
+    assert wandb_mode(WandbConfig()) == "offline"
+    monkeypatch.setenv("WANDB_API_KEY", "x")
+    assert wandb_mode(WandbConfig()) == "online"
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert wandb_mode(WandbConfig()) == "disabled"
+    assert wandb_mode(WandbConfig(mode="online")) == "online"
+
+
+class FakeRun:
+    def __init__(self, log):
+        self.lines, self._log = [], log
+
+    def define_metric(self, *args, **kwargs):
+        pass
+
+    def log(self, metrics, step):
+        self._log()
+        self.lines.append((step, metrics))
+
+    def finish(self):
+        self._log()
+
+
+@pytest.fixture
+def wandb(monkeypatch):
+    """A stand-in for W&B whose init and log may fail; `calls` holds what init was given."""
+    fake = types.ModuleType("wandb")
+    fake.calls, fake.runs, fake.refuse, fake.breaks = [], [], (), False
+    fake.Settings = lambda **settings: settings
+
+    def log():
+        if fake.breaks:
+            raise ConnectionError("the network is gone")
+
+    def init(**options):
+        fake.calls.append(options)
+        if options["mode"] in fake.refuse:
+            raise ConnectionError(f"{options['mode']} refused")
+        fake.runs.append(FakeRun(log))
+        return fake.runs[-1]
+
+    fake.init = init
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    return fake
+
+
+ONLINE = LogConfig(wandb=WandbConfig(mode="online", name="a run", tags=("x",)))
+
+
+def test_restarts_are_one_run_under_one_id(tmp_path, wandb):
+    for _ in range(3):
+        log = recorder(tmp_path, config=ONLINE)
+        log.log(1, {"loss": 1.5, "sample_hash": "abc"})
+        log.close()
+    ids = {call["id"] for call in wandb.calls}
+    assert len(ids) == 1 and (tmp_path / "wandb" / "run-id").read_text() in ids
+    assert {call["resume"] for call in wandb.calls} == {"allow"}
+    assert {call["dir"] for call in wandb.calls} == {str(tmp_path)}
+    assert wandb.runs[0].lines == [(1, {"loss": 1.5})]
+
+
+@pytest.mark.parametrize("refused, modes", [(("online",), ["online", "offline"]), (("online", "offline"), ["online", "offline"])])
+def test_a_refused_connection_is_a_warning_and_the_lines_are_complete(tmp_path, wandb, refused, modes, caplog):
+    wandb.refuse = refused
+    log = recorder(tmp_path, config=ONLINE)
+    log.log(1, {"loss": 1.5})
+    log.close()
+    assert [call["mode"] for call in wandb.calls] == modes
+    assert len(wandb.runs) == len(modes) - len(refused)
+    assert lines(tmp_path)[0]["loss"] == 1.5
+    assert "cannot be reached" in caplog.text
+    assert {record.levelno for record in caplog.records} == {logging.WARNING}
+
+
+def test_a_mirror_that_fails_in_the_middle_is_left_out_with_one_warning(tmp_path, wandb, caplog):
+    log = recorder(tmp_path, config=ONLINE)
+    log.log(1, {"loss": 1.0})
+    wandb.breaks = True
+    for step in (2, 3):
+        log.log(step, {"loss": 1.0})
+    log.close()
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3]
+    assert len(caplog.records) == 1 and "W&B failed and is left out from step 2 on" in caplog.text
+
+
+def test_the_commit_of_the_code_is_known_in_a_checkout():
+    version = recording.code_version()
+    assert version is None or len(version.removesuffix("+changes")) == 40
