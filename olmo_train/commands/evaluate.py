@@ -8,64 +8,90 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from olmo_train.commands.generate import add_checkpoint_arguments, open_model
+from olmo_train.commands.generate import add_checkpoint_arguments, open_model, open_tokenizer
 
 if TYPE_CHECKING:
     from olmo_train.data.shards import TokenSource
+    from olmo_train.eval.downstream import Downstream
     from olmo_train.eval.heldout import HeldOut
     from olmo_train.model.transformer import Transformer
-    from olmo_train.recipe import TrainConfig
+    from olmo_train.provenance import RunView
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Measures the loss, perplexity and bits per byte of a checkpoint on held-out sources, beside the losses of a unigram "
+        "model of the training data and of a uniform model; and, with --tasks, its accuracy on downstream tasks."
+    )
     add_checkpoint_arguments(parser)
     parser.add_argument(
-        "--data",
-        action="append",
-        metavar="NAME=PATH",
-        help="a source of tokens to measure on, instead of the run's data.validation",
+        "--data", action="append", metavar="NAME=PATH", help="a source to measure on, instead of the run's data.validation"
     )
+    parser.add_argument(
+        "--tasks",
+        metavar="NAME,...",
+        help="downstream tasks: piqa, hellaswag, ..., NAME/VARIANT, requests.jsonl files, or all; then no source unless --data",
+    )
+    parser.add_argument("--limit", type=int, metavar="N", help="at most N questions of each task, evenly spread")
     parser.add_argument("--batch-size", type=int, metavar="N", help="sequences at once (default: the run's micro_batch_size)")
     parser.add_argument("--no-unigram", action="store_true", help="do not read the training data for the unigram loss")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser.add_argument("--output", type=Path, metavar="FILE.json", help="write the JSON to a file as well")
 
 
 def run(args: argparse.Namespace) -> None:
     from olmo_train import config as configuration
     from olmo_train.checkpoint import read_state
-    from olmo_train.recipe import TrainConfig
+    from olmo_train.errors import ConfigError
+    from olmo_train.provenance import RunView
 
+    if args.batch_size is not None and args.batch_size < 1:
+        raise ConfigError("--batch-size", f"must be at least 1, got {args.batch_size}")
     folder, model = open_model(args.checkpoint, args.device)
-    config = configuration.load(TrainConfig, [folder / "config.yaml"])
-    result = {"checkpoint": str(folder), "step": read_state(folder)["step"]}
-    result["sources"] = {held_out.source: held_out for held_out in _held_out(model, config, result["step"], args)}
+    values = configuration.read([folder / "config.yaml"])
+    rows = args.batch_size or values.get("micro_batch_size", 4)
+    view = configuration.build(RunView, values, partial=True) if values.get("data") else None  # an imported one has no data
+    result: dict[str, Any] = {"checkpoint": str(folder), "step": read_state(folder)["step"]}
+    if args.tasks is not None:
+        result["tasks"] = _downstream(model, folder, rows, args)
+    if args.tasks is None or args.data is not None:
+        result["sources"] = _held_out(model, view, rows, result["step"], args)
     _report(result, args)
 
 
-def _held_out(model: Transformer, config: TrainConfig, step: int, args: argparse.Namespace) -> list[HeldOut]:
+def _downstream(model: Transformer, folder: Path, rows: int, args: argparse.Namespace) -> list[Downstream]:
+    from olmo_train.data.tasks import TASKS
+    from olmo_train.eval.downstream import load_task, results_of, score
+
+    tokenizer = open_tokenizer(folder, args.tokenizer, model.config.vocab_size)
+    words = list(TASKS) if args.tasks == "all" else args.tasks.split(",")
+    tasks = [load_task(word, tokenizer, model.config.seq_len, args.limit) for word in words]
+    batch_tokens = rows * model.config.seq_len
+    return [results_of(task, score(model, task, batch_tokens, watch=_watch).tolist()) for task in tasks]
+
+
+def _held_out(model: Transformer, view: RunView | None, rows: int, step: int, args: argparse.Namespace) -> list[HeldOut]:
     from olmo_train.eval.heldout import measure, training_counts
 
-    rows, vocab_size = args.batch_size or config.micro_batch_size, config.model.vocab_size
-    sources, counts = _sources(config, args), None
-    if not args.no_unigram:
-        counts = training_counts(config.data, config.seed, step, config.global_batch_size, config.model.seq_len, vocab_size)
-    return [measure(model, source, rows, config.data.document_mask, counts, _watch) for source in sources]
+    sources = _sources(model.config.vocab_size, view, args)
+    counts = training_counts(view.mixture, step) if view and not args.no_unigram else None
+    return [measure(model, source, rows, bool(view and view.data.document_mask), counts, _watch) for source in sources]
 
 
-def _sources(config: TrainConfig, args: argparse.Namespace) -> list[TokenSource]:
+def _sources(vocab_size: int, view: RunView | None, args: argparse.Namespace) -> list[TokenSource]:
     from olmo_train.data.shards import SourceConfig, open_source
     from olmo_train.errors import ConfigError
 
-    named = config.data.validation
+    named = view.data.validation if view else {}
     if args.data is not None:
         for word in args.data:
             if not all(word.partition("=")):
                 raise ConfigError("--data", f"'{word}' is not NAME=PATH")
         named = {word.partition("=")[0]: SourceConfig(word.partition("=")[2]) for word in args.data}
     if not named:
-        raise ConfigError("data.validation", "names no held-out source in this run; give one with --data NAME=PATH")
-    return [open_source(name, source, config.model.vocab_size, config.data.eos_id) for name, source in named.items()]
+        raise ConfigError("data.validation", "names no held-out source in this run; give one with --data NAME=PATH, or --tasks")
+    eos_id = view.data.eos_id if view else None
+    return [open_source(name, source, vocab_size, eos_id) for name, source in named.items()]
 
 
 def _watch(items, what: str, total: int):
@@ -79,7 +105,9 @@ def _watch(items, what: str, total: int):
 
 
 def _report(result: dict[str, Any], args: argparse.Namespace) -> None:
-    plain = result | {"sources": {name: asdict(held_out) for name, held_out in result["sources"].items()}}
+    held_out, tasks = result.get("sources", []), result.get("tasks", [])
+    plain = {"checkpoint": result["checkpoint"], "step": result["step"]}
+    plain |= {"sources": {h.source: asdict(h) for h in held_out}, "tasks": {t.task: asdict(t) for t in tasks}}
     text = json.dumps(plain, indent=1)
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)
@@ -87,12 +115,17 @@ def _report(result: dict[str, Any], args: argparse.Namespace) -> None:
     if args.json:
         print(text)
         return
-    print(f"{result['checkpoint']}, after {result['step']:,} steps; losses in nats a token")
-    columns = ("source", "tokens", "loss", "perplexity", "bits/byte", "unigram loss", "uniform loss")
-    print_table(columns, [
-        (h.source, f"{h.tokens:,}", _number(h.loss), _number(h.perplexity, 2), _number(h.bits_per_byte), _number(h.unigram_loss),
-         _number(h.uniform_loss)) for h in result["sources"].values()
-    ])  # fmt: skip
+    print(f"{result['checkpoint']}, after {result['step']:,} steps")
+    if held_out:
+        columns = ("source", "tokens", "loss (nats/token)", "perplexity", "bits/byte", "unigram loss", "uniform loss")
+        rows = [(h.source, f"{h.tokens:,}", _number(h.loss), _number(h.perplexity, 2), _number(h.bits_per_byte),
+                 _number(h.unigram_loss), _number(h.uniform_loss)) for h in held_out]  # fmt: skip
+        print_table(columns, rows)
+    if tasks:
+        columns = ("task", "questions", "accuracy %", "±", "length-normed %", "chance %", "bits/byte of the answer")
+        rows = [(t.task, f"{t.questions:,}", *(_number(share and 100 * share, 1) for share in (t.acc, t.acc_error, t.len_norm,
+                 t.chance)), _number(t.bits_per_byte)) for t in tasks]  # fmt: skip
+        print_table(columns, rows)
 
 
 def _number(value: float | None, digits: int = 4) -> str:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from olmo_train.data.loader import IGNORE, Batch, validation_batches
-from olmo_train.data.mixture import DataConfig, Mixture
+from olmo_train.data.mixture import Mixture
 from olmo_train.data.shards import TokenSource
 from olmo_train.errors import ConfigError, DataError
 from olmo_train.eval.perplexity import bits_per_byte, loss_sums, mixed_counts, unigram_loss
@@ -74,13 +74,12 @@ def measure(
     )
 
 
-def training_counts(
-    data: DataConfig, seed: int, step: int, global_batch_size: int, seq_len: int, vocab_size: int
-) -> np.ndarray | None:
+def training_counts(open_mixture: Callable[[], Mixture], step: int) -> np.ndarray | None:
     """How often each id occurs in what a run reads up to `step`, (vocab_size,); None, and a warning, without its data."""
     try:
-        mixture = Mixture(data, seed, global_batch_size, seq_len, vocab_size)
+        mixture = open_mixture()
     except DataError as problem:
         log.warning("no unigram loss, since the training data cannot be read: %s", problem)
         return None
-    return mixed_counts(mixture.sources, mixture.order.visits_before(max(step, 1) * global_batch_size), vocab_size)
+    visits = mixture.order.visits_before(max(step, 1) * mixture.global_batch_size)
+    return mixed_counts(mixture.sources, visits, mixture.vocab_size)

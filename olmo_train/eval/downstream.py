@@ -1,0 +1,161 @@
+"""Downstream tasks: which of several texts does the model find likeliest behind a question?
+
+The one idea: what is measured is one number for each choice, its log-likelihood. `score` gives them as a vector that is 0
+where another rank computed them, so the caller adds the ranks' vectors up, exactly, and `results_of` reads accuracy and all
+else off the sum. Batches are made from the task alone and dealt out to the ranks, so that every number of ranks computes the
+same batches.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from olmo_train.data.tasks import Task, read_task
+from olmo_train.data.tokenizer import Tokenizer
+
+ROUND = 16  # lengths of batches are multiples of it
+
+
+@dataclass(frozen=True)
+class Row:
+    """One choice as tokens: what the model reads, and what it is scored on behind the last places of that."""
+
+    input_ids: tuple[int, ...]  # context and choice without its last token, at most seq_len, cut on the left
+    targets: tuple[int, ...]  # the choice
+
+
+@dataclass(frozen=True)
+class TokenizedTask:
+    task: Task
+    rows: tuple[Row, ...]  # the choices of all questions, in order
+
+    @property
+    def label(self) -> str:
+        return self.task.label
+
+
+def load_task(word: str, tokenizer: Tokenizer, seq_len: int, limit: int | None = None) -> TokenizedTask:
+    """A task (see read_task), tokenized for a model of seq_len. Raises ConfigError and DataError.
+
+    Context and choice are encoded each for itself, as OLMo does.
+    """
+    task = read_task(word, limit)
+    choices = [choice for question in task.questions for choice in question.choices]
+    contexts = tokenizer.encode_batch([choice.context for choice in choices])
+    targets = tokenizer.encode_batch([choice.text for choice in choices])
+    rows = (_row(c.tolist() or [tokenizer.eos_id], t.tolist(), seq_len) for c, t in zip(contexts, targets, strict=True))
+    return TokenizedTask(task, tuple(rows))
+
+
+def _row(context: list[int], choice: list[int], seq_len: int) -> Row:
+    return Row(tuple((context + choice)[:-1][-seq_len:]), tuple(choice[-seq_len:]))
+
+
+@torch.no_grad()
+def score(
+    model: nn.Module,
+    task: TokenizedTask,
+    batch_tokens: int,
+    rank: int = 0,
+    world_size: int = 1,
+    stop: Callable[[], int] = lambda: 0,
+    watch: Callable[[Iterable, str, int], Iterable] = lambda items, *_: items,
+) -> Tensor:
+    """(rows,) float64 on the model's device: the log-likelihood in nats of each choice; 0 for those of other ranks.
+
+    batch_tokens: most tokens of one forward, padding included. All ranks make the same number of forwards, as sharded models
+    need. `stop` is asked after each; the scores are not to be used when it says so. `watch` may show progress: it is given the
+    items, what they are of and how many, and gives the items back.
+    """
+    device = next(model.parameters()).device
+    scores = torch.zeros(len(task.rows), dtype=torch.float64, device=device)
+    batches = _batches(task, batch_tokens)
+    was_training = model.training
+    model.eval()
+    for first in watch(range(0, len(batches), world_size), task.label, -(-len(batches) // world_size)):
+        mine = first + rank
+        indices = batches[min(mine, len(batches) - 1)]  # beyond the last batch a rank computes along, for nothing
+        likelihoods = _likelihoods(model, task, indices, device)
+        if mine < len(batches):
+            scores[torch.tensor([i for same in indices for i in same], device=device)] = likelihoods
+        if stop():
+            break
+    model.train(was_training)
+    return scores
+
+
+def _batches(task: TokenizedTask, batch_tokens: int) -> list[list[list[int]]]:
+    """Batches of groups of rows: rows of one input are computed once, and inputs of like length together, the longest first."""
+    same: dict[tuple[int, ...], list[int]] = {}
+    for i, row in enumerate(task.rows):
+        same.setdefault(row.input_ids, []).append(i)
+    batches: list[list[list[int]]] = []
+    width = 0
+    for input_ids, indices in sorted(same.items(), key=lambda item: (-len(item[0]), item[1])):
+        if not batches or (len(batches[-1]) + 1) * width > batch_tokens:
+            batches.append([])
+            width = -(-len(input_ids) // ROUND) * ROUND
+        batches[-1].append(indices)
+    return batches
+
+
+def _likelihoods(model: nn.Module, task: TokenizedTask, indices: list[list[int]], device: torch.device) -> Tensor:
+    """(choices,) float64, in the order of `indices`, whose groups share a line of the batch."""
+    inputs = [task.rows[same[0]].input_ids for same in indices]
+    width = -(-max(map(len, inputs)) // ROUND) * ROUND
+    # Attention looks back only, so what pads a line on the right changes nothing.
+    input_ids = torch.tensor([[*ids, *[0] * (width - len(ids))] for ids in inputs], device=device)  # (B, T)
+    line_of = [line for line, same in enumerate(indices) for _ in same]
+    rows = [task.rows[i] for same in indices for i in same]
+    scored = [
+        (line, place, owner, target)
+        for owner, (line, row) in enumerate(zip(line_of, rows, strict=True))
+        for place, target in enumerate(row.targets, start=len(row.input_ids) - len(row.targets))
+    ]
+    lines, places, owners, targets = torch.tensor(scored, device=device).T
+    logits = model(input_ids)[lines, places].float()  # (scored tokens, V)
+    losses = F.cross_entropy(logits, targets, reduction="none")
+    return torch.zeros(len(rows), dtype=torch.float64, device=device).index_add_(0, owners, -losses.double())
+
+
+@dataclass(frozen=True)
+class Downstream:
+    """What a task has come to. A task without a choice has bits per byte only."""
+
+    task: str
+    questions: int
+    chance: float | None  # accuracy of blind guessing
+    acc: float | None  # share of questions whose right choice is the likeliest
+    acc_error: float | None  # standard error of acc
+    len_norm: float | None  # the same, with log-likelihoods divided by the characters of the choice
+    bits_per_byte: float  # of the right choice: mean over the questions
+
+    def metrics(self) -> dict[str, float]:
+        """Under the names of the public OLMo runs."""
+        named = {"acc": self.acc, "len_norm": self.len_norm, "bpb": self.bits_per_byte}
+        return {f"eval/downstream/{self.task}_{name}": value for name, value in named.items() if value is not None}
+
+
+def results_of(task: TokenizedTask, scores: list[float]) -> Downstream:
+    """Read the results off the log-likelihoods of all choices, (rows,). The space before a choice counts in no length."""
+    right, right_normed, bits, chance, first = 0, 0, 0.0, 0.0, 0
+    for question in task.task.questions:
+        texts = [choice.text.removeprefix(" ") for choice in question.choices]
+        likelihoods = scores[first : first + len(texts)]
+        normed = [value / max(len(text), 1) for value, text in zip(likelihoods, texts, strict=True)]
+        right += likelihoods.index(max(likelihoods)) == question.gold
+        right_normed += normed.index(max(normed)) == question.gold
+        bits -= likelihoods[question.gold] / math.log(2) / max(len(texts[question.gold].encode()), 1)
+        chance += 1 / len(texts)
+        first += len(texts)
+    n = len(task.task.questions)
+    if all(len(question.choices) == 1 for question in task.task.questions):
+        return Downstream(task.label, n, None, None, None, None, bits / n)
+    acc = right / n
+    return Downstream(task.label, n, chance / n, acc, math.sqrt(acc * (1 - acc) / n), right_normed / n, bits / n)
