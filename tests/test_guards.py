@@ -1,0 +1,228 @@
+"""A step that is not finite changes nothing on any rank; too many end the run; a signal ends it after a save, exactly."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import on_ranks
+
+from olmo_train import train as module
+from olmo_train.checkpoint import committed, read_state
+from olmo_train.errors import NonFiniteError
+from olmo_train.guards import GuardConfig, StopSignals, check_skipped
+from olmo_train.train import train
+
+
+def poison(step: int, value: float, monkeypatch=None, rank: int = 0, world=None):
+    """From now on the gradient of update `step` holds `value`, in one element on one rank."""
+    real, seen = module.parallel.clip_gradients, []
+
+    def poisoned(model, max_norm):
+        seen.append(1)
+        if len(seen) in (step if isinstance(step, tuple) else (step,)) and (world is None or world.rank == rank):
+            gradient = model.blocks[1].mlp.w_out.weight.grad
+            getattr(gradient, "_local_tensor", gradient)[0, 0] = value
+        return real(model, max_norm)
+
+    if monkeypatch:
+        monkeypatch.setattr(module.parallel, "clip_gradients", poisoned)
+    else:
+        module.parallel.clip_gradients = poisoned
+
+
+def states_of(run_dir, step) -> dict:
+    """The tensors of a checkpoint, whole, and its count of updates."""
+    from olmo_train.checkpoint import HuggingFaceStorageReader, dcp
+
+    folder = Path(run_dir) / "checkpoints" / f"step-{step:07d}"
+    entries = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    tensors = {name: torch.empty(entry.size) for name, entry in entries.items()}
+    dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
+    return tensors | {"updates": torch.tensor(read_state(folder)["optimizer_steps"])}
+
+
+def unchanged(run_dir, before: int, after: int) -> bool:
+    a, b = states_of(run_dir, before), states_of(run_dir, after)
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+EVERY = {"checkpoint.interval_steps": 1, "checkpoint.keep_last": 20, "total_steps": 6}
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e30])
+def test_a_gradient_that_is_not_finite_changes_nothing_and_training_goes_on(tiny_args, read_metrics, monkeypatch, value):
+    poison(4, value, monkeypatch)
+    config = tiny_args("run", **EVERY)
+    skipped = [stats.skipped.item() for stats in train(config)]
+    assert skipped == [0, 0, 0, 1, 0, 0]
+    assert unchanged(config.run_dir, 3, 4) and not unchanged(config.run_dir, 2, 3) and not unchanged(config.run_dir, 4, 5)
+    assert states_of(config.run_dir, 6)["updates"] == 5
+    assert [line["skipped"] for line in read_metrics(config.run_dir)] == [0, 0, 0, 1, 0, 0]
+    assert all(torch.isfinite(tensor).all() for tensor in states_of(config.run_dir, 6).values())
+
+
+def test_a_loss_that_is_not_finite_changes_nothing(tiny_args, read_metrics, monkeypatch):
+    """Also where its gradient is finite."""
+    real, calls = module.Transformer.forward, []
+
+    def forward(self, *args, **kwargs):
+        calls.append(1)
+        losses = real(self, *args, **kwargs)
+        return losses + (torch.tensor([math.nan, 0, 0, 0]) if len(calls) == 7 else 0)  # two micro-batches a step
+
+    monkeypatch.setattr(module.Transformer, "forward", forward)
+    config = tiny_args("run", **EVERY)
+    assert [stats.skipped.item() for stats in train(config)] == [0, 0, 0, 1, 0, 0]
+    assert unchanged(config.run_dir, 3, 4)
+    lines = read_metrics(config.run_dir)
+    assert lines[3]["train/CrossEntropyLoss"] is None and all(line["train/CrossEntropyLoss"] for line in lines[:3] + lines[4:])
+
+
+def test_a_nan_on_one_of_two_ranks_is_skipped_on_both(tiny_args, read_metrics):
+    config = tiny_args("run", **EVERY)
+
+    def run(world):
+        module.join_world = lambda replicas: nullcontext(world)
+        poison(4, math.nan, rank=1, world=world)
+        return [[stats.skipped.item(), stats.grad_norm.isfinite().item()] for stats in train(config)]
+
+    first, second = on_ranks(2, run)
+    assert first == second == [[0.0, True]] * 3 + [[1.0, False]] + [[0.0, True]] * 2
+    assert unchanged(config.run_dir, 3, 4) and not unchanged(config.run_dir, 4, 5)
+    assert states_of(config.run_dir, 6)["updates"] == 5
+    assert [line["skipped"] for line in read_metrics(config.run_dir)] == [0, 0, 0, 1, 0, 0]
+    assert read_metrics(config.run_dir)[3]["optim/total_grad_norm"] is None
+
+
+def test_too_many_in_a_row_end_the_run_with_the_last_good_checkpoint_named(tiny_args, monkeypatch):
+    poison((3, 5, 6, 7), math.nan, monkeypatch)
+    config = tiny_args("run", **EVERY | {"total_steps": 12, "guards.max_skipped": 3, "checkpoint.async_save": False})
+    seen = []
+    with pytest.raises(NonFiniteError, match=r"guards.max_skipped: 3 steps in a row .*step-0000006") as told:
+        seen += [stats.step for stats in train(config)]
+    assert told.value.exit_code == 5
+    assert unchanged(config.run_dir, 4, 6)
+
+
+def test_a_row_of_skipped_steps_is_counted_over_a_resume(tiny_args, monkeypatch):
+    changes = {"guards.max_skipped": 4, "checkpoint.interval_steps": 1, "log.interval_steps": 2}
+    poison((3, 4, 5), math.nan, monkeypatch)
+    for _ in train(tiny_args("run", total_steps=5, **changes)):
+        pass
+    poison(1, math.nan, monkeypatch)
+    with pytest.raises(NonFiniteError, match="4 steps in a row"):
+        for _ in train(tiny_args("run", **changes)):
+            pass
+
+
+def test_the_limit_is_exact():
+    check_skipped(9, GuardConfig(max_skipped=10), None)
+    with pytest.raises(NonFiniteError, match="there is no checkpoint yet"):
+        check_skipped(10, GuardConfig(max_skipped=10), None)
+
+
+def test_a_poisoned_run_ends_with_exit_code_5(run_cli, tiny_words, tmp_path):
+    """Weights that a step has made infinite give no finite loss again."""
+    done = run_cli("train", *tiny_words("run", **{"optim.peak_lr": 1e38, "guards.max_skipped": 3}))
+    assert done.returncode == 5
+    assert done.stderr.splitlines()[-1].startswith("error: guards.max_skipped: 3 steps in a row")
+    assert "Traceback" not in done.stderr and committed(tmp_path / "run") == {}
+
+
+# ---- signals
+
+
+def started(words, run_dir: Path, step: int, tmp_path) -> subprocess.Popen:
+    """A run in a process of its own that has logged `step`."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "olmo_train", "train", *words], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+    )
+    deadline = time.monotonic() + 60
+    while True:
+        file = run_dir / "metrics.jsonl"
+        if file.exists() and len(file.read_text().splitlines()) >= step:
+            return process
+        assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_the_run_after_a_save_and_it_goes_on_exactly(tiny_words, tiny_args, tmp_path, read_metrics, number):
+    changes = {"total_steps": 200, "checkpoint.interval_steps": 1000}
+    process = started(tiny_words("run", **changes), tmp_path / "run", 5, tmp_path)
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 75
+    (step,) = committed(tmp_path / "run")
+    assert stderr.splitlines()[-1] == (
+        f"error: {signal.Signals(number).name}: stopped after step {step} of 200 and saved; run the same command again to go on"
+    )
+    events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    assert [event["event"] for event in events] == ["start", "signal", "save"]
+    assert len(read_metrics(tmp_path / "run")) == step  # no step was lost and none begun
+    for name in ("run", "whole"):
+        for stats in train(tiny_args(name, **changes)):
+            if stats.step == step + 3:
+                break
+    keys = ("step", "train/CrossEntropyLoss", "optim/total_grad_norm", "optim/learning_rate_group0", "sample_hash")
+    cut, whole = ([[line[key] for key in keys] for line in read_metrics(tmp_path / name)] for name in ("run", "whole"))
+    assert cut == whole
+
+
+def test_a_signal_to_one_rank_stops_both_after_the_same_step(tiny_args):
+    config = tiny_args("run", total_steps=100, **{"checkpoint.interval_steps": 1000})
+
+    def run(world):
+        module.join_world = lambda replicas: nullcontext(world)
+        try:
+            for stats in train(config):
+                if stats.step == 4 and world.rank == 1:
+                    os.kill(os.getpid(), signal.SIGTERM)
+        except module.Stopped as stopped:
+            return [stats.step, stopped.exit_code, str(stopped)]
+
+    first, second = on_ranks(2, run)
+    assert first == second == [4, 75, "SIGTERM: stopped after step 4 of 100 and saved; run the same command again to go on"]
+    assert list(committed(Path(config.run_dir))) == [4]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_is_noted_and_the_handlers_of_before_come_back(number):
+    before = signal.getsignal(number)
+    with StopSignals().installed() as signals:
+        os.kill(os.getpid(), number)
+        assert signals.received == number
+    assert signal.getsignal(number) is before
+
+
+def test_a_second_signal_ends_the_process_at_once():
+    program = (
+        "import os, signal\nfrom olmo_train.guards import StopSignals\nwith StopSignals().installed():\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n    os.kill(os.getpid(), signal.SIGINT)\n    print('still here')"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 128 + signal.SIGINT and done.stdout == ""
+
+
+def test_a_run_that_hangs_ends_with_exit_code_6_and_leaves_its_stacks(tmp_path):
+    program = (
+        "import sys, time, pathlib\nfrom olmo_train.guards import GuardConfig, Watchdog\n"
+        "dog = Watchdog(GuardConfig(hang_seconds=0.4), pathlib.Path(sys.argv[1]), rank=3)\n"
+        "for step in range(8):\n    time.sleep(0.1)\n    dog.beat(step)\n"
+        "def stuck():\n    time.sleep(60)\nstuck()"
+    )
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, timeout=30)
+    assert done.returncode == 6
+    stacks = tmp_path / "forensics" / "hang" / "rank-0003.txt"
+    assert done.stderr.splitlines()[-1] == (
+        f"error: guards.hang_seconds: rank 3 made no progress for 0.4 s after step 7; stacks are in {stacks}"
+    )
+    assert "in stuck" in stacks.read_text()
