@@ -1,0 +1,185 @@
+"""The command line as a stranger meets it: every mistake has its exit code and ends in one `error:` line."""
+
+import argparse
+import importlib
+import os
+import subprocess
+import sys
+
+import pytest
+
+from olmo_train.__main__ import VERBS, main
+
+
+@pytest.fixture
+def mistake(capfd, tmp_path, monkeypatch):
+    """mistake(*words): (exit code, last line on stderr) of the command, run in this process and in tmp_path."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*words):
+        try:
+            code = main([str(word) for word in words])
+        except SystemExit as exit:
+            code = exit.code
+        out = capfd.readouterr()
+        assert "Traceback" not in out.err
+        return code, (out.err.splitlines() or [""])[-1]
+
+    return call
+
+
+MISTAKES = {
+    "unknown key": (["optim.peek_lr=1"], 2, "optim.peek_lr: is not a known key; did you mean 'peak_lr'?"),
+    "wrong type": (["total_steps=many"], 2, "total_steps: must be a whole number, got 'many'"),
+    "wrong choice": (["model.norm=rmsnorm"], 2, "model.norm: 'rmsnorm' is not a choice; did you mean 'rms_norm'?"),
+    "batch not divisible": (["global_batch_size=10"], 2, "global_batch_size: 10 is not a multiple of world_size 1 x"),
+    "heads not divisible": (["model.n_heads=5"], 2, "model.n_heads: 5 does not divide d_model 64"),
+    "missing config": (["none.yaml"], 2, "none.yaml: there is no such configuration file"),
+    "no YAML": (["bad.yaml"], 2, "bad.yaml: is not valid YAML"),
+    "replicas": (["parallel.replicas=2"], 2, "parallel.replicas: 2 does not divide the 1 processes"),
+    "run_dir is a file": (["run_dir=tokens.npy"], 2, "run_dir: tokens.npy cannot be written"),
+    "missing shard": (["data.sources.a.path=gone.npy"], 3, "gone.npy: "),
+    "empty glob": (["data.sources.a.path=gone*.npy"], 3, "gone*.npy: matches no file"),
+    "empty shard": (["data.sources.a.path=empty.npy"], 3, "empty.npy: is an empty shard"),
+    "an odd byte": (["data.sources.a.path=odd.npy"], 3, "odd.npy: has 1001 bytes, no multiple of 2"),
+    "wrong dtype": (["data.sources.a.dtype=uint32"], 3, "tokens.npy: token "),
+    "vocabulary too small": (["model.vocab_size=300"], 3, "tokens.npy: token "),
+    "unprepared folder": (["data.sources.a.path=folder"], 3, "folder: has no meta.json"),
+    "too little data": (["data.sources.a.path=short.npy"], 3, "data.sources.a: 0 instances of 64 tokens in "),
+    "missing validation": (["data.validation.v.path=gone.npy"], 3, "gone.npy: "),
+    "no checkpoint to branch from": (["resume_from=folder"], 4, "folder: is neither a checkpoint folder nor a run_dir"),
+    "no checkpoint to start from": (["init_from=nowhere"], 4, "nowhere: is neither a checkpoint folder nor a run_dir"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_in_train_has_its_exit_code_and_one_error_line(name, mistake, tiny_words, tmp_path):
+    words, code, told = MISTAKES[name]
+    (tmp_path / "bad.yaml").write_text("a: [1")
+    (tmp_path / "empty.npy").touch()
+    (tmp_path / "odd.npy").write_bytes(bytes(1001))
+    (tmp_path / "short.npy").write_bytes(bytes(64))
+    (tmp_path / "folder").mkdir()
+    relative = [word.replace(f"{tmp_path}/", "") for word in tiny_words()]
+    found, line = mistake("train", *relative, *words)
+    assert (found, line[: len("error: " + told)]) == (code, "error: " + told)
+
+
+def test_a_mistake_leaves_no_run_dir(mistake, tiny_words, tmp_path):
+    mistake("train", *tiny_words(), "data.sources.a.path=gone.npy")
+    mistake("train", *tiny_words(), "optim.peek_lr=1")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "words, told",
+    [
+        ([], "error: olmo-train: the following arguments are required: VERB"),
+        (["trian"], "error: olmo-train: argument VERB: invalid choice: 'trian'"),
+        (["train"], "error: olmo-train train: the following arguments are required"),
+        (["train", "--bogus", "a.yaml"], "error: olmo-train: unrecognized arguments: --bogus"),
+        (["train", "run_dir=x"], "error: data"),
+        (["train", "run_dir=x", "data.order=olmo"], "error: data.sources: names no data"),
+        (["curves"], "error: olmo-train curves: the following arguments are required"),
+        (["plan", "x=1", "--gpus", "many"], "error: olmo-train plan: argument --gpus"),
+    ],
+)
+def test_a_wrong_use_is_told_like_every_other_mistake(mistake, words, told):
+    code, line = mistake(*words)
+    assert code == 2 and line.startswith(told)
+
+
+def test_debug_shows_where_an_error_came_from(mistake, tiny_words):
+    from olmo_train.errors import ConfigError
+
+    with pytest.raises(ConfigError):
+        main(["train", "--debug", *tiny_words(), "seed=x"])
+
+
+def test_the_other_ranks_leave_the_telling_to_rank_0(mistake, tiny_words, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert mistake("train", *tiny_words(), "seed=x") == (2, "")
+    assert mistake("trian") == (2, "")
+
+
+def test_two_ranks_tell_a_mistake_once(run_cli, tiny_words):
+    """torchrun exits with 1 whatever its workers did, so the line is what tells."""
+    done = run_cli("train", *tiny_words(), "data.sources.a.path=gone.npy", nproc=2)
+    assert done.returncode == 1
+    assert [line for line in done.stderr.splitlines() if line.startswith("error: ")] == [
+        "error: gone.npy: cannot be opened: No such file or directory; name an existing shard or prepare the source again"
+    ]
+
+
+def test_keys_may_stand_before_and_behind_options(mistake, tiny_words):
+    assert (
+        mistake("plan", "--gpus", "2", *tiny_words(), "total_steps=x")[1] == "error: total_steps: must be a whole number, got 'x'"
+    )
+    assert (
+        mistake("plan", *tiny_words(), "--gpus", "2", "total_steps=x")[1] == "error: total_steps: must be a whole number, got 'x'"
+    )
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_its_module_and_its_help(verb, capsys):
+    module = importlib.import_module(f"olmo_train.commands.{verb.replace('-', '_')}")
+    parser = argparse.ArgumentParser()
+    module.add_arguments(parser)
+    assert callable(module.run) and module.__doc__
+    with pytest.raises(SystemExit) as exit:
+        main([verb, "--help"])
+    assert exit.value.code == 0
+    assert capsys.readouterr().out.startswith(f"usage: olmo-train {verb} ")
+
+
+def test_the_help_names_every_verb(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    out = capsys.readouterr().out
+    assert all(verb in out and text.split()[0] in out for verb, text in VERBS.items())
+
+
+HEAVY = {"torch", "numpy", "omegaconf", "pyarrow", "wandb", "rich", "tokenizers", "transformers"}
+
+
+@pytest.mark.parametrize("code", ["import olmo_train", "from olmo_train.__main__ import main", "import olmo_train.errors"])
+def test_importing_the_package_imports_nothing_heavy(code):
+    done = subprocess.run([sys.executable, "-c", f"{code}\nimport sys\nprint(*sys.modules)"], capture_output=True, text=True)
+    assert HEAVY & set(done.stdout.split()) == set()
+
+
+def test_a_reader_that_goes_away_is_no_error(tiny_words, tmp_path):
+    """olmo-train ... | head"""
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, "-m", "olmo_train", "train", *tiny_words("run", total_steps=2)], stdout=write,
+                          stderr=subprocess.PIPE, text=True)  # fmt: skip
+    os.close(write)
+    assert "Traceback" not in done.stderr
+
+
+def test_train_prints_plain_lines_and_exits_0(run_cli, tiny_words, tmp_path):
+    done = run_cli("train", *tiny_words("run", total_steps=3))
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert [line.split()[1] for line in lines if line.startswith("step ")] == ["1/3", "2/3", "3/3"]
+    assert "\x1b" not in done.stdout
+    again = run_cli("train", *tiny_words("run", total_steps=3))
+    assert (again.returncode, again.stdout.splitlines()) == (
+        0, [f"{tmp_path}/run is finished: 3 of 3 steps; set total_steps higher to go on"])  # fmt: skip
+
+
+def test_all_that_a_run_writes_lies_in_its_run_dir(run_cli, tiny_words, tmp_path):
+    """Nothing beside it, and nothing in the folder for temporary files stays."""
+    for name in ("temporary", "cache"):
+        (tmp_path / name).mkdir()
+    before = {path.name for path in tmp_path.iterdir()}
+    done = run_cli(
+        "train", *tiny_words("run", total_steps=2), TMPDIR=str(tmp_path / "temporary"), XDG_CACHE_HOME=str(tmp_path / "cache")
+    )
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in tmp_path.iterdir()} - before == {"run"}
+    assert list((tmp_path / "temporary").iterdir()) == []
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert names == {".lock", "checkpoints", "config.yaml", "events.jsonl", "metrics.jsonl"}
