@@ -38,11 +38,10 @@ endif
 
 train: $(SOURCES:%=$(DATA)/%/meta.json)
 	$(BIN)/olmo-train train configs/runs/first-run.yaml $(DATA_CONFIG) run_dir=$(RUN) $(ARGS)
-	$(BIN)/olmo-train evaluate $(RUN)
 	$(BIN)/olmo-train curves $(RUN) --output $(RUN)/curves.png
 	$(BIN)/olmo-train curves $(RUN) --output $(RUN)/curves.html
 	$(BIN)/olmo-train generate $(RUN) $(PROMPTS)
-	$(BIN)/python launch/compare_with_unigram.py $(RUN)
+	$(BIN)/olmo-train evaluate $(RUN) --output $(RUN)/evaluation.json
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest

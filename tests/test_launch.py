@@ -1,14 +1,12 @@
-"""The launchers and the helpers of the first run."""
+"""The launchers, and the text of the first run."""
 
 import importlib.util
-import math
 import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 LAUNCH = Path(__file__).parent.parent / "launch"
@@ -19,13 +17,6 @@ def load(name: str):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-def test_unigram_loss_is_that_of_the_training_parts_frequencies():
-    unigram_loss = load("compare_with_unigram").unigram_loss
-    training = np.array([0, 0, 0, 0, 0, 1, 1])  # counts plus one: 6, 3, 1 of 10
-    expected = -(math.log(0.6) + math.log(0.3) + 2 * math.log(0.1)) / 4
-    assert unigram_loss(training, np.array([0, 1, 2, 2]), vocab_size=3) == pytest.approx(expected)
 
 
 def test_the_standard_library_is_gathered_without_tests_and_other_packages():
