@@ -165,6 +165,15 @@ def test_under_bf16_ropes_tables_are_fp32_in_every_block(monkeypatch):
     assert set(seen) == {(torch.bfloat16, torch.float32)}
 
 
+@pytest.mark.parametrize("way, forwards", [("none", 1), ("full", 2)])
+def test_blocks_are_computed_again_on_the_way_back_when_asked(monkeypatch, way, forwards):
+    seen, real = [], transforming.swiglu
+    monkeypatch.setitem(transforming.ACTIVATIONS, "swiglu", lambda x: seen.append(1) or real(x))
+    with join_world() as world:
+        one_step(world, [f"parallel.activation_checkpointing={way}", "micro_batch_size=8"])
+    assert len(seen) == forwards * run_config().model.n_layers
+
+
 def test_first_weights_do_not_depend_on_the_number_of_ranks():
     def weights(world):
         with torch.device("meta"):
