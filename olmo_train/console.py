@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from typing import Any
@@ -32,7 +33,13 @@ class Console:
         if self.progress is not None:
             self.progress.console.print(text, highlight=False)
         else:
+            self._print(text)
+
+    def _print(self, text: str) -> None:
+        try:
             print(text, flush=True)
+        except OSError:  # the reader is gone (`| head`) or its disk is full: the run goes on without being watched
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     def step(self, step: int) -> None:
         if self.progress is not None:
@@ -45,10 +52,7 @@ class Console:
             if self.progress is not None:
                 self.progress.update(self.task, now=line)
             else:
-                print(
-                    f"step {step:>{len(str(self.total_steps))}}/{self.total_steps}  {line}  left {duration(left)}",
-                    flush=True,
-                )
+                self._print(f"step {step:>{len(str(self.total_steps))}}/{self.total_steps}  {line}  left {duration(left)}")
         losses = {
             key.split("/")[1]: value
             for key, value in metrics.items()
