@@ -17,8 +17,9 @@ from olmo_train.errors import ConfigError, nearest
 T = TypeVar("T")
 
 
-def read(files: list[str | Path], overrides: list[str] = ()) -> dict[str, Any]:
-    """Merge YAML files left to right, then `key=value` words, into a plain dict.
+def read(files: list[str | Path], overrides: list[str] = (), resolve: bool = True) -> dict[str, Any]:
+    """Merge YAML files left to right, then `key=value` words, into a plain dict. Without `resolve`, interpolations
+    `${...}` stay as text.
 
     Raises ConfigError when a file is missing or is no YAML mapping, or a word has no `=`.
     """
@@ -46,7 +47,7 @@ def read(files: list[str | Path], overrides: list[str] = ()) -> dict[str, Any]:
         except (YAMLError, OmegaConfBaseException) as problem:
             raise ConfigError(key, f"cannot be set to {word.partition('=')[2]!r}: {problem}") from problem
     try:
-        return typing.cast(dict, OmegaConf.to_container(merged, resolve=True))
+        return typing.cast(dict, OmegaConf.to_container(merged, resolve=resolve))
     except OmegaConfBaseException as problem:
         raise ConfigError(files[0] if files else "configuration", str(problem).splitlines()[0]) from problem
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,10 +28,10 @@ from olmo_train import checkpoint as checkpoints
 from olmo_train import config as configuration
 from olmo_train.data.tokenizer import PAD_TEXT, Tokenizer, from_json
 from olmo_train.errors import CheckpointError, ConfigError, DataError, SaveError, check_choice
-from olmo_train.model import hf
+from olmo_train.model import hf, olmo
 from olmo_train.model.config import ModelConfig
 from olmo_train.model.transformer import Transformer
-from olmo_train.storage import commit_folder, flush_folder, write_file
+from olmo_train.storage import commit_folder, flush_folder, replace_file, write_file
 
 log = logging.getLogger(__name__)
 SHARD_BYTES = 1 << 30  # of one file of weights, which is in memory while it is written
@@ -117,6 +118,63 @@ def import_hf(source: Path, dest: Path) -> Agreement:
     return agreement
 
 
+def import_olmo(source: Path, dest: Path, left_out: tuple[str, ...] = (), step: int | None = None) -> int:
+    """Write an unsharded OLMo checkpoint (model.pt, config.yaml, and optim.pt if it is there) as one of ours; gives the
+    step after which a run with resume_from goes on. When `source` is a YAML file, write `dest` as its translation.
+
+    Raises ConfigError with their key that we do not have, CheckpointError on files and weights that do not fit.
+    """
+    settings = olmo.read_settings(configuration.read([_yaml_of(source)], resolve=False), left_out)
+    if source.is_file():
+        replace_file(dest, configuration.dump(settings).encode())
+        return 0
+    config = configuration.build(ModelConfig, settings["model"], "model")
+    weights = _load_pt(source / "model.pt")
+    names = olmo.our_names(weights)
+    for name, parameter in _on_meta(config).named_parameters():
+        found = tuple(weights[names[name]].shape) if name in names else "absent"
+        if found != tuple(parameter.shape):
+            raise CheckpointError(source / "model.pt", f"{name} is {found}, expected {tuple(parameter.shape)}")
+    moments = _moments(source / "optim.pt") if (source / "optim.pt").is_file() else None
+    updates = None if moments is None else int(next(iter(moments.values()))["step"])
+    if step is None:
+        named = re.match(r"step(\d+)", source.resolve().name)
+        step = int(named[1]) if named else updates or 0
+
+    def read_moment(name: str, key: str) -> Tensor:
+        return moments[name][key].float()
+
+    with new_folder(dest) as temporary:
+        entries = write_checkpoint(
+            temporary, config, settings, lambda name: weights[names[name]].float(), {}, step, updates, read_moment
+        )
+        commit_folder(temporary, dest, entries)
+    return step
+
+
+def _yaml_of(source: Path) -> Path:
+    if source.is_dir() and not (source / "model.pt").is_file():
+        raise CheckpointError(source, "holds no model.pt; name an unsharded checkpoint of OLMo, or its YAML file")
+    return source / "config.yaml" if source.is_dir() else source
+
+
+def _load_pt(file: Path) -> dict[str, Any]:
+    """The one exception to `no file is unpickled`: OLMo's own format. weights_only admits tensors and plain containers
+    and refuses everything that would run code; mmap reads a tensor when it is used."""
+    try:
+        return torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    except Exception as problem:  # what torch raises depends on what is wrong inside
+        raise CheckpointError(file, f"cannot be opened: {str(problem).splitlines()[0]}") from problem
+
+
+def _moments(file: Path) -> dict[str, dict[str, Tensor]]:
+    """{our name: AdamW's state} of an optim.pt, whether it is keyed by names (FSDP) or by numbers (DDP)."""
+    stored = _load_pt(file)
+    numbered = {n: name for g in stored["param_groups"] for n, name in zip(g["params"], g["param_names"], strict=True)}
+    named = {numbered.get(key, key): value for key, value in stored["state"].items()}
+    return {ours: named[theirs] for ours, theirs in olmo.our_names(named).items()}
+
+
 def transformers() -> Any:
     """The package, imported. Raises ConfigError when it is not installed."""
     try:
@@ -159,16 +217,25 @@ def write_checkpoint(
     read: Read,
     files: dict[str, bytes],
     step: int = 0,
+    updates: int | None = None,
+    read_moment: Callable[[str, str], Tensor] | None = None,
 ) -> dict[str, dict]:
-    """Write the files of a checkpoint without an optimizer's state; gives their manifest entries.
+    """Write the files of a checkpoint; gives their manifest entries.
 
-    `values` is its config.yaml, `files` go in as they are. With resume_from, the run goes on after `step` with a new
-    optimizer; with init_from it begins at step 0.
+    `values` is its config.yaml, `files` go in as they are. With resume_from, a run goes on after `step`: with AdamW's
+    moments, which `updates` updates have made, or, where that is None, with a new optimizer.
     """
     sizes = {f"model.{name}": 4 * parameter.numel() for name, parameter in _on_meta(config).named_parameters()}
-    entries, _ = _write_shards(folder, sizes, lambda name: read(name.removeprefix("model.")))
+    if updates is not None:
+        sizes |= {f"optim.{n[6:]}.{key}": size for n, size in sizes.items() for key in ("exp_avg", "exp_avg_sq")}
+
+    def read_any(name: str) -> Tensor:
+        kind, _, rest = name.partition(".")
+        return read(rest) if kind == "model" else read_moment(*rest.rsplit(".", 1))
+
+    entries, _ = _write_shards(folder, sizes, read_any)
     state = {"format": 1, "attempt": 0, "world_size": 1, "data": {}, "interval": None, "pending_line": None}
-    state |= {"total_tokens": 0, "step": step, "optimizer_steps": None}
+    state |= {"total_tokens": 0, "step": step, "optimizer_steps": updates}
     texts = {"config.yaml": configuration.dump(values).encode(), "state.json": json.dumps(state, indent=1).encode(), **files}
     return entries | {name: write_file(folder / name, content) for name, content in texts.items()}
 

@@ -107,3 +107,4 @@ def test_two_processes_train_as_one(tmp_path, tiny_words, run_cli, read_metrics)
     assert len(curves[0]) == 12 and curves[0][-1] < curves[0][0] - 0.1
     assert (curves[0] - curves[1]).abs().max() < 1e-5
     one, two = (dict(load_model(tmp_path / f"on-{nproc}").named_parameters()) for nproc in (0, 2))
+    assert max((one[name] - two[name]).abs().max() for name in one) < 1e-5

@@ -9,9 +9,12 @@ from pathlib import Path
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("direction", choices=("export-hf", "import-hf", "import-olmo"))
     parser.add_argument("source", type=Path, metavar="SOURCE", help="export-hf: a checkpoint folder, or a run_dir for its newest")
-    parser.add_argument("dest", type=Path, metavar="DEST", help="a new folder")
+    parser.add_argument("dest", type=Path, metavar="DEST", help="a new folder; import-olmo of a YAML file: a new YAML file")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), help="export-hf: of the weights written (default: fp32)")
     parser.add_argument("--tokenizer", metavar="NAME_OR_FILE", help="export-hf: instead of the checkpoint's own tokenizer.json")
+    what = "import-olmo: an option of OLMo to train without"
+    parser.add_argument("--leave-out", action="append", default=[], metavar="KEY", help=what)
+    parser.add_argument("--step", type=int, metavar="N", help="import-olmo: go on after this step (default: as the files say)")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -19,12 +22,21 @@ def run(args: argparse.Namespace) -> None:
     from olmo_train.data.tokenizer import load_tokenizer
     from olmo_train.errors import ConfigError
 
-    for option in ("dtype", "tokenizer"):
-        if getattr(args, option) is not None and args.direction != "export-hf":
-            raise ConfigError(f"--{option}", f"goes with export-hf, not with {args.direction}")
+    for option, direction in (
+        ("dtype", "export-hf"),
+        ("tokenizer", "export-hf"),
+        ("leave_out", "import-olmo"),
+        ("step", "import-olmo"),
+    ):
+        if getattr(args, option) not in (None, []) and args.direction != direction:
+            raise ConfigError(f"--{option.replace('_', '-')}", f"goes with {direction}, not with {args.direction}")
+    if args.direction == "import-olmo":
+        step = convert.import_olmo(args.source, args.dest, tuple(args.leave_out), args.step)
+        print(f"{args.dest}: {f'resume_from goes on after step {step}' if args.dest.is_dir() else 'written'}")
+        return
     if args.direction == "export-hf":
         tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None
         proof = convert.export_hf(args.source, args.dest, args.dtype or "fp32", tokenizer)
-    elif args.direction == "import-hf":
+    else:
         proof = convert.import_hf(args.source, args.dest)
     print(f"{args.dest}: {proof}")
