@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 import typing
@@ -142,3 +143,17 @@ def test_every_configuration_key_has_a_reader():
     for file in (ROOT / "olmo_train").rglob("*.py"):
         read |= {node.attr for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Attribute)}
     assert [key for key, name in fields(TrainConfig) if name not in read] == ONE_CHOICE
+
+
+TABLE = re.findall(r"^\| (\S+) \| (.+) \|$", (ROOT / "docs/architectures.md").read_text().split("## Parameters")[1], re.MULTILINE)
+
+
+def test_the_table_of_architectures_says_what_the_configurations_are():
+    rows = {name: cells.split(" | ") for name, cells in TABLE if (ROOT / f"configs/models/{name}.yaml").is_file()}
+    assert rows.keys() == {file.stem for file in MODELS} - {"tiny"}
+    for name, (shape, *numbers) in rows.items():
+        model = load(ROOT / f"configs/models/{name}.yaml").model
+        count = count_parameters(model)
+        assert shape == f"{model.d_model} / {model.n_heads} / {model.kv_heads} / {model.n_layers}"
+        parts = [count.embedding, count.attention, count.mlp, count.norms, count.head, count.total]
+        assert [int(number.replace(",", "")) for number in numbers] == [model.mlp_hidden, model.vocab_rows, *parts]
