@@ -1,0 +1,75 @@
+"""The README's commands run as they stand there, on a text of a few kilobytes and for a few steps; its links lead somewhere."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+SHAPE = ["model.n_layers=1", "model.d_model=32", "model.n_heads=2", "model.mlp_hidden=64", "model.seq_len=32"]
+SMALL = [*SHAPE, "global_batch_size=4", "micro_batch_size=2", "total_steps=2", "optim.warmup_steps=1", "log.wandb.mode=disabled"]
+
+
+def commands(after: str) -> list[list[str]]:
+    """The words of each command in the first code block after a heading, continued lines joined."""
+    block = README.split(f"## {after}\n", 1)[1].split("```\n", 2)[1]
+    return [shlex.split(line) for line in block.replace("\\\n", " ").splitlines() if line]
+
+
+@pytest.fixture
+def clone(tmp_path):
+    """A folder that looks like the repository, with a text of one's own in it."""
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    (tmp_path / "my-text").mkdir()
+    for name in range(40):
+        (tmp_path / "my-text" / f"{name}.txt").write_text(f"Once there was a king of {name} castles. " * 40)
+
+    def run(words: list[str]) -> subprocess.CompletedProcess:
+        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        return subprocess.run(
+            words, cwd=tmp_path, capture_output=True, text=True, timeout=300, env={**os.environ, "PYTHONPATH": path}
+        )
+
+    return run
+
+
+def test_the_commands_for_ones_own_model_run(clone):
+    olmo_train = [sys.executable, "-m", "olmo_train"]
+    for program, verb, *words in commands("Your own model"):
+        assert program == ".venv/bin/olmo-train"
+        if verb == "train-tokenizer":
+            words[words.index("--vocab-size") + 1] = "300"
+        elif verb in ("train", "plan"):
+            words += SMALL
+        elif verb == "inspect-data":
+            words[words.index("--step") + 1] = "2"
+        elif verb == "generate":
+            words += ["--max-new-tokens", "4"]
+        done = clone([*olmo_train, verb, *words])
+        assert done.returncode == 0, f"{verb}: {done.stderr}"
+        assert done.stdout or verb in ("train-tokenizer", "prepare-data"), f"{verb} says nothing"
+
+
+def test_the_torchrun_command_runs(clone, tmp_path, tiny_tokens):
+    (words,) = commands("Eight GPUs, many nodes")
+    (tmp_path / "my-data.yaml").write_text(f"data: {{sources: {{mine: {{path: {tiny_tokens}}}}}}}\n")
+    assert words[:3] == ["torchrun", "--standalone", "--nproc-per-node=8"]
+    done = clone([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *words[3:], *SMALL])
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "runs/olmo-1b/checkpoints/step-0000002/MANIFEST.json").exists()
+
+
+@pytest.mark.parametrize("page", ["README.md", *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "docs").rglob("*.md"))])
+def test_links_lead_to_files(page):
+    for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", (ROOT / page).read_text()):
+        assert (ROOT / page).parent.joinpath(target).exists(), f"{page} links to {target}"
+
+
+def test_the_tests_that_the_readme_names_exist():
+    named = set(re.findall(r"tests/test_\w+\.py", README))
+    assert len(named) > 8 and all((ROOT / name).is_file() for name in named)
