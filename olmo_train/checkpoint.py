@@ -14,6 +14,7 @@ import re
 import shutil
 import time
 import warnings
+import warnings
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -200,7 +201,9 @@ def _read_tensors(folder: Path, wanted: dict[str, Tensor], prefix: str, group: A
                 folder,
                 f"{name} is {stored.get(name, 'absent')} in the checkpoint and {shapes.get(name, 'absent')} in this run",
             )
-    dcp.load(wanted, storage_reader=HuggingFaceStorageReader(str(folder)), process_group=group, no_dist=group is None)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # which is what no_dist asks for
+        dcp.load(wanted, storage_reader=HuggingFaceStorageReader(str(folder)), process_group=group, no_dist=group is None)
 
 
 class Checkpointer:

@@ -253,9 +253,13 @@ class Run:
             f"{config.steps:,} steps of {config.tokens_per_step:,} tokens, "
             f"{self.world.size} x {self.world.device.type}, {config.parallel.precision}"
         )
-        epochs = self.mixture.order.visits_before(config.steps * config.global_batch_size) / self.mixture.sizes
-        parts = [f"{name} {epoch:.3g}" for name, epoch in zip(self.mixture.names, epochs, strict=True)]
+        parts = [f"{name} {epoch:.3g}" for name, epoch in self._epochs(config.steps).items()]
         self.console.say(f"epochs of each source in the whole run: {', '.join(parts)}")
+
+    def _epochs(self, step: int) -> dict[str, float]:
+        """How often each source was read through by the end of this step: above 1, its text repeats."""
+        visits = self.mixture.order.visits_before(step * self.config.global_batch_size) / self.mixture.sizes
+        return dict(zip(self.mixture.names, visits.tolist(), strict=True))
 
     # ---- in the loop
 
@@ -316,6 +320,7 @@ class Run:
             world_size=world.size,
             peak_flops=device.peak_flops if device else None,
         )
+        metrics |= {f"train/source/{name}/epoch": epoch for name, epoch in self._epochs(stats.step).items()}
         metrics |= self.checkpointer.take_figures()
         if world.device.type == "cuda":
             metrics["System/Peak GPU Memory (MB)"] = torch.cuda.max_memory_allocated() / 2**20

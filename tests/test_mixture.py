@@ -132,3 +132,18 @@ def test_the_fingerprint_tells_contents_and_not_names(tmp_path):
     c = write(tmp_path, "c.npy", [*range(99), 50])
     prints = [mixture({"a": file}).fingerprint["a"] for file in (a, b, c)]
     assert prints[0] == prints[1] != prints[2]
+
+
+def test_the_epochs_of_each_source_are_logged_while_it_trains(tiny_args, read_metrics):
+    """12 steps of 8 instances from two sources of 624 each, three quarters of them from one."""
+    from olmo_train.train import train
+
+    path = tiny_args().data.sources["a"].path
+    config = tiny_args("run", **{"data.sources.b.path": path, "data.sources.a.weight": 3.0})
+    for _ in train(config):
+        pass
+    lines = read_metrics(config.run_dir)
+    for line in lines:
+        read = line["step"] * 8 / 624
+        assert line["train/source/a/epoch"] + line["train/source/b/epoch"] == pytest.approx(read)
+    assert lines[-1]["train/source/a/epoch"] > 2 * lines[-1]["train/source/b/epoch"]
