@@ -14,7 +14,6 @@ import re
 import shutil
 import time
 import warnings
-import warnings
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
