@@ -9,6 +9,7 @@ to their last flushed length; with `torn` it is the next write that dies, leavin
 
 import builtins
 import contextlib
+import gc
 import io
 import os
 import signal
@@ -127,6 +128,7 @@ def run(words: list[str], run_dir: Path, world: int = 1, die: Death | None = Non
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     children = []
+    gc.collect()  # process groups of earlier tests, whose threads a child would wait for in vain
     for rank in range(world):
         child = os.fork()
         if child == 0:
@@ -139,6 +141,7 @@ def run(words: list[str], run_dir: Path, world: int = 1, die: Death | None = Non
 def _child(words, run_dir, rank, world, port, death, counter) -> None:
     code = 1
     try:
+        gc.freeze()
         sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
         os.environ.pop("RANK", None)
         if world > 1:
