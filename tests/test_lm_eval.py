@@ -1,0 +1,69 @@
+"""lm-evaluation-harness loads an exported folder and scores it as our own model does.
+
+Runs where its command is found: on the path, or at LM_EVAL, since it is best installed in an environment of its own:
+    python -m venv lm-eval && lm-eval/bin/pip install "lm-eval[hf]" torch
+    LM_EVAL=lm-eval/bin/lm_eval pytest tests/test_lm_eval.py
+"""
+
+import json
+import os
+import shutil
+import subprocess
+
+import pytest
+import torch
+from random_models import OLMO, write_random_checkpoint
+
+from olmo_train import checkpoint, convert
+from olmo_train.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
+from olmo_train.model.config import ModelConfig
+
+COMMAND = os.environ.get("LM_EVAL") or shutil.which("lm_eval")
+DOCUMENTS = [
+    {"text": "the quick brown", "choices": [" fox", " dog"], "gold": 0},
+    {"text": "jumps over the", "choices": [" lazy", " box"], "gold": 0},
+    {"text": "pack my", "choices": [" fox", " box"], "gold": 1},
+]
+TASK = """
+task: local_choice
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {file}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: text
+doc_to_target: gold
+doc_to_choice: choices
+target_delimiter: ""
+metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
+"""
+
+
+@pytest.mark.skipif(COMMAND is None, reason="lm_eval is not installed; see the top of the file")
+def test_lm_eval_scores_an_exported_folder_as_our_model_does(tmp_path):
+    save_tokenizer(train_tokenizer(["the quick brown fox jumps over the lazy dog " * 20], 300), tmp_path / "tokenizer.json")
+    tokenizer = load_tokenizer(tmp_path / "tokenizer.json")
+    shape = ModelConfig(**(OLMO | {"vocab_size": tokenizer.vocab_size, "padded_vocab_size": 384}))
+    write_random_checkpoint(tmp_path / "ours", shape, {"tokenizer.json": tokenizer.json.encode()})
+    convert.export_hf(tmp_path / "ours", tmp_path / "theirs")
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "documents.jsonl").write_text("\n".join(map(json.dumps, DOCUMENTS)))
+    (tmp_path / "tasks/local.yaml").write_text(TASK.format(file=tmp_path / "documents.jsonl"))
+    words = ["--model", "hf", "--model_args", f"pretrained={tmp_path / 'theirs'},dtype=float32", "--tasks", "local_choice"]
+    words += ["--include_path", tmp_path / "tasks", "--device", "cpu", "--log_samples", "--output_path", tmp_path / "out"]
+    offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
+    out = subprocess.run([COMMAND, *words], capture_output=True, text=True, env={**os.environ, **offline})
+    assert out.returncode == 0, out.stderr
+    samples = [json.loads(line) for file in tmp_path.glob("out/**/samples*") for line in file.read_text().splitlines()]
+    assert len(samples) == len(DOCUMENTS)
+    model = checkpoint.load_model(tmp_path / "ours")
+    for sample, document in zip(sorted(samples, key=lambda sample: sample["doc_id"]), DOCUMENTS, strict=True):
+        ours = [log_likelihood(model, tokenizer, document["text"], choice) for choice in document["choices"]]
+        assert [float(score) for score, _ in sample["filtered_resps"]] == pytest.approx(ours, abs=1e-4)
+        assert sample["acc"] == float(ours.index(max(ours)) == document["gold"])
+
+
+@torch.no_grad()
+def log_likelihood(model, tokenizer, text: str, continuation: str) -> float:
+    context, whole = tokenizer.encode(text), tokenizer.encode(text + continuation)
+    logits = model(torch.tensor([whole]))[0]
+    return sum(logits[i - 1].log_softmax(-1)[whole[i]].item() for i in range(len(context), len(whole)))
