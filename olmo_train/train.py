@@ -301,6 +301,7 @@ class Run:
         last = step == config.steps
         line = self.train_metrics(stats, batch) if last or step % config.log.interval_steps == 0 else {}
         if self.validation and (last or step % config.eval.interval_steps == 0):
+            line = line or self._about(batch) | {"skipped": int(stats.skipped.item())}
             self._evaluate_and_log(step, line, model)
         elif line:
             self._log(step, line)
@@ -326,7 +327,11 @@ class Run:
             metrics["System/Peak GPU Memory (MB)"] = torch.cuda.max_memory_allocated() / 2**20
         self.interval.restart()
         self.clock.restart()
-        return metrics | {"sample_hash": batch.sample_hash, "attempt": self.attempt, "world_size": world.size}
+        return metrics | self._about(batch)
+
+    def _about(self, batch: Batch) -> dict[str, Any]:
+        """What each line tells of where it comes from."""
+        return {"sample_hash": batch.sample_hash, "attempt": self.attempt, "world_size": self.world.size}
 
     def _evaluate_and_log(self, step: int, line: dict[str, Any], model: Transformer) -> None:
         metrics = self.evaluate(model, step)

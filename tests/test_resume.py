@@ -155,6 +155,16 @@ def test_a_signal_during_training_and_during_evaluation_changes_no_line(tiny_arg
     assert losses[0] == losses[1] and sum(loss is not None for loss in losses[0]) == 3
 
 
+def test_a_line_of_an_evaluation_alone_tells_where_it_comes_from(tiny_args):
+    path = tiny_args("x").data.sources["a"].path
+    config = trained(tiny_args("run", **{"eval.interval_steps": 3, "log.interval_steps": 4, "data.validation.v.path": path}))
+    with open(f"{config.run_dir}/metrics.jsonl") as file:
+        lines = {line["step"]: line for line in map(json.loads, file)}
+    assert list(lines) == [3, 4, 6, 8, 9, 12]
+    assert all(line.keys() >= {"sample_hash", "skipped", "attempt", "world_size"} for line in lines.values())
+    assert "train/CrossEntropyLoss" not in lines[3] and "eval/v/CrossEntropyLoss" in lines[3]
+
+
 def stop_at_next_evaluation(config):
     """Train until an evaluation begins, and send SIGTERM to this process in the middle of it."""
     from olmo_train import train as module
