@@ -183,7 +183,7 @@ def transformers() -> Any:
     try:
         import transformers
     except ImportError as problem:
-        what = f"compares logits with transformers, which cannot be imported ({problem}); pip install transformers"
+        what = f"compares logits with transformers, which cannot be imported ({problem}); pip install 'olmo-train[convert]'"
         raise ConfigError("convert", what) from problem
     transformers.utils.logging.set_verbosity_error()
     return transformers
