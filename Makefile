@@ -44,7 +44,7 @@ train: $(SOURCES:%=$(DATA)/%/meta.json)
 	$(BIN)/olmo-train evaluate $(RUN) --output $(RUN)/evaluation.json
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 check: $(INSTALLED)
 	$(BIN)/ruff check
