@@ -12,7 +12,8 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "olmo_train"
 FLOORS = (
     "errors",
-    "config storage console hardware optim distributed stats spikes model data",
+    "storage",
+    "config console hardware optim distributed stats spikes model data",
     "parallel checkpoint metrics guards planner curves eval provenance",
     "recipe resume",
     "train",

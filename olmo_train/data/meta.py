@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from olmo_train import storage
 from olmo_train.errors import DataError
 
 FORMAT_VERSION = 1
@@ -100,23 +101,13 @@ def write_json(file: Path, values: Any) -> None:
         stream.flush()
         os.fsync(stream.fileno())
     os.replace(temporary, file)
-    flush_folder(file.parent)
-
-
-def flush_folder(folder: Path) -> None:
-    """Make the names in a folder survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    storage.flush_folder(file.parent)
 
 
 def hash_file(file: Path) -> str:
     """sha256 of a file's contents, in hexadecimal. Raises DataError when it cannot be read."""
     try:
-        with open(file, "rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
+        return storage.hash_file(file)
     except OSError as problem:
         raise DataError(file, f"cannot be read: {problem.strerror}") from problem
 

@@ -15,8 +15,9 @@ from pathlib import Path
 import numpy as np
 
 from olmo_train.data.documents import DOCUMENTS_FILE, DocumentParts
-from olmo_train.data.meta import FORMAT_VERSION, TOKENIZER_FILE, Meta, ShardMeta, flush_folder, hash_blocks, hash_file, write_meta
+from olmo_train.data.meta import FORMAT_VERSION, TOKENIZER_FILE, Meta, ShardMeta, hash_blocks, hash_file, write_meta
 from olmo_train.data.tokenizer import Tokenizer
+from olmo_train.storage import flush_folder
 
 
 @dataclass
