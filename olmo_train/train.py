@@ -290,8 +290,9 @@ class Run:
         self.interval.add(stats.sums, stats.skipped, clipped, waited)
         self.watchdog.beat(stats.step)
         limit = self.config.guards.max_skipped
-        if stats.step % limit == 0 or self.world.device.type == "cpu":  # on a GPU reading the counter waits for the step
-            check_skipped(self.interval.skipped_in_a_row(), self.config.guards, checkpoints.newest_folder(self.run_dir))
+        read = stats.step % limit == 0 or self.world.device.type == "cpu"  # on a GPU reading waits for the step
+        if read and (in_a_row := self.interval.skipped_in_a_row()):
+            check_skipped(in_a_row, self.config.guards, checkpoints.newest_folder(self.run_dir))
         if self.console is not None:
             self.console.step(stats.step)
 
