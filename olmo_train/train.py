@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
+from olmo_train import allocator, hardware, optim, parallel
 from olmo_train import checkpoint as checkpoints
 from olmo_train import config as configuration
-from olmo_train import hardware, optim, parallel
 from olmo_train.checkpoint import Checkpointer
 from olmo_train.console import Console
 from olmo_train.data.loader import IGNORE, Batch, Loader, validation_batches
@@ -103,6 +103,7 @@ def train(config: TrainConfig) -> Iterator[StepStats]:
     Raises ConfigError, DataError, CheckpointError, SaveError, NonFiniteError, PeerError, and Stopped when a signal ended
     the run after a save.
     """
+    allocator.keep_freed_memory()
     with contextlib.ExitStack() as stack:
         stack.enter_context(peers_named())
         signals = stack.enter_context(StopSignals().installed())
