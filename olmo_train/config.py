@@ -152,6 +152,8 @@ def _convert_union(options: tuple, value: Any, where: str) -> Any:
 
 def _convert_scalar(hint: type, value: Any, where: str) -> Any:
     """int accepts 2e6 and float accepts 3, since both are how people write numbers; bool is never a number."""
+    if hint is float and value in (".inf", "-.inf"):  # YAML's spelling, in JSON too, which has no number for it
+        return float(value.replace(".", ""))
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if hint is float and number:
         return float(value)

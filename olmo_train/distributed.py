@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -116,9 +115,7 @@ def join_world(replicas: int = 1, timeout_seconds: float = 600) -> Iterator[Worl
         if "RANK" in os.environ:
             dist.init_process_group(backend, timeout=timeout)
         else:
-            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="olmo-train-"))
-            store = dist.FileStore(os.path.join(folder, "store"), 1)  # a world of one needs no port
-            dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)  # no port needed
         stack.callback(dist.destroy_process_group)
         shape, names = ((replicas, size // replicas), ("replicate", "shard")) if replicas > 1 else ((size,), ("shard",))
         yield World(

@@ -60,7 +60,7 @@ class JsonLines:
         self._warned = False
 
     def append(self, line: dict[str, Any]) -> None:
-        self._waiting += json.dumps(line).encode() + b"\n"
+        self._waiting += json.dumps(_without_infinity(line), allow_nan=False).encode() + b"\n"
         self._write()
 
     def _write(self) -> None:
@@ -150,6 +150,13 @@ class Recorder:
                     raise DataError(self.path, f"line {number} is not a line of metrics: {problem!r}") from problem
         if len(kept) < len(lines):
             replace_file(self.path, b"".join(kept))
+
+
+def _without_infinity(value: Any) -> Any:
+    """A configuration's infinite number as `.inf`, as YAML spells it: JSON has none."""
+    if isinstance(value, dict):
+        return {key: _without_infinity(inner) for key, inner in value.items()}
+    return str(value).replace("inf", ".inf") if isinstance(value, float) and math.isinf(value) else value
 
 
 def _finite(value: Any) -> Any:

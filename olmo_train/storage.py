@@ -14,13 +14,15 @@ import os
 import shutil
 import socket
 import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from olmo_train.errors import ConfigError
 
 MANIFEST = "MANIFEST.json"
-CHUNK = 1 << 22  # bytes read at once when a file is hashed
+CHUNK = 1 << 22  # bytes that are written, or read, and hashed at once
 
 
 def flush_folder(folder: Path) -> None:
@@ -32,14 +34,38 @@ def flush_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def write_file(path: Path, content: bytes) -> dict[str, Any]:
-    """Write and flush a file; gives its manifest entry."""
-    entry = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    with open(path, "wb") as file:
-        file.write(content)
-        file.flush()
+def write_file(path: Path, *pieces: bytes | memoryview) -> dict[str, Any]:
+    """Write a file of these pieces, one after the other, and flush it; gives its manifest entry.
+
+    Each chunk is hashed by a thread while it is written, which takes about as long.
+    """
+    digest, size = hashlib.sha256(), 0
+    with open(path, "wb", buffering=0) as file, ThreadPoolExecutor(1) as hasher:
+        for chunk in _chunks(pieces):
+            hashing = hasher.submit(digest.update, chunk)
+            written = 0
+            while written < len(chunk):
+                written += file.write(chunk[written:])
+            hashing.result()
+            size += len(chunk)
         os.fsync(file.fileno())
-    return entry
+    return {"size": size, "sha256": digest.hexdigest()}
+
+
+def _chunks(pieces: Iterable[bytes | memoryview]) -> Iterator[memoryview]:
+    """The same bytes in chunks of about CHUNK: large pieces are cut, without a copy, and small ones are joined."""
+    joined = bytearray()
+    for piece in map(memoryview, pieces):
+        if len(joined) + len(piece) <= CHUNK:
+            joined += piece
+            continue
+        if joined:
+            yield memoryview(joined)
+        joined = bytearray()
+        for start in range(0, len(piece), CHUNK):
+            yield piece[start : start + CHUNK]
+    if joined:
+        yield memoryview(joined)
 
 
 def replace_file(path: Path, content: bytes) -> None:
@@ -81,26 +107,36 @@ def hash_file(path: Path) -> str:
     return digest.hexdigest()
 
 
-def problems_of(folder: Path) -> list[str]:
-    """What is wrong with a committed folder, file by file; empty when every file is as its manifest says."""
+def problems_of(folder: Path, contents: bool = True) -> list[str]:
+    """What is wrong with a committed folder, file by file; empty when every file is as its manifest says.
+
+    Without `contents` names and sizes are compared, but no file is read.
+    """
     try:
-        files = json.loads((folder / MANIFEST).read_bytes())["files"]
+        manifest = json.loads((folder / MANIFEST).read_bytes())
+        if manifest["format"] != 1:
+            return [f"{MANIFEST} has format {manifest['format']!r}, and 1 is known"]
+        files = manifest["files"]
         expected = {str(name): (int(entry["size"]), str(entry["sha256"])) for name, entry in files.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
         return [f"{MANIFEST} cannot be read: {problem!r}"]
-    problems = []
-    for name, (size, sha256) in expected.items():
-        path = folder / name
-        if Path(name).name != name or path.is_symlink():
-            problems.append(f"{name} leads out of the folder")
-        elif not path.is_file():
-            problems.append(f"{name} is missing")
-        elif path.stat().st_size != size:
-            problems.append(f"{name} has {path.stat().st_size} bytes, expected {size}")
-        elif hash_file(path) != sha256:
-            problems.append(f"{name} does not have the hash of what was written")
+    with ThreadPoolExecutor(os.cpu_count()) as threads:  # each file is hashed by one
+        found = threads.map(lambda name: _problem_of(folder / name, name, *expected[name], contents), expected)
+        problems = [problem for problem in found if problem]
     extra = sorted({path.name for path in folder.iterdir()} - set(expected) - {MANIFEST})
     return problems + [f"{name} is not in the manifest" for name in extra]
+
+
+def _problem_of(path: Path, name: str, size: int, sha256: str, contents: bool) -> str | None:
+    if Path(name).name != name or path.is_symlink():
+        return f"{name} leads out of the folder"
+    if not path.is_file():
+        return f"{name} is missing"
+    if path.stat().st_size != size:
+        return f"{name} has {path.stat().st_size} bytes, expected {size}"
+    if contents and hash_file(path) != sha256:
+        return f"{name} does not have the hash of what was written"
+    return None
 
 
 class RunLock:

@@ -29,7 +29,7 @@ from olmo_train.data.loader import IGNORE, Batch, Loader, validation_batches
 from olmo_train.data.mixture import Mixture
 from olmo_train.data.shards import TokenSource, check_ids, open_source
 from olmo_train.distributed import World, join_world, peers_named
-from olmo_train.errors import ConfigError, Stopped
+from olmo_train.errors import ConfigError, DataError, Stopped
 from olmo_train.eval.perplexity import loss_sums
 from olmo_train.guards import StopSignals, Watchdog, check_skipped, skip_if_not_finite
 from olmo_train.metrics import Recorder, attempts
@@ -220,7 +220,10 @@ class Run:
         files = {"config.yaml": configuration.dump(self.config).encode()}
         folders = [source.folder for source in self.mixture.sources if source.folder]
         if folders:
-            files["tokenizer.json"] = (folders[0] / "tokenizer.json").read_bytes()
+            try:
+                files["tokenizer.json"] = (folders[0] / "tokenizer.json").read_bytes()
+            except OSError as problem:
+                raise DataError(folders[0] / "tokenizer.json", f"cannot be read: {problem}; prepare the data again") from problem
         return files
 
     def build(self) -> tuple[Transformer, torch.optim.Optimizer]:

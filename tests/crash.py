@@ -90,7 +90,7 @@ class Disk:
 
     def die(self) -> None:
         if self.death.power_cut:
-            for path, size in self.unflushed.items():
+            for path, size in list(self.unflushed.items()):  # another thread may be writing
                 with contextlib.suppress(OSError):
                     os.truncate(path, size)
         os.kill(os.getpid(), signal.SIGKILL)

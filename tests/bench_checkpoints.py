@@ -1,0 +1,128 @@
+"""Seconds a GB of saving and loading, beside torch's DCP with its defaults and OLMo-core, on the same state.
+
+    python tests/bench_checkpoints.py FOLDER [--olmo-core FOLDER_OF_ITS_PACKAGES] [--rounds 5] [--d-model 512]
+
+Rounds are interleaved. What is timed ends with the files flushed, where the other system flushes them; ours also hashes
+every byte, looks for non-finite values and, when it loads, compares the hashes. Prints medians and ratios to ours.
+"""
+
+import argparse
+import json
+import shutil
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+from olmo_train import checkpoint as checkpoints
+from olmo_train import config as configuration
+from olmo_train import optim, parallel
+from olmo_train.checkpoint import CheckpointConfig, Checkpointer
+from olmo_train.distributed import join_world
+from olmo_train.model.transformer import Transformer
+from olmo_train.recipe import TrainConfig
+from olmo_train.storage import hash_file
+
+
+def build(config, world):
+    with torch.device("meta"):
+        model = Transformer(config.model)
+    parallel.shard(model, config.parallel, world)
+    optimizer = optim.build_optimizer(dict(model.named_parameters()), config.optim, parallel.on_whole)
+    optim.allocate_state(optimizer)
+    parallel.init_weights(model, config.seed)
+    return model, optimizer
+
+
+def timed(function) -> float:
+    started = time.perf_counter()
+    function()
+    return time.perf_counter() - started
+
+
+def ours(folder: Path, config, world, model, optimizer, step: int) -> dict[str, float]:
+    files = {"config.yaml": configuration.dump(config).encode()}
+    seconds = {}
+    for name, in_background in (("save", False), ("stall", True)):
+        saver = Checkpointer(folder, CheckpointConfig(async_save=in_background, keep_last=1), world, files)
+        for _ in range(2):  # the second: host memory is there, as in a run
+            step += 1
+            shutil.rmtree(folder, ignore_errors=True)  # so that no system pays for another's deletions
+            seconds[name] = timed(lambda saver=saver, step=step: saver.save(step, model, optimizer, {"data": {}}))
+            saver.wait()
+        saver.close()
+    saved = checkpoints.folder_of(folder, step)
+    seconds["verify"] = timed(lambda: checkpoints.newest(folder))
+    seconds["load"] = seconds["verify"] + timed(lambda: checkpoints.load(saved, model, optimizer, world))
+    largest = max(saved.glob("*.safetensors"), key=lambda file: file.stat().st_size)
+    seconds["hash"] = timed(lambda: hash_file(largest))
+    return seconds
+
+
+def dcp_defaults(folder: Path, model, optimizer) -> dict[str, float]:
+    def save():
+        weights, state = get_state_dict(model, optimizer)
+        dcp.save({"model": weights, "optim": state}, checkpoint_id=str(folder))
+
+    def load():
+        weights, state = get_state_dict(model, optimizer)
+        whole = {"model": weights, "optim": state}
+        dcp.load(whole, checkpoint_id=str(folder))
+        set_state_dict(model, optimizer, model_state_dict=whole["model"], optim_state_dict=whole["optim"])
+
+    return {"save": timed(save), "load": timed(load)}
+
+
+def olmo_core(folder: Path, model, optimizer) -> dict[str, float]:
+    from olmo_core.distributed.checkpoint import load_model_and_optim_state, save_model_and_optim_state
+
+    return {
+        "save": timed(lambda: save_model_and_optim_state(str(folder), model, optimizer, save_overwrite=True)),
+        "load": timed(lambda: load_model_and_optim_state(str(folder), model, optimizer)),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--olmo-core", help="where OLMo-core was installed with pip --target")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--d-model", type=int, default=512)
+    arguments = parser.parse_args()
+    words = ["run_dir=unused", "data.sources.a.path=unused", f"model.d_model={arguments.d_model}", "model.n_layers=8",
+             "model.n_heads=8", f"model.mlp_hidden={arguments.d_model * 11 // 4}", "parallel.precision=fp32"]  # fmt: skip
+    config = configuration.load(TrainConfig, [], words)
+    if arguments.olmo_core:
+        sys.path.append(arguments.olmo_core)
+    seen: dict[str, list[float]] = {}
+    scratch = arguments.folder / "scratch"  # memory for the system's file cache, which a virtual machine gets slowly at first
+    scratch.write_bytes(bytes(1 << 32))
+    scratch.unlink()
+    with join_world() as world:
+        model, optimizer = build(config, world)
+        for number in range(arguments.rounds):
+            systems = {"ours": lambda folder, n=number: ours(folder, config, world, model, optimizer, 10 * n),
+                       "dcp": lambda folder: dcp_defaults(folder, model, optimizer)}  # fmt: skip
+            if arguments.olmo_core:
+                systems["olmo-core"] = lambda folder: olmo_core(folder, model, optimizer)
+            for name, system in systems.items():
+                folder = arguments.folder / name
+                shutil.rmtree(folder, ignore_errors=True)
+                for what, seconds in system(folder).items():
+                    seen.setdefault(f"{name} {what}", []).append(seconds)
+                shutil.rmtree(folder)
+        gigabytes = sum(t.numel() * 4 for t in checkpoints.state_tensors(model, optimizer).values()) / 1e9
+    medians = {name: statistics.median(values) for name, values in seen.items()}
+    for name, median in medians.items():
+        what = name.split()[-1]
+        base = medians["ours save" if what == "stall" else f"ours {what}"]
+        print(f"{name:16} {median:7.3f} s  {median / gigabytes:6.3f} s/GB  {median / base:5.2f} x ours", flush=True)
+    print(json.dumps({"gigabytes": gigabytes, "seconds": seen}))
+
+
+if __name__ == "__main__":
+    main()
