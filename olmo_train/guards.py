@@ -53,6 +53,19 @@ def check_skipped(in_a_row: int, config: GuardConfig, last_good: Path | None) ->
         )
 
 
+def too_slow_to_stop(step_seconds: float, save_seconds: float) -> str | None:
+    """What to do when a step and a save take longer than torchrun waits after a signal; None when they fit, or without
+    torchrun. It kills what has not ended by then: 30 s unless its environment says otherwise."""
+    patience = float(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", 30))
+    needed = step_seconds + save_seconds
+    if "TORCHELASTIC_RUN_ID" not in os.environ or needed < patience:
+        return None
+    return (
+        f"a signal to torchrun would lose steps: a step and a save take {needed:.0f} s, and torchrun kills its processes after "
+        f"{patience:.0f} s; start it with TORCH_ELASTIC_SHUTDOWN_TIMEOUT={2 * needed:.0f}, or signal the processes themselves"
+    )
+
+
 class StopSignals:
     """Which stop signal this process has got, if any: SIGTERM, SIGINT or SIGUSR1. A second one ends it at once."""
 

@@ -9,6 +9,7 @@ The same call again resumes from the newest checkpoint.
 from __future__ import annotations
 
 import contextlib
+import logging
 import signal
 import time
 from collections.abc import Iterator
@@ -31,7 +32,7 @@ from olmo_train.data.shards import TokenSource, check_ids, open_source
 from olmo_train.distributed import World, join_world, peers_named
 from olmo_train.errors import ConfigError, DataError, Stopped
 from olmo_train.eval.perplexity import loss_sums
-from olmo_train.guards import StopSignals, Watchdog, check_skipped, skip_if_not_finite
+from olmo_train.guards import StopSignals, Watchdog, check_skipped, skip_if_not_finite, too_slow_to_stop
 from olmo_train.metrics import Recorder, attempts
 from olmo_train.model.cost import flops_per_token
 from olmo_train.model.transformer import Transformer
@@ -40,6 +41,7 @@ from olmo_train.resume import check_changes, check_data
 from olmo_train.stats import Clock, Interval, loss_metrics, throughput_metrics
 from olmo_train.storage import RunLock, replace_file
 
+log = logging.getLogger(__name__)
 CHECKED_TOKENS = 10**9  # a source of at most so many tokens is checked whole before the first step: some seconds
 
 
@@ -138,6 +140,7 @@ class Run:
         self.config, self.world, self.signals = config, world, signals
         self.run_dir = Path(config.run_dir)
         self.stack = contextlib.ExitStack()
+        self.warned_of_stop = False
 
     def __enter__(self) -> Run:
         with self.stack:  # whatever was opened before an error is closed again
@@ -328,11 +331,20 @@ class Run:
         )
         metrics |= {f"train/source/{name}/epoch": epoch for name, epoch in self._epochs(stats.step).items()}
         metrics |= self.checkpointer.take_figures()
+        self._warn_when_too_slow_to_stop(metrics)
         if world.device.type == "cuda":
             metrics["System/Peak GPU Memory (MB)"] = torch.cuda.max_memory_allocated() / 2**20
         self.interval.restart()
         self.clock.restart()
         return metrics | self._about(batch)
+
+    def _warn_when_too_slow_to_stop(self, metrics: dict[str, Any]) -> None:
+        save_seconds = metrics.get("throughput/checkpoint_write_seconds")
+        if save_seconds is not None and self.world.is_main and not self.warned_of_stop:
+            warning = too_slow_to_stop(metrics["throughput/step_seconds"], save_seconds)
+            self.warned_of_stop = warning is not None
+            if warning:
+                log.warning(warning)
 
     def _about(self, batch: Batch) -> dict[str, Any]:
         """What each line tells of where it comes from."""

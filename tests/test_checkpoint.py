@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from data_sources import prepare_source
 
 from olmo_train import checkpoint as checkpoints
 from olmo_train.checkpoint import CheckpointConfig, load_model
@@ -149,6 +150,16 @@ def test_damaged_checkpoints_do_not_push_out_the_good_one_that_is_written_after_
     assert steps_of(Path(config.run_dir)) == [4, 5, 6]  # the damaged ones are left alone
 
 
+def test_a_cut_checkpoint_neither_counts_as_kept_nor_is_deleted(tiny_args):
+    changes = {"checkpoint.interval_steps": 2, "checkpoint.keep_last": 2, "checkpoint.async_save": False}
+    config = tiny_args("run", total_steps=8, **changes)
+    for stats in train(config):
+        if stats.step == 6:
+            os.truncate(Path(config.run_dir) / "checkpoints/step-0000006/state.json", 3)
+    assert steps_of(Path(config.run_dir)) == [4, 6, 8]
+    assert checkpoints.newest(Path(config.run_dir)).name == "step-0000008"
+
+
 def test_permanent_intervals_are_kept(tiny_args):
     changes = {"checkpoint.interval_steps": 2, "checkpoint.keep_last": 1, "checkpoint.permanent_interval_steps": 4}
     config = tiny_args("run", total_steps=10, **changes)
@@ -238,6 +249,32 @@ def test_a_non_finite_state_is_never_committed(tiny_args):
     finally:
         module.Run.save = real
     assert steps_of(Path(config.run_dir)) == []
+
+
+def test_an_unknown_format_is_not_taken_for_a_whole_checkpoint(finished):
+    manifest = finished / "checkpoints/step-0000006" / MANIFEST
+    manifest.write_text(manifest.read_text().replace('"format": 1', '"format": 2'))
+    assert problems_of(manifest.parent) == ["MANIFEST.json has format 2, and 1 is known"]
+    assert checkpoints.newest(finished).name == "step-0000004"
+
+
+def test_the_shards_are_safetensors_files_that_the_library_reads(finished):
+    from safetensors.torch import load_file
+
+    (shard,) = (finished / "checkpoints/step-0000006").glob("*.safetensors")
+    read = {name: tensor for name, tensor in load_file(shard).items() if name.startswith("model.")}
+    model = {f"model.{name}": parameter for name, parameter in load_model(finished).named_parameters()}
+    assert model.keys() == read.keys() and all(torch.equal(model[name], tensor) for name, tensor in read.items())
+    assert len(load_file(shard)) == 3 * len(read)  # and both moments of each
+
+
+def test_a_prepared_folder_without_its_tokenizer_is_named(tmp_path, tiny_words, run_cli):
+    source, _ = prepare_source(tmp_path)
+    (source / "tokenizer.json").unlink()
+    words = tiny_words("run", **{"data.sources.a.path": source, "model.vocab_size": 300, "model.padded_vocab_size": 300})
+    done = run_cli("train", *words)
+    assert done.returncode == 3 and done.stderr.splitlines()[-1].startswith(f"error: {source / 'tokenizer.json'}: ")
+    assert "Traceback" not in done.stderr
 
 
 def test_save_steps_and_intervals_are_due():

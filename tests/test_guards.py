@@ -17,7 +17,7 @@ from ranks import on_ranks
 from olmo_train import train as module
 from olmo_train.checkpoint import committed, read_state
 from olmo_train.errors import NonFiniteError
-from olmo_train.guards import GuardConfig, StopSignals, check_skipped
+from olmo_train.guards import GuardConfig, StopSignals, check_skipped, too_slow_to_stop
 from olmo_train.train import train
 
 
@@ -140,10 +140,13 @@ def test_a_poisoned_run_ends_with_exit_code_5(run_cli, tiny_words, tmp_path):
 # ---- signals
 
 
-def started(words, run_dir: Path, step: int, tmp_path) -> subprocess.Popen:
-    """A run in a process of its own that has logged `step`."""
+def started(words, run_dir: Path, step: int, tmp_path, *launcher) -> subprocess.Popen:
+    """A run in a process of its own, or under a launcher, that has logged `step`."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "olmo_train", "train", *words], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+        [sys.executable, *launcher, "-m", "olmo_train", "train", *words],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
     )
     deadline = time.monotonic() + 60
     while True:
@@ -201,6 +204,35 @@ def test_a_signal_is_noted_and_the_handlers_of_before_come_back(number):
         os.kill(os.getpid(), number)
         assert signals.received == number
     assert signal.getsignal(number) is before
+
+
+def test_a_signal_to_torchrun_stops_both_processes_after_a_save(tiny_words, tmp_path, read_metrics):
+    words = tiny_words("run", total_steps=2000, **{"checkpoint.interval_steps": 5000})
+    launched = started(words, tmp_path / "run", 3, tmp_path, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    launched.send_signal(signal.SIGTERM)
+    _, stderr = launched.communicate(timeout=60)
+    assert launched.returncode != 0 and "SIGTERM: stopped after step" in stderr
+    (step,) = committed(tmp_path / "run")
+    assert len(read_metrics(tmp_path / "run")) == step
+
+
+def test_a_save_that_does_not_fit_in_torchruns_patience_is_told(monkeypatch):
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    assert too_slow_to_stop(10, 50) is None
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    assert too_slow_to_stop(9, 20) is None
+    told = too_slow_to_stop(10, 50)
+    assert "take 60 s" in told and "after 30 s" in told and "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=120" in told
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "90")
+    assert too_slow_to_stop(10, 50) is None
+
+
+def test_a_run_says_so_once_when_its_saves_are_too_slow_for_torchrun(tiny_args, monkeypatch, caplog):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "0")
+    for _ in train(tiny_args("run", **{"checkpoint.interval_steps": 2, "checkpoint.async_save": False})):
+        pass
+    assert caplog.text.count("a signal to torchrun would lose steps") == 1
 
 
 def test_a_second_signal_ends_the_process_at_once():

@@ -5,6 +5,7 @@ import logging
 import math
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -322,3 +323,20 @@ def test_a_mirror_that_fails_in_the_middle_is_left_out_with_one_warning(tmp_path
 def test_the_commit_of_the_code_is_known_in_a_checkout():
     version = recording.code_version()
     assert version is None or len(version.removesuffix("+changes")) == 40
+
+
+def test_an_infinite_number_of_the_configuration_is_json_in_the_events_and_reads_back(tiny_args):
+    from olmo_train import config as configuration
+    from olmo_train.recipe import TrainConfig
+    from olmo_train.train import train
+
+    config = tiny_args("run", total_steps=1, **{"optim.max_grad_norm": ".inf"})
+    list(train(config))
+
+    def refuse(word):
+        raise AssertionError(f"{word} is no JSON")
+
+    lines = (Path(config.run_dir) / "events.jsonl").read_text().splitlines()
+    events = [json.loads(line, parse_constant=refuse) for line in lines]
+    assert events[0]["config"]["optim"]["max_grad_norm"] == ".inf"
+    assert configuration.build(TrainConfig, events[0]["config"]) == config

@@ -1,7 +1,11 @@
 """The number of processes and the size of a micro-batch change speed and memory, and nothing else."""
 
 import json
+import os
 import random
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -86,3 +90,13 @@ def mask_share(folder, start, stop):
     mask = np.empty(stop - start, dtype=np.uint8)
     open_source("a", SourceConfig(str(folder)), 512).read_label_mask(start, mask)
     return mask.mean()
+
+
+def test_a_world_of_one_leaves_nothing_behind_when_it_is_killed(tmp_path):
+    """It needs neither a port nor a file to meet the other processes that it does not have."""
+    program = (
+        "import os, signal\nfrom olmo_train.distributed import join_world\n"
+        "with join_world() as world:\n    assert world.any(3) == 3\n    os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], env={**os.environ, "TMPDIR": str(tmp_path)})
+    assert done.returncode == -signal.SIGKILL and list(tmp_path.iterdir()) == []
