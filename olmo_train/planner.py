@@ -14,12 +14,11 @@ from dataclasses import dataclass, replace
 from olmo_train.errors import ConfigError, check_choice
 from olmo_train.hardware import Hardware
 from olmo_train.model.config import ModelConfig
-from olmo_train.model.cost import block_parameters, count_parameters, flops_per_token
+from olmo_train.model.cost import LOSS_PART_BYTES, block_parameters, count_parameters, flops_per_token
 
 BYTES = {"bf16": 2, "fp32": 4}
 CHECKPOINTING = ("none", "full")
 RUNTIME_BYTES = 1_500_000_000  # assumed: CUDA context, NCCL buffers, cuBLAS workspaces, fragments between tensors
-LOSS_BYTES = 12  # a logit while the loss is differentiated: log-probability, its gradient, the logit's; fp32 each
 STATE_BYTES = 16  # a parameter in training: weight, two moments and gradient in fp32
 CHECKPOINT_BYTES = 12  # a parameter in a checkpoint: weight and two moments in fp32
 
@@ -94,7 +93,7 @@ def memory_estimate(model: ModelConfig, layout: Layout) -> MemoryEstimate:
     gathered = width * (root if layout.shard == "full" else total)
     if shards > 1 and layout.shard == "full":
         gathered += width * block  # the next block, gathered meanwhile
-    loss = parts(whole_gradients, model.n_layers * kept + final, tokens * model.vocab_rows * LOSS_BYTES, gathered)
+    loss = parts(whole_gradients, model.n_layers * kept + final, loss_bytes(model, tokens, width), gathered)
 
     # From block to block the backward adds sharded gradients and frees activations, so the highest block is its first,
     # or its last, which also meets the fp32 buffer from which the gradients of the one before are being reduced.
@@ -113,6 +112,15 @@ def memory_estimate(model: ModelConfig, layout: Layout) -> MemoryEstimate:
 
     update = parts(math.ceil(4 * total / shards), 0, 0, width * root + (width + reduced) * root)
     return MemoryEstimate({"loss": loss, "backward": backward, "update": update})
+
+
+def loss_bytes(model: ModelConfig, tokens: int, width: int) -> int:
+    """Bytes of the logits, which become their own gradients (model/loss.py), and of the larger of what stands beside them:
+    fp32 probabilities of the part that is worked on, with that part itself in fp32, or the gradients of the head's weight
+    and input."""
+    logits = tokens * model.vocab_rows
+    part = min(4 * logits, LOSS_PART_BYTES) * (1 if width == 4 else 2)
+    return width * logits + max(part, width * model.d_model * (model.vocab_rows + tokens))
 
 
 def kept_activation_bytes(model: ModelConfig, layout: Layout) -> int:

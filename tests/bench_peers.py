@@ -30,9 +30,7 @@ from types import SimpleNamespace
 ROOT = Path(__file__).parent.parent
 MARK = "bench_peers "  # begins each line that a contestant says to us; others are its own chatter
 # The allocator's settings that this project makes by itself, as glibc reads them, and huge pages besides.
-TUNED = (
-    "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1000000000000:glibc.malloc.top_pad=268435456:glibc.malloc.hugetlb=1"
-)
+TUNED = "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1000000000000:glibc.malloc.top_pad=268435456:glibc.malloc.hugetlb=1"
 
 # d_model, layers, heads, SwiGLU's hidden width, tokens of a sequence, sequences of a step and of a micro-batch
 WORK = {
@@ -203,6 +201,7 @@ def litgpt(work: SimpleNamespace, folder: Path) -> Step:
 
 CONTESTANTS = {  # name: (the package whose version is told, how to make its step)
     "ours": ("torch", ours),
+    "before": ("torch", ours),  # another checkout of this project: --at before=FOLDER
     "ours-compiled": ("torch", lambda work, folder: ours(work, folder, "parallel.compile=true")),
     "plain": ("torch", plain),
     "plain-compiled": ("torch", lambda work, folder: plain(work, folder, compiled=True)),
@@ -248,13 +247,15 @@ class Contestant:
     def __init__(self, name: str, arguments: argparse.Namespace, folder: str | None):
         python = Path(folder, "bin", "python") if folder else None
         python = str(python) if python and python.exists() else sys.executable
-        paths = [str(ROOT), *([folder] if folder and python == sys.executable else []), os.environ.get("PYTHONPATH", "")]
-        env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "WANDB_MODE": "disabled"}
+        paths = [*([folder] if folder and python == sys.executable else []), str(ROOT)]
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "WANDB_MODE": "disabled"}
         if arguments.tuned:
             env["GLIBC_TUNABLES"] = TUNED
         words = [python, __file__, "--contestant", name, "--work", arguments.work, "--warmup", str(arguments.warmup)]
         self.name, self.errors = name, tempfile.TemporaryFile("w+")  # noqa: SIM115
-        self.process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True, env=env)
+        self.process = subprocess.Popen(
+            words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True, env=env
+        )
         self.about = self.listen()
 
     def listen(self) -> dict | None:
@@ -303,14 +304,20 @@ def table(results: dict) -> str:
         ratios = [mine / theirs for mine, theirs in pairs]
         spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
         rate = statistics.median(row["tokens_per_second"])
-        lines.append(f"| {name} | {row['version']} | {rate:,.0f} | {spread} | {row['peak_gb']:.2f} | {row['first_step_seconds']:.1f} |")
+        lines.append(
+            f"| {name} | {row['version']} | {rate:,.0f} | {spread} | {row['peak_gb']:.2f} | {row['first_step_seconds']:.1f} |"
+        )
     return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", choices=WORK, default="tiny")
-    parser.add_argument("--peers", default=",".join(CONTESTANTS), help="names, parted by commas; ratios are those of the first")
+    parser.add_argument(
+        "--peers",
+        default=",".join(name for name in CONTESTANTS if name != "before"),
+        help="names, parted by commas; ratios are those of the first",
+    )
     parser.add_argument("--at", action="append", default=[], metavar="NAME=FOLDER", help="a virtual environment or target folder")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=3, help="of each contestant in each round")

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from olmo_train.model import config as names
 from olmo_train.model.config import ModelConfig
 from olmo_train.model.init import INITS, init_std, initial_value, param_seed
+from olmo_train.model.loss import IGNORE
 from olmo_train.model.norms import NORMS
-from olmo_train.model.transformer import ACTIVATIONS, BLOCKS, IGNORE, KVCache, Transformer, rope_tables, rotate
+from olmo_train.model.transformer import ACTIVATIONS, BLOCKS, KVCache, Transformer, rope_tables, rotate
 
 OLMO_1B = ModelConfig(d_model=2048, n_layers=16, n_heads=16, mlp_hidden=8192, tie_embeddings=True)
 OLMO_7B = ModelConfig()

@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from olmo_train.model.config import ModelConfig
+from olmo_train.model.loss import HeadLoss
 from olmo_train.model.norms import NORMS
-
-IGNORE = -100  # a label that is not scored
 
 
 def rope_tables(positions: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:
@@ -199,6 +198,7 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(BLOCKS[config.block](config) for _ in range(config.n_layers))
         self.norm = NORMS[config.norm](config.d_model, config.norm_eps, config.bias == "norm")
         self.head = None if config.tie_embeddings else nn.Linear(config.d_model, config.vocab_rows, bias=False)
+        self.loss = HeadLoss(config.z_loss)
 
     def forward(
         self,
@@ -220,11 +220,8 @@ class Transformer(nn.Module):
             x = block(x, rope, mask, cache)
         if cache is not None:
             cache.length += input_ids.shape[1]
-        logits = F.linear(self.norm(x), self.embed.weight if self.head is None else self.head.weight)  # (B, T, V)
-        if labels is None:
-            return logits
-        losses = sequence_losses(logits, labels)
-        return losses + z_loss_gradient(logits, labels, self.config.z_loss) if self.config.z_loss else losses
+        x, weight = self.norm(x), self.embed.weight if self.head is None else self.head.weight
+        return F.linear(x, weight) if labels is None else self.loss(x, weight, labels)
 
     def _positions(self, input_ids: Tensor, documents: Tensor | None, cache: KVCache | None) -> tuple[tuple, Mask]:
         """The RoPE tables and the attention mask of these tokens."""
@@ -236,17 +233,3 @@ class Transformer(nn.Module):
         # Several queries after a cache need a triangle that is shifted; SDPA's own starts at the first key.
         mask = None if past == 0 else positions[:, None] >= torch.arange(past + len(positions), device=positions.device)
         return rope_tables(positions, self.config), mask
-
-
-def sequence_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """Summed cross-entropy of each sequence, fp32 (B,), for logits (B, T, V) and labels (B, T)."""
-    losses = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="none")
-    return losses.view_as(labels).sum(dim=1)
-
-
-def z_loss_gradient(logits: Tensor, labels: Tensor, coefficient: float) -> Tensor:
-    """0 for each sequence, (B,), with the gradient of coefficient * log(Z)^2 summed over its scored tokens, where
-    log(Z) = log(sum(exp(logits))) (Chowdhery et al. 2022, section 5). So the loss stays the cross-entropy."""
-    squares = logits.float().logsumexp(dim=-1).square() * (labels != IGNORE)  # (B, T)
-    losses = coefficient * squares.sum(dim=1)
-    return losses - losses.detach()

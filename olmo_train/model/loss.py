@@ -1,0 +1,84 @@
+"""The head and its loss as one operation, which holds the logits once.
+
+The one idea: the gradient of cross-entropy by a logit is softmax less one at the label, which is known in the forward. So
+it is written over the logits there, a few rows at a time while they are in the cache, and the backward is two matrix
+products. Written with torch's operations one by one, a logit in bf16 takes 12 bytes beside its own 2, and five passes.
+
+Letters of shapes: N tokens, C d_model, V padded vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from olmo_train.model.cost import LOSS_PART_BYTES
+
+IGNORE = -100  # a label that is not scored
+PART_BYTES = {"cpu": 2**23}  # of fp32 logits that are worked on at a time; on a CPU they should stay in its cache
+
+
+class HeadLoss(nn.Module):
+    """Cross-entropy of x @ weight.T, and z_loss * log(Z)^2, which is trained on and not told."""
+
+    def __init__(self, z_loss: float):
+        super().__init__()
+        self.z_loss = z_loss
+
+    def forward(self, x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        """Summed loss in nats of each sequence, fp32 (B,), for x (B, T, C), weight (V, C) and labels (B, T)."""
+        rows, flat = x.flatten(0, 1), labels.flatten()
+        if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+            losses = _HeadLoss.apply(rows, weight, flat, self.z_loss)
+        else:
+            losses = torch.cat([token_losses(part, label) for part, label in parts(F.linear(rows, weight), flat)])
+        return losses.view_as(labels).sum(dim=1)
+
+
+class _HeadLoss(torch.autograd.Function):
+    """Losses (N,) fp32 of x (N, C), weight (V, C) and labels (N,). Any gradient by the losses may come in, so that a
+    caller can weigh tokens as it likes."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, labels: Tensor, z_loss: float) -> Tensor:
+        logits = F.linear(x, weight)  # (N, V)
+        losses = torch.cat([differentiate_(part, label, z_loss) for part, label in parts(logits, labels)])
+        ctx.save_for_backward(x, weight, labels, logits)
+        return losses
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        x, weight, labels, slopes = ctx.saved_tensors  # slopes (N, V): of each token's loss by its logits
+        grad = torch.where(labels == IGNORE, 0.0, grad)[:, None]  # (N, 1)
+        grad_x = (slopes @ weight * grad).to(x.dtype)  # (N, C)
+        grad_weight = slopes.T @ (x * grad).to(x.dtype)  # (V, C)
+        return grad_x, grad_weight, None, None
+
+
+def parts(logits: Tensor, labels: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Views of some rows of logits (N, V) and their labels at a time."""
+    rows = max(1, PART_BYTES.get(logits.device.type, LOSS_PART_BYTES) // (4 * logits.shape[1]))
+    return list(zip(logits.split(rows), labels.split(rows), strict=True))
+
+
+def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy (N,) fp32 of logits (N, V) and labels (N,); 0 where a label is IGNORE."""
+    return F.cross_entropy(logits.float(), labels, ignore_index=IGNORE, reduction="none")
+
+
+def differentiate_(logits: Tensor, labels: Tensor, z_loss: float) -> Tensor:
+    """token_losses, while logits (N, V) become the gradients of the losses, and of z_loss * log(Z)^2 where
+    log(Z) = log(sum(exp(logits))) (Chowdhery et al. 2022, section 5). Rows of IGNORE hold what must not be used."""
+    scored = labels != IGNORE
+    places = torch.where(scored, labels, 0)[:, None]  # (N, 1)
+    wide = logits.float()
+    probs = wide.softmax(dim=-1)
+    # The largest probability is 1 / sum(exp(logits - max)), so log(Z) costs no further pass of exponentials.
+    log_z = wide.amax(dim=-1, keepdim=True) - probs.amax(dim=-1, keepdim=True).log()  # (N, 1)
+    losses = torch.where(scored, (log_z - wide.gather(1, places))[:, 0], 0.0)
+    if z_loss:
+        probs *= 1 + 2 * z_loss * log_z
+    probs.scatter_add_(1, places, torch.full_like(log_z, -1.0))
+    logits.copy_(probs)
+    return losses
