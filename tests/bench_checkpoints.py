@@ -1,19 +1,23 @@
-"""Seconds a GB of saving and loading, beside torch's DCP with its defaults and OLMo-core, on the same state.
+"""Seconds a GB of saving and loading, beside torch's DCP with its defaults and OLMo-core, on the same state; and seconds
+from SIGTERM to the end of a small run.
 
     python tests/bench_checkpoints.py FOLDER [--olmo-core FOLDER_OF_ITS_PACKAGES] [--rounds 5] [--d-model 512]
 
 Rounds are interleaved. What is timed ends with the files flushed, where the other system flushes them; ours also hashes
-every byte, looks for non-finite values and, when it loads, compares the hashes. Prints medians and ratios to ours.
+every byte and looks for non-finite values. `verify` compares the hashes before a load. Prints medians and ratios to ours.
 """
 
 import argparse
 import json
 import shutil
+import signal
 import statistics
+import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
@@ -57,7 +61,7 @@ def ours(folder: Path, config, world, model, optimizer, step: int) -> dict[str, 
         saver.close()
     saved = checkpoints.folder_of(folder, step)
     seconds["verify"] = timed(lambda: checkpoints.newest(folder))
-    seconds["load"] = seconds["verify"] + timed(lambda: checkpoints.load(saved, model, optimizer, world))
+    seconds["load"] = timed(lambda: checkpoints.load(saved, model, optimizer, world))
     largest = max(saved.glob("*.safetensors"), key=lambda file: file.stat().st_size)
     seconds["hash"] = timed(lambda: hash_file(largest))
     return seconds
@@ -84,6 +88,30 @@ def olmo_core(folder: Path, model, optimizer) -> dict[str, float]:
         "save": timed(lambda: save_model_and_optim_state(str(folder), model, optimizer, save_overwrite=True)),
         "load": timed(lambda: load_model_and_optim_state(str(folder), model, optimizer)),
     }
+
+
+def stop(folder: Path, processes: int) -> float:
+    """Seconds from SIGTERM, to the processes of a small run in the middle of its training, to the end of the last one."""
+    tokens = folder / "tokens.npy"
+    tokens.write_bytes(np.random.default_rng(0).integers(0, 500, 100_000, dtype=np.uint16).tobytes())
+    run_dir = folder / "stopped"
+    shutil.rmtree(run_dir, ignore_errors=True)
+    words = [f"run_dir={run_dir}", f"data.sources.a.path={tokens}", "total_steps=100000", "global_batch_size=8",
+             "log.interval_steps=1", "log.wandb.mode=disabled", "model.d_model=64", "model.n_layers=2", "model.n_heads=4",
+             "model.mlp_hidden=176", "model.vocab_size=500", "model.padded_vocab_size=512", "model.seq_len=64"]  # fmt: skip
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
+    command = [sys.executable, *torchrun, "-m", "olmo_train", "train", *words]
+    run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    log = run_dir / "metrics.jsonl"
+    while not log.exists() or log.read_text().count("\n") < 20:
+        time.sleep(0.05)
+    started = time.perf_counter()
+    run.send_signal(signal.SIGTERM)
+    run.wait()
+    seconds = time.perf_counter() - started
+    steps = log.read_text().count("\n")
+    assert list(checkpoints.committed(run_dir)) == [steps], "a step was lost"
+    return seconds
 
 
 def main() -> None:
@@ -116,6 +144,11 @@ def main() -> None:
                     seen.setdefault(f"{name} {what}", []).append(seconds)
                 shutil.rmtree(folder)
         gigabytes = sum(t.numel() * 4 for t in checkpoints.state_tensors(model, optimizer).values()) / 1e9
+    for processes in (1, 2):
+        seconds = [stop(arguments.folder, processes) for _ in range(arguments.rounds)]
+        print(
+            f"SIGTERM to the end, {processes} process(es): median {statistics.median(seconds):.2f} s, most {max(seconds):.2f} s"
+        )
     medians = {name: statistics.median(values) for name, values in seen.items()}
     for name, median in medians.items():
         what = name.split()[-1]

@@ -38,7 +38,7 @@ class Disk:
     """Counts the operations of this process below a folder and kills it at one of them."""
 
     def __init__(self, folder: Path, death: Death):
-        self.folder, self.death, self.count = str(folder), death, 0
+        self.folder, self.death, self.count = folder, death, 0
         self.unflushed: dict[str, int] = {}  # path -> bytes that are known to be on the disk
 
     def install(self) -> None:
@@ -55,7 +55,7 @@ class Disk:
         real_open = io.open
 
         def opened(file, mode="r", *args, **kwargs):
-            if not isinstance(file, (str, os.PathLike)) or not os.path.abspath(file).startswith(self.folder):
+            if not isinstance(file, (str, os.PathLike)) or not self._is_inside(file):
                 return real_open(file, mode, *args, **kwargs)
             if not set(mode) & set("wax+"):
                 return real_open(file, mode, *args, **kwargs)
@@ -68,7 +68,7 @@ class Disk:
 
     def _counted(self, real):
         def call(path, *args, **kwargs):
-            if os.path.abspath(os.fspath(path)).startswith(self.folder):
+            if self._is_inside(path):
                 self._operation()
                 if real.__name__ in ("rename", "replace"):  # what was not flushed keeps to be so under its new name
                     old, new = os.path.realpath(path), os.path.realpath(args[0])
@@ -77,6 +77,9 @@ class Disk:
 
         call.__name__ = real.__name__
         return call
+
+    def _is_inside(self, path) -> bool:
+        return Path(os.path.abspath(os.fspath(path))).is_relative_to(self.folder)
 
     def _operation(self) -> None:
         """Count an operation, and die before it when it is the one."""
