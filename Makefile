@@ -5,6 +5,7 @@
 #   make train ARGS="total_steps=2000" PROMPT="To be"    any key=value words for the training; how the sample begins
 # Everything is made once; the same command again resumes an unfinished run, and a finished one has nothing left to do.
 #   make test    the tests
+#   make slow    the longer ones: a run killed at every file operation, storms, many worlds
 #   make check   style and the plan of imports
 #   make bench   throughput of the first run's model on this machine
 # All that is written lies under .venv/, data/ and runs/.
@@ -33,7 +34,7 @@ else
   PROMPTS := $(if $(PROMPT),--prompt '$(PROMPT)',--prompt '**HAMLET**' --prompt 'class ')
 endif
 
-.PHONY: train test check bench
+.PHONY: train test slow check bench
 .DELETE_ON_ERROR:
 
 train: $(SOURCES:%=$(DATA)/%/meta.json)
@@ -45,6 +46,9 @@ train: $(SOURCES:%=$(DATA)/%/meta.json)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2
+
+slow: $(INSTALLED)
+	$(BIN)/python -m pytest -n 2 -m slow
 
 check: $(INSTALLED)
 	$(BIN)/ruff check
