@@ -219,6 +219,7 @@ class Checkpointer:
         self._host: dict[str, Tensor] = {}  # of the snapshot, by name
         self._figures: dict[str, float] = {}
         self.last_step: int | None = None  # of the last save that was begun
+        self.committed_step = -1  # of the last save that is known to be committed
 
     def save(self, step: int, model: Transformer, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> float:
         """Save the state after update `step`; gives the seconds for which training stood still.
@@ -252,6 +253,7 @@ class Checkpointer:
                 raise
             log.warning("%s; training goes on without it", problem)
             return
+        self.committed_step = self.last_step
         self._figures["throughput/checkpoint_write_seconds"] = seconds
         self._figures["throughput/checkpoint_bytes_per_second"] = size / seconds
 

@@ -13,7 +13,7 @@ import os
 import subprocess
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from olmo_train.errors import ConfigError, DataError, check_choice
 from olmo_train.storage import replace_file
 
 log = logging.getLogger(__name__)
+PATIENCE = 30  # seconds that a start or an end waits for W&B's server at most
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class WandbConfig:
     group: str | None = None
     name: str | None = None  # null: the run_dir's last part
     tags: tuple[str, ...] = ()
+    artifacts: bool = False  # at the end of the run, send the page of curves and the list of checkpoints
 
     def __post_init__(self) -> None:
         check_choice("log.wandb.mode", self.mode, ("auto", "online", "offline", "disabled"))
@@ -104,20 +106,41 @@ class Recorder:
         """`last_step`: the step that the run resumes from; what an earlier attempt logged beyond it is done again, so its
         lines are dropped."""
         self.path = run_dir / "metrics.jsonl"
-        self._drop_after(last_step)
+        kept = self._drop_after(last_step)
         self._metrics, self._events = JsonLines(self.path), JsonLines(run_dir / "events.jsonl")
-        self._mirrors = list(_mirrors(run_dir, config, resolved))
+        self._mirrors = list(_mirrors(run_dir, config, resolved, last_step))
+        for mirror in list(self._mirrors):  # what a killed attempt has logged and not mirrored
+            missing = [line for line in kept if line["step"] > mirror.sent]
+            self._try(mirror, last_step, lambda mirror=mirror, missing=missing: self._catch_up(mirror, missing, last_step))
 
     def log(self, step: int, metrics: dict[str, Any]) -> None:
         """One line of metrics. A non-finite value is written as null."""
-        line = {"step": step, "time": time.time(), **metrics}
-        self._metrics.append({key: _finite(value) for key, value in line.items()})
+        line = {key: _finite(value) for key, value in {"step": step, "time": time.time(), **metrics}.items()}
+        self._metrics.append(line)
         for mirror in list(self._mirrors):
-            try:
-                mirror.log(step, {key: value for key, value in metrics.items() if isinstance(value, (int, float))})
-            except Exception as problem:
-                log.warning("%s failed and is left out from step %d on: %s", mirror.name, step, problem)
-                self._mirrors.remove(mirror)
+            self._try(mirror, step, lambda mirror=mirror: mirror.log(step, _numbers(line)))
+
+    def settle(self, step: int) -> None:
+        """The checkpoint of this step is committed: no resume will compute the steps up to it again."""
+        for mirror in list(self._mirrors):
+            self._try(mirror, step, lambda mirror=mirror: mirror.settle(step))
+
+    def attach(self, files: Callable[[], list[Path]], step: int) -> None:
+        """Hand files over to the mirrors that keep some."""
+        for mirror in list(self._mirrors):
+            self._try(mirror, step, lambda mirror=mirror: mirror.attach(files))
+
+    def _catch_up(self, mirror: WandbMirror | TensorboardMirror, lines: list[dict[str, Any]], last_step: int) -> None:
+        for line in lines:
+            mirror.log(line["step"], _numbers(line))
+        mirror.settle(last_step)
+
+    def _try(self, mirror: WandbMirror | TensorboardMirror, step: int, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except Exception as problem:
+            log.warning("%s failed and is left out from step %d on: %s", mirror.name, step, problem)
+            self._mirrors.remove(mirror)
 
     def event(self, event: str, step: int, **details: Any) -> None:
         self._events.append({"event": event, "step": step, "time": time.time(), **details})
@@ -136,20 +159,28 @@ class Recorder:
         self._metrics.close()
         self._events.close()
 
-    def _drop_after(self, last_step: int) -> None:
+    def _drop_after(self, last_step: int) -> list[dict[str, Any]]:
+        """Gives the lines that stay."""
         if not self.path.exists():
-            return
+            return []
         lines = self.path.read_bytes().splitlines(keepends=True)
-        kept = []
+        kept, read = [], []
         for number, line in enumerate(lines, start=1):
             try:
-                if json.loads(line)["step"] <= last_step:
+                values = json.loads(line)
+                if values["step"] <= last_step:
                     kept.append(line)
+                    read.append(values)
             except (ValueError, KeyError, TypeError) as problem:
                 if number < len(lines):  # only the last line can be half-written
                     raise DataError(self.path, f"line {number} is not a line of metrics: {problem!r}") from problem
         if len(kept) < len(lines):
             replace_file(self.path, b"".join(kept))
+        return read
+
+
+def _numbers(line: dict[str, Any]) -> dict[str, float]:
+    return {key: value for key, value in line.items() if isinstance(value, (int, float)) and key != "step"}
 
 
 def _without_infinity(value: Any) -> Any:
@@ -163,9 +194,11 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _mirrors(run_dir: Path, config: LogConfig, resolved: dict[str, Any]) -> Iterator[WandbMirror | TensorboardMirror]:
+def _mirrors(
+    run_dir: Path, config: LogConfig, resolved: dict[str, Any], last_step: int
+) -> Iterator[WandbMirror | TensorboardMirror]:
     if config.tensorboard:
-        yield TensorboardMirror(run_dir)
+        yield TensorboardMirror(run_dir, last_step)
     mode = wandb_mode(config.wandb)
     if mode != "disabled":
         try:
@@ -185,7 +218,7 @@ def wandb_mode(config: WandbConfig) -> str:
     import netrc
     from urllib.parse import urlsplit
 
-    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
+    host = urlsplit(server_url()).hostname
     if os.environ.get("WANDB_API_KEY"):
         return "online"
     try:
@@ -194,20 +227,43 @@ def wandb_mode(config: WandbConfig) -> str:
         return "offline"
 
 
+def server_url() -> str:
+    return os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+
+
+def check_answers(url: str) -> None:
+    """Raise OSError when nothing answers at a URL, with whatever: W&B's client takes far longer to find that out."""
+    import ssl
+    import urllib.error
+    import urllib.request
+
+    try:
+        urllib.request.urlopen(url, timeout=PATIENCE / 3).close()
+    except urllib.error.HTTPError:
+        pass  # an answer too
+    except urllib.error.URLError as problem:
+        if not isinstance(problem.reason, ssl.SSLError):  # the client may know a certificate that we do not
+            raise OSError(f"{url}: {problem.reason}") from problem
+
+
 class WandbMirror:
-    """The run on Weights & Biases, under one id over all restarts."""
+    """The run on Weights & Biases, under one id over all restarts, with each step once (docs/decisions/0006).
+
+    A line that may be computed again after a resume waits until a checkpoint covers it; online, where someone watches, it
+    is sent at once. What a killed attempt had not delivered is sent again from metrics.jsonl.
+    """
 
     name = "W&B"
 
     def __init__(self, run_dir: Path, config: WandbConfig, mode: str, resolved: dict[str, Any]):
-        import wandb
-
-        folder = run_dir / "wandb"
-        folder.mkdir(exist_ok=True)
-        id_file = folder / "run-id"
+        self._folder = run_dir / "wandb"
+        self._folder.mkdir(exist_ok=True)
+        self._unfinished, self._sent_file = self._folder / "unfinished", self._folder / "sent-step"
+        self._set_aside()
+        id_file = self._folder / "run-id"
         if not id_file.exists():
             replace_file(id_file, uuid.uuid4().hex[:8].encode())
-        settings = wandb.Settings(init_timeout=30, silent=True)
+        self._waiting: list[tuple[int, dict[str, float]]] = []
         options = {
             "project": config.project,
             "entity": config.entity,
@@ -218,26 +274,68 @@ class WandbMirror:
             "id": id_file.read_text(),
             "resume": "allow",
             "config": {**resolved, "code_version": code_version()},
-            "settings": settings,
         }
-        try:
-            self._run = wandb.init(mode=mode, **options)
-        except Exception as problem:
-            if mode == "offline":
-                raise
-            log.warning(
-                "W&B cannot be reached, this part of the run is recorded offline (wandb sync sends it later): %s",
-                problem,
-            )
-            self._run = wandb.init(mode="offline", **options)
-        self._run.define_metric("throughput/total_tokens")
-        self._run.define_metric("train/CrossEntropyLoss", summary="last")
+        self._run = self._begin(mode, options)
+        self._live = not self._run.offline
+        if self._live:  # the server knows what it has
+            self.sent = self._run.starting_step - 1
+        else:
+            self.sent = int(self._sent_file.read_text()) if self._sent_file.exists() else -1
+            replace_file(self._unfinished, Path(self._run.dir).parent.name.encode())
+        self._run.define_metric("throughput/total_tokens")  # offered as an x axis
 
-    def log(self, step: int, metrics: dict[str, Any]) -> None:
-        self._run.log(metrics, step=step)
+    def _begin(self, mode: str, options: dict[str, Any]) -> Any:
+        """The client's run; offline when the server cannot be reached, which the client by itself does not do."""
+        os.environ.setdefault("WANDB_SILENT", "true")  # its own lines, before it has settings
+        os.environ.setdefault("WANDB_DATA_DIR", str(self._folder.resolve()))  # everything lies under the run_dir
+        logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)  # its telemetry fails aloud
+        import wandb
+
+        options["settings"] = wandb.Settings(init_timeout=PATIENCE, finish_timeout=PATIENCE, silent=True)
+        if mode == "online":
+            try:
+                check_answers(server_url())
+                return wandb.init(mode=mode, **options)
+            except Exception as problem:
+                log.warning(
+                    "W&B cannot be reached, this part of the run is recorded offline (wandb sync sends it later): %s",
+                    " ".join(str(problem).split()),
+                )
+                wandb.teardown()  # or a failed attempt holds the run's id
+        return wandb.init(mode="offline", **options)
+
+    def _set_aside(self) -> None:
+        """Hide the offline record of an attempt that was killed from `wandb sync`: it lacks its end, which is only known
+        to metrics.jsonl, from where all of its lines are sent again."""
+        if self._unfinished.exists():
+            record = self._folder / self._unfinished.read_text()
+            if record.is_dir():
+                record.rename(self._folder / f"killed-{record.name}")
+            self._unfinished.unlink()
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        if step > self.sent:
+            self._waiting.append((step, metrics))
+        if self._live:
+            self.settle(step)
+
+    def settle(self, step: int) -> None:
+        while self._waiting and self._waiting[0][0] <= step:
+            self.sent, metrics = self._waiting.pop(0)
+            self._run.log(metrics, step=self.sent, commit=True)
+
+    def attach(self, files: Callable[[], list[Path]]) -> None:
+        import wandb
+
+        artifact = wandb.Artifact(f"run-{self._run.id}-curves", "report")
+        for file in files():
+            artifact.add_file(str(file))
+        self._run.log_artifact(artifact)
 
     def close(self) -> None:
         self._run.finish()
+        replace_file(self._sent_file, str(self.sent).encode())
+        self._unfinished.unlink(missing_ok=True)
 
 
 class TensorboardMirror:
@@ -245,19 +343,27 @@ class TensorboardMirror:
 
     name = "TensorBoard"
 
-    def __init__(self, run_dir: Path):
+    def __init__(self, run_dir: Path, last_step: int):
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as problem:
             raise ConfigError(
                 "log.tensorboard", "needs the package tensorboard; pip install 'olmo-train[tensorboard]'"
             ) from problem
-        self._writer = SummaryWriter(str(run_dir / "tensorboard"))
+        self.sent = last_step
+        self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=last_step + 1)  # what is computed again counts once
 
-    def log(self, step: int, metrics: dict[str, Any]) -> None:
+    def log(self, step: int, metrics: dict[str, float]) -> None:
         for name, value in metrics.items():
-            self._writer.add_scalar(name, value, global_step=step)
+            if name != "time":
+                self._writer.add_scalar(name, value, global_step=step, walltime=metrics["time"])
         self._writer.flush()
+
+    def settle(self, step: int) -> None:
+        """Nothing waits."""
+
+    def attach(self, files: Callable[[], list[Path]]) -> None:
+        """It keeps no files."""
 
     def close(self) -> None:
         self._writer.close()

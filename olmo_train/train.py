@@ -381,6 +381,7 @@ class Run:
     def _log(self, step: int, line: dict[str, Any]) -> None:
         if self.recorder is not None:
             self.recorder.log(step, line)
+            self.recorder.settle(self.checkpointer.committed_step)
             self.console.log(step, line)
 
     def save(self, step: int, model: Transformer, optimizer: torch.optim.Optimizer) -> None:
@@ -405,13 +406,31 @@ class Run:
         self._event("signal", step, signal=self.signals.received)
         if self.checkpointer.last_step != step or self.pending_line is not None:
             self.save(step, model, optimizer)
-        self.checkpointer.wait()
+        self._settle()
         name = signal.Signals(self.signals.received).name
         raise Stopped(name, f"stopped after step {step} of {self.config.steps} and saved; run the same command again to go on")
 
     def finish(self) -> None:
-        self.checkpointer.wait()
+        self._settle()
         self._event("finish", self.config.steps)
+        if self.recorder is not None and self.config.log.wandb.artifacts:
+            self.recorder.attach(self._summary_files, self.config.steps)
+
+    def _settle(self) -> None:
+        self.checkpointer.wait()
+        if self.recorder is not None:
+            self.recorder.settle(self.checkpointer.committed_step)
+
+    def _summary_files(self) -> list[Path]:
+        """The page of curves and the list of checkpoints, written into the run_dir."""
+        from olmo_train.curves import page, panels  # heavy, and needed here only
+        from olmo_train.curves.history import read_run
+
+        run = read_run(self.run_dir)
+        curves, listing = self.run_dir / "curves.html", self.run_dir / "checkpoints.txt"
+        curves.write_text(page.page_text([run], panels.choose([run], []), page.Look(panels.axis_of([run], "step"))))
+        listing.write_text("".join(f"{folder}\n" for folder in checkpoints.committed(self.run_dir).values()))
+        return [curves, listing]
 
     def _event(self, event: str, step: int, **details: Any) -> None:
         if self.recorder is not None:

@@ -244,14 +244,16 @@ def test_auto_goes_online_with_a_key_and_offline_without_asking(monkeypatch, tmp
 
 
 class FakeRun:
-    def __init__(self, log):
-        self.lines, self._log = [], log
+    def __init__(self, log, mode, steps):
+        self.lines, self._log, self._steps = [], log, steps
+        self.offline, self.dir, self.starting_step = mode == "offline", "wandb/offline-run/files", len(steps) + 1
 
     def define_metric(self, *args, **kwargs):
         pass
 
-    def log(self, metrics, step):
+    def log(self, metrics, step, commit):
         self._log()
+        self._steps.append(step)
         self.lines.append((step, metrics))
 
     def finish(self):
@@ -262,7 +264,7 @@ class FakeRun:
 def wandb(monkeypatch):
     """A stand-in for W&B whose init and log may fail; `calls` holds what init was given."""
     fake = types.ModuleType("wandb")
-    fake.calls, fake.runs, fake.refuse, fake.breaks = [], [], (), False
+    fake.calls, fake.runs, fake.refuse, fake.breaks, fake.teardown, steps = [], [], (), False, lambda: None, []
     fake.Settings = lambda **settings: settings
 
     def log():
@@ -273,11 +275,12 @@ def wandb(monkeypatch):
         fake.calls.append(options)
         if options["mode"] in fake.refuse:
             raise ConnectionError(f"{options['mode']} refused")
-        fake.runs.append(FakeRun(log))
+        fake.runs.append(FakeRun(log, options["mode"], steps))
         return fake.runs[-1]
 
     fake.init = init
     monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.setattr(recording, "check_answers", lambda url: None)
     return fake
 
 
@@ -293,7 +296,9 @@ def test_restarts_are_one_run_under_one_id(tmp_path, wandb):
     assert len(ids) == 1 and (tmp_path / "wandb" / "run-id").read_text() in ids
     assert {call["resume"] for call in wandb.calls} == {"allow"}
     assert {call["dir"] for call in wandb.calls} == {str(tmp_path)}
-    assert wandb.runs[0].lines == [(1, {"loss": 1.5})]
+    ((step, metrics),) = wandb.runs[0].lines
+    assert step == 1 and metrics.pop("time") > 0 and metrics == {"loss": 1.5}
+    assert wandb.runs[1].lines == wandb.runs[2].lines == []  # W&B has step 1 already
 
 
 @pytest.mark.parametrize("refused, modes", [(("online",), ["online", "offline"]), (("online", "offline"), ["online", "offline"])])

@@ -1,0 +1,155 @@
+"""W&B has what metrics.jsonl has, each step once, whatever happened to the run; and whatever happens to W&B, the run goes on.
+
+The real client, read back by its own `wandb leet inspect` or by a stand-in for its server.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from wandb_stub import Server
+
+WANDB = Path(sys.executable).parent / "wandb"
+REPOSITORY = Path(__file__).parent.parent
+# The run's patience with W&B is cut short, so that the tests are.
+PROGRAM = """
+import sys
+from olmo_train import metrics
+metrics.PATIENCE = 4
+from olmo_train.__main__ import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture
+def start(tiny_words, tmp_path):
+    """start(url, **changes): a run in a process of its own that mirrors to W&B, offline or to the server at `url`."""
+
+    def begin(url: str | None = None, **changes) -> subprocess.Popen:
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+        environment |= {"PYTHONPATH": str(REPOSITORY), "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
+        if url:
+            environment |= {"WANDB_BASE_URL": url, "WANDB_API_KEY": "a" * 40}
+        words = tiny_words("run", **{"log.wandb.mode": "auto", "model.n_layers": 1, **changes})
+        command = [sys.executable, "-c", PROGRAM, "train", *words]
+        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+
+    return begin
+
+
+def finished(process: subprocess.Popen) -> list[str]:
+    """The warnings of a run that ended well."""
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 0, stderr
+    return [line for line in stderr.splitlines() if line.strip()]
+
+
+def killed_at(process: subprocess.Popen, run_dir: Path, step: int) -> None:
+    deadline = time.monotonic() + 60
+    while not (run_dir / "metrics.jsonl").exists() or f'{{"step": {step}, ' not in (run_dir / "metrics.jsonl").read_text():
+        assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=60)
+
+
+def records(run_dir: Path) -> list[dict]:
+    """What W&B wrote offline, over all attempts, as its own reader tells it."""
+    found = []
+    for log in sorted((run_dir / "wandb").glob("offline-run-*/*.wandb")):
+        told = subprocess.run([WANDB, "leet", "inspect", "--json", log], capture_output=True, text=True, check=True)
+        found += [json.loads(line) for line in told.stdout.splitlines()]
+    return found
+
+
+def plain(row: dict) -> dict:
+    return {key: value for key, value in row.items() if key == "_step" or not key.startswith("_")}
+
+
+def logged(run_dir: Path) -> list[dict]:
+    """metrics.jsonl as W&B should have it: numbers alone, the step under W&B's name for it."""
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{"_step" if key == "step" else key: v for key, v in line.items() if isinstance(v, (int, float))} for line in lines]
+
+
+def test_offline_history_equals_the_metrics_after_two_kills_and_a_resume(start, tmp_path):
+    run_dir = tmp_path / "run"
+    changes = {"total_steps": 24, "log.interval_steps": 1, "checkpoint.interval_steps": 5}
+    killed_at(start(**changes), run_dir, 8)
+    killed_at(start(**changes), run_dir, 18)
+    assert finished(start(**changes)) == []
+    rows = [plain(record["history"]["item"]) for record in records(run_dir) if record["type"] == "history"]
+    assert [row["_step"] for row in rows] == list(range(1, 25))
+    assert rows == logged(run_dir)
+    ids = {record["run"]["run_id"] for record in records(run_dir) if record["type"] == "run"}
+    assert ids == {(run_dir / "wandb/run-id").read_text()}
+
+
+def test_name_group_tags_configuration_and_code_are_told(start, tmp_path):
+    changes = {"log.wandb.group": "tiny", "log.wandb.name": "first", "log.wandb.tags": "[a,b]", "log.wandb.project": "p"}
+    assert finished(start(total_steps=3, **changes)) == []
+    told = records(tmp_path / "run")
+    run = next(record["run"] for record in told if record["type"] == "run")
+    assert (run["project"], run["run_group"], run["display_name"], run["tags"]) == ("p", "tiny", "first", ["a", "b"])
+    config = run["config"]["update"]
+    assert config["total_steps"] == 3 and config["optim"]["peak_lr"] == 3e-3 and "code_version" in config
+    defined = [record["metric"]["name"] for record in told if record["type"] == "metric"]
+    assert "throughput/total_tokens" in defined
+    assert any(record["type"] == "stats" for record in told)  # system metrics
+    summary = {}
+    for record in told:
+        if record["type"] == "summary":
+            summary |= record["summary"]["update"]
+    last = logged(tmp_path / "run")[-1]
+    assert {key: summary[key] for key in last} == last
+
+
+def test_curves_and_the_list_of_checkpoints_are_an_artifact_by_choice(start, tmp_path):
+    assert finished(start(total_steps=6, **{"log.wandb.artifacts": True})) == []
+    (artifact,) = [record["artifact"] for record in records(tmp_path / "run") if record["type"] == "artifact"]
+    assert {Path(entry["path"]).name for entry in artifact["manifest"]["contents"]} == {"curves.html", "checkpoints.txt"}
+    assert (tmp_path / "run/checkpoints.txt").read_text().count("step-000000") == 2
+    outside = {path.name for path in tmp_path.iterdir()} - {"run", ".config", ".cache", ".netrc"}
+    assert not {name for name in outside if "wandb" in name or name == ".local"}  # all of it lies under the run_dir
+
+
+def test_a_server_gets_each_step_once_over_a_kill_and_a_resume(start, tmp_path):
+    run_dir = tmp_path / "run"
+    changes = {"total_steps": 16, "log.interval_steps": 1, "checkpoint.interval_steps": 5}
+    with Server("works") as server:
+        killed_at(start(server.url, **changes), run_dir, 9)
+        assert finished(start(server.url, **changes)) == []
+        (run,) = server.runs
+        rows = sorted(server.history[run], key=lambda row: row["_step"])
+    assert run == (run_dir / "wandb/run-id").read_text()
+    assert [row["_step"] for row in rows] == list(range(1, 17))
+    trained = ("train/CrossEntropyLoss", "optim/total_grad_norm", "optim/learning_rate_group0", "throughput/total_tokens")
+    expected = [[line[name] for name in trained] for line in logged(run_dir)]
+    assert [[row[name] for name in trained] for row in rows] == expected
+
+
+@pytest.mark.parametrize("manner", ["refuses", "hangs", "dies", "is not there"])
+def test_whatever_ails_the_server_the_run_ends_well_with_complete_metrics_and_at_most_one_warning(start, tmp_path, manner):
+    with Server(manner) as server:
+        if manner == "is not there":
+            server.stop()
+        warnings = finished(start(server.url, total_steps=6, **{"log.interval_steps": 1}))
+    assert len(warnings) <= 1 and all(line.startswith("WARNING: W&B ") for line in warnings), warnings
+    assert len(warnings) == 1 or manner == "dies"  # which W&B's client keeps to itself; its file has all
+    assert [line["_step"] for line in logged(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
+    if manner != "dies":  # recorded offline instead, to be sent later
+        rows = [plain(record["history"]["item"]) for record in records(tmp_path / "run") if record["type"] == "history"]
+        assert rows == logged(tmp_path / "run")
+
+
+def test_a_folder_that_wandb_cannot_use_is_one_warning(start, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/wandb").write_text("a file in the way")
+    (warning,) = finished(start(total_steps=3, **{"log.interval_steps": 1}))
+    assert warning.startswith("WARNING: W&B is left out: ") and "run/wandb" in warning
+    assert [line["_step"] for line in logged(tmp_path / "run")] == [1, 2, 3]
