@@ -88,6 +88,8 @@ def test_offline_history_equals_the_metrics_after_two_kills_and_a_resume(start, 
     assert rows == logged(run_dir)
     ids = {record["run"]["run_id"] for record in records(run_dir) if record["type"] == "run"}
     assert ids == {(run_dir / "wandb/run-id").read_text()}
+    kinds = [path.name.split("-")[0] for path in (run_dir / "wandb").glob("*-run-*")]
+    assert sorted(kinds) == ["killed", "killed", "offline"]  # `wandb sync` takes those that begin with `offline`
 
 
 def test_name_group_tags_configuration_and_code_are_told(start, tmp_path):
@@ -122,6 +124,7 @@ def test_a_server_gets_each_step_once_over_a_kill_and_a_resume(start, tmp_path):
     run_dir = tmp_path / "run"
     changes = {"total_steps": 16, "log.interval_steps": 1, "checkpoint.interval_steps": 5}
     with Server("works") as server:
+        assert finished(start(server.url, **changes | {"total_steps": 6})) == []
         killed_at(start(server.url, **changes), run_dir, 9)
         assert finished(start(server.url, **changes)) == []
         (run,) = server.runs
