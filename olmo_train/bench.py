@@ -33,7 +33,7 @@ def load(files: list[str], words: list[str], folder: Path) -> TrainConfig:
     values.pop("total_tokens", None)
     values.setdefault("log", {})["wandb"] = {"mode": "disabled"}
     values["checkpoint"] = {"interval_steps": 10**9}
-    values.setdefault("eval", {})["interval_steps"] = 10**9
+    values["eval"] = {"interval_steps": 10**9}
     if not values.get("data", {}).get("sources"):
         vocab_size = values.get("model", {}).get("vocab_size", 50280)
         dtype = np.uint16 if vocab_size <= 2**16 else np.uint32

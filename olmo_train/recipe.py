@@ -17,11 +17,16 @@ from olmo_train.parallel import ParallelConfig
 
 @dataclass(frozen=True)
 class EvalConfig:
-    interval_steps: int = 1000  # evaluate data.validation after every so many steps, and at the end
+    interval_steps: int = 1000  # evaluate data.validation and the tasks after every so many steps, and at the end
+    downstream: tuple[str, ...] = ()  # tasks: piqa, hellaswag, ..., NAME/VARIANT, or requests.jsonl files
+    downstream_limit: int | None = None  # at most so many questions of each task, evenly spread; null: all
+    tokenizer: str | None = None  # of the tasks: a tokenizer.json or a name; null: the data folder's
 
     def __post_init__(self) -> None:
         if self.interval_steps < 1:
             raise ConfigError("eval.interval_steps", f"must be at least 1, got {self.interval_steps}")
+        if self.downstream_limit is not None and self.downstream_limit < 1:
+            raise ConfigError("eval.downstream_limit", f"must be at least 1, got {self.downstream_limit}")
 
 
 @dataclass(frozen=True)

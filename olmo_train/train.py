@@ -12,7 +12,7 @@ import contextlib
 import logging
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,8 +29,10 @@ from olmo_train.console import Console
 from olmo_train.data.loader import IGNORE, Batch, Loader, validation_batches
 from olmo_train.data.mixture import Mixture
 from olmo_train.data.shards import TokenSource, check_ids, open_source
+from olmo_train.data.tokenizer import load_tokenizer
 from olmo_train.distributed import World, join_world, peers_named
 from olmo_train.errors import ConfigError, DataError, Stopped
+from olmo_train.eval.downstream import TokenizedTask, load_task, results_of, score
 from olmo_train.eval.perplexity import loss_sums
 from olmo_train.guards import StopSignals, Watchdog, check_skipped, skip_if_not_finite, too_slow_to_stop
 from olmo_train.metrics import Recorder, attempts
@@ -159,6 +161,7 @@ class Run:
         self.validation = [
             open_source(name, s, shape.vocab_size, self.mixture.eos_id) for name, s in config.data.validation.items()
         ]
+        self.tasks = self._open_tasks()
         world.on_main(self._check_ids)
         world.on_main(self._take_run_dir)
         self.folder = world.on_main(lambda: checkpoints.newest(self.run_dir, config.resume == "strict"))
@@ -196,6 +199,25 @@ class Run:
     @property
     def is_finished(self) -> bool:
         return self.last_step >= self.config.steps and self.pending_line is None
+
+    def _open_tasks(self) -> list[TokenizedTask]:
+        """The downstream tasks of the evaluation, tokenized. Raises ConfigError and DataError."""
+        wanted, shape = self.config.eval, self.config.model
+        if not wanted.downstream:
+            return []
+        named = wanted.tokenizer or next((source.folder for source in self.mixture.sources if source.folder), None)
+        if named is None:
+            raise ConfigError("eval.tokenizer", "is needed for eval.downstream: the data are raw token files")
+        tokenizer = load_tokenizer(named)
+        if tokenizer.vocab_size > shape.vocab_size:
+            raise ConfigError(
+                "eval.tokenizer",
+                f"{tokenizer.name} has {tokenizer.vocab_size} ids, the model only {shape.vocab_size}; name that of the data",
+            )
+        try:
+            return [load_task(word, tokenizer, shape.seq_len, wanted.downstream_limit) for word in wanted.downstream]
+        except ConfigError as problem:
+            raise ConfigError("eval.downstream", problem.what) from problem
 
     def _check_ids(self) -> None:
         """Look at every token once, unless there are too many to wait for; those are checked batch by batch."""
@@ -308,7 +330,7 @@ class Run:
         config, step = self.config, stats.step
         last = step == config.steps
         line = self.train_metrics(stats, batch) if last or step % config.log.interval_steps == 0 else {}
-        if self.validation and (last or step % config.eval.interval_steps == 0):
+        if (self.validation or self.tasks) and (last or step % config.eval.interval_steps == 0):
             line = line or self._about(batch) | {"skipped": int(stats.skipped.item())}
             self._evaluate_and_log(step, line, model)
         elif line:
@@ -359,7 +381,7 @@ class Run:
             self._log(step, line | metrics)
 
     def evaluate(self, model: Transformer, step: int) -> dict[str, float] | None:
-        """Loss on each validation source; None when a signal came in between."""
+        """Loss on each validation source and results of each task; None when a signal came in between."""
         metrics = {}
         with self.clock.paused():
             for source in self.validation:
@@ -369,7 +391,23 @@ class Run:
                 loss, tokens = sums.tolist()
                 # A source's n_bytes are the text of all its tokens, all of which but the first are scored.
                 metrics |= loss_metrics(f"eval/{source.name}", loss, tokens, source.n_bytes)
+            for task in self.tasks:
+                scores = self.world.sum(self._scores(task, model, step))
+                if self.agree_to_stop():
+                    return None
+                metrics |= results_of(task, scores.tolist()).metrics()
         return metrics
+
+    def _scores(self, task: TokenizedTask, model: Transformer, step: int) -> Tensor:
+        """This rank's log-likelihoods of the choices of a task, see `score`."""
+
+        def watch(batches: Iterable, *_: object) -> Iterator:
+            for batch in batches:
+                self.watchdog.beat(step)
+                yield batch
+
+        batch_tokens = self.config.micro_batch_size * self.config.model.seq_len
+        return score(model, task, batch_tokens, self.world.rank, self.world.size, self.agree_to_stop, watch)
 
     def _validation_batches(self, source: TokenSource, step: int) -> Iterator[Batch]:
         config, world = self.config, self.world
