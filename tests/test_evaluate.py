@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from conftest import EOS_ID, markov_stream
 
 from olmo_train.__main__ import main
@@ -43,6 +44,21 @@ def test_the_numbers_are_those_of_the_evaluation_inside_the_run(finished_run, re
             assert measured["loss"] == pytest.approx(logged[f"eval/{name}/CrossEntropyLoss"], rel=1e-6)
             assert measured["perplexity"] == pytest.approx(logged[f"eval/{name}/Perplexity"], rel=1e-5)
             assert measured["uniform_loss"] == math.log(512)
+
+
+def test_the_perplexity_is_that_of_the_exported_model_in_transformers(finished_run, tmp_path, capsys):
+    transformers = pytest.importorskip("transformers")
+    assert main(["convert", "export-hf", str(finished_run), str(tmp_path / "theirs")]) == 0
+    capsys.readouterr()
+    assert main(["evaluate", str(finished_run), "--json"]) == 0
+    ours = json.loads(capsys.readouterr().out)["sources"]
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "theirs").eval()
+    for name in ("x", "y"):
+        tokens = torch.from_numpy(np.fromfile(tmp_path / f"{name}.npy", "<u2").astype(np.int64))
+        instances = [tokens[i : i + 65] for i in range(0, len(tokens) - 1, 64)]
+        with torch.no_grad():
+            losses = [theirs(ids[None], labels=ids[None]).loss.item() * (len(ids) - 1) for ids in instances]
+        assert ours[name]["perplexity"] == pytest.approx(math.exp(sum(losses) / (len(tokens) - 1)), rel=1e-5)
 
 
 def test_a_folder_and_other_data_can_be_named(finished_run, tiny_tokens, tmp_path, capsys):
