@@ -51,8 +51,9 @@ GPUS = {
     "rtx-3090": Hardware("NVIDIA GeForce RTX 3090 24GB", 71e12, 24, 350),
     # NVIDIA Ada white paper, appendix: RTX 4090, bf16 with fp32 accumulation 165.2 TFLOPS dense, 24 GB, 450 W
     "rtx-4090": Hardware("NVIDIA GeForce RTX 4090 24GB", 165.2e12, 24, 450),
-    # AMD Instinct MI250X data sheet: 383 TFLOPS, 128 GB, 500 W a card, which is two devices (GCDs) to PyTorch
-    "mi250x": Hardware("AMD Instinct MI250X (one of its two GCDs) 64GB", 191.5e12, 64, 250),
+    # AMD Instinct MI200 series brochure: MI250X 383 TFLOPS, 128 GB; up to 560 W (AMD, November 2021). A card is two devices
+    # (GCDs) to PyTorch.
+    "mi250x": Hardware("AMD Instinct MI250X (one of its two GCDs) 64GB", 191.5e12, 64, 280),
     # AMD Instinct MI300X data sheet: 1307.4 TFLOPS dense, 192 GB, 750 W
     "mi300x": Hardware("AMD Instinct MI300X 192GB", 1307.4e12, 192, 750),
 }
