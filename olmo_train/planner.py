@@ -14,13 +14,19 @@ from dataclasses import dataclass, replace
 from olmo_train.errors import ConfigError, check_choice
 from olmo_train.hardware import Hardware
 from olmo_train.model.config import ModelConfig
-from olmo_train.model.cost import LOSS_PART_BYTES, block_parameters, count_parameters, flops_per_token
+from olmo_train.model.cost import (
+    LOSS_PART_BYTES,
+    attention_parameters,
+    block_parameters,
+    count_parameters,
+    flops_per_token,
+    mlp_parameters,
+)
 
 BYTES = {"bf16": 2, "fp32": 4}
 CHECKPOINTING = ("none", "full")
 RUNTIME_BYTES = 1_500_000_000  # assumed: CUDA context, NCCL buffers, cuBLAS workspaces, fragments between tensors
-STATE_BYTES = 16  # a parameter in training: weight, two moments and gradient in fp32
-CHECKPOINT_BYTES = 12  # a parameter in a checkpoint: weight and two moments in fp32
+MATRIX_COPIES = 5  # of Muon's largest matrix, whole and in fp32, while it is orthogonalized; sharded ones are gathered first
 
 PAPER_PUE = 1.1  # Groeneveld et al. 2024, section 5 (power and carbon): data-centre power over GPU power
 PAPER_CARBON = 0.610  # kgCO2eq/kWh, ibid., for the run on A100s
@@ -28,7 +34,7 @@ PAPER_CARBON = 0.610  # kgCO2eq/kWh, ibid., for the run on A100s
 
 @dataclass(frozen=True)
 class Layout:
-    """How one step lies on the GPUs; the names are those of the configuration's `parallel`."""
+    """How one step lies on the GPUs; the names are those of the configuration's `parallel`, and `optim.name`."""
 
     gpus: int = 1
     replicas: int = 1
@@ -38,6 +44,7 @@ class Layout:
     activation_checkpointing: str = "none"
     micro_batch_size: int = 1  # sequences of one forward on one GPU
     micro_batches: int = 1  # of one GPU in one step
+    optimizer: str = "adamw"
 
     def __post_init__(self) -> None:
         check_choice("parallel.activation_checkpointing", self.activation_checkpointing, CHECKPOINTING)
@@ -76,7 +83,8 @@ def memory_estimate(model: ModelConfig, layout: Layout) -> MemoryEstimate:
     root = total - model.n_layers * block  # embedding, head and final norm, which are gathered as one unit
     shards = layout.gpus // layout.replicas
     width, reduced = BYTES[layout.precision], BYTES[layout.reduce_dtype]
-    state = {"weights": math.ceil(4 * total / shards), "optimizer": math.ceil(8 * total / shards)}
+    moments = checkpoint_bytes(model, layout.optimizer) - 4 * total
+    state = {"weights": math.ceil(4 * total / shards), "optimizer": math.ceil(moments / shards)}
 
     def parts(gradients: int, activations: int, logits: int, buffers: int) -> dict[str, int]:
         return state | {
@@ -110,7 +118,9 @@ def memory_estimate(model: ModelConfig, layout: Layout) -> MemoryEstimate:
         whole_gradients + later, model.n_layers * kept - freed + working, 0, gathered + own + matrix_gradients + reducing
     )
 
-    update = parts(math.ceil(4 * total / shards), 0, 0, width * root + (width + reduced) * root)
+    # Muon's copies come when the buffers from which the root's gradients are reduced are gone.
+    buffers = max((width + reduced) * root, matrix_working_bytes(model, layout.optimizer))
+    update = parts(math.ceil(4 * total / shards), 0, 0, width * root + buffers)
     return MemoryEstimate({"loss": loss, "backward": backward, "update": update})
 
 
@@ -121,6 +131,24 @@ def loss_bytes(model: ModelConfig, tokens: int, width: int) -> int:
     logits = tokens * model.vocab_rows
     part = min(4 * logits, LOSS_PART_BYTES) * (1 if width == 4 else 2)
     return width * logits + max(part, width * model.d_model * (model.vocab_rows + tokens))
+
+
+def checkpoint_bytes(model: ModelConfig, optimizer: str) -> int:
+    """Bytes of weights and optimizer state, all in fp32: what a checkpoint holds. AdamW keeps two moments of a parameter,
+    Muon one of each matrix of the blocks and AdamW's two of the rest."""
+    matrices = model.n_layers * (attention_parameters(model) + mlp_parameters(model)) if optimizer == "muon" else 0
+    return 12 * count_parameters(model).total - 4 * matrices
+
+
+def state_bytes(model: ModelConfig, optimizer: str) -> int:
+    """Bytes of weights, gradients and optimizer state in training, over all GPUs of a replica."""
+    return checkpoint_bytes(model, optimizer) + 4 * count_parameters(model).total
+
+
+def matrix_working_bytes(model: ModelConfig, optimizer: str) -> int:
+    """Bytes of the copies of the largest matrix that Muon's update makes; each rank has it whole. 0 with AdamW."""
+    columns = max((2 if model.gated else 1) * model.mlp_hidden, (model.n_heads + 2 * model.kv_heads) * model.head_size)
+    return MATRIX_COPIES * 4 * model.d_model * columns if optimizer == "muon" else 0
 
 
 def kept_activation_bytes(model: ModelConfig, layout: Layout) -> int:

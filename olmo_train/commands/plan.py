@@ -147,7 +147,7 @@ def make_plan(
         "memory_peak_bytes": estimate.peak,
         "memory_peak_moment": estimate.moment,
         "memory_runtime_bytes": planner.RUNTIME_BYTES,
-        "state_bytes": planner.STATE_BYTES * count.total,
+        "state_bytes": planner.state_bytes(config.model, config.optim.name),
         "fits": None,
         "largest_micro_batch_size": None,
         "cost": None,
@@ -183,20 +183,20 @@ def layout_of(config: TrainConfig, gpus: int):
         activation_checkpointing=parallel.activation_checkpointing,
         micro_batch_size=config.micro_batch_size,
         micro_batches=config.global_batch_size // (gpus * config.micro_batch_size),
+        optimizer=config.optim.name,
     )
 
 
 def schedule(config: TrainConfig, cost: dict | None, mixture: Mixture | None, why_not: str | None) -> dict[str, Any]:
     """Learning rate, tokens and time at milestones; epochs of each source; evaluations; checkpoints and their size."""
     from olmo_train import planner
-    from olmo_train.model.cost import count_parameters
     from olmo_train.optim import lr_at
 
     steps, every = config.steps, config.eval.interval_steps
     saved, kept = planner.checkpoint_steps(
         steps, config.checkpoint.keep_last, config.checkpoint.is_due, config.checkpoint.is_permanent
     )
-    bytes_each = planner.CHECKPOINT_BYTES * count_parameters(config.model).total
+    bytes_each = planner.checkpoint_bytes(config.model, config.optim.name)
     weights = {name: source.weight for name, source in config.data.sources.items() if name != UNNAMED}
     visits = mixture and mixture.order.visits_before(steps * config.global_batch_size)
     return {
@@ -287,7 +287,8 @@ def show_memory(console: Console, plan: dict[str, Any]) -> None:
                   f"activation_checkpointing={layout['activation_checkpointing']}, without torch.compile.")  # fmt: skip
     shards = layout["gpus"] // layout["replicas"]
     each = f", {gigabytes(plan['state_bytes'] / shards)} on each of {shards} GPUs" if shards > 1 else ""
-    console.print(f"State, {planner.STATE_BYTES} bytes a parameter: {gigabytes(plan['state_bytes'])}{each}.")
+    a_parameter = plan["state_bytes"] / plan["parameters"]["total"]
+    console.print(f"State, {a_parameter:.3g} bytes a parameter: {gigabytes(plan['state_bytes'])}{each}.")
     needed = plan["memory_peak_bytes"] + planner.RUNTIME_BYTES
     assumed = f"{gigabytes(planner.RUNTIME_BYTES)} of them assumed for the runtime"
     if not gpu:
