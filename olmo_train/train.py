@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import signal
 import time
 from collections.abc import Iterable, Iterator
@@ -185,6 +186,7 @@ class Run:
         self.interval = Interval(len(self.mixture.names), world.device, self.state.get("interval"))
         self.bytes_per_token = [s.n_bytes / s.n_tokens if s.n_bytes else None for s in self.mixture.sources]
         self.clock = Clock()
+        self.meter, self.energy_before = hardware.open_energy_meter(), self.state.get("energy_kwh") or 0.0
         self.recorder = world.on_main_only(lambda: Recorder(self.run_dir, config.log, resolved, self.last_step))
         self.console = world.on_main_only(lambda: Console(config.run_dir, self.last_step, config.steps))
         self.checkpointer = Checkpointer(self.run_dir, config.checkpoint, world, self._checkpoint_files())
@@ -356,6 +358,8 @@ class Run:
         self._warn_when_too_slow_to_stop(metrics)
         if world.device.type == "cuda":
             metrics["System/Peak GPU Memory (MB)"] = torch.cuda.max_memory_allocated() / 2**20
+        if (energy := self._energy_kwh()) is not None:
+            metrics["throughput/energy_kwh"] = energy
         self.interval.restart()
         self.clock.restart()
         return metrics | self._about(batch)
@@ -367,6 +371,12 @@ class Run:
             self.warned_of_stop = warning is not None
             if warning:
                 log.warning(warning)
+
+    def _energy_kwh(self) -> float | None:
+        """What all GPUs have used for the steps so far, those before a resume too; None where one cannot tell."""
+        used = math.nan if self.meter is None else self.meter.kwh()
+        total = self.world.sum(torch.tensor(used, dtype=torch.float64, device=self.world.device)).item()
+        return None if math.isnan(total) else self.energy_before + total
 
     def _about(self, batch: Batch) -> dict[str, Any]:
         """What each line tells of where it comes from."""
@@ -435,6 +445,7 @@ class Run:
                 "total_tokens": step * self.config.tokens_per_step,
                 "interval": self.interval.state(),
                 "pending_line": self.pending_line,
+                "energy_kwh": self._energy_kwh(),
             }
             stall = self.checkpointer.save(step, model, optimizer, state)
         self._event("save", step, stall_seconds=stall)

@@ -1,8 +1,11 @@
 """Names that drivers report find their row; anything else finds none."""
 
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import pytest
 
-from olmo_train.hardware import _ALIASES, GPUS, detect, lookup
+from olmo_train.hardware import _ALIASES, GPUS, EnergyMeter, detect, lookup, open_energy_meter
 
 
 @pytest.mark.parametrize(
@@ -63,3 +66,65 @@ def test_the_current_gpu_is_found_by_the_name_that_torch_reports(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
     assert detect() is GPUS["h100"]
+
+
+class FakeNvml:
+    """A GPU whose counter stands at 5 MJ and has used as many kilowatt-hours as told since."""
+
+    def __init__(self, used: float = 0.0):
+        self.used = used
+
+    def nvmlInit(self):
+        pass
+
+    def nvmlDeviceGetHandleByUUID(self, uuid):
+        if uuid != "GPU-1234":
+            raise LookupError("Not Found")
+        return "handle"
+
+    def nvmlDeviceGetTotalEnergyConsumption(self, handle):
+        assert handle == "handle"
+        return 5_000_000_000 + round(self.used * 3.6e9)
+
+
+def fake_gpu(monkeypatch, name: str, uuid: str) -> None:
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(uuid=uuid))
+
+
+def test_a_meter_counts_kilowatt_hours_from_its_opening(monkeypatch):
+    fake_gpu(monkeypatch, "NVIDIA H100 80GB HBM3", "1234")
+    nvml = FakeNvml()
+    meter = open_energy_meter(nvml)
+    assert meter.kwh() == 0
+    nvml.used = 0.25
+    assert meter.kwh() == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize("name, uuid", [("NVIDIA H100 80GB HBM3 MIG 1g.10gb", "1234"), ("NVIDIA H100 80GB HBM3", "5678")])
+def test_a_part_of_a_gpu_and_one_that_nvml_does_not_know_have_no_meter(monkeypatch, name, uuid):
+    fake_gpu(monkeypatch, name, uuid)
+    assert open_energy_meter(FakeNvml()) is None
+
+
+def test_the_energy_of_a_run_is_that_of_all_ranks_and_goes_on_over_a_resume(tiny_args, read_metrics, monkeypatch):
+    from ranks import on_ranks
+
+    from olmo_train import train as module
+
+    config = {"total_steps": 3, "checkpoint.interval_steps": 2}
+
+    def run(world, last):
+        nvml = FakeNvml()
+        module.join_world = lambda replicas: nullcontext(world)
+        module.hardware.open_energy_meter = lambda: EnergyMeter(nvml, "GPU-1234")
+        for _ in module.train(tiny_args("run", **config | {"total_steps": last})):
+            nvml.used += 1 + world.rank  # the next line's step has used so much
+
+    on_ranks(2, lambda world: run(world, 3))
+    on_ranks(2, lambda world: run(world, 5))
+    lines = read_metrics(tiny_args("run").run_dir)
+    assert [line["throughput/energy_kwh"] for line in lines] == pytest.approx([0, 3, 6, 6, 9])
