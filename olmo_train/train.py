@@ -209,8 +209,11 @@ class Run:
             return []
         named = wanted.tokenizer or next((source.folder for source in self.mixture.sources if source.folder), None)
         if named is None:
-            raise ConfigError("eval.tokenizer", "is needed for eval.downstream: the data are raw token files")
-        tokenizer = load_tokenizer(named)
+            raise ConfigError("eval.tokenizer", "is needed for eval.downstream, as the data are raw token files; name theirs")
+        try:
+            tokenizer = load_tokenizer(named)
+        except ConfigError as problem:
+            raise ConfigError("eval.tokenizer", str(problem)) from problem
         if tokenizer.vocab_size > shape.vocab_size:
             raise ConfigError(
                 "eval.tokenizer",
