@@ -143,7 +143,8 @@ class Recorder:
             self._mirrors.remove(mirror)
 
     def event(self, event: str, step: int, **details: Any) -> None:
-        self._events.append({"event": event, "step": step, "time": time.time(), **details})
+        line = {"event": event, "step": step, "time": time.time(), **details}
+        self._events.append({key: _finite(value) for key, value in line.items()})
 
     def sync(self) -> None:
         """Make all lines survive a power cut: called before a checkpoint is committed."""

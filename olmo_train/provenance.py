@@ -55,6 +55,7 @@ class Attempt:
     first_step: int
     view: RunView
     world_size: int | None  # None when it is not known
+    skip_steps: tuple[int, ...]  # of guards.skip_steps
 
 
 class Run:
@@ -62,8 +63,10 @@ class Run:
 
     def __init__(self, files: list[str | Path], overrides: list[str] = ()):
         """Raises ConfigError when the configuration cannot be read."""
-        self.view = configuration.load(RunView, files, overrides, partial=True)
+        values = configuration.read(files, overrides)
+        self.view, self.skip_steps = configuration.build(RunView, values, partial=True), _skip_steps(values)
         self.run_dir = Path(self.view.run_dir) if self.view.run_dir else None
+        self.events = self._events()
         self.attempts = self._attempts()
 
     @classmethod
@@ -85,23 +88,36 @@ class Run:
         last = _last_line(self.run_dir / "metrics.jsonl")
         return max([*steps, last["step"] if last else 0], default=0)
 
+    def is_passed_over(self, step: int) -> bool:
+        """Whether the batch of this step is not trained on: named in guards.skip_steps, or left by a rewind."""
+        if step in self.attempt_of(step).skip_steps:
+            return True
+        return any(event["event"] == "rewind" and step in event["skipped"] for event in self.events)
+
     def logged(self, step: int) -> dict[str, Any] | None:
         """The line of metrics of this step; None when it was not logged."""
         return _line_of_step(self.run_dir / "metrics.jsonl", step) if self.run_dir else None
 
+    def _events(self) -> list[dict[str, Any]]:
+        file = self.run_dir / "events.jsonl" if self.run_dir else None
+        lines = file.read_text().splitlines() if file and file.is_file() else ()
+        return [event for event in map(_parse, lines) if event and "event" in event]
+
     def _attempts(self) -> list[Attempt]:
         """What the events tell, oldest first: an attempt that went on from step n replaces what came after n."""
-        file = self.run_dir / "events.jsonl" if self.run_dir else None
         attempts: list[Attempt] = []
-        for line in file.read_text().splitlines() if file and file.is_file() else ():
-            event = _parse(line)
-            if event and "config" in event and "world_size" in event:
+        for event in self.events:
+            if "config" in event and "world_size" in event:
                 attempts = [attempt for attempt in attempts if attempt.first_step <= event["step"]]
                 view = configuration.build(RunView, event["config"], partial=True)
                 # The data may have been moved since; where the order is the same, today's paths are taken.
                 view = self.view if view.order == self.view.order else view
-                attempts.append(Attempt(event["step"] + 1, view, event["world_size"]))
-        return attempts or [Attempt(1, self.view, None)]
+                attempts.append(Attempt(event["step"] + 1, view, event["world_size"], _skip_steps(event["config"])))
+        return attempts or [Attempt(1, self.view, None, self.skip_steps)]
+
+
+def _skip_steps(values: dict[str, Any]) -> tuple[int, ...]:
+    return tuple((values.get("guards") or {}).get("skip_steps") or ())
 
 
 def _parse(line: str | bytes) -> dict[str, Any] | None:

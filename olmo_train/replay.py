@@ -18,6 +18,7 @@ from olmo_train import config as configuration
 from olmo_train.checkpoint import CheckpointConfig
 from olmo_train.data.mixture import Mixture
 from olmo_train.errors import ConfigError
+from olmo_train.guards import GuardConfig, rewound
 from olmo_train.metrics import LogConfig, WandbConfig
 from olmo_train.recipe import EvalConfig, TrainConfig
 from olmo_train.train import train
@@ -66,6 +67,7 @@ def replay(run_dir: Path, step: int) -> Replay:
             resume_from=str(folder) if folder else config.resume_from,
             log=LogConfig(interval_steps=config.log.interval_steps, wandb=WandbConfig(mode="disabled")),
             eval=EvalConfig(interval_steps=10**9),
+            guards=_guards(config.guards, run_dir),
             checkpoint=CheckpointConfig(interval_steps=10**9),
         )
         run = train(config)
@@ -79,6 +81,13 @@ def _config_of(run_dir: Path, attempt: int) -> dict[str, Any]:
     """The resolved configuration with which an attempt trained: it may differ from the last one, such as in its length."""
     events = (json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines() if line.endswith("}"))
     return next(event["config"] for event in events if event.get("attempt") == attempt)
+
+
+def _guards(config: GuardConfig, run_dir: Path) -> GuardConfig:
+    """What the run passed over is passed over again; a spike that was left does not come back, so none is looked for."""
+    left = {step for rewind in rewound(run_dir) for step in rewind["skipped"]}
+    policy = "skip" if config.spike == "skip" else "record"
+    return dataclasses.replace(config, spike=policy, skip_steps=tuple(sorted(left.union(config.skip_steps))))
 
 
 def _sequences(config: TrainConfig, step: int, losses: list[float]) -> list[tuple[str, int, float]]:

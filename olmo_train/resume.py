@@ -36,6 +36,19 @@ def check_changes(saved: dict[str, Any], now: dict[str, Any], allowed: tuple[str
             )
 
 
+def check_skip_steps(saved: dict[str, Any], now: dict[str, Any], last_step: int, allowed: tuple[str, ...]) -> None:
+    """Steps still to come may be passed over or taken in again; those done cannot. Raises ConfigError."""
+    key = "guards.skip_steps"
+    before, after = (set(config["guards"].get("skip_steps", ())) for config in (saved, now))
+    done = sorted(step for step in before ^ after if step <= last_step)
+    if done and key not in allowed and "guards" not in allowed:
+        raise ConfigError(
+            key,
+            f"differ in step {done[0]}, which lies before the checkpoint of step {last_step} that this run goes on from; "
+            f"delete the checkpoints after step {done[0] - 1}, set it back, or say allow_changes=[{key}]",
+        )
+
+
 def check_data(saved: dict[str, str], now: dict[str, str], allowed: tuple[str, ...]) -> None:
     """Compare the hashes of the data. Raises ConfigError on a source whose contents differ."""
     for name in sorted(saved.keys() & now.keys()):

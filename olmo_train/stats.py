@@ -41,33 +41,39 @@ class Interval:
     """
 
     # rows of the tensor of scalars
-    STEPS, SKIPPED, CLIPPED, IN_A_ROW = range(4)
+    STEPS, SKIPPED, CLIPPED, SPIKES, IN_A_ROW = range(5)
 
     def __init__(self, sources: int, device: torch.device, state: dict[str, Any] | None = None):
         if state is None or len(state["sums"][0]) != sources:  # a fresh run, or a branch with other sources
-            state = {"sums": [[0.0] * sources] * 2, "counts": [0.0] * 4}
+            state = {"sums": [[0.0] * sources] * 2, "counts": [0.0] * 5}
         self.sums = torch.tensor(state["sums"], dtype=torch.float64, device=device)  # (2, sources): loss, scored tokens
         self.counts = torch.tensor(state["counts"], dtype=torch.float64, device=device)
         self.data_wait = 0.0  # seconds
         self.timed_steps = 0  # steps of this process: those before a resume took none of its time
 
-    def add(self, sums: Tensor, skipped: Tensor, clipped: Tensor, data_wait: float) -> None:
-        """sums (2, sources) of one step; skipped and clipped are 0.0 or 1.0."""
+    def add(self, sums: Tensor, skipped: Tensor, clipped: Tensor, spike: Tensor, data_wait: float) -> None:
+        """sums (2, sources) of one step; skipped, clipped and spike are 0.0 or 1.0."""
         self.sums += torch.where(skipped > 0, torch.zeros_like(sums), sums)
-        self.counts[: self.IN_A_ROW] += torch.stack((torch.ones_like(skipped), skipped, clipped))
+        self.counts[: self.IN_A_ROW] += torch.stack((torch.ones_like(skipped), skipped, clipped, spike))
         self.counts[self.IN_A_ROW] = (self.counts[self.IN_A_ROW] + 1) * skipped
+        self.data_wait += data_wait
+        self.timed_steps += 1
+
+    def pass_over(self, data_wait: float) -> None:
+        """Count a step that was passed over on purpose: skipped, but no sign of trouble."""
+        self.counts[[self.STEPS, self.SKIPPED]] += 1
         self.data_wait += data_wait
         self.timed_steps += 1
 
     def metrics(self, names: list[str], bytes_per_token: list[float | None]) -> dict[str, float]:
         """Mean losses over the interval, whole and by source, and the shares of clipped and skipped steps."""
-        (losses, tokens), (steps, skipped, clipped, _) = self.sums.tolist(), self.counts.tolist()
+        (losses, tokens), (steps, skipped, clipped, spikes, _) = self.sums.tolist(), self.counts.tolist()
         read = list(zip(names, losses, tokens, bytes_per_token, strict=True))
         known = all(ratio is not None for _, _, scored, ratio in read if scored)
         n_bytes = sum(scored * ratio for _, _, scored, ratio in read if scored) if known else None
         metrics = loss_metrics("train", sum(losses), sum(tokens), n_bytes)
         metrics |= {f"train/source/{name}/CrossEntropyLoss": loss / scored for name, loss, scored, _ in read if scored}
-        return metrics | {"optim/clipping_rate": clipped / steps, "skipped": int(skipped)}
+        return metrics | {"optim/clipping_rate": clipped / steps, "skipped": int(skipped), "spike": int(spikes)}
 
     def skipped_in_a_row(self) -> int:
         return int(self.counts[self.IN_A_ROW].item())

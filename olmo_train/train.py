@@ -9,6 +9,7 @@ The same call again resumes from the newest checkpoint.
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import math
 import signal
@@ -32,19 +33,32 @@ from olmo_train.data.mixture import Mixture
 from olmo_train.data.shards import TokenSource, check_ids, open_source
 from olmo_train.data.tokenizer import load_tokenizer
 from olmo_train.distributed import World, join_world, peers_named
-from olmo_train.errors import ConfigError, DataError, Stopped
+from olmo_train.errors import ConfigError, DataError, NonFiniteError, Stopped
 from olmo_train.eval.downstream import TokenizedTask, load_task, results_of, score
 from olmo_train.eval.perplexity import loss_sums
-from olmo_train.guards import StopSignals, Watchdog, check_skipped, skip_if_not_finite, too_slow_to_stop
+from olmo_train.guards import (
+    Rewind,
+    StopSignals,
+    Watchdog,
+    check_skipped,
+    name_checkpoint,
+    plan_rewind,
+    rewound,
+    skip_if_not_finite,
+    too_slow_to_stop,
+)
 from olmo_train.metrics import Recorder, attempts
 from olmo_train.model.cost import flops_per_token
 from olmo_train.model.transformer import Transformer
 from olmo_train.recipe import TrainConfig
-from olmo_train.resume import check_changes, check_data
+from olmo_train.resume import check_changes, check_data, check_skip_steps
+from olmo_train.spikes import SpikeDetector
 from olmo_train.stats import Clock, Interval, loss_metrics, throughput_metrics
 from olmo_train.storage import RunLock, replace_file
 
 log = logging.getLogger(__name__)
+READ_AT_ONCE = {"cpu"}  # devices on which reading a step's figures does not wait for anything
+UNREAD_STEPS = 16  # elsewhere, at most so many steps until it is read whether one was skipped or a spike
 CHECKED_TOKENS = 10**9  # a source of at most so many tokens is checked whole before the first step: some seconds
 
 
@@ -56,13 +70,19 @@ class StepStats:
     lr: float
     sums: Tensor  # (2, sources) float64: summed loss in nats and counted tokens of the global batch
     grad_norm: Tensor  # before clipping
-    skipped: Tensor  # 1.0 when loss or gradient were not finite and nothing was changed
+    skipped: Tensor  # 1.0 when nothing was changed: loss or gradient were not finite, or a spike that is to be skipped
     losses: Tensor  # (rows of this rank,) fp32: summed loss of each sequence
+    spike: Tensor  # 1.0 when loss or norm stand out from those of the steps before
+    passed_over: bool = False  # on purpose: nothing was computed
 
     @property
     def loss(self) -> Tensor:
         """Mean over the counted tokens (see loss_divisor) of the global batch, in nats."""
-        return self.sums[0].sum() / self.sums[1].sum().clamp(min=1)
+        return mean_loss(self.sums)
+
+
+def mean_loss(sums: Tensor) -> Tensor:
+    return sums[0].sum() / sums[1].sum().clamp(min=1)
 
 
 def train_step(
@@ -73,6 +93,7 @@ def train_step(
     config: TrainConfig,
     world: World,
     sources: int,
+    spikes: SpikeDetector,
 ) -> StepStats:
     """One update: the loss summed over tokens, divided once by the number of counted tokens of the global batch."""
     lr = optim.lr_at(step, config.optim, config.steps)
@@ -94,25 +115,49 @@ def train_step(
     world.sum(sums)
     with record_function("clip"):
         grad_norm = parallel.clip_gradients(model, optim.max_grad_norm_at(step, config.optim))
-    skipped = skip_if_not_finite(optimizer, sums.sum(), grad_norm)
+    spike = spikes.judge(mean_loss(sums), grad_norm)
+    skipped = skip_if_not_finite(optimizer, sums.sum(), grad_norm, spike if config.guards.spike == "skip" else None)
     with record_function("optimizer"):
         optim.set_lr(optimizer, lr)
         optimizer.step()
         optimizer.zero_grad()
-    return StepStats(step, lr, sums, grad_norm, skipped, losses)
+    return StepStats(step, lr, sums, grad_norm, skipped, losses, spike)
+
+
+def pass_over(batch: Batch, step: int, config: TrainConfig, sources: int) -> StepStats:
+    """A step whose batch is not used: time goes on, and with it the learning rate and the order of the data, but nothing
+    is computed and nothing changed."""
+    none = torch.zeros((), device=batch.labels.device)
+    sums = torch.zeros(2, sources, dtype=torch.float64, device=none.device)
+    losses = torch.full((len(batch.labels),), torch.nan, device=none.device)
+    lr = optim.lr_at(step, config.optim, config.steps)
+    return StepStats(step, lr, sums, none + torch.nan, none + 1, losses, none, passed_over=True)
 
 
 def train(config: TrainConfig) -> Iterator[StepStats]:
     """Train to config.steps, from the newest checkpoint of run_dir if there is one; yields after every update.
 
-    Raises ConfigError, DataError, CheckpointError, SaveError, NonFiniteError, PeerError, and Stopped when a signal ended
-    the run after a save.
+    After a rewind (guards.spike) the steps since the checkpoint are done and yielded again. Raises ConfigError, DataError,
+    CheckpointError, SaveError, NonFiniteError, PeerError, and Stopped when a signal ended the run after a save.
     """
     allocator.keep_freed_memory()
     with contextlib.ExitStack() as stack:
         stack.enter_context(peers_named())
         signals = stack.enter_context(StopSignals().installed())
         world = stack.enter_context(join_world(config.parallel.replicas))
+        going_on = True
+        while going_on:
+            going_on = False
+            try:
+                yield from train_from_newest(config, world, signals)
+            except Rewind:  # what is to be passed over is on the disk: go on as after a kill
+                going_on = True
+            gc.collect()  # a sharded model is a web of hooks: it must be gone before the next one is made
+
+
+def train_from_newest(config: TrainConfig, world: World, signals: StopSignals) -> Iterator[StepStats]:
+    """The loop, from the newest checkpoint on. Raises Rewind when it is to be started again."""
+    with contextlib.ExitStack() as stack:
         run = stack.enter_context(Run(config, world, signals))
         if run.is_finished:
             return
@@ -123,7 +168,10 @@ def train(config: TrainConfig) -> Iterator[StepStats]:
             batch, waited = run.next_batch(loader)
             if run.agree_to_stop():
                 run.save_and_stop(step - 1, model, optimizer)
-            stats = train_step(model, optimizer, batch, step, config, world, len(run.mixture.names))
+            if step in run.passed_over:
+                stats = pass_over(batch, step, config, len(run.mixture.names))
+            else:
+                stats = train_step(model, optimizer, batch, step, config, world, len(run.mixture.names), run.spikes)
             run.add(stats, waited)
             run.report(stats, batch, model)
             if step == config.steps or config.checkpoint.is_due(step):
@@ -171,6 +219,7 @@ class Run:
             self.folder = world.on_main(lambda: checkpoints.resolve(Path(config.resume_from)))
         self.state = self._resumed_state() if self.folder else {"step": 0}
         self.last_step: int = self.state["step"]
+        self.first_step = self.last_step if self.is_branch else 0  # from which the run began
         self.pending_line: dict[str, Any] | None = self.state.get("pending_line")
         if self.is_finished:
             if world.is_main:
@@ -184,6 +233,11 @@ class Run:
         world.on_main(lambda: replace_file(self.run_dir / "config.yaml", configuration.dump(config).encode()))
         self.attempt = world.on_main(lambda: 1 + attempts(self.run_dir))
         self.interval = Interval(len(self.mixture.names), world.device, self.state.get("interval"))
+        self.spikes = SpikeDetector(world.device, self.state.get("spikes"))
+        self.rewinds = world.on_main(lambda: rewound(self.run_dir))
+        self.passed_over = set(config.guards.skip_steps).union(*(rewind["skipped"] for rewind in self.rewinds))
+        self.in_a_row = self.interval.skipped_in_a_row()
+        self.unread: list[StepStats] = []  # steps of which nothing has been read from the device yet
         self.bytes_per_token = [s.n_bytes / s.n_tokens if s.n_bytes else None for s in self.mixture.sources]
         self.clock = Clock()
         self.meter, self.energy_before = hardware.open_energy_meter(), self.state.get("energy_kwh") or 0.0
@@ -242,7 +296,9 @@ class Run:
         state = checkpoints.read_state(self.folder)
         if not self.is_branch:
             saved = configuration.read([self.folder / "config.yaml"])
-            check_changes(saved, configuration.to_dict(self.config), self.config.allow_changes)
+            now = configuration.to_dict(self.config)
+            check_changes(saved, now, self.config.allow_changes)
+            check_skip_steps(saved, now, state["step"], self.config.allow_changes)
             check_data(state["data"], self.mixture.fingerprint, self.config.allow_changes)
         return state
 
@@ -319,23 +375,73 @@ class Run:
         return bool(agreed)
 
     def add(self, stats: StepStats, waited: float) -> None:
-        """Count a step; ends the run when too many in a row were skipped."""
-        clipped = (stats.grad_norm > optim.max_grad_norm_at(stats.step, self.config.optim)).float()
-        self.interval.add(stats.sums, stats.skipped, clipped, waited)
+        """Count a step; on a GPU, where reading waits for the step, its verdict may be read some steps later."""
         self.watchdog.beat(stats.step)
-        limit = self.config.guards.max_skipped
-        read = stats.step % limit == 0 or self.world.device.type == "cpu"  # on a GPU reading waits for the step
-        if read and (in_a_row := self.interval.skipped_in_a_row()):
-            check_skipped(in_a_row, self.config.guards, checkpoints.newest_folder(self.run_dir))
         if self.console is not None:
             self.console.step(stats.step)
+        if stats.passed_over:
+            self.interval.pass_over(waited)
+            return
+        clipped = (stats.grad_norm > optim.max_grad_norm_at(stats.step, self.config.optim)).float()
+        self.interval.add(stats.sums, stats.skipped, clipped, stats.spike, waited)
+        self.unread.append(stats)
+        if self.world.device.type in READ_AT_ONCE or len(self.unread) == min(self.config.guards.max_skipped, UNREAD_STEPS):
+            self.read_verdicts()
+
+    def read_verdicts(self) -> None:
+        """Read which of the steps since the last reading were skipped or spikes: one host sync, the same on all ranks.
+
+        Raises NonFiniteError when too many in a row were skipped or a spike is to stop the run, and Rewind.
+        """
+        steps, self.unread = self.unread, []
+        flags = torch.stack([torch.stack((stats.skipped, stats.spike)) for stats in steps]).tolist() if steps else []
+        for stats, (skipped, spike) in zip(steps, flags, strict=True):
+            self.in_a_row = self.in_a_row + 1 if skipped else 0
+            if skipped or spike:
+                self._tell_bad_step(stats, bool(spike))
+            if skipped:
+                check_skipped(self.in_a_row, self.config.guards, checkpoints.newest_folder(self.run_dir))
+            elif spike and self.config.guards.spike != "record":
+                self._leave_spike(stats)
+
+    def _tell_bad_step(self, stats: StepStats, spike: bool) -> None:
+        about = {"loss": stats.loss.item(), "grad_norm": stats.grad_norm.item(), "learning_rate": stats.lr}
+        self._event("spike" if spike else "skip", stats.step, **about)
+
+    def _leave_spike(self, stats: StepStats) -> None:
+        """Raises NonFiniteError or Rewind: no state after this step is ever saved."""
+        self.checkpointer.wait()
+        step, config = stats.step, self.config.guards
+        folders = self.world.on_main(lambda: checkpoints.committed(self.run_dir))
+        if config.spike == "stop":
+            raise NonFiniteError(
+                "guards.spike",
+                f"step {step} is a spike, its loss {stats.loss.item():.4g} or gradient norm {stats.grad_norm.item():.4g} is far "
+                f"above those before; {name_checkpoint(next(reversed(folders.values()), None))}; run again with "
+                f"guards.skip_steps=[{step}] to pass over its batch, or with guards.spike=record",
+            )
+        rewind = plan_rewind(step, next(reversed(folders), self.first_step), self.rewinds, config)
+        self._event("rewind", step, **rewind)
+        if self.recorder is not None:
+            self.recorder.sync()  # before anything goes on: a run killed from here on passes over the same steps
+            self.console.say(
+                f"step {step} is a spike (loss {stats.loss.item():.4g}, gradient norm {stats.grad_norm.item():.4g}): "
+                f"back to step {rewind['to']}, and passing over step{'s' * (len(rewind['skipped']) > 1)} "
+                f"{', '.join(map(str, rewind['skipped']))}"
+            )
+        self.world.barrier()
+        raise Rewind
 
     def report(self, stats: StepStats, batch: Batch, model: Transformer) -> None:
         """Log and evaluate where this step is due for it: one line of metrics at most."""
         config, step = self.config, stats.step
         last = step == config.steps
-        line = self.train_metrics(stats, batch) if last or step % config.log.interval_steps == 0 else {}
-        if (self.validation or self.tasks) and (last or step % config.eval.interval_steps == 0):
+        is_logged = last or step % config.log.interval_steps == 0
+        is_evaluated = bool(self.validation or self.tasks) and (last or step % config.eval.interval_steps == 0)
+        if is_logged or is_evaluated:
+            self.read_verdicts()
+        line = self.train_metrics(stats, batch) if is_logged else {}
+        if is_evaluated:
             line = line or self._about(batch) | {"skipped": int(stats.skipped.item())}
             self._evaluate_and_log(step, line, model)
         elif line:
@@ -437,6 +543,7 @@ class Run:
 
     def save(self, step: int, model: Transformer, optimizer: torch.optim.Optimizer) -> None:
         """Save the state after this step; the metrics so far are on the disk before it."""
+        self.read_verdicts()  # a state after a spike that is to be left is not saved
         with self.clock.paused():
             if self.recorder is not None:
                 self.recorder.sync()
@@ -447,6 +554,7 @@ class Run:
                 "data": self.mixture.fingerprint,
                 "total_tokens": step * self.config.tokens_per_step,
                 "interval": self.interval.state(),
+                "spikes": self.spikes.state(),
                 "pending_line": self.pending_line,
                 "energy_kwh": self._energy_kwh(),
             }

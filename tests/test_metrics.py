@@ -119,7 +119,7 @@ def test_lines_that_found_no_room_are_written_as_soon_as_there_is_some(tmp_path,
 
 def add(interval, loss, tokens, skipped=0.0, clipped=0.0):
     sums = torch.tensor([loss, tokens], dtype=torch.float64)
-    interval.add(sums, torch.tensor(skipped), torch.tensor(clipped), data_wait=0.5)
+    interval.add(sums, torch.tensor(skipped), torch.tensor(clipped), torch.tensor(0.0), data_wait=0.5)
 
 
 def test_the_loss_is_the_mean_over_the_intervals_tokens_and_not_over_its_steps():

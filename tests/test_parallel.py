@@ -75,7 +75,7 @@ def one_step(world, words) -> dict:
     mine = slice(world.rank * rows, (world.rank + 1) * rows)
     optimizer = Recorder(model.parameters(), lr=0.0)
     batch = Batch(batch.input_ids[mine], batch.labels[mine], batch.sources[mine])
-    stats = train.train_step(model, optimizer, batch, 1, config, world, 2)
+    stats = train.train_step(model, optimizer, batch, 1, config, world, 2, train.SpikeDetector(world.device))
     return {
         "loss": stats.loss.item(),
         "grad_norm": stats.grad_norm.item(),

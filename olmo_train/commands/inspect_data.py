@@ -68,11 +68,14 @@ def _show_step(inspected: Run, args: argparse.Namespace) -> None:
     if args.json:
         instances = [_instance(row, text) for row, text in zip(rows, texts, strict=True)]
         about = {"step": args.step, "world_size": world_size, "sample_hash": sample_hash, "as_logged": as_logged}
+        about |= {"passed_over": inspected.is_passed_over(args.step)}
         print(json.dumps(about | {"instances": instances}, ensure_ascii=False))
         return
     told = {None: "", True: ", as the run logged it", False: ", NOT as the run logged it"}[as_logged]
     print(f"step {args.step} of {inspected.view.steps}: {mixture.global_batch_size} instances of {mixture.seq_len} tokens "
           f"on {world_size} rank{'s' * (world_size > 1)}, sample_hash {sample_hash[:16]}{told}")  # fmt: skip
+    if inspected.is_passed_over(args.step):
+        print("this step is passed over: its batch is not trained on")
     _print_rows(rows, texts)
     left = mixture.global_batch_size // (1 if args.rank is None else world_size) - len(rows)
     if left:

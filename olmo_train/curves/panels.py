@@ -77,6 +77,7 @@ EVENTS = {
     "resume": ("line", True),
     "spike": ("point", True),
     "skip": ("point", True),
+    "rewind": ("line", True),
     "signal": ("line", False),
     "save": ("line", False),
 }
