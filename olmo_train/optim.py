@@ -131,13 +131,21 @@ def on_plain(function: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
 
 
 def build_optimizer(
-    parameters: Mapping[str, nn.Parameter], config: OptimConfig, on_whole: OnWhole = on_plain
+    parameters: Mapping[str, nn.Parameter], config: OptimConfig, on_whole: OnWhole = on_plain, exactly: bool = False
 ) -> torch.optim.Optimizer:
-    """The optimizer over {name: parameter}; weight decay on Linear weights only, unless the configuration says more."""
-    return OPTIMIZERS[config.name](parameters, config, on_whole)
+    """The optimizer over {name: parameter}; weight decay on Linear weights only, unless the configuration says more.
+
+    `exactly`: the bits of an update do not depend on how a parameter is sharded.
+    """
+    return OPTIMIZERS[config.name](parameters, config, on_whole, ExactAdamW if exactly else torch.optim.AdamW)
 
 
-def adamw(parameters: Mapping[str, nn.Parameter], config: OptimConfig, on_whole: OnWhole = on_plain) -> torch.optim.AdamW:
+def adamw(
+    parameters: Mapping[str, nn.Parameter],
+    config: OptimConfig,
+    on_whole: OnWhole = on_plain,
+    kind: type[torch.optim.AdamW] = torch.optim.AdamW,
+) -> torch.optim.AdamW:
     """torch's fused AdamW. Its `found_inf` makes a step an exact no-op without a host sync (see guards.py)."""
     groups = [
         {"params": [p for name, p in parameters.items() if is_decayed(name, config) == decayed],
@@ -145,17 +153,44 @@ def adamw(parameters: Mapping[str, nn.Parameter], config: OptimConfig, on_whole:
         for decayed in (True, False)
     ]  # fmt: skip
     groups = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(groups, lr=config.peak_lr, betas=config.betas, eps=config.eps, fused=True)
+    return kind(groups, lr=config.peak_lr, betas=config.betas, eps=config.eps, fused=True)
 
 
-def muon(parameters: Mapping[str, nn.Parameter], config: OptimConfig, on_whole: OnWhole) -> Muon:
+def muon(parameters: Mapping[str, nn.Parameter], config: OptimConfig, on_whole: OnWhole, kind: type[torch.optim.AdamW]) -> Muon:
     """Muon for the matrices of the blocks, AdamW for embedding, head and norms."""
     matrices = {name: p for name, p in parameters.items() if name.startswith("blocks.") and p.ndim == 2}
     rest = {name: p for name, p in parameters.items() if name not in matrices}
-    return Muon(list(matrices.values()), adamw(rest, config), config, on_whole)
+    return Muon(list(matrices.values()), adamw(rest, config, kind=kind), config, on_whole)
 
 
 OPTIMIZERS = {"adamw": adamw, "muon": muon}
+
+
+class ExactAdamW(torch.optim.AdamW):
+    """AdamW in single operations, each of which rounds once. The fused kernel multiplies and adds in one rounding or in two,
+    by an element's place in its shard, so that its last bit depends on the sharding."""
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self._step(parameter, group)
+
+    def _step(self, parameter: nn.Parameter, group: dict) -> None:
+        state, (beta1, beta2), gradient = self.state[parameter], group["betas"], parameter.grad
+        if not state:
+            state["step"] = torch.zeros((), device=parameter.device)
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+        skipped = torch.zeros_like(state["step"]) if self.found_inf is None else self.found_inf
+        count = (state["step"] + 1).double()
+        mean = (state["exp_avg"] * beta1).add_(gradient * (1 - beta1))
+        square = (state["exp_avg_sq"] * beta2).add_(gradient.square().mul_(1 - beta2))
+        correction1, correction2 = ((1 - beta**count).float() for beta in (beta1, beta2))
+        update = (mean / correction1).div_((square / correction2).sqrt_().add_(group["eps"])).mul_(group["lr"])
+        stepped = (parameter * (1 - group["lr"] * group["weight_decay"])).sub_(update)
+        for kept, new in ((state["exp_avg"], mean), (state["exp_avg_sq"], square), (parameter, stepped)):
+            kept.copy_(torch.where(skipped > 0, kept, new))
+        state["step"] += 1 - skipped
 
 
 class Muon(torch.optim.Muon):
@@ -189,11 +224,12 @@ class Muon(torch.optim.Muon):
             state["step"] = torch.zeros((), device=parameter.device)
             state["momentum_buffer"] = torch.zeros_like(parameter)
         skipped = torch.zeros_like(state["step"]) if self.found_inf is None else self.found_inf
-        buffer = state["momentum_buffer"].lerp(parameter.grad, 1 - momentum)
-        update = parameter.grad.lerp(buffer, momentum) if group["nesterov"] else buffer
+        # Multiplied and added apart: in one operation the last bit depends on an element's place in its shard.
+        buffer = (state["momentum_buffer"] * momentum).add_(parameter.grad * (1 - momentum))
+        update = (parameter.grad * (1 - momentum)).add_(buffer * momentum) if group["nesterov"] else buffer
         update = self.on_whole(orthogonalize, update)
         lr = group["lr"] * 0.2 * math.sqrt(max(parameter.shape))
-        stepped = (parameter * (1 - group["lr"] * group["weight_decay"])).add_(update, alpha=-lr)
+        stepped = (parameter * (1 - group["lr"] * group["weight_decay"])).sub_(update * lr)
         for kept, new in ((state["momentum_buffer"], buffer), (parameter, stepped)):
             kept.copy_(torch.where(skipped > 0, kept, new))
         state["step"] += 1 - skipped

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
+from olmo_train import exact
 from olmo_train.distributed import World
 from olmo_train.errors import ConfigError, check_choice
 from olmo_train.model.init import initial_value
@@ -42,9 +43,13 @@ class ParallelConfig:
             raise ConfigError("parallel.replicas", f"must be at least 1, got {self.replicas}")
 
 
-def shard(model: Transformer, config: ParallelConfig, world: World) -> Transformer:
+def shard(model: Transformer, config: ParallelConfig, world: World, exact_rows: int | None = None) -> Transformer:
     """Prepare a model on the meta device for training in this world, in place: its parameters become DTensors on the
-    device, whose values are not set yet. The names of parameters stay as they are."""
+    device, whose values are not set yet. The names of parameters stay as they are.
+
+    With `exact_rows`, the sequences of the global batch, their gradients add up to the same bits in any order, as long as
+    each goes through the model alone (exact.py).
+    """
     for block in model.blocks:
         if config.activation_checkpointing == "full":
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
@@ -52,14 +57,23 @@ def shard(model: Transformer, config: ParallelConfig, world: World) -> Transform
             block.compile()
     # What is handed from block to block has its precision already; a cast of inputs would round the fp32 tables of RoPE.
     policy = MixedPrecisionPolicy(
-        param_dtype=DTYPES[config.precision], reduce_dtype=DTYPES[config.reduce_dtype], cast_forward_inputs=False
+        param_dtype=DTYPES[config.precision],
+        reduce_dtype=torch.float64 if exact_rows else DTYPES[config.reduce_dtype],
+        cast_forward_inputs=False,
     )
     for module in [*model.blocks, model]:
         fully_shard(module, mesh=world.mesh, mp_policy=policy, reshard_after_forward=config.shard == "full")
         # FSDP averages gradients over ranks; the loss is already divided by the global batch's tokens, so take the sum.
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
+        if exact_rows:
+            exact.round_gradients(module, functools.partial(_own_parameters, module), exact_rows)
     return model.to_empty(device=world.device)
+
+
+def _own_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """Those that `fully_shard` gathers for this module, and not for one of its blocks."""
+    return [parameter for name, parameter in module.named_parameters() if not name.startswith("blocks.")]
 
 
 @torch.no_grad()
@@ -79,6 +93,13 @@ def last_micro_batch(model: nn.Module, last: bool) -> None:
     model.set_is_last_backward(last)
 
 
+def reshard(model: nn.Module) -> None:
+    """Free what a forward has gathered and no backward has freed, so that the parameters are this rank's shards again."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def on_whole(function: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
     """function(the whole tensor), computed on every rank and sharded like `tensor` again."""
     if not isinstance(tensor, DTensor):
@@ -88,14 +109,38 @@ def on_whole(function: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
+def clip_gradients(model: nn.Module, max_norm: float, exactly: bool = False) -> Tensor:
     """Scale all gradients so that their global L2 norm is at most `max_norm`; gives the norm before, fp32, no host sync.
 
     The coefficient is min(1, max_norm / (norm + 1e-6)), as in torch.nn.utils.clip_grad_norm_ and OLMo. It is applied
-    to a non-finite norm too: such a step is skipped as a whole.
+    to a non-finite norm too: such a step is skipped as a whole. `exactly`: its bits do not depend on the sharding.
     """
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients)
+    norm = exact_norm(gradients) if exactly else torch.nn.utils.get_total_norm(gradients)
     norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
     torch.nn.utils.clip_grads_with_norm_(model.parameters(), max_norm, norm)
     return norm
+
+
+@torch.no_grad()
+def exact_norm(gradients: list[DTensor]) -> Tensor:
+    """The global L2 norm of sharded gradients, fp32: infinite when one is not finite.
+
+    Squares are added as integers, scaled for each tensor by its largest element so that their sum fits in 63 bits.
+    """
+    local = [
+        gradient.to_local().double().nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf) for gradient in gradients
+    ]
+    largest = _over_ranks(torch.stack([g.abs().max() if g.numel() else g.new_zeros(()) for g in local]), gradients[0], "max")
+    scale = largest.frexp().exponent.double().exp2()  # (tensors,): largest < scale
+    units = [2.0 ** (62 - gradient.numel().bit_length()) for gradient in gradients]
+    parts = [((g / s).square() * unit).round().long().sum() for g, s, unit in zip(local, scale, units, strict=True)]
+    total = _over_ranks(torch.stack(parts), gradients[0], "sum")
+    squares = total.double() / torch.tensor(units, dtype=torch.float64, device=total.device) * scale.square()
+    return torch.where(largest.isfinite().all(), squares.sum().sqrt(), torch.inf).float()
+
+
+def _over_ranks(values: Tensor, like: DTensor, operation: str) -> Tensor:
+    """Values of this rank's shards, reduced over the ranks that hold the other shards."""
+    placements = [Partial(operation) if isinstance(placement, Shard) else Replicate() for placement in like.placements]
+    return DTensor.from_local(values, like.device_mesh, placements, run_check=False).full_tensor()

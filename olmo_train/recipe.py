@@ -41,6 +41,7 @@ class TrainConfig:
     global_batch_size: int = 2048  # sequences a step, over all processes
     micro_batch_size: int = 4  # sequences of one forward on one process
     loss_divisor: str = "scored_tokens"  # of loss and gradients; all_tokens: batch x seq_len, unscored ones too, as OLMo
+    determinism: str = "none"  # run: the same bits each time; world: also on any number of processes, one sequence at a time
     resume: str = "auto"  # auto: from the newest checkpoint that verifies; strict: refuse when the newest one does not
     resume_from: str | None = None  # start a new run_dir from this checkpoint (of any run): weights, optimizer and step
     init_from: str | None = None  # start a new run_dir with the weights of this checkpoint, at step 0
@@ -61,6 +62,11 @@ class TrainConfig:
             if seed is not None and seed < 0:
                 raise ConfigError(key, f"must not be negative, got {seed}")
         check_choice("loss_divisor", self.loss_divisor, ("scored_tokens", "all_tokens"))
+        check_choice("determinism", self.determinism, ("none", "run", "world"))
+        if self.determinism == "world" and (self.parallel.compile or self.parallel.reduce_dtype != "fp32"):
+            raise ConfigError(
+                "determinism", "'world' adds gradients in fp64, uncompiled; leave out parallel.compile and reduce_dtype"
+            )
         check_choice("resume", self.resume, ("auto", "strict"))
         if self.resume_from and self.init_from:
             raise ConfigError("init_from", f"{self.init_from} is given beside resume_from {self.resume_from}; name one of them")
@@ -80,6 +86,11 @@ class TrainConfig:
         if self.total_steps is not None:
             return self.total_steps
         return math.ceil((self.total_tokens or 2e12) / self.tokens_per_step)
+
+    @property
+    def rows_per_forward(self) -> int:
+        """Sequences that one process puts through the model at once."""
+        return 1 if self.determinism == "world" else self.micro_batch_size
 
     @property
     def tokens_per_step(self) -> int:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from olmo_train import allocator, hardware, optim, parallel
+from olmo_train import allocator, exact, hardware, optim, parallel
 from olmo_train import checkpoint as checkpoints
 from olmo_train import config as configuration
 from olmo_train.checkpoint import Checkpointer
@@ -101,7 +101,7 @@ def train_step(
     divisor = world.sum(counted.sum()).clamp(min=1)
     sums = torch.zeros(2, sources, dtype=torch.float64, device=world.device)
     losses = []
-    micro_batches = list(batch.micro_batches(config.micro_batch_size))
+    micro_batches = list(batch.micro_batches(config.rows_per_forward))
     for i, micro in enumerate(micro_batches):
         parallel.last_micro_batch(model, i == len(micro_batches) - 1)
         with record_function("forward"):
@@ -110,11 +110,12 @@ def train_step(
             (loss.sum() / divisor).backward()
         losses.append(loss.detach())
     losses = torch.cat(losses)
-    sums[0].index_add_(0, batch.sources, losses.double())
+    sums[0].index_add_(0, batch.sources, exact.loss_terms(losses))
     sums[1].index_add_(0, batch.sources, counted.sum(dim=1).double())
     world.sum(sums)
     with record_function("clip"):
-        grad_norm = parallel.clip_gradients(model, optim.max_grad_norm_at(step, config.optim))
+        max_norm = optim.max_grad_norm_at(step, config.optim)
+        grad_norm = parallel.clip_gradients(model, max_norm, exactly=config.determinism == "world")
     spike = spikes.judge(mean_loss(sums), grad_norm)
     skipped = skip_if_not_finite(optimizer, sums.sum(), grad_norm, spike if config.guards.spike == "skip" else None)
     with record_function("optimizer"):
@@ -143,6 +144,7 @@ def train(config: TrainConfig) -> Iterator[StepStats]:
     allocator.keep_freed_memory()
     with contextlib.ExitStack() as stack:
         stack.enter_context(peers_named())
+        stack.enter_context(exact.determinism(config.determinism))
         signals = stack.enter_context(StopSignals().installed())
         world = stack.enter_context(join_world(config.parallel.replicas))
         going_on = True
@@ -317,8 +319,9 @@ class Run:
         config, world = self.config, self.world
         with torch.device("meta"):
             model = Transformer(config.model)
-        parallel.shard(model, config.parallel, world)
-        optimizer = optim.build_optimizer(dict(model.named_parameters()), config.optim, parallel.on_whole)
+        exactly = config.determinism == "world"
+        parallel.shard(model, config.parallel, world, config.global_batch_size if exactly else None)
+        optimizer = optim.build_optimizer(dict(model.named_parameters()), config.optim, parallel.on_whole, exactly)
         optim.allocate_state(optimizer)
         if self.folder:
             checkpoints.load(self.folder, model, optimizer, world)
@@ -530,7 +533,7 @@ class Run:
 
     def _validation_batches(self, source: TokenSource, step: int) -> Iterator[Batch]:
         config, world = self.config, self.world
-        rows, seq_len = config.micro_batch_size, config.model.seq_len
+        rows, seq_len = config.rows_per_forward, config.model.seq_len
         for batch in validation_batches(source, seq_len, rows, world.rank, world.size, self.mixture.eos_id):
             self.watchdog.beat(step)
             yield batch

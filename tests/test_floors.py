@@ -12,7 +12,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "olmo_train"
 FLOORS = (
     "errors",
-    "storage allocator",
+    "storage allocator exact",
     "config console hardware optim distributed stats spikes model data",
     "parallel checkpoint metrics guards planner curves eval provenance",
     "recipe resume",

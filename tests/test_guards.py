@@ -25,12 +25,12 @@ def poison(step: int, value: float, monkeypatch=None, rank: int = 0, world=None)
     """From now on the gradient of update `step` holds `value`, in one element on one rank."""
     real, seen = module.parallel.clip_gradients, []
 
-    def poisoned(model, max_norm):
+    def poisoned(model, max_norm, **options):
         seen.append(1)
         if len(seen) in (step if isinstance(step, tuple) else (step,)) and (world is None or world.rank == rank):
             gradient = model.blocks[1].mlp.w_out.weight.grad
             getattr(gradient, "_local_tensor", gradient)[0, 0] = value
-        return real(model, max_norm)
+        return real(model, max_norm, **options)
 
     if monkeypatch:
         monkeypatch.setattr(module.parallel, "clip_gradients", poisoned)

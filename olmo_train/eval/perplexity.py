@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from olmo_train.data.loader import IGNORE, Batch
 from olmo_train.data.shards import TokenSource
+from olmo_train.exact import loss_terms
 
 
 @torch.no_grad()
@@ -25,7 +26,7 @@ def loss_sums(model: nn.Module, batches: Iterable[Batch], stop: Callable[[], int
     model.eval()
     for batch in batches:
         batch = batch.to(device)
-        sums[0] += model(batch.input_ids, batch.labels, batch.documents).double().sum()
+        sums[0] += loss_terms(model(batch.input_ids, batch.labels, batch.documents)).sum()
         sums[1] += (batch.labels != IGNORE).sum()
         if stop():
             break

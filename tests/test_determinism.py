@@ -1,0 +1,129 @@
+"""`determinism: world` gives the same bits on any number of processes and for any micro-batch; `run` each time."""
+
+import hashlib
+import json
+
+import pytest
+import torch
+from crash import run
+from test_guards import states_of
+
+from olmo_train.errors import ConfigError
+from olmo_train.exact import QUANTUM, RANGE, loss_terms
+
+SAME = ("train/CrossEntropyLoss", "optim/total_grad_norm", "optim/clipping_rate", "eval/held/CrossEntropyLoss", "sample_hash")
+# 33 and 7 cannot be halved, so shards differ in size, and in what a vectorized loop leaves over.
+ODD = {"model.d_model": 36, "model.n_heads": 2, "model.mlp_hidden": 33, "model.n_layers": 2, "model.norm": "rms_norm"}
+
+
+@pytest.fixture
+def bits(tiny_words, tiny_tokens, tmp_path):
+    """bits(name, world, steps, **changes): the hash of all weights and moments after the run, and its lines of metrics."""
+
+    def of(name: str, world: int, steps: int = 6, **changes):
+        values = {"total_steps": steps, "data.validation.held.path": tiny_tokens, "eval.interval_steps": 3, **changes}
+        codes, _ = run(tiny_words(name, **{"determinism": "world", **values}), tmp_path / name, world)
+        assert codes == [0] * world
+        digest = hashlib.sha256()
+        for key, tensor in sorted(states_of(tmp_path / name, steps).items()):
+            digest.update(key.encode() + tensor.numpy().tobytes())
+        lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        return digest.hexdigest(), [[line.get(key) for key in SAME] for line in lines]
+
+    return of
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_two_processes_and_another_micro_batch_have_the_bits_of_one(bits, precision):
+    changes = ODD | {"parallel.precision": precision}
+    one = bits("one", 1, **changes)
+    assert len(one[1]) == 6 and one[1][2][3] is not None
+    assert bits("two", 2, micro_batch_size=2, **changes) == one
+
+
+def test_without_it_they_have_others(bits):
+    """Or the test above would show nothing."""
+    one = bits("one", 1, determinism="none", **ODD)
+    assert bits("two", 2, determinism="none", micro_batch_size=2, **ODD)[0] != one[0]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"optim.name": "muon"},
+        {"model.tie_embeddings": True, "model.z_loss": 1e-4, "model.n_kv_heads": 1, "parallel.activation_checkpointing": "full"},
+        {"data.document_mask": True, "data.eos_id": 7, "parallel.shard": "grad_op", "optim.max_grad_norm": 0.01},
+    ],
+)
+def test_so_does_every_kind_of_model_and_optimizer(bits, changes):
+    changes = ODD | changes
+    assert bits("two", 2, **changes) == bits("one", 1, **changes)
+
+
+def test_copies_of_the_state_have_the_bits_of_one_process(bits):
+    changes = ODD | {"micro_batch_size": 2}
+    assert bits("two", 2, **changes, **{"parallel.replicas": 2}) == bits("one", 1, **changes)
+
+
+def test_a_run_goes_on_bit_for_bit_on_another_number_of_processes(bits, tiny_words, tmp_path):
+    changes = ODD | {"optim.schedule_steps": 8, "data.validation.held.path": None}
+    bits("cut", 2, steps=4, **changes)
+    assert bits("cut", 1, steps=8, **changes) == bits("whole", 1, steps=8, **changes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_worlds_of_1_2_and_4_and_micro_batches_of_1_2_and_4_have_equal_bits_after_20_steps(bits, precision):
+    changes = ODD | {"parallel.precision": precision, "global_batch_size": 16}
+    expected = bits("first", 1, steps=20, micro_batch_size=1, **changes)
+    for world in (1, 2, 4):
+        for rows in (1, 2, 4):
+            assert bits(f"{world}-{rows}", world, steps=20, micro_batch_size=rows, **changes) == expected, (world, rows)
+
+
+def test_the_same_command_again_has_the_same_bits(bits):
+    for mode in ("run", "none"):
+        assert bits(f"{mode}-1", 1, determinism=mode, **ODD) == bits(f"{mode}-2", 1, determinism=mode, **ODD)
+
+
+def test_gradients_too_large_to_be_added_exactly_skip_the_step(tiny_args, monkeypatch):
+    from olmo_train import exact
+    from olmo_train.train import train
+
+    monkeypatch.setattr(exact, "RANGE", 1e-9)
+    stats = [stats.skipped.item() for stats in train(tiny_args("run", determinism="world", total_steps=2))]
+    assert stats == [1, 1]
+
+
+def test_the_norm_is_the_norm():
+    from olmo_train import parallel
+    from olmo_train.distributed import join_world
+
+    torch.manual_seed(0)
+    with join_world() as world:
+        values = [torch.randn(40, 3), 1e-6 * torch.randn(7), torch.zeros(5), 1e4 * torch.randn(2, 2)]
+        sharded = [parallel.distribute_tensor(value, world.mesh) for value in values]
+        exactly = parallel.exact_norm(sharded).item()
+        assert exactly == pytest.approx(torch.cat([v.flatten() for v in values]).norm().item(), rel=1e-6)
+        small = [parallel.distribute_tensor(1e-6 * torch.randn(1000), world.mesh), sharded[0]]
+        assert parallel.exact_norm(small).item() == pytest.approx(values[0].norm().item(), rel=1e-6)
+        for bad in (float("nan"), float("inf"), -float("inf")):
+            sharded[1].to_local()[3] = bad
+            assert parallel.exact_norm(sharded).item() == float("inf")
+
+
+def test_losses_add_up_exactly_in_any_order():
+    torch.manual_seed(0)
+    terms = loss_terms(torch.cat((torch.rand(500) * 20000, torch.rand(500))))
+    sums = {terms[torch.randperm(1000)].cumsum(0)[-1].item() for _ in range(20)}
+    assert len(sums) == 1
+    assert loss_terms(torch.tensor([1.0000001, 4317.125])).tolist() == torch.tensor([1.0000001, 4317.125]).double().tolist()
+    assert QUANTUM * 2**53 == RANGE == 2048
+
+
+def test_world_with_what_it_does_not_cover_is_refused(tiny_args):
+    for key, value in (("parallel.compile", True), ("parallel.reduce_dtype", "bf16")):
+        with pytest.raises(ConfigError, match="determinism"):
+            tiny_args("run", determinism="world", **{key: value})
+    with pytest.raises(ConfigError, match="did you mean 'world'"):
+        tiny_args("run", determinism="words")
