@@ -180,6 +180,7 @@ def state_tensors(model: Transformer, optimizer: torch.optim.Optimizer) -> dict[
     every weight and goes to state.json."""
     tensors = {}
     for name, parameter in model.named_parameters():
+        assert isinstance(parameter, DTensor), f"{name} is gathered, and would be saved whole and without its moments"
         tensors[f"model.{name}"] = parameter.detach()
         for key, value in optimizer.state[parameter].items():
             if key != "step":

@@ -496,6 +496,7 @@ class Run:
 
     def _evaluate_and_log(self, step: int, line: dict[str, Any], model: Transformer) -> None:
         metrics = self.evaluate(model, step)
+        parallel.reshard(model)  # a save may follow
         if metrics is None:
             self.pending_line = line  # goes into the checkpoint; the resumed run evaluates this step and logs it
         else:

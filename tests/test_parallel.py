@@ -194,3 +194,16 @@ def test_replicas_must_divide_the_processes():
         join_world(replicas=2),
     ):
         pass
+
+
+@pytest.mark.parametrize("shard", ["full", "grad_op"])
+def test_what_is_saved_after_an_evaluation_is_whole(tiny_args, tiny_tokens, read_metrics, shard):
+    """An evaluation gathers weights, and no backward frees them."""
+    changes = {"parallel.shard": shard, "data.validation.held.path": tiny_tokens, "eval.interval_steps": 1}
+    changes |= {"checkpoint.interval_steps": 1, "total_steps": 4, "optim.schedule_steps": 4}
+    list(train.train(tiny_args("whole", **changes)))
+    list(train.train(tiny_args("cut", **changes | {"total_steps": 2})))
+    list(train.train(tiny_args("cut", **changes)))
+    names = ("train/CrossEntropyLoss", "optim/total_grad_norm", "eval/held/CrossEntropyLoss")
+    whole, cut = ([[line[name] for name in names] for line in read_metrics(tiny_args(n).run_dir)] for n in ("whole", "cut"))
+    assert cut == whole
