@@ -43,6 +43,10 @@ class NonFiniteError(UserError):  # training stopped by non-finite values
     exit_code = 5
 
 
+class ReplicaError(UserError):  # ranks that must hold the same bits do not
+    exit_code = 1
+
+
 class PeerError(UserError):  # a peer was lost or hung
     exit_code = 6
 

@@ -28,6 +28,7 @@ class GuardConfig:
     max_rewinds: int = 5  # stop after so many rewinds in a row
     skip_steps: tuple[int, ...] = ()  # steps that are passed over: their batch is read, nothing is computed or changed
     hang_seconds: float = 600  # stop when no step ends for so long; 0: never
+    replica_check_steps: int | None = None  # compare replicas bit by bit every so many steps; always before a checkpoint
 
     def __post_init__(self) -> None:
         check_choice("guards.spike", self.spike, ("record", "skip", "stop", "rewind"))
@@ -38,6 +39,8 @@ class GuardConfig:
             raise ConfigError("guards.skip_steps", f"are counted from 1, got {list(self.skip_steps)}")
         if self.hang_seconds < 0:
             raise ConfigError("guards.hang_seconds", f"must not be negative, got {self.hang_seconds}")
+        if self.replica_check_steps is not None and self.replica_check_steps < 1:
+            raise ConfigError("guards.replica_check_steps", f"must be at least 1, got {self.replica_check_steps}")
 
 
 def skip_if_not_finite(

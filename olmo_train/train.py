@@ -33,7 +33,7 @@ from olmo_train.data.mixture import Mixture
 from olmo_train.data.shards import TokenSource, check_ids, open_source
 from olmo_train.data.tokenizer import load_tokenizer
 from olmo_train.distributed import World, join_world, peers_named
-from olmo_train.errors import ConfigError, DataError, NonFiniteError, Stopped
+from olmo_train.errors import ConfigError, DataError, NonFiniteError, ReplicaError, Stopped
 from olmo_train.eval.downstream import TokenizedTask, load_task, results_of, score
 from olmo_train.eval.perplexity import loss_sums
 from olmo_train.guards import (
@@ -51,6 +51,7 @@ from olmo_train.metrics import Recorder, attempts
 from olmo_train.model.cost import flops_per_token
 from olmo_train.model.transformer import Transformer
 from olmo_train.recipe import TrainConfig
+from olmo_train.replicas import divergence
 from olmo_train.resume import check_changes, check_data, check_skip_steps
 from olmo_train.spikes import SpikeDetector
 from olmo_train.stats import Clock, Interval, loss_metrics, throughput_metrics
@@ -139,7 +140,7 @@ def train(config: TrainConfig) -> Iterator[StepStats]:
     """Train to config.steps, from the newest checkpoint of run_dir if there is one; yields after every update.
 
     After a rewind (guards.spike) the steps since the checkpoint are done and yielded again. Raises ConfigError, DataError,
-    CheckpointError, SaveError, NonFiniteError, PeerError, and Stopped when a signal ended the run after a save.
+    CheckpointError, SaveError, NonFiniteError, ReplicaError, PeerError, and Stopped when a signal ended the run after a save.
     """
     allocator.keep_freed_memory()
     with contextlib.ExitStack() as stack:
@@ -176,6 +177,8 @@ def train_from_newest(config: TrainConfig, world: World, signals: StopSignals) -
                 stats = train_step(model, optimizer, batch, step, config, world, len(run.mixture.names), run.spikes)
             run.add(stats, waited)
             run.report(stats, batch, model)
+            if config.guards.replica_check_steps and step % config.guards.replica_check_steps == 0:
+                run.check_replicas(step, model, optimizer)
             if step == config.steps or config.checkpoint.is_due(step):
                 run.save(step, model, optimizer)
             yield stats
@@ -549,6 +552,7 @@ class Run:
         """Save the state after this step; the metrics so far are on the disk before it."""
         self.read_verdicts()  # a state after a spike that is to be left is not saved
         with self.clock.paused():
+            self.check_replicas(step, model, optimizer)
             if self.recorder is not None:
                 self.recorder.sync()
             state = {
@@ -564,6 +568,19 @@ class Run:
             }
             stall = self.checkpointer.save(step, model, optimizer, state)
         self._event("save", step, stall_seconds=stall)
+
+    def check_replicas(self, step: int, model: Transformer, optimizer: torch.optim.Optimizer) -> None:
+        """Raises ReplicaError, on every rank alike, when ranks that must hold the same bits do not."""
+        updates = torch.stack([state["step"] for state in optimizer.state.values()])
+        tensors, alike = checkpoints.state_tensors(model, optimizer), {"the optimizer's count of updates": updates}
+        if found := divergence(tensors, alike, self.world, self.config.parallel.replicas):
+            self._settle()
+            kept = name_checkpoint(checkpoints.newest_folder(self.run_dir))
+            raise ReplicaError(
+                "guards.replica_check_steps",
+                f"after step {step} {found}; this state is not saved, and {kept}; "
+                "run the same command again, without that device if it happens twice",
+            )
 
     def save_and_stop(self, step: int, model: Transformer, optimizer: torch.optim.Optimizer) -> None:
         """Raises Stopped when the state after this step is committed."""
