@@ -41,7 +41,7 @@ def test_the_majority_tells_who_is_odd_and_two_are_both_named():
 
 
 def flip_after(step: int, rank: int, world, name: str, key: str | None = None) -> None:
-    """Flip the lowest bit of one number of this rank's part of a weight, or of its optimizer's state, after a step."""
+    """Flip one bit of one number of this rank's part of a weight, or of its optimizer's state, after a step."""
     ordinary = module.train_step
 
     def train_step(model, optimizer, batch, now, *others):
@@ -50,7 +50,7 @@ def flip_after(step: int, rank: int, world, name: str, key: str | None = None) -
             parameter = dict(model.named_parameters())[name]
             tensor = optimizer.state[parameter][key] if key else parameter.detach()
             local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-            local.view(-1).view(torch.int32)[-1:] ^= 1
+            local.view(-1).view(torch.int32)[-1:] ^= 1 << 20
         return stats
 
     module.train_step = train_step
