@@ -201,6 +201,19 @@ def test_a_figure_is_written_in_the_format_of_its_ending(run_dir, tmp_path, endi
     assert (tmp_path / "new" / f"loss.{ending}").read_bytes().startswith(magic)
 
 
+def test_a_figure_of_one_run_marks_where_it_was_resumed_and_close_marks_share_a_word(run_dir, tmp_path):
+    import matplotlib
+
+    with open(run_dir / "events.jsonl", "a") as events:
+        for name, step in (("resume", 100), ("spike", 200), ("spike", 202), ("rewind", 204)):
+            events.write(json.dumps({"event": name, "step": step, "time": 0}) + "\n")
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        draw(run_dir, "--output", tmp_path / "a.svg")
+    text = (tmp_path / "a.svg").read_text()
+    words = [text.count(f">{word}<") for word in ("spike, rewind", "spike", "rewind")]
+    assert words[0] >= 3 and words[1:] == [0, 0] and text.count(">resume<") >= 3
+
+
 def test_a_figure_of_several_runs_names_them_and_its_axes(run_dir, tmp_path):
     other = make_run(tmp_path / "other", steps=300, seed=1, peak_lr=6e-4)
     import matplotlib

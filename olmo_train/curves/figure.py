@@ -29,6 +29,8 @@ DASHES = {
     "longdashdot": (0, (8, 3, 1, 3)),
 }
 COUNTS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e4, "k"), (0, ""))  # an axis that reaches so far has this letter
+MARKS = {"resume": "#6C757D", "rewind": "#7B3294", "spike": "#D55E00", "skip": "#E69F00"}  # event: colour of its line
+MOST_MARKS = 12  # of one kind
 STYLE = {
     "font.size": 8,
     "axes.titlesize": 8.5,
@@ -100,6 +102,8 @@ def _draw_panel(axes: Axes, runs: list[Run], curves: Curves, look: Look) -> None
         axes.axhline(value, color="#6c757d", linewidth=0.7, linestyle=(0, (1, 1.5)), zorder=1)
         axes.annotate(f"{curves.panel.limit_name} {value:g}", (1, value), (0, 1.5), xycoords=("axes fraction", "data"),
                       textcoords="offset points", ha="right", va="bottom", fontsize=7, color="#6c757d")  # fmt: skip
+    if len(runs) == 1:
+        _mark_events(axes, runs[0], look.axis, with_words=len(kinds) == 1)  # a legend needs their place
     axes.set_xlabel(look.axis.label)
     axes.set_ylabel(curves.panel.unit)
     axes.set_title(curves.panel.title, loc="left", fontweight="bold")
@@ -131,6 +135,26 @@ def _plot(axes: Axes, run: Run, series: Series, axis: Axis, **style) -> None:
     x = axis.at(run, series.steps)
     if x is not None:
         axes.plot(x, np.where(np.isfinite(series.values), series.values, np.nan), **style)
+
+
+def _mark_events(axes: Axes, run: Run, axis: Axis, with_words: bool) -> None:
+    """A thin line where the run was resumed or went back, and at spikes and skipped steps. Lines that are close share a word."""
+    marks: list[tuple[float, str]] = []
+    for name in MARKS:
+        steps = np.unique([event["step"] for event in run.events if event["event"] == name and event["step"] > 0])
+        x = axis.at(run, steps) if len(steps) <= MOST_MARKS else None  # more would hide the curve
+        marks += [] if x is None else [(float(place), name) for place in x]
+    low, high = axes.get_xlim()
+    words: list[tuple[float, list[str]]] = []  # where a group of lines ends, and their names
+    for place, name in sorted(marks):
+        axes.axvline(place, color=MARKS[name], linewidth=0.6, linestyle=(0, (3, 2)), zorder=1)
+        if not words or place - words[-1][0] > 0.04 * (high - low):
+            words.append((place, []))
+        words[-1] = (place, words[-1][1] + [name])
+    for place, names in words if with_words else ():
+        style = {"ha": "left", "va": "top", "rotation": 90, "fontsize": 5.5, "color": MARKS[names[-1]]}
+        where = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points"}
+        axes.annotate(", ".join(dict.fromkeys(names)), (place, 1), (1.5, -2), **where, **style)
 
 
 def _number_axes(axes: Axes, look: Look, log_y: bool) -> None:
