@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from olmo_train import exact
 from olmo_train.distributed import World
@@ -23,6 +23,22 @@ from olmo_train.model.init import initial_value
 from olmo_train.model.transformer import Transformer
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+ATTENTION = ("flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu")  # SDPA's implementations
+DEAR = {torch.ops.aten.mm.default, torch.ops.higher_order.flex_attention}  # whose outputs `selective` keeps
+DEAR |= {getattr(torch.ops.aten, f"_scaled_dot_product_{name}").default for name in ATTENTION}
+
+
+def keep_dear(context: object, operation: object, *args: object, **kwargs: object) -> CheckpointPolicy:
+    """Products and attention are most of the compute and the lesser part of the memory; the rest is soon computed again."""
+    return CheckpointPolicy.MUST_SAVE if operation in DEAR else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+# Nothing in a block draws random numbers, so there is no state of a generator to set back.
+_recomputed = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+RECOMPUTED = {
+    "selective": functools.partial(_recomputed, context_fn=functools.partial(create_selective_checkpoint_contexts, keep_dear)),
+    "full": _recomputed,
+}
 
 
 @dataclass(frozen=True)
@@ -31,14 +47,14 @@ class ParallelConfig:
     replicas: int = 1  # whole copies of the sharded state (HSDP)
     precision: str = "bf16"  # of compute: bf16 or fp32; weights and optimizer state are always fp32
     reduce_dtype: str = "fp32"  # in which gradients are summed over ranks
-    activation_checkpointing: str = "none"  # full: keep only each block's input, compute the block again on the way back
+    activation_checkpointing: str = "none"  # selective: keep what products and attention give, compute the rest again; full: all
     compile: bool = False  # torch.compile each block
 
     def __post_init__(self) -> None:
         check_choice("parallel.shard", self.shard, ("full", "grad_op"))
         check_choice("parallel.precision", self.precision, DTYPES)
         check_choice("parallel.reduce_dtype", self.reduce_dtype, DTYPES)
-        check_choice("parallel.activation_checkpointing", self.activation_checkpointing, ("none", "full"))
+        check_choice("parallel.activation_checkpointing", self.activation_checkpointing, ("none", *RECOMPUTED))
         if self.replicas < 1:
             raise ConfigError("parallel.replicas", f"must be at least 1, got {self.replicas}")
 
@@ -51,8 +67,8 @@ def shard(model: Transformer, config: ParallelConfig, world: World, exact_rows: 
     each goes through the model alone (exact.py).
     """
     for block in model.blocks:
-        if config.activation_checkpointing == "full":
-            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+        if config.activation_checkpointing != "none":
+            block.forward = functools.partial(RECOMPUTED[config.activation_checkpointing], block.forward)
         if config.compile:
             block.compile()
     # What is handed from block to block has its precision already; a cast of inputs would round the fp32 tables of RoPE.

@@ -24,7 +24,7 @@ from olmo_train.model.cost import (
 )
 
 BYTES = {"bf16": 2, "fp32": 4}
-CHECKPOINTING = ("none", "full")
+CHECKPOINTING = ("none", "selective", "full")
 RUNTIME_BYTES = 1_500_000_000  # assumed: CUDA context, NCCL buffers, cuBLAS workspaces, fragments between tensors
 MATRIX_COPIES = 5  # of Muon's largest matrix, whole and in fp32, while it is orthogonalized; sharded ones are gathered first
 
@@ -153,9 +153,22 @@ def matrix_working_bytes(model: ModelConfig, optimizer: str) -> int:
 
 def kept_activation_bytes(model: ModelConfig, layout: Layout) -> int:
     """Bytes a token that one block keeps from its forward until its backward."""
-    if layout.activation_checkpointing == "full":
-        return BYTES[layout.precision] * model.d_model  # its input
-    return block_activation_bytes(model, layout.precision)
+    width = BYTES[layout.precision]
+    if layout.activation_checkpointing == "none":
+        return block_activation_bytes(model, layout.precision)
+    kept = width * model.d_model  # its input
+    if layout.activation_checkpointing == "selective":  # and what attention and the two output matrices give
+        kept += product_bytes(model, layout.precision) + 2 * width * model.d_model
+    return kept
+
+
+def product_bytes(model: ModelConfig, precision: str) -> int:
+    """Bytes a token of what one block's input matrices and attention give, which are kept with and without selective
+    activation checkpointing."""
+    width = BYTES[precision]
+    queries, keys = model.n_heads * model.head_size, model.kv_heads * model.head_size
+    attention = width * queries + 4 * model.n_heads  # with its log-sum-exp in fp32
+    return width * (queries + 2 * keys) + attention + width * model.mlp_hidden * (2 if model.gated else 1)
 
 
 def final_activation_bytes(model: ModelConfig, precision: str) -> int:
@@ -193,7 +206,10 @@ def block_working_bytes(model: ModelConfig, layout: Layout) -> int:
     gradients = width * (model.d_model + (2 if model.gated else 1) * model.mlp_hidden)
     if layout.activation_checkpointing == "none":
         return gradients
-    return gradients + block_activation_bytes(model, layout.precision) - width * model.d_model  # its input is kept already
+    again = block_activation_bytes(model, layout.precision) - width * model.d_model  # its input is kept already
+    if layout.activation_checkpointing == "selective":
+        again -= product_bytes(model, layout.precision)
+    return gradients + again
 
 
 def largest_micro_batch(model: ModelConfig, layout: Layout, memory_bytes: float) -> int | None:

@@ -4,11 +4,13 @@ The reference is the plain model in one piece: summed loss over the scored token
 """
 
 import dataclasses
+from collections import Counter
 
 import pytest
 import torch
 from ranks import on_ranks
 from torch.distributed.device_mesh import init_device_mesh
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from olmo_train import config as configuration
 from olmo_train import parallel, train
@@ -34,10 +36,15 @@ WAYS = {
     "two, micro-batches of two": (2, ["micro_batch_size=2"]),
     "two, ZeRO-2": (2, ["parallel.shard=grad_op", "micro_batch_size=2"]),
     "two, recomputed": (2, ["parallel.activation_checkpointing=full", "micro_batch_size=2"]),
+    "two, products kept": (2, ["parallel.activation_checkpointing=selective", "micro_batch_size=2"]),
     "two replicas": (2, ["parallel.replicas=2", "micro_batch_size=2"]),
     "bf16": (1, ["parallel.precision=bf16", "micro_batch_size=2"]),
     "two, bf16": (2, ["parallel.precision=bf16", "micro_batch_size=2"]),
     "two, bf16, recomputed": (2, ["parallel.precision=bf16", "micro_batch_size=2", "parallel.activation_checkpointing=full"]),
+    "two, bf16, products kept": (
+        2,
+        ["parallel.precision=bf16", "micro_batch_size=2", "parallel.activation_checkpointing=selective"],
+    ),
 }
 EXACT = [way for way in WAYS if "bf16" not in way]
 
@@ -131,8 +138,10 @@ def test_in_bf16_loss_and_gradients_are_close_to_those_in_fp32(way, results, ref
 
 
 def test_recomputed_activations_give_the_same_bits(results):
-    for plain, recomputed in (("two, micro-batches of two", "two, recomputed"), ("two, bf16", "two, bf16, recomputed")):
-        assert results[plain][0]["gradients"] == results[recomputed][0]["gradients"]
+    for plain, prefix in (("two, micro-batches of two", "two"), ("two, bf16", "two, bf16")):
+        for way in ("recomputed", "products kept"):
+            for figure in ("loss", "grad_norm", "gradients"):
+                assert results[plain][0][figure] == results[f"{prefix}, {way}"][0][figure]
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -165,13 +174,27 @@ def test_under_bf16_ropes_tables_are_fp32_in_every_block(monkeypatch):
     assert set(seen) == {(torch.bfloat16, torch.float32)}
 
 
-@pytest.mark.parametrize("way, forwards", [("none", 1), ("full", 2)])
-def test_blocks_are_computed_again_on_the_way_back_when_asked(monkeypatch, way, forwards):
-    seen, real = [], transforming.swiglu
-    monkeypatch.setitem(transforming.ACTIVATIONS, "swiglu", lambda x: seen.append(1) or real(x))
-    with join_world() as world:
+class Operations(TorchDispatchMode):
+    """How often each operation was computed."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.counts[str(function)] += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("way, activations, attentions", [("none", 1, 1), ("selective", 2, 1), ("full", 2, 2)])
+def test_blocks_are_computed_again_on_the_way_back_as_asked(way, activations, attentions):
+    """Of a block's four products the last need not be computed again: nothing is saved behind it."""
+    with join_world() as world, Operations() as operations:
         one_step(world, [f"parallel.activation_checkpointing={way}", "micro_batch_size=8"])
-    assert len(seen) == forwards * run_config().model.n_layers
+    layers, counts = run_config().model.n_layers, operations.counts
+    assert counts["aten.silu.default"] == activations * layers
+    assert counts["aten._scaled_dot_product_flash_attention_for_cpu.default"] == attentions * layers
+    assert counts["aten.mm.default"] == 3 * (4 * layers + 1) + (3 * layers if way == "full" else 0)
 
 
 def test_first_weights_do_not_depend_on_the_number_of_ranks():

@@ -111,6 +111,8 @@ LAYOUTS = {
     "one": Layout(micro_batch_size=4),
     "one, full, accumulated": Layout(micro_batch_size=4, micro_batches=2, activation_checkpointing="full"),
     "eight, full": Layout(gpus=8, micro_batch_size=4, activation_checkpointing="full"),
+    "one, selective": Layout(micro_batch_size=4, activation_checkpointing="selective"),
+    "eight, selective, accumulated": Layout(gpus=8, micro_batch_size=4, micro_batches=2, activation_checkpointing="selective"),
     "eight, grad_op, accumulated": Layout(gpus=8, micro_batch_size=4, micro_batches=2, shard="grad_op"),
     "eight, two replicas": Layout(gpus=8, replicas=2, micro_batch_size=4),
     "one, muon": Layout(micro_batch_size=4, optimizer="muon"),
@@ -121,6 +123,7 @@ CASES = [  # every layout, where the loss is the highest moment and where it is 
     *(("small vocabulary", name, "fp32") for name in LAYOUTS),
     *((name, "one", "bf16") for name in list(SHAPES)[1:]),
     ("olmo 2", "eight, full", "fp32"),
+    *((name, "one, selective", "bf16") for name in list(SHAPES)[1:]),
 ]
 
 
