@@ -65,7 +65,7 @@ def _run(verb, arguments: argparse.Namespace) -> int:
     except UserError as problem:
         if arguments.debug:
             raise
-        if int(os.environ.get("RANK", 0)) == 0:
+        if int(os.environ.get("RANK", 0)) == 0 or problem.speaks:
             print(f"error: {' '.join(str(problem).split())}", file=sys.stderr, flush=True)
         return problem.exit_code
     except BrokenPipeError:  # `olmo-train ... | head`

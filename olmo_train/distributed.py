@@ -71,6 +71,19 @@ class World:
         self.on_main(lambda: kept.append(function()))
         return kept[0] if kept else None
 
+    def together(self, function: Callable[[], T]) -> T:
+        """Call a function on every rank and give its own result to each. A UserError of any rank, such as a file that only
+        one machine lacks, is raised on all of them."""
+        result, problem = None, None
+        try:
+            result = function()
+        except UserError as own:
+            problem = own
+        rank, problem = next(((rank, p) for rank, p in enumerate(self.gather(problem)) if p is not None), (0, None))
+        if problem is not None:
+            raise problem if rank == 0 else type(problem)(problem.where, f"on rank {rank}: {problem.what}")
+        return result
+
     def gather(self, value: Any) -> list[Any]:
         """A small Python object of every rank, in the order of ranks."""
         values = [None] * self.size

@@ -14,6 +14,7 @@ class UserError(Exception):
     """Base of all errors that end in one `error:` line. `where` names a file or a dotted configuration key."""
 
     exit_code = 1
+    speaks = False  # told although this is not rank 0, which is gone
 
     def __init__(self, where: object, what: str):
         super().__init__(f"{where}: {what}")

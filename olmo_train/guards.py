@@ -1,15 +1,12 @@
-"""What keeps a run from being poisoned, and what ends it in time: non-finite steps, stop signals, hangs."""
+"""What keeps a run from being poisoned, and what ends it in time: non-finite steps, spikes, stop signals."""
 
 from __future__ import annotations
 
 import contextlib
-import faulthandler
 import json
 import os
 import signal
-import sys
 import threading
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from olmo_train.errors import ConfigError, NonFiniteError, PeerError, check_choice
+from olmo_train.errors import ConfigError, NonFiniteError, check_choice
 
 
 @dataclass(frozen=True)
@@ -140,40 +137,3 @@ class StopSignals:
         if self.received:
             os._exit(128 + number)  # committed checkpoints are whole at any moment
         self.received = number
-
-
-class Watchdog:
-    """Ends the process with exit code 6 when `beat` was not called for hang_seconds, leaving all Python stacks behind."""
-
-    def __init__(self, config: GuardConfig, run_dir: Path, rank: int):
-        self._seconds, self._folder, self._rank = config.hang_seconds, run_dir / "forensics" / "hang", rank
-        self._last, self._step = time.monotonic(), 0
-        self._closed = threading.Event()
-        if self._seconds:
-            threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
-
-    def beat(self, step: int) -> None:
-        """Say that this rank is alive and where it is."""
-        self._last, self._step = time.monotonic(), step
-
-    def close(self) -> None:
-        self._closed.set()
-
-    def _watch(self) -> None:
-        while not self._closed.wait(min(1.0, self._seconds / 4)):
-            if time.monotonic() - self._last > self._seconds:
-                self._bark()
-
-    def _bark(self) -> None:
-        self._folder.mkdir(parents=True, exist_ok=True)
-        stacks = self._folder / f"rank-{self._rank:04d}.txt"
-        with open(stacks, "w") as file:
-            file.write(f"rank {self._rank}: no progress for {self._seconds:g} s after step {self._step}\n")
-            file.flush()
-            faulthandler.dump_traceback(file, all_threads=True)
-        problem = PeerError(
-            "guards.hang_seconds",
-            f"rank {self._rank} made no progress for {self._seconds:g} s after step {self._step}; stacks are in {stacks}",
-        )
-        print(f"error: {problem}", file=sys.stderr, flush=True)
-        os._exit(problem.exit_code)

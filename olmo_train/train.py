@@ -12,8 +12,10 @@ import contextlib
 import gc
 import logging
 import math
+import shutil
 import signal
 import time
+import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +41,6 @@ from olmo_train.eval.perplexity import loss_sums
 from olmo_train.guards import (
     Rewind,
     StopSignals,
-    Watchdog,
     check_skipped,
     name_checkpoint,
     plan_rewind,
@@ -56,6 +57,7 @@ from olmo_train.resume import check_changes, check_data, check_skip_steps
 from olmo_train.spikes import SpikeDetector
 from olmo_train.stats import Clock, Interval, loss_metrics, throughput_metrics
 from olmo_train.storage import RunLock, replace_file
+from olmo_train.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 READ_AT_ONCE = {"cpu"}  # devices on which reading a step's figures does not wait for anything
@@ -204,14 +206,15 @@ class Run:
             self.stack = self.stack.pop_all()
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self.stack.close()
+    def __exit__(self, *error: Any) -> bool | None:
+        return self.stack.__exit__(*error)
 
     # ---- before the loop
 
     def _open(self) -> None:
         config, world, shape = self.config, self.world, self.config.model
-        self.mixture = Mixture(config.data, config.seed, config.global_batch_size, shape.seq_len, shape.vocab_size)
+        batch_size = config.global_batch_size
+        self.mixture = world.together(lambda: Mixture(config.data, config.seed, batch_size, shape.seq_len, shape.vocab_size))
         self.validation = [
             open_source(name, s, shape.vocab_size, self.mixture.eos_id) for name, s in config.data.validation.items()
         ]
@@ -224,6 +227,7 @@ class Run:
             self.folder = world.on_main(lambda: checkpoints.resolve(Path(config.resume_from)))
         self.state = self._resumed_state() if self.folder else {"step": 0}
         self.last_step: int = self.state["step"]
+        self.done = self.last_step  # the last step that this process knows to be done
         self.first_step = self.last_step if self.is_branch else 0  # from which the run began
         self.pending_line: dict[str, Any] | None = self.state.get("pending_line")
         if self.is_finished:
@@ -234,6 +238,7 @@ class Run:
 
     def _open_records(self) -> None:
         config, world = self.config, self.world
+        self._open_watchdog()
         resolved = configuration.to_dict(config)
         world.on_main(lambda: replace_file(self.run_dir / "config.yaml", configuration.dump(config).encode()))
         self.attempt = world.on_main(lambda: 1 + attempts(self.run_dir))
@@ -249,13 +254,26 @@ class Run:
         self.recorder = world.on_main_only(lambda: Recorder(self.run_dir, config.log, resolved, self.last_step))
         self.console = world.on_main_only(lambda: Console(config.run_dir, self.last_step, config.steps))
         self.checkpointer = Checkpointer(self.run_dir, config.checkpoint, world, self._checkpoint_files())
-        self.watchdog = Watchdog(config.guards, self.run_dir, world.rank)
-        for closing in (self.recorder, self.console, self.watchdog, self.checkpointer):
+        for closing in (self.recorder, self.console, self.checkpointer):
             if closing is not None:
                 self.stack.callback(closing.close)
         how = "branch" if self.is_branch else "resume" if self.folder else "start"
         about = {"attempt": self.attempt, "world_size": world.size, "checkpoint": str(self.folder or ""), "config": resolved}
         self._event(how, self.last_step, **about)
+
+    def _open_watchdog(self) -> None:
+        """From here on a rank that is silent or fails is named to the user."""
+
+        def new_folder() -> Path:
+            heartbeats = self.run_dir / ".heartbeats"
+            shutil.rmtree(heartbeats, ignore_errors=True)  # of a run that was killed
+            return heartbeats / uuid.uuid4().hex[:8]
+
+        folder = self.world.on_main(new_folder)
+        self.watchdog = Watchdog(self.config.guards.hang_seconds, self.run_dir, folder, self.world.rank, self.world.size)
+        self.stack.callback(self.watchdog.close)
+        self.stack.enter_context(self.watchdog.last_words())
+        self.stack.enter_context(peers_named())
 
     @property
     def is_finished(self) -> bool:
@@ -365,7 +383,9 @@ class Run:
     def next_batch(self, loader: Loader) -> tuple[Batch | None, float]:
         """This rank's next batch and the seconds waited for it; None when a signal came meanwhile."""
         started = time.perf_counter()
+        self.watchdog.beat(self.done, "waits for its batch")
         batch = loader.get(give_up=lambda: self.signals.received)
+        self.watchdog.beat(self.done, "in the next step", batch.sample_hash if batch else "")
         return batch, time.perf_counter() - started
 
     def agree_to_stop(self) -> bool:
@@ -382,6 +402,7 @@ class Run:
 
     def add(self, stats: StepStats, waited: float) -> None:
         """Count a step; on a GPU, where reading waits for the step, its verdict may be read some steps later."""
+        self.done = stats.step
         self.watchdog.beat(stats.step)
         if self.console is not None:
             self.console.step(stats.step)
@@ -529,7 +550,7 @@ class Run:
 
         def watch(batches: Iterable, *_: object) -> Iterator:
             for batch in batches:
-                self.watchdog.beat(step)
+                self.watchdog.beat(step, "evaluates")
                 yield batch
 
         batch_tokens = self.config.micro_batch_size * self.config.model.seq_len
@@ -539,7 +560,7 @@ class Run:
         config, world = self.config, self.world
         rows, seq_len = config.rows_per_forward, config.model.seq_len
         for batch in validation_batches(source, seq_len, rows, world.rank, world.size, self.mixture.eos_id):
-            self.watchdog.beat(step)
+            self.watchdog.beat(step, "evaluates")
             yield batch
 
     def _log(self, step: int, line: dict[str, Any]) -> None:
@@ -551,7 +572,7 @@ class Run:
     def save(self, step: int, model: Transformer, optimizer: torch.optim.Optimizer) -> None:
         """Save the state after this step; the metrics so far are on the disk before it."""
         self.read_verdicts()  # a state after a spike that is to be left is not saved
-        with self.clock.paused():
+        with self.clock.paused(), self.watchdog.patient("saves"):
             self.check_replicas(step, model, optimizer)
             if self.recorder is not None:
                 self.recorder.sync()
@@ -598,7 +619,8 @@ class Run:
             self.recorder.attach(self._summary_files, self.config.steps)
 
     def _settle(self) -> None:
-        self.checkpointer.wait()
+        with self.watchdog.patient("saves"):
+            self.checkpointer.wait()
         if self.recorder is not None:
             self.recorder.settle(self.checkpointer.committed_step)
 

@@ -1,0 +1,277 @@
+"""Which rank is silent, and why: a run that hangs ends in time and leaves its evidence.
+
+The one idea: beside its training each rank has a thread that writes a small heartbeat file: where the training is, and that
+the process runs at all. A rank that makes no progress looks at the files of the others: one that is no longer written
+belongs to a process that is stopped or gone, one with a lower count to a rank that the others wait for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import json
+import os
+import shutil
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from olmo_train.errors import PeerError, UserError
+
+PATIENCE = 1800  # seconds without progress while loading, compiling or saving, at least
+GRACE = 5.0  # seconds for all ranks to write their stacks before the first one ends
+SEARCH = 15.0  # seconds in which the reason for a lost connection is looked for
+STATES = {"T": "its process is stopped", "Z": "its process is dead", "X": "its process is gone"}  # of /proc/PID/stat
+
+
+class Watchdog:
+    """Ends the process with exit code 6 when `beat` was not called for `seconds`, or another rank did the same."""
+
+    def __init__(self, seconds: float, run_dir: Path, folder: Path, rank: int, size: int = 1):
+        """`folder` holds the heartbeats of this start of the run, and of no other. seconds = 0: never ends it."""
+        self.seconds, self.rank, self.size, self.folder = seconds, rank, size, folder
+        self.stacks = run_dir / "forensics" / "hang"
+        self._last, self._patience = time.monotonic(), max(seconds, PATIENCE)
+        self._me: dict[str, Any] = {"step": 0, "doing": "start", "batch": "", "progress": 0, "host": _host(), "pid": os.getpid()}
+        self._pulse, self._closed = 0, threading.Event()
+        self._interval = min(max(seconds / 8, 0.05), 5.0)
+        self._seen: dict[int, tuple[int, float]] = {}  # rank: its pulse, and since when it is that
+        folder.mkdir(parents=True, exist_ok=True)
+        self._write()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        if seconds:
+            self._thread.start()
+
+    def beat(self, step: int, doing: str = "between steps", batch: str = "") -> None:
+        """Say that training goes on, and where it is: called equally often on all ranks. `batch`: its sample_hash."""
+        self._last = time.monotonic()
+        about = {"step": step, "doing": doing, "progress": self._me["progress"] + 1}
+        self._me = {**self._me, **about, **({"batch": batch} if batch else {})}
+        if doing == "between steps":  # the first step, which compiles, is over
+            self._patience = self.seconds
+
+    @contextlib.contextmanager
+    def patient(self, doing: str) -> Iterator[None]:
+        """For what may take long without any sign of progress, such as a save."""
+        before, self._patience = self._patience, max(self.seconds, PATIENCE)
+        self.beat(self._me["step"], doing)
+        try:
+            yield
+        finally:
+            self._last, self._patience = time.monotonic(), before
+
+    @contextlib.contextmanager
+    def last_words(self) -> Iterator[None]:
+        """Leave the reason for which this rank ends, and tell a lost peer's in the PeerError that it causes."""
+        try:
+            yield
+        except PeerError as problem:
+            raise self._explained(problem) from problem
+        except Exception as problem:
+            if self.size > 1:
+                line = str(problem) if isinstance(problem, UserError) else f"{type(problem).__name__}: {problem}"
+                with contextlib.suppress(OSError):
+                    self._file(self.rank, "error").write_text(" ".join(line.split()))
+            raise
+
+    def close(self) -> None:
+        """Take this rank's heartbeat away; the last living rank takes the folder."""
+        self._closed.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout=5)  # it must not write once more
+        with contextlib.suppress(OSError):
+            self._file(self.rank).unlink(missing_ok=True)
+            if not any(self._state(rank) is None for rank in self._others() if self._file(rank).exists()):
+                shutil.rmtree(self.folder, ignore_errors=True)
+                self.folder.parent.rmdir()
+
+    # ---- in the thread
+
+    def _watch(self) -> None:
+        before = time.monotonic()
+        while not self._closed.wait(self._interval):
+            now = time.monotonic()
+            if now - before > self._interval + self.seconds / 2:  # this process itself did not run: judge from here on
+                self._last = now
+            before = now
+            self._write()
+            if (self.folder / "hang").exists() or now - self._last > self._patience or self._neighbour_is_lost():
+                self._bark(now - self._last)
+
+    def _write(self) -> None:
+        self._pulse += 1
+        with contextlib.suppress(OSError):
+            temporary = self._file(self.rank, "tmp")
+            temporary.write_text(json.dumps({**self._me, "pulse": self._pulse}))
+            os.replace(temporary, self._file(self.rank))
+
+    def _neighbour_is_lost(self) -> bool:
+        """Each rank looks after one other: whether its process has not run for so long, also while no rank waits for it."""
+        neighbour = (self.rank + 1) % self.size
+        about = self._read(neighbour)
+        if neighbour == self.rank or about is None:
+            return False
+        return self._silent_for(neighbour, about) > self.seconds
+
+    def _bark(self, silent_seconds: float) -> None:
+        try:
+            with contextlib.suppress(OSError):  # a full disk must not keep the run from ending
+                (self.folder / "hang").touch()
+                self._write_stacks(silent_seconds)
+                self._file(self.rank, "hangs").write_text(_own_work())
+            self._wait_for_the_others()
+            self._tell(silent_seconds)
+        finally:
+            os._exit(PeerError.exit_code)
+
+    def _write_stacks(self, silent_seconds: float) -> None:
+        self.stacks.mkdir(parents=True, exist_ok=True)
+        with open(self._stack_file(self.rank), "w") as file:
+            file.write(f"rank {self.rank}: no progress for {silent_seconds:.1f} s; {_place(self._me)}\n")
+            file.flush()
+            faulthandler.dump_traceback(file, all_threads=True)
+
+    def _tell(self, silent_seconds: float) -> None:
+        """The last line on stderr, from the lowest rank that runs; and a note in place of the stacks of those that do not."""
+        blamed = self._blamed()
+        silent = {rank for rank, (_, is_silent) in blamed.items() if is_silent}
+        for rank in silent:  # which cannot write any more
+            with contextlib.suppress(OSError):
+                self._stack_file(rank).write_text(f"rank {rank}: {blamed[rank][0]}; {_place(self._read(rank) or {})}\n")
+        if self.rank == min(set(range(self.size)) - silent):
+            who = "; ".join(f"rank {rank}: {why}" for rank, (why, _) in blamed.items()) or "no rank is behind the others"
+            problem = PeerError(
+                "guards.hang_seconds",
+                f"no progress for {max(silent_seconds, self.seconds):g} s after step {self._me['step']}; {who}; "
+                f"stacks and last batches of all ranks are in {self.stacks}; run the same command again",
+            )
+            print(f"error: {problem}", file=sys.stderr, flush=True)
+
+    def _wait_for_the_others(self) -> None:
+        """Until those that run have written their stacks too, and the pulse of each had time to change."""
+        self._look()
+        started, least = time.monotonic(), min(2.5 * self._interval, GRACE)
+        while (waited := time.monotonic() - started) < GRACE:
+            self._write()
+            missing = [rank for rank in self._others() if self._state(rank) is None and not self._file(rank, "hangs").exists()]
+            if waited > least and not missing:
+                return
+            time.sleep(self._interval / 4)
+
+    def _blamed(self) -> dict[int, tuple[str, bool]]:
+        """{rank: (why, whether its process is silent)} of those that the others wait for."""
+        about = {rank: self._me if rank == self.rank else self._read(rank) for rank in range(self.size)}
+        work = {}  # what the ranks are at that have noticed the hang, of which some may have ended by now
+        for rank in range(self.size):
+            with contextlib.suppress(OSError):
+                work[rank] = self._file(rank, "hangs").read_text()
+        blamed = {}
+        for rank in set(range(self.size)) - set(work):
+            known = about[rank]
+            state = self._state(rank)
+            if known is not None and (state or self._silent_for(rank, known) > 2 * self._interval):
+                blamed[rank] = (f"{state or 'its process is silent'}, last seen {_place(known)}", True)
+        if not blamed:
+            progress = {rank: known["progress"] for rank, known in about.items() if known is not None}
+            behind = [rank for rank, count in progress.items() if count < max(progress.values())]
+            behind = behind or [rank for rank in work if work[rank] and about[rank]]
+            blamed = {rank: (f"keeps the others waiting{work.get(rank, '')}, {_place(about[rank])}", False) for rank in behind}
+        return blamed if self.size > 1 else {0: (f"hangs, {_place(self._me)}", False)}
+
+    # ---- what is known of the others
+
+    def _explained(self, problem: PeerError) -> PeerError:
+        """The PeerError with the rank that was lost and its reason, if they can be found within some seconds."""
+        deadline = time.monotonic() + SEARCH
+        lost: dict[int, str] = {}
+        while self.size > 1 and not lost and time.monotonic() < deadline:
+            for rank in self._others():
+                about = self._read(rank)
+                with contextlib.suppress(OSError):
+                    lost[rank] = f"failed: {self._file(rank, 'error').read_text()}"
+                if rank in lost or about is None:
+                    continue
+                if self._state(rank) in (STATES["Z"], STATES["X"]):
+                    lost[rank] = f"was killed, or died without a word, {_place(about)}"
+                elif self.seconds and self._silent_for(rank, about) > 2.5 * self._interval:
+                    lost[rank] = f"is silent, {_place(about)}"
+            time.sleep(0.05)
+        if not lost:
+            return problem
+        told = "; ".join(f"rank {rank} {why}" for rank, why in lost.items())
+        explained = PeerError("peers", f"{told}; run the same command again")
+        explained.speaks = self.rank == min(set(range(self.size)) - set(lost))
+        return explained
+
+    def _others(self) -> list[int]:
+        return [rank for rank in range(self.size) if rank != self.rank]
+
+    def _look(self) -> None:
+        for rank in self._others():
+            if (about := self._read(rank)) is not None:
+                self._silent_for(rank, about)
+
+    def _silent_for(self, rank: int, about: dict[str, Any]) -> float:
+        """Seconds for which the pulse of a rank is known not to have changed, by this process's clock."""
+        now = time.monotonic()
+        if self._seen.get(rank, (None, 0.0))[0] != about["pulse"]:
+            self._seen[rank] = (about["pulse"], now)
+        return now - self._seen[rank][1]
+
+    def _state(self, rank: int) -> str | None:
+        """Why the process of a rank on this machine does not run; None when it runs or cannot be seen from here."""
+        about = self._read(rank)
+        if about is None or about["host"] != self._me["host"]:
+            return None
+        try:
+            state = Path(f"/proc/{about['pid']}/stat").read_text().rpartition(")")[2].split()[0]
+        except OSError:
+            state = "X" if Path("/proc/self").exists() else ""
+        return STATES.get(state)
+
+    def _read(self, rank: int) -> dict[str, Any] | None:
+        try:
+            return json.loads(self._file(rank).read_text())
+        except (OSError, ValueError):
+            return None
+
+    def _file(self, rank: int, kind: str = "json") -> Path:
+        return self.folder / f"rank-{rank:04d}.{kind}"
+
+    def _stack_file(self, rank: int) -> Path:
+        return self.stacks / f"rank-{rank:04d}.txt"
+
+
+def _host() -> str:
+    """The machine, and the part of it whose process numbers this process sees."""
+    try:
+        return f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return socket.gethostname()
+
+
+def _own_work() -> str:
+    """` in FUNCTION (FILE:LINE)` of the main thread; nothing when it waits for other ranks."""
+    frame = innermost = sys._current_frames().get(threading.main_thread().ident)
+    if innermost is None:
+        return ""
+    for _ in range(8):
+        if frame is None:
+            break
+        if "/torch/distributed/" in frame.f_code.co_filename:
+            return ""
+        frame = frame.f_back
+    code = innermost.f_code
+    return f" in {code.co_name} ({code.co_filename}:{innermost.f_lineno})"
+
+
+def _place(about: dict[str, Any]) -> str:
+    """`after step 7 (waiting for its batch), last batch 3f2a..., pid 12 on node3`"""
+    if not about:
+        return "nowhere"
+    batch = f", last batch {about['batch'][:16]}" if about["batch"] else ""
+    return f"after step {about['step']} ({about['doing']}){batch}, pid {about['pid']} on {about['host'].split()[0]}"

@@ -1,0 +1,186 @@
+"""A rank that is stopped, killed or failed ends the run on all ranks, which name it; a healthy run is left alone."""
+
+import gc
+import json
+import os
+import signal
+import socket
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+from ranks import on_ranks
+
+from olmo_train import config as configuration
+from olmo_train import train as module
+from olmo_train.__main__ import _run
+from olmo_train.errors import DataError
+
+HANG_SECONDS = 2
+
+
+@pytest.fixture
+def running(tiny_words, tmp_path):
+    """running(prepare=..., **changes): [pid of each of two ranks] of a long run that has logged some steps, and its run_dir.
+    `prepare(rank)` is called in each process before."""
+    pids = []
+
+    def start(prepare=lambda rank: None, wait=True, **changes):
+        words = tiny_words("run", **{"total_steps": 100_000, "guards.hang_seconds": HANG_SECONDS, **changes})
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        gc.collect()
+        for rank in range(2):
+            if not (pid := os.fork()):
+                child(rank, port, words, tmp_path / f"{rank}.stderr", prepare)
+            pids.append(pid)
+        metrics, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 60
+        while wait and not (metrics.exists() and metrics.read_text().count("\n") > 5):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        return pids, tmp_path / "run"
+
+    yield start
+    for pid in pids:
+        try:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+        except (ProcessLookupError, ChildProcessError):
+            pass
+
+
+def child(rank, port, words, stderr, prepare):
+    code = 1
+    try:
+        gc.freeze()
+        for number in (1, 2):  # also of what writes to the descriptors
+            os.dup2(os.open(os.devnull if number == 1 else stderr, os.O_WRONLY | os.O_CREAT), number)
+        sys.stdout, sys.stderr = open(1, "w"), open(2, "w")  # noqa: SIM115
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        prepare(rank)
+        config = configuration.load(module.TrainConfig, [], words)
+        code = _run(lambda _: [None for _ in module.train(config)] and 0, SimpleNamespace(debug=False))
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def ended(pid, seconds=HANG_SECONDS + 15):
+    """The exit code of a process that ends within so many seconds."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.02)
+    raise AssertionError(f"process {pid} is still there after {seconds} s")
+
+
+def last_line(tmp_path, rank):
+    lines = (tmp_path / f"{rank}.stderr").read_text().splitlines()
+    return lines[-1] if lines else ""
+
+
+@pytest.mark.parametrize("stopped", [0, 1])
+def test_a_stopped_rank_is_named_by_the_other_and_ends_both(running, tmp_path, stopped):
+    pids, run_dir = running()
+    os.kill(pids[stopped], signal.SIGSTOP)
+    assert ended(pids[1 - stopped]) == 6
+    line = last_line(tmp_path, 1 - stopped)
+    assert line.startswith("error: guards.hang_seconds: no progress for ")
+    assert f"rank {stopped}: its process is stopped, last seen after step" in line and "last batch" in line
+    hang = run_dir / "forensics" / "hang"
+    assert "olmo_train/train.py" in (hang / f"rank-{1 - stopped:04d}.txt").read_text()
+    assert f"rank {stopped}: its process is stopped" in (hang / f"rank-{stopped:04d}.txt").read_text()
+    os.kill(pids[stopped], signal.SIGCONT)
+    assert ended(pids[stopped]) == 6
+    assert last_line(tmp_path, 1) == "" or stopped == 0
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_killed_rank_is_named_by_the_other(running, tmp_path, killed):
+    pids, run_dir = running()
+    os.kill(pids[killed], signal.SIGKILL)
+    assert ended(pids[1 - killed], seconds=30) == 6
+    line = last_line(tmp_path, 1 - killed)
+    assert line.startswith(f"error: peers: rank {killed} was killed, or died without a word, after step "), line
+
+
+def test_a_rank_that_hangs_by_itself_is_named_by_its_peer(running, tmp_path):
+    def prepare(rank):
+        real = module.Run.next_batch
+
+        def next_batch(self, loader):
+            batch = real(self, loader)
+            if rank == 1 and self.done == 8:
+                self.watchdog.beat = lambda *about: None
+                time.sleep(60)
+            return batch
+
+        module.Run.next_batch = next_batch
+
+    pids, run_dir = running(prepare)
+    codes = [ended(pid) for pid in pids]
+    assert codes == [6, 6]
+    assert "no progress" in last_line(tmp_path, 0) and last_line(tmp_path, 1) == ""
+    assert "rank 1: keeps the others waiting in next_batch" in last_line(tmp_path, 0)
+    stacks = [(run_dir / "forensics" / "hang" / f"rank-{rank:04d}.txt").read_text() for rank in (0, 1)]
+    assert "in agree_to_stop" in stacks[0] and "in next_batch" in stacks[1]
+
+
+def test_the_reason_of_a_rank_that_fails_alone_reaches_the_user(running, tmp_path):
+    def prepare(rank):
+        real = module.Run.next_batch
+
+        def next_batch(self, loader):
+            if rank == 1 and self.done == 3:
+                raise DataError("part.bin", "token 5 has id 700")
+            return real(self, loader)
+
+        module.Run.next_batch = next_batch
+
+    pids, _ = running(prepare, wait=False)
+    assert [ended(pid, seconds=60) for pid in pids] == [6, 3]
+    assert last_line(tmp_path, 0) == "error: peers: rank 1 failed: part.bin: token 5 has id 700; run the same command again"
+    assert last_line(tmp_path, 1) == ""
+
+
+def test_an_error_of_one_rank_before_the_run_is_raised_on_all():
+    def run(world):
+        def fails_on_one():
+            if world.rank == 1:
+                raise DataError("part.bin", "is missing")
+            return 1
+
+        try:
+            return world.together(fails_on_one)
+        except DataError as problem:
+            return str(problem)
+
+    assert on_ranks(2, run) == ["part.bin: on rank 1: is missing"] * 2
+    assert on_ranks(2, lambda world: world.together(lambda: world.rank)) == [0, 1]
+
+
+def test_a_healthy_run_is_left_alone_also_while_it_saves_and_evaluates(running, tmp_path, tiny_tokens):
+    """With stages that each take longer than hang_seconds allows a step."""
+
+    def prepare(rank):
+        for owner, name in ((module.Checkpointer, "save"), (module.Run, "build"), (module.Checkpointer, "wait")):
+            slow(owner, name)
+
+    pids, run_dir = running(prepare, wait=False, total_steps=4, **{"guards.hang_seconds": 0.6, "checkpoint.interval_steps": 4})
+    assert [ended(pid, seconds=60) for pid in pids] == [0, 0]
+    assert not (run_dir / "forensics").exists() and not (run_dir / ".heartbeats").exists()
+    assert [json.loads(line)["step"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3, 4]
+
+
+def slow(owner, name):
+    real = getattr(owner, name)
+
+    def slowly(*args):
+        time.sleep(1.0)
+        return real(*args)
+
+    setattr(owner, name, slowly)
