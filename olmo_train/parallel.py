@@ -43,7 +43,7 @@ RECOMPUTED = {
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    shard: str = "full"  # full: ZeRO-3, weights are gathered block by block; grad_op: ZeRO-2, kept whole until the step ends
+    shard: str = "full"  # full: ZeRO-3, weights are gathered block by block; grad_op: ZeRO-2, kept whole until the step ends, as with one rank
     replicas: int = 1  # whole copies of the sharded state (HSDP)
     precision: str = "bf16"  # of compute: bf16 or fp32; weights and optimizer state are always fp32
     reduce_dtype: str = "fp32"  # in which gradients are summed over ranks
@@ -77,13 +77,17 @@ def shard(model: Transformer, config: ParallelConfig, world: World, exact_rows: 
         reduce_dtype=torch.float64 if exact_rows else DTYPES[config.reduce_dtype],
         cast_forward_inputs=False,
     )
+    # One rank holds all fp32 weights anyway: dropping the copies that it computes with would only make it cast them again.
+    keeps_weights = config.shard == "grad_op" or world.mesh.size(world.mesh.ndim - 1) == 1
     for module in [*model.blocks, model]:
-        fully_shard(module, mesh=world.mesh, mp_policy=policy, reshard_after_forward=config.shard == "full")
-        # FSDP averages gradients over ranks; the loss is already divided by the global batch's tokens, so take the sum.
-        module.set_gradient_divide_factor(1.0)
-        module.set_force_sum_reduction_for_comms(True)
+        fully_shard(module, mesh=world.mesh, mp_policy=policy, reshard_after_forward=not keeps_weights)
+        if world.mesh.size() > 1:  # else FSDP would divide by one, in a pass over all gradients
+            # FSDP averages gradients over ranks; the loss is already divided by the global batch's tokens, so take the sum.
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
         if exact_rows:
             exact.round_gradients(module, functools.partial(_own_parameters, module), exact_rows)
+    model.keeps_weights = keeps_weights
     return model.to_empty(device=world.device)
 
 
@@ -103,8 +107,10 @@ def init_weights(model: Transformer, seed: int) -> None:
 
 
 def last_micro_batch(model: nn.Module, last: bool) -> None:
-    """Gradients are summed over ranks with the last micro-batch only; those before it add up on each rank."""
+    """Gradients are summed over ranks with the last micro-batch only; those before it add up on each rank. Weights that
+    stay whole during the forward stay so until then."""
     assert isinstance(model, FSDPModule)
+    model.set_reshard_after_backward(last or not model.keeps_weights)
     model.set_requires_gradient_sync(last)
     model.set_is_last_backward(last)
 
