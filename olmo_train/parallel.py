@@ -43,7 +43,7 @@ RECOMPUTED = {
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    shard: str = "full"  # full: ZeRO-3, weights are gathered block by block; grad_op: ZeRO-2, kept whole until the step ends, as with one rank
+    shard: str = "full"  # full: ZeRO-3, weights are gathered block by block; grad_op: ZeRO-2, kept whole until the step ends
     replicas: int = 1  # whole copies of the sharded state (HSDP)
     precision: str = "bf16"  # of compute: bf16 or fp32; weights and optimizer state are always fp32
     reduce_dtype: str = "fp32"  # in which gradients are summed over ranks
