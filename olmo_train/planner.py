@@ -98,8 +98,9 @@ def memory_estimate(model: ModelConfig, layout: Layout) -> MemoryEstimate:
     whole_gradients = reduced * total if layout.micro_batches > 1 else 0
     tokens = layout.micro_batch_size * model.seq_len
     kept, final = tokens * kept_activation_bytes(model, layout), tokens * final_activation_bytes(model, layout.precision)
-    gathered = width * (root if layout.shard == "full" else total)
-    if shards > 1 and layout.shard == "full":
+    reshards = layout.shard == "full" and shards > 1  # one rank keeps its weights whole, see parallel.shard
+    gathered = width * (root if reshards else total)
+    if reshards:
         gathered += width * block  # the next block, gathered meanwhile
     loss = parts(whole_gradients, model.n_layers * kept + final, loss_bytes(model, tokens, width), gathered)
 
@@ -112,7 +113,7 @@ def memory_estimate(model: ModelConfig, layout: Layout) -> MemoryEstimate:
     if later - freed + reducing <= 0 or model.n_layers == 1:
         later = freed = reducing = 0
     working = tokens * block_working_bytes(model, layout)
-    own = width * block if layout.shard == "full" else 0
+    own = width * block if reshards else 0
     matrix_gradients = width * model.d_model * (model.mlp_hidden + (0 if model.tie_embeddings else model.vocab_rows))
     backward = parts(
         whole_gradients + later, model.n_layers * kept - freed + working, 0, gathered + own + matrix_gradients + reducing

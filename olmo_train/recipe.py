@@ -13,6 +13,7 @@ from olmo_train.metrics import LogConfig
 from olmo_train.model.config import ModelConfig
 from olmo_train.optim import OptimConfig
 from olmo_train.parallel import ParallelConfig
+from olmo_train.profiling import ProfileConfig
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class TrainConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
     guards: GuardConfig = field(default_factory=GuardConfig)
     log: LogConfig = field(default_factory=LogConfig)
 

@@ -51,6 +51,7 @@ from olmo_train.guards import (
 from olmo_train.metrics import Recorder, attempts
 from olmo_train.model.cost import flops_per_token
 from olmo_train.model.transformer import Transformer
+from olmo_train.profiling import StepProfiler, out_of_memory_told
 from olmo_train.recipe import TrainConfig
 from olmo_train.replicas import divergence
 from olmo_train.resume import check_changes, check_data, check_skip_steps
@@ -62,6 +63,7 @@ from olmo_train.watchdog import Watchdog
 log = logging.getLogger(__name__)
 READ_AT_ONCE = {"cpu"}  # devices on which reading a step's figures does not wait for anything
 UNREAD_STEPS = 16  # elsewhere, at most so many steps until it is read whether one was skipped or a spike
+GARBAGE_STEPS = 100  # Python's cyclic garbage is collected every so many, on all ranks at the same one
 CHECKED_TOKENS = 10**9  # a source of at most so many tokens is checked whole before the first step: some seconds
 
 
@@ -145,9 +147,12 @@ def train(config: TrainConfig) -> Iterator[StepStats]:
     CheckpointError, SaveError, NonFiniteError, ReplicaError, PeerError, and Stopped when a signal ended the run after a save.
     """
     allocator.keep_freed_memory()
+    allocator.grow_gpu_segments()
     with contextlib.ExitStack() as stack:
         stack.enter_context(peers_named())
         stack.enter_context(exact.determinism(config.determinism))
+        left = Path(config.run_dir) / "forensics" / "out-of-memory"
+        stack.enter_context(out_of_memory_told(left, config.micro_batch_size, config.parallel.activation_checkpointing))
         signals = stack.enter_context(StopSignals().installed())
         world = stack.enter_context(join_world(config.parallel.replicas))
         going_on = True
@@ -168,8 +173,11 @@ def train_from_newest(config: TrainConfig, world: World, signals: StopSignals) -
             return
         model, optimizer = run.build()
         loader = stack.enter_context(contextlib.closing(run.loader()))
+        profiler = stack.enter_context(contextlib.closing(run.profiler()))
+        stack.enter_context(allocator.garbage_held())
 
         for step in range(run.last_step + 1, config.steps + 1):
+            profiler.before(step)
             batch, waited = run.next_batch(loader)
             if run.agree_to_stop():
                 run.save_and_stop(step - 1, model, optimizer)
@@ -380,6 +388,9 @@ class Run:
     def loader(self) -> Loader:
         return Loader(self.mixture, self.world.rank, self.world.size, self.world.device, self.last_step + 1)
 
+    def profiler(self) -> StepProfiler:
+        return StepProfiler(self.config.profile, self.run_dir / "profile", self.world.rank)
+
     def next_batch(self, loader: Loader) -> tuple[Batch | None, float]:
         """This rank's next batch and the seconds waited for it; None when a signal came meanwhile."""
         started = time.perf_counter()
@@ -404,6 +415,8 @@ class Run:
         """Count a step; on a GPU, where reading waits for the step, its verdict may be read some steps later."""
         self.done = stats.step
         self.watchdog.beat(stats.step)
+        if stats.step % GARBAGE_STEPS == 0:
+            gc.collect()
         if self.console is not None:
             self.console.step(stats.step)
         if stats.passed_over:

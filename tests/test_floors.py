@@ -14,7 +14,7 @@ FLOORS = (
     "errors",
     "storage allocator exact",
     "config console hardware optim distributed stats spikes model data",
-    "parallel checkpoint metrics guards replicas watchdog planner curves eval provenance",
+    "parallel checkpoint metrics guards replicas watchdog planner profiling curves eval provenance",
     "recipe resume",
     "train",
     "bench replay doctor convert",

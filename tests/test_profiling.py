@@ -1,0 +1,83 @@
+"""Chosen steps are traced; running out of memory ends with what to change; garbage waits for the end of a step."""
+
+import gc
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from olmo_train import allocator, profiling, train
+from olmo_train.errors import ConfigError
+from olmo_train.profiling import OutOfMemoryError, ProfileConfig
+
+
+def test_the_chosen_steps_are_traced_and_their_dearest_operations_told(tiny_args):
+    config = tiny_args(**{"total_steps": 6, "profile.start_step": 3, "profile.steps": 2})
+    for _ in train.train(config):
+        pass
+    folder = Path(config.run_dir) / "profile"
+    events = json.loads((folder / "rank-0000.json").read_text())["traceEvents"]
+    assert sum(event.get("name") == "optimizer" and event["ph"] == "X" for event in events) == 2
+    table = (folder / "rank-0000.txt").read_text()
+    assert "aten::mm" in table
+    assert len([line for line in table.splitlines() if "::" in line or "forward" in line]) <= profiling.DEAREST
+
+
+def test_a_run_that_ends_within_the_chosen_steps_leaves_a_trace(tiny_args):
+    config = tiny_args(**{"total_steps": 3, "profile.start_step": 3, "profile.steps": 5})
+    for _ in train.train(config):
+        pass
+    assert (Path(config.run_dir) / "profile" / "rank-0000.json").stat().st_size > 1000
+
+
+def test_no_profiler_is_made_when_none_is_asked_for(tiny_args, monkeypatch):
+    monkeypatch.setattr(torch.profiler, "profile", None)
+    config = tiny_args(total_steps=2)
+    for _ in train.train(config):
+        pass
+    assert not (Path(config.run_dir) / "profile").exists()
+
+
+@pytest.mark.parametrize("key", ["start_step", "steps"])
+def test_steps_are_counted_from_one(key):
+    with pytest.raises(ConfigError, match=f"profile.{key}: must be at least 1, got 0"):
+        ProfileConfig(**{key: 0})
+
+
+def test_running_out_of_memory_tells_what_to_change(tiny_args, monkeypatch):
+    def step(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79 GiB")
+
+    monkeypatch.setattr(train, "train_step", step)
+    with pytest.raises(OutOfMemoryError) as told:
+        next(train.train(tiny_args()))
+    assert told.value.exit_code == 1
+    assert str(told.value) == (
+        "micro_batch_size: CUDA out of memory. Tried to allocate 2.00 GiB; use a micro_batch_size below 4, or "
+        "parallel.activation_checkpointing=selective or full, or more processes; `olmo-train plan` tells how much each takes"
+    )
+
+
+def test_a_micro_batch_of_one_that_is_recomputed_already_needs_more_processes():
+    assert profiling.ways_out(1, "full").startswith("use more processes;")
+    assert profiling.ways_out(1, "selective").startswith("use parallel.activation_checkpointing=full, or more processes;")
+
+
+def test_garbage_is_held_during_a_run_and_let_go_after_it(tiny_args):
+    run = train.train(tiny_args(total_steps=2))
+    next(run)
+    assert not gc.isenabled() and gc.get_freeze_count() > 0
+    run.close()
+    assert gc.isenabled() and gc.get_freeze_count() == 0
+
+
+def test_the_users_own_setting_of_the_gpus_allocator_comes_first(monkeypatch):
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:128")
+    allocator.grow_gpu_segments()
+    assert os.environ["PYTORCH_CUDA_ALLOC_CONF"] == "max_split_size_mb:128"
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF")
+    allocator.grow_gpu_segments()
+    assert os.environ["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
