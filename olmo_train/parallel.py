@@ -71,6 +71,8 @@ def shard(model: Transformer, config: ParallelConfig, world: World, exact_rows: 
             block.forward = functools.partial(RECOMPUTED[config.activation_checkpointing], block.forward)
         if config.compile:
             block.compile()
+    if config.compile and world.device.type == "cuda":  # on a CPU the loss gains nothing: it works in the cache as it is
+        model.loss.compile()
     # What is handed from block to block has its precision already; a cast of inputs would round the fp32 tables of RoPE.
     policy = MixedPrecisionPolicy(
         param_dtype=DTYPES[config.precision],

@@ -235,8 +235,8 @@ def contestant(name: str, work: SimpleNamespace, warmup: int) -> None:
             seconds = time.perf_counter() - before
             others = (busy_seconds() - busy - (time.process_time() - own)) / seconds
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-            if torch.cuda.is_available():
-                peak = torch.cuda.max_memory_allocated()
+            if torch.cuda.is_available():  # where the CPU's other work matters little
+                peak, others = torch.cuda.max_memory_allocated(), 0.0
             say({"seconds": seconds, "others": others, "peak_gb": peak / 1e9})
 
 
@@ -291,12 +291,24 @@ class Contestant:
 
 
 def compete(arguments: argparse.Namespace) -> dict:
-    """Rounds of all contestants: {name: its version, first step, peak memory, and tokens/s of each round}."""
-    work, folders = WORK[arguments.work], dict(word.split("=", 1) for word in arguments.at)
-    running = [Contestant(name, arguments, folders.get(name)) for name in arguments.peers.split(",")]
-    running = [peer for peer in running if peer.about]
-    results = {peer.name: {**peer.about, "tokens_per_second": []} for peer in running}
-    taken = tries = 0
+    """{name: its version, first step, peak memory, and tokens/s of each round}: all contestants in each round, or, with
+    --in-turn, one after the other, each with all its rounds."""
+    names, results = arguments.peers.split(","), {}
+    for group in [[name] for name in names] if arguments.in_turn else [names]:
+        folders = dict(word.split("=", 1) for word in arguments.at)
+        running = [Contestant(name, arguments, folders.get(name)) for name in group]
+        running = [peer for peer in running if peer.about]
+        results |= {peer.name: {**peer.about, "tokens_per_second": []} for peer in running}
+        if running:
+            take_rounds(running, arguments, results)
+        for peer in running:
+            peer.end()
+    return results
+
+
+def take_rounds(running: list[Contestant], arguments: argparse.Namespace, results: dict) -> None:
+    """Rounds in which every contestant had the machine for itself; others are tried again, within reason."""
+    work, taken, tries = WORK[arguments.work], 0, 0
     while taken < arguments.rounds and tries < 4 * arguments.rounds:
         tries += 1
         answers = {}
@@ -311,9 +323,6 @@ def compete(arguments: argparse.Namespace) -> dict:
                 results[name]["tokens_per_second"].append(rate)
                 results[name]["peak_gb"] = answer["peak_gb"]
     print(f"{taken} rounds taken; {tries - taken} were thrown away, as the machine did other work meanwhile", flush=True)
-    for peer in running:
-        peer.end()
-    return results
 
 
 def table(results: dict) -> str:
@@ -321,10 +330,10 @@ def table(results: dict) -> str:
     first = next(iter(results))
     lines = [f"| contestant | version | tokens/s | {first} is faster by | peak GB | first step s |", "|---|---|---|---|---|---|"]
     for name, row in results.items():
-        pairs = zip(results[first]["tokens_per_second"], row["tokens_per_second"], strict=True)
-        ratios = [mine / theirs for mine, theirs in pairs]
+        pairs = zip(results[first]["tokens_per_second"], row["tokens_per_second"], strict=False)
+        ratios = [mine / theirs for mine, theirs in pairs] or [float("nan")]
         spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-        rate = statistics.median(row["tokens_per_second"])
+        rate = statistics.median(row["tokens_per_second"] or [float("nan")])
         lines.append(
             f"| {name} | {row['version']} | {rate:,.0f} | {spread} | {row['peak_gb']:.2f} | {row['first_step_seconds']:.1f} |"
         )
@@ -344,6 +353,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3, help="of each contestant in each round")
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--tuned", action="store_true", help="tune everybody's allocator by the environment")
+    parser.add_argument("--in-turn", action="store_true", help="one at a time, where two do not fit in memory")
     parser.add_argument("--json", type=Path, help="also write all figures to this file")
     parser.add_argument("--contestant", help=argparse.SUPPRESS)
     arguments = parser.parse_args()

@@ -1,0 +1,92 @@
+"""What would cost speed without anybody noticing: reading a tensor on the host within a step, where a GPU would be waited
+for. The speed itself is measured by `olmo-train bench` and bench_peers.py, not here."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from olmo_train import optim, parallel, train
+from olmo_train.data.loader import Batch
+from olmo_train.distributed import join_world
+from olmo_train.model.transformer import Transformer
+from olmo_train.spikes import SpikeDetector
+
+on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+class HostReads(TorchDispatchMode):
+    """Counts the tensors whose value is asked for on the host: item, tolist, bool, float."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default)
+        return function(*args, **(kwargs or {}))
+
+
+def a_step(config, world):
+    """A function that does one whole update of a model that is made once."""
+    with torch.device("meta"):
+        model = Transformer(config.model)
+    parallel.shard(model, config.parallel, world)
+    parallel.init_weights(model, config.seed)
+    optimizer = optim.build_optimizer(dict(model.named_parameters()), config.optim, parallel.on_whole)
+    optim.allocate_state(optimizer)
+    tokens = torch.arange(config.global_batch_size * config.model.seq_len).view(config.global_batch_size, -1) % 512
+    batch = Batch(tokens, tokens, torch.zeros(len(tokens), dtype=torch.int64)).to(world.device)
+    spikes = SpikeDetector(world.device)
+    return lambda step: train.train_step(model, optimizer, batch, step, config, world, 1, spikes)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
+def test_a_step_reads_no_tensor_on_the_host(tiny_args, precision, checkpointing):
+    changes = {"parallel.precision": precision, "parallel.activation_checkpointing": checkpointing, "model.z_loss": 1e-4}
+    with join_world() as world, HostReads() as reads:
+        step = a_step(tiny_args(**changes), world)
+        step(1)
+        before = reads.count
+        step(2)
+        assert reads.count == before
+
+
+def test_a_logged_step_of_the_loop_reads_a_fixed_number_of_tensors(tiny_args):
+    """On a CPU the verdicts of a step are read at once; a line of metrics reads the interval's sums and the norm."""
+    counts = {}
+    for interval in (1, 1000):
+        with HostReads() as reads:
+            run = train.train(tiny_args(f"every-{interval}", **{"log.interval_steps": interval}))
+            next(run)
+            before = reads.count
+            for _ in range(3):
+                next(run)
+            counts[interval] = (reads.count - before) / 3
+            run.close()
+    assert counts[1000] <= 1, "a step that is not logged"
+    assert counts[1] <= 4, "a logged one"
+
+
+@on_a_gpu
+@pytest.mark.parametrize("compiled", [False, True])
+def test_on_a_gpu_a_step_never_waits_for_the_device(tiny_args, compiled):
+    with join_world() as world:
+        step = a_step(tiny_args(**{"parallel.precision": "bf16", "parallel.compile": compiled}), world)
+        step(1)  # allocates, and compiles when asked
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step(2)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@on_a_gpu
+def test_on_a_gpu_the_compiled_loss_and_gradients_are_those_of_the_plain_step(tiny_args):
+    norms = []
+    for compiled in (False, True):
+        with join_world() as world:
+            stats = a_step(tiny_args(**{"parallel.precision": "bf16", "parallel.compile": compiled}), world)(1)
+            norms.append((stats.loss.item(), stats.grad_norm.item()))
+    assert norms[0] == pytest.approx(norms[1], rel=1e-2)
