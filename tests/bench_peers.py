@@ -322,6 +322,8 @@ def take_rounds(running: list[Contestant], arguments: argparse.Namespace, result
                 rate = arguments.steps * work.batch * work.T / answer["seconds"]
                 results[name]["tokens_per_second"].append(rate)
                 results[name]["peak_gb"] = answer["peak_gb"]
+            if arguments.json:  # after each round: a measurement may be cut short
+                arguments.json.write_text(json.dumps(results, indent=1))
     print(f"{taken} rounds taken; {tries - taken} were thrown away, as the machine did other work meanwhile", flush=True)
 
 
@@ -364,8 +366,6 @@ def main() -> None:
         sys.exit("no contestant ran")
     print(f"{arguments.work}, {platform.processor() or platform.machine()}, {os.cpu_count()} CPUs, {arguments.rounds} rounds")
     print(table(results))
-    if arguments.json:
-        arguments.json.write_text(json.dumps(results, indent=1))
 
 
 if __name__ == "__main__":
