@@ -6,10 +6,34 @@ import contextlib
 import math
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class StepStats:
+    """What one update was. Tensors lie on the device: reading one waits for it."""
+
+    step: int  # counted from 1
+    lr: float
+    sums: Tensor  # (2, sources) float64: summed loss in nats and counted tokens of the global batch
+    grad_norm: Tensor  # before clipping
+    skipped: Tensor  # 1.0 when nothing was changed: loss or gradient were not finite, or a spike that is to be skipped
+    losses: Tensor  # (rows of this rank,) fp32: summed loss of each sequence
+    spike: Tensor  # 1.0 when loss or norm stand out from those of the steps before
+    passed_over: bool = False  # on purpose: nothing was computed
+
+    @property
+    def loss(self) -> Tensor:
+        """Mean over the counted tokens (see loss_divisor) of the global batch, in nats."""
+        return mean_loss(self.sums)
+
+
+def mean_loss(sums: Tensor) -> Tensor:
+    return sums[0].sum() / sums[1].sum().clamp(min=1)
 
 
 class Clock:

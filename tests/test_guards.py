@@ -17,7 +17,7 @@ from ranks import on_ranks
 
 from olmo_train import train as module
 from olmo_train.checkpoint import committed, read_state
-from olmo_train.errors import NonFiniteError
+from olmo_train.errors import NonFiniteError, Stopped
 from olmo_train.guards import GuardConfig, StopSignals, check_skipped, too_slow_to_stop
 from olmo_train.train import train
 
@@ -190,7 +190,7 @@ def test_a_signal_to_one_rank_stops_both_after_the_same_step(tiny_args):
             for stats in train(config):
                 if stats.step == 4 and world.rank == 1:
                     os.kill(os.getpid(), signal.SIGTERM)
-        except module.Stopped as stopped:
+        except Stopped as stopped:
             return [stats.step, stopped.exit_code, str(stopped)]
 
     first, second = on_ranks(2, run)

@@ -2,6 +2,7 @@
 
 import dataclasses
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -80,7 +81,7 @@ def run_on(size: int, copies: int, config, *flip) -> list:
 def test_replicas_that_agree_run_through(tiny_args):
     config = tiny_args("run", **SHORT | {"parallel.replicas": 2, "guards.replica_check_steps": 1})
     assert run_on(2, 2, config) == [[6, None]] * 2
-    assert sorted(committed(module.Path(config.run_dir))) == [2, 4, 6]
+    assert sorted(committed(Path(config.run_dir))) == [2, 4, 6]
 
 
 @pytest.mark.parametrize("key", [None, "exp_avg"])
@@ -90,7 +91,7 @@ def test_one_bit_of_one_replica_stops_both_before_the_checkpoint(tiny_args, key)
     assert first == second and first[0] == 3
     assert "after step 4 rank 0 (" in first[1] and "and rank 1 (" in first[1]
     assert "step-0000002" in first[1]
-    assert sorted(committed(module.Path(config.run_dir))) == [2]
+    assert sorted(committed(Path(config.run_dir))) == [2]
 
 
 def test_it_is_found_at_the_step_that_is_asked_for(tiny_args):
@@ -103,7 +104,7 @@ def test_without_replicas_what_every_rank_holds_alike_is_compared(tiny_args):
     config = tiny_args("run", **SHORT)
     first, second = run_on(2, 1, config, 3, 1, "embed.weight", "step")
     assert first == second and "after step 4 rank 0 (" in first[1] and "count of updates" in first[1]
-    assert sorted(committed(module.Path(config.run_dir))) == [2]
+    assert sorted(committed(Path(config.run_dir))) == [2]
 
 
 def test_of_four_ranks_in_two_replicas_only_those_of_the_same_place_are_suspected():

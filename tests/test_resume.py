@@ -113,7 +113,7 @@ def test_sources_in_another_order_are_refused(tiny_args, tiny_words, tiny_tokens
 
 
 def test_the_speed_after_a_resume_counts_the_steps_of_this_process_alone(tiny_args, monkeypatch):
-    from olmo_train import train as module
+    from olmo_train import run as module
 
     changes = {"log.interval_steps": 10, "checkpoint.interval_steps": 5}
     cut(tiny_args("run", **changes), steps=6)
@@ -167,7 +167,7 @@ def test_a_line_of_an_evaluation_alone_tells_where_it_comes_from(tiny_args):
 
 def stop_at_next_evaluation(config):
     """Train until an evaluation begins, and send SIGTERM to this process in the middle of it."""
-    from olmo_train import train as module
+    from olmo_train import evaluation as module
 
     real, sent = module.loss_sums, []
 

@@ -11,12 +11,13 @@ import torch
 from ranks import on_ranks
 from test_guards import EVERY, states_of, unchanged
 
-from olmo_train import spikes
+from olmo_train import spikes, verdicts
 from olmo_train import train as module
 from olmo_train.checkpoint import committed, newest_folder, read_state
 from olmo_train.commands import inspect_data, replay
 from olmo_train.errors import ConfigError, NonFiniteError
 from olmo_train.guards import GuardConfig, plan_rewind
+from olmo_train.records import Records
 from olmo_train.replay import COMPARED
 from olmo_train.train import train
 
@@ -157,7 +158,7 @@ def test_killed_in_a_rewind_a_run_goes_on_as_it_would_have(spiking, read_metrics
     trained(whole)
     child = os.fork()
     if child == 0:
-        real = module.Run._event
+        real = Records.event
 
         def dying(self, event, *rest, **about):
             if event == "rewind" and moment == "before":
@@ -166,7 +167,7 @@ def test_killed_in_a_rewind_a_run_goes_on_as_it_would_have(spiking, read_metrics
             if event == "rewind":
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        module.Run._event = dying
+        Records.event = dying
         try:
             trained(config)
         finally:
@@ -196,7 +197,7 @@ def test_a_verdict_that_is_read_late_is_exact_all_the_same(spiking, read_metrics
     soon, late = spiking("soon", policy), spiking("late", policy, **{"log.interval_steps": 5})
     outcomes = []
     for config, read in ((soon, True), (late, False)):
-        real, module.READ_AT_ONCE = module.READ_AT_ONCE, {"cpu"} if read else set()
+        real, verdicts.READ_AT_ONCE = verdicts.READ_AT_ONCE, {"cpu"} if read else set()
         try:
             trained(config)
         except NonFiniteError as problem:
@@ -204,7 +205,7 @@ def test_a_verdict_that_is_read_late_is_exact_all_the_same(spiking, read_metrics
         else:
             outcomes.append(states_of(config.run_dir, 12))
         finally:
-            module.READ_AT_ONCE = real
+            verdicts.READ_AT_ONCE = real
     told = [[(e["event"], e["step"], e.get("skipped")) for e in events_of(c, "spike", "rewind")] for c in (soon, late)]
     assert told[0] == told[1]
     if policy == "stop":

@@ -15,6 +15,7 @@ from ranks import on_ranks
 from olmo_train import config as configuration
 from olmo_train import train as module
 from olmo_train.__main__ import _run
+from olmo_train.checkpoint import Checkpointer
 from olmo_train.errors import DataError
 
 HANG_SECONDS = 2
@@ -167,7 +168,7 @@ def test_a_healthy_run_is_left_alone_also_while_it_saves_and_evaluates(running, 
     """With stages that each take longer than hang_seconds allows a step."""
 
     def prepare(rank):
-        for owner, name in ((module.Checkpointer, "save"), (module.Run, "build"), (module.Checkpointer, "wait")):
+        for owner, name in ((Checkpointer, "save"), (module.Run, "build"), (Checkpointer, "wait")):
             slow(owner, name)
 
     pids, run_dir = running(prepare, wait=False, total_steps=4, **{"guards.hang_seconds": 0.6, "checkpoint.interval_steps": 4})
