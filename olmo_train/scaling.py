@@ -1,112 +1,133 @@
-"""How FSDP and HSDP go on many GPUs: seconds of a step from its computation and its communication.
+"""A step's time on many GPUs: what is computed, what is sent, and what of the sending the computing does not hide.
 
-The one idea: a block's weights are gathered while the block before it computes, so a block takes the longer of both, and
-what is seen of communication is the excess, the first gather and the last reduction. All of it is closed form; what it
-assumes stands in Network and in docs/scaling.md, where it is held against published runs.
+The one idea: FSDP sends the same units that it computes, block by block, and the next block's weights travel while one is
+computed. So a step is a sum of max(compute, communication) over blocks, and all of it is closed form. The memory of a GPU is
+planner.py's. docs/scaling.md tells the assumptions, and how far published runs lie from them.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
+from olmo_train.hardware import GPUS, Hardware
 from olmo_train.model.config import ModelConfig
-from olmo_train.model.cost import block_parameters, count_parameters, flops_per_token
-from olmo_train.planner import BYTES, Layout, memory_estimate
+from olmo_train.model.cost import (
+    attention_parameters,
+    block_parameters,
+    count_parameters,
+    flops_per_token,
+    mlp_parameters,
+)
+from olmo_train.planner import BYTES, Layout
 
 
 @dataclass(frozen=True)
-class Network:
-    """Bandwidths are in one direction, as the makers tell them."""
+class Links:
+    """What connects the GPUs. Bandwidths are those of one GPU in one direction, in bytes/s; hops in seconds."""
 
+    node_bandwidth: float  # among the GPUs of one node
+    network_bandwidth: float  # to other nodes; all GPUs of a node send at once
+    reached: float = 0.8  # share of both that large collectives reach; assumed
+    # Latencies of one hop of a ring with protocol Simple, from NCCL's own model (hwLat in src/graph/tuning.cc).
+    node_hop: float = 3.4e-6
+    network_hop: float = 14e-6
     gpus_per_node: int = 8
-    inside_bytes: float = 450e9  # a second and GPU within a node: NVLink 4 of the H100
-    between_bytes: float = 50e9  # a second and GPU between nodes: one 400 Gb/s adapter for each GPU
-    efficiency: float = 0.8  # of these that a large collective reaches: assumed
-    hop_seconds: float = 10e-6  # a step of a ring from one node (or GPU of a node) to the next: assumed
 
 
-def collective_seconds(size: float, ranks: int, network: Network) -> float:
-    """Of an all-gather that gives, or a reduce-scatter that takes, `size` bytes on each of `ranks` neighbouring GPUs.
-
-    A ring: each node takes in all but its own part once, over all its adapters together, and hands it round inside.
-    """
-    if ranks == 1:
-        return 0.0
-    nodes = math.ceil(ranks / network.gpus_per_node)
-    if nodes == 1:
-        hops, bandwidth = ranks - 1, network.inside_bytes
-    else:
-        hops, bandwidth = nodes - 1, min(network.inside_bytes, network.between_bytes * network.gpus_per_node)
-    return size * (ranks - 1) / ranks / (bandwidth * network.efficiency) + hops * network.hop_seconds
-
-
-def all_reduce_seconds(size: float, replicas: int, network: Network) -> float:
-    """Of `size` bytes of each GPU over its `replicas` counterparts in other nodes: twice round the ring."""
-    if replicas == 1:
-        return 0.0
-    moved = 2 * size * (replicas - 1) / replicas
-    return moved / (network.between_bytes * network.efficiency) + 2 * (replicas - 1) * network.hop_seconds
+_DGX_H100 = Links(450e9, 50e9)  # NVIDIA DGX H100 data sheet: NVLink 900 GB/s both ways, a 400 Gb/s adapter for each GPU
+_DGX_A100 = Links(300e9, 25e9)  # NVIDIA DGX A100 data sheet: NVLink 600 GB/s both ways, a 200 Gb/s adapter for each GPU
+LINKS = {GPUS[gpu].name: _DGX_H100 for gpu in ("h100", "h200")} | {
+    GPUS[gpu].name: _DGX_A100 for gpu in ("a100-40gb", "a100-80gb")
+}
 
 
 @dataclass(frozen=True)
-class StepTime:
-    """Seconds of one optimizer update on each GPU."""
+class StepEstimate:
+    """Seconds and bytes of one step on one GPU."""
 
+    compute_seconds: float  # as if alone
+    communication_seconds: float  # as if nothing were hidden
     seconds: float
-    compute_seconds: float
-    tokens_per_second: float  # of one GPU
+    gathered_bytes: float  # received in all-gathers of weights
+    reduced_bytes: float  # sent in reduce-scatters of gradients
+    all_reduced_bytes: float  # sent between replicas
+    tokens_per_second: float  # all GPUs
+    mfu: float
 
     @property
-    def seen_communication(self) -> float:
-        """Share of the step in which a GPU only waits for others."""
-        return 1 - self.compute_seconds / self.seconds
+    def exposed_seconds(self) -> float:
+        """Communication that no compute hides."""
+        return self.seconds - self.compute_seconds
 
 
-def step_time(model: ModelConfig, layout: Layout, flops_per_second: float, network: Network) -> StepTime:
-    """The step of a layout whose GPUs reach `flops_per_second` (of flops_per_token) when they wait for nobody.
+def ring_seconds(sent: float, gpus: int, links: Links) -> float:
+    """Of an all-gather or a reduce-scatter of `sent` bytes in all over `gpus` neighbours: each GPU sends (n - 1) / n of them,
+    through the slower of NVLink and its node's adapters, and a piece makes n - 1 hops."""
+    if gpus == 1:
+        return 0.0
+    nodes = math.ceil(gpus / links.gpus_per_node)
+    bandwidth = links.node_bandwidth
+    if nodes > 1:  # the ring enters and leaves each node once, through all of its adapters side by side
+        bandwidth = min(bandwidth, links.gpus_per_node * links.network_bandwidth)
+    latency = (nodes - 1) * links.network_hop + (gpus - nodes) * links.node_hop
+    return sent * (gpus - 1) / gpus / (links.reached * bandwidth) + latency
 
-    Forward is a third of the FLOPs, backward two; full recomputation adds another third to each block's backward. The
-    weights of a block are gathered in the precision of compute, its gradients reduced in reduce_dtype with the last
-    micro-batch; with replicas each shard is then summed over them.
-    """
-    shards = layout.gpus // layout.replicas
+
+def all_reduce_seconds(sent: float, replicas: int, inside: bool, links: Links) -> float:
+    """Of an all-reduce of `sent` bytes over `replicas` GPUs, `inside` one node or each in another: twice (r - 1) / r of the
+    bytes, and a tree's latency."""
+    if replicas == 1:
+        return 0.0
+    bandwidth, hop = (links.node_bandwidth, links.node_hop) if inside else (links.network_bandwidth, links.network_hop)
+    return 2 * sent * (replicas - 1) / replicas / (links.reached * bandwidth) + 2 * math.ceil(math.log2(replicas)) * hop
+
+
+def step_estimate(model: ModelConfig, layout: Layout, hardware: Hardware, links: Links, efficiency: float) -> StepEstimate:
+    """Time and traffic of a step. `efficiency` is the share of the peak that a GPU computes at when it waits for nobody;
+    FLOPs are counted as in flops_per_token. With full activation checkpointing a block's forward is computed once more."""
+    shards, layers, tokens = layout.gpus // layout.replicas, model.n_layers, layout.micro_batch_size * model.seq_len
     block, total = block_parameters(model), count_parameters(model).total
-    root = total - model.n_layers * block
-    tokens = layout.micro_batch_size * model.seq_len
-    forward = tokens * flops_per_token(model) / 3 / flops_per_second
-    head = forward * 6 * model.vocab_rows * model.d_model / flops_per_token(model)  # the root's own part
-    each = (forward - head) / model.n_layers
+    root = total - layers * block
+    width, reduced = BYTES[layout.precision], BYTES[layout.reduce_dtype]
+    inside = layout.gpus <= links.gpus_per_node
 
-    def gather(parameters: int) -> float:
-        return collective_seconds(BYTES[layout.precision] * parameters, shards, network)
+    speed = hardware.peak_flops * efficiency
+    products = attention_parameters(model) + mlp_parameters(model)
+    forward = tokens * (2 * products + 4 * model.n_heads * model.head_size * model.seq_len) / speed  # of a block
+    backward = forward * (3 if layout.activation_checkpointing == "full" else 2)
+    head = tokens * 2 * model.vocab_rows * model.d_model / speed
 
-    def reduce(parameters: int) -> float:
-        size = BYTES[layout.reduce_dtype] * parameters
-        return collective_seconds(size, shards, network) + all_reduce_seconds(size / shards, layout.replicas, network)
+    gather, gather_root = (ring_seconds(width * size, shards, links) for size in (block, root))
+    scatter, scatter_root = (ring_seconds(reduced * size, shards, links) for size in (block, root))
+    between, between_root = (
+        all_reduce_seconds(reduced * size / shards, layout.replicas, inside, links) for size in (block, root)
+    )
+    if shards > links.gpus_per_node:  # all of them cross the network, one after the other
+        scatter, scatter_root, between, between_root = scatter + between, scatter_root + between_root, 0.0, 0.0
 
-    again = each if layout.activation_checkpointing == "full" else 0.0
-    regathered = gather(block) if layout.shard == "full" else 0.0
-    compute = model.n_layers * (3 * each + again) + 3 * head
-    forward_seconds = gather(root) + gather(block) + (model.n_layers - 1) * max(each, gather(block)) + each + head
-    backward_seconds = 2 * head + model.n_layers * max(2 * each + again, regathered)
-    last = 2 * head + model.n_layers * max(2 * each + again, regathered + reduce(block)) + reduce(root)
-    seconds = layout.micro_batches * forward_seconds + (layout.micro_batches - 1) * backward_seconds + last
-    return StepTime(seconds, layout.micro_batches * compute, layout.micro_batches * tokens / seconds)
+    seconds = 0.0
+    for micro_batch in range(layout.micro_batches):
+        last = micro_batch == layout.micro_batches - 1
+        gathers = layout.shard == "full" or micro_batch == 0  # grad_op keeps the whole weights until the step's end
+        again = layout.shard == "full"
+        seconds += gathers * (gather_root + gather)  # nothing is computed yet
+        seconds += (layers - 1) * max(forward, gathers * gather) + forward + 3 * head
+        sent = again * gather + last * scatter
+        seconds += (layers - 1) * max(backward, sent, last * between) + backward
+        seconds += last * (scatter + scatter_root + max(between, between_root))  # nothing is left to compute
+    compute = layout.micro_batches * (layers * (forward + backward) + 3 * head)
 
-
-def scaling_table(model: ModelConfig, flops_per_second: float, network: Network, layout: Layout, gpus: list[int]) -> list[str]:
-    """Lines of Markdown: for each number of GPUs plain FSDP, and HSDP with one copy of the state in each 8 nodes or so
-    (64 GPUs), a GPU's speed as a share of its speed without communication, and its planned memory."""
-    lines = ["| GPUs | FSDP, of ideal | memory GB | HSDP over 64 GPUs, of ideal | memory GB |", "|---|---|---|---|---|"]
-    for n in gpus:
-        cells = [f"{n:,}"]
-        for replicas in (1, n // 64):
-            if n % 64 and replicas != 1 or not replicas:
-                cells += ["", ""]
-                continue
-            trial = replace(layout, gpus=n, replicas=replicas)
-            time = step_time(model, trial, flops_per_second, network)
-            cells += [f"{1 - time.seen_communication:.1%}", f"{memory_estimate(model, trial).peak / 1e9:.1f}"]
-        lines.append("| " + " | ".join(cells) + " |")
-    return lines
+    gathers = (2 * layout.micro_batches if layout.shard == "full" else 1) * (layers * gather + gather_root)
+    share = (shards - 1) / shards
+    all_tokens = layout.gpus * layout.micro_batches * tokens
+    return StepEstimate(
+        compute_seconds=compute,
+        communication_seconds=gathers + layers * (scatter + between) + scatter_root + between_root,
+        seconds=seconds,
+        gathered_bytes=(2 * layout.micro_batches if layout.shard == "full" else 1) * share * width * total,
+        reduced_bytes=share * reduced * total,
+        all_reduced_bytes=2 * (layout.replicas - 1) / layout.replicas * reduced * total / shards,
+        tokens_per_second=all_tokens / seconds,
+        mfu=all_tokens * flops_per_token(model) / (seconds * layout.gpus * hardware.peak_flops),
+    )

@@ -108,3 +108,15 @@ def test_the_schedule_is_drawn_without_a_network(plan, tiny_words, tmp_path, nam
     content = (tmp_path / name).read_bytes()
     assert len(content) > 5000
     assert b'src="http' not in content
+
+
+def test_a_steps_time_tells_what_the_network_costs(plan):
+    few, many = (
+        json.loads(plan(OLMO_1B, "--gpus", gpus, "--gpu", "h100", "micro_batch_size=1", "--json")[1]) for gpus in (1, 1024)
+    )
+    assert few["step"]["exposed_seconds"] == pytest.approx(0, abs=1e-9) and few["step"]["mfu"] == pytest.approx(0.4)
+    assert many["step"]["seconds"] > 1.2 * few["step"]["seconds"] / 1024
+    text = plan(OLMO_1B, "--gpus", 1024, "--gpu", "h100", "micro_batch_size=1")[1]
+    assert f"MFU {many['step']['mfu']:.1%}" in " ".join(text.split())
+    assert max(map(len, text.splitlines())) <= 80
+    assert json.loads(plan(OLMO_1B, "--gpus", 8, "--gpu", "l40s", "--json")[1])["step"] is None  # its links are not known here

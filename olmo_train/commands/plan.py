@@ -128,7 +128,7 @@ def make_plan(
     config: TrainConfig, gpu: Hardware | None, mixture: Mixture | None, why_not: str | None, arguments: argparse.Namespace
 ) -> dict[str, Any]:
     """The whole plan as plain data: what --json prints and what the tables show."""
-    from olmo_train import planner
+    from olmo_train import planner, scaling
     from olmo_train.model.cost import FLOPS_CONVENTION, count_parameters, flops_per_token
 
     config.check_world(arguments.gpus)
@@ -151,6 +151,7 @@ def make_plan(
         "fits": None,
         "largest_micro_batch_size": None,
         "cost": None,
+        "step": None,
         "assumptions": {"mfu": arguments.mfu, "price": arguments.price, "pue": arguments.pue, "carbon": arguments.carbon},
     }
     if gpu:
@@ -167,6 +168,9 @@ def make_plan(
             },
             "cost": asdict(cost),
         }
+    if gpu and gpu.name in scaling.LINKS:
+        step = scaling.step_estimate(config.model, layout, gpu, scaling.LINKS[gpu.name], arguments.mfu)
+        plan["step"] = asdict(step) | {"exposed_seconds": step.exposed_seconds}
     return plan | schedule(config, plan["cost"], mixture, why_not)
 
 
@@ -319,6 +323,13 @@ def show_cost(console: Console, plan: dict[str, Any]) -> None:
         ["CO2eq", mass(cost["co2_kg"]), f"{assumed['carbon']:g} kg a kWh (--carbon)"],
     ]
     table(console, "Cost", ["", "amount", "from"], rows, text=(0, 2))
+    if step := plan["step"]:
+        waiting = step["exposed_seconds"] / step["seconds"]
+        console.print(
+            f"The table is of computing alone. With {plan['layout']['gpus']} GPUs' communication a step takes "
+            f"{duration(step['seconds'])}, {waiting:.1%} of it waiting: MFU {step['mfu']:.1%}, "
+            f"{step['tokens_per_second']:,.0f} tokens/s."
+        )
     if plan["layout"]["precision"] != "bf16":
         console.print("The peak is that of bf16, and this run computes in fp32: it will take several times as long.")
 
