@@ -48,8 +48,9 @@ def python(*words: object, **environment: str) -> tuple[int, str, str]:
 def run_tests(tiny: bool) -> dict:
     """{test: passed, failed, skipped or error}, and the last lines of what pytest said when one failed."""
     rehearsal = {"REHEARSE_ON_CPU": "1"} if tiny else {}
-    code, said, error = python("-m", "pytest", "-v", "-p", "no:cacheprovider", "tests/test_gpu.py", **rehearsal)
-    outcomes = dict(re.findall(r"^tests/test_gpu\.py::(\S+) (PASSED|FAILED|SKIPPED|ERROR)", said, re.MULTILINE))
+    files = ("tests/test_gpu.py",) if tiny else ("tests/test_gpu.py", "tests/test_speed.py")
+    code, said, error = python("-m", "pytest", "-v", "-p", "no:cacheprovider", *files, **rehearsal)
+    outcomes = dict(re.findall(r"^tests/\w+\.py::(\S+) (PASSED|FAILED|SKIPPED|ERROR)", said, re.MULTILINE))
     return {"outcomes": outcomes, "said": "" if code == 0 else "\n".join((said + error).splitlines()[-40:])}
 
 
