@@ -55,19 +55,23 @@ def skip_if_not_finite(
     return skipped
 
 
-def check_skipped(in_a_row: int, config: GuardConfig, last_good: Path | None) -> None:
-    """Raise NonFiniteError when too many steps in a row were skipped."""
+def check_skipped(in_a_row: int, config: GuardConfig, last_good: Path | None, evidence: Path | None = None) -> None:
+    """Raise NonFiniteError when too many steps in a row were skipped. `evidence`: the folder of the last one's forensics."""
     if in_a_row >= config.max_skipped:
         raise NonFiniteError(
             "guards.max_skipped",
             f"{in_a_row} steps in a row had a non-finite loss or gradient{' or were spikes' if config.spike == 'skip' else ''} "
             f"and changed nothing; {name_checkpoint(last_good)}; "
-            "lower optim.peak_lr or look at the data of these steps with inspect-data",
+            f"{look_at(evidence)}lower optim.peak_lr or look at the data of these steps with inspect-data",
         )
 
 
 def name_checkpoint(last_good: Path | None) -> str:
     return f"the last good checkpoint is {last_good}" if last_good else "there is no checkpoint yet"
+
+
+def look_at(evidence: Path | None) -> str:
+    return f"look at {evidence / 'README.txt'}; " if evidence else ""
 
 
 class Rewind(Exception):  # not an error: the run goes on from an earlier checkpoint
@@ -82,7 +86,9 @@ def rewound(run_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if line.startswith('{"event": "rewind"') and line.endswith("}")]
 
 
-def plan_rewind(spike: int, checkpoint: int, before: list[dict[str, Any]], config: GuardConfig) -> dict[str, Any]:
+def plan_rewind(
+    spike: int, checkpoint: int, before: list[dict[str, Any]], config: GuardConfig, evidence: Path | None = None
+) -> dict[str, Any]:
     """What a rewind from the step `spike` to the step of the newest checkpoint passes over: one step from the spike on,
     and twice as many with every further rewind in a row: to the same checkpoint, or from the step right behind those that
     were passed over. Raises NonFiniteError when there were too many."""
@@ -95,7 +101,7 @@ def plan_rewind(spike: int, checkpoint: int, before: list[dict[str, Any]], confi
         raise NonFiniteError(
             "guards.max_rewinds",
             f"step {spike} is a spike after {again} rewinds in a row, the first from step {first}, so its batch is not at fault; "
-            f"look at forensics/step-{spike:07d}, lower optim.peak_lr or say guards.spike=record",
+            f"{look_at(evidence)}lower optim.peak_lr or say guards.spike=record",
         )
     return {"from": spike, "to": checkpoint, "skipped": list(range(spike, spike + 2**again))}
 

@@ -71,8 +71,6 @@ def shard(model: Transformer, config: ParallelConfig, world: World, exact_rows: 
             block.forward = functools.partial(RECOMPUTED[config.activation_checkpointing], block.forward)
         if config.compile:
             block.compile()
-    if config.compile and world.device.type == "cuda":  # on a CPU the loss gains nothing: it works in the cache as it is
-        model.loss.compile()
     # What is handed from block to block has its precision already; a cast of inputs would round the fp32 tables of RoPE.
     policy = MixedPrecisionPolicy(
         param_dtype=DTYPES[config.precision],
@@ -124,31 +122,42 @@ def reshard(model: nn.Module) -> None:
             module.reshard()
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor of which every rank may have a part."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 def on_whole(function: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
     """function(the whole tensor), computed on every rank and sharded like `tensor` again."""
     if not isinstance(tensor, DTensor):
         return function(tensor)
-    whole = function(tensor.full_tensor())
-    return distribute_tensor(whole, tensor.device_mesh, tensor.placements, src_data_rank=None)
+    result = function(tensor.full_tensor())
+    return distribute_tensor(result, tensor.device_mesh, tensor.placements, src_data_rank=None)
 
 
 @torch.no_grad()
-def clip_gradients(model: nn.Module, max_norm: float, exactly: bool = False) -> Tensor:
-    """Scale all gradients so that their global L2 norm is at most `max_norm`; gives the norm before, fp32, no host sync.
+def clip_gradients(model: nn.Module, max_norm: float, exactly: bool = False) -> tuple[Tensor, Tensor]:
+    """Scale all gradients so that their global L2 norm is at most `max_norm`; no host sync.
+
+    Gives the norm before, fp32, and, (parameters,), that of each gradient: a DTensor, of which every rank has its part
+    until `whole` reduces it, so that it costs nothing when nobody asks.
 
     The coefficient is min(1, max_norm / (norm + 1e-6)), as in torch.nn.utils.clip_grad_norm_ and OLMo. It is applied
     to a non-finite norm too: such a step is skipped as a whole. `exactly`: its bits do not depend on the sharding.
     """
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    norm = exact_norm(gradients) if exactly else torch.nn.utils.get_total_norm(gradients)
-    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    if exactly:
+        norm, norms = exact_norm(gradients)
+    else:
+        norms = torch.stack(torch._foreach_norm(gradients))
+        norm = whole(torch.linalg.vector_norm(norms))
     torch.nn.utils.clip_grads_with_norm_(model.parameters(), max_norm, norm)
-    return norm
+    return norm, norms
 
 
 @torch.no_grad()
-def exact_norm(gradients: list[DTensor]) -> Tensor:
-    """The global L2 norm of sharded gradients, fp32: infinite when one is not finite.
+def exact_norm(gradients: list[DTensor]) -> tuple[Tensor, Tensor]:
+    """The global L2 norm of sharded gradients and, (gradients,), that of each, fp32: infinite when one is not finite.
 
     Squares are added as integers, scaled for each tensor by its largest element so that their sum fits in 63 bits.
     """
@@ -161,7 +170,8 @@ def exact_norm(gradients: list[DTensor]) -> Tensor:
     parts = [((g / s).square() * unit).round().long().sum() for g, s, unit in zip(local, scale, units, strict=True)]
     total = _over_ranks(torch.stack(parts), gradients[0], "sum")
     squares = total.double() / torch.tensor(units, dtype=torch.float64, device=total.device) * scale.square()
-    return torch.where(largest.isfinite().all(), squares.sum().sqrt(), torch.inf).float()
+    norm = torch.where(largest.isfinite().all(), squares.sum().sqrt(), torch.inf)
+    return norm.float(), torch.where(largest.isfinite(), squares.sqrt(), torch.inf).float()
 
 
 def _over_ranks(values: Tensor, like: DTensor, operation: str) -> Tensor:

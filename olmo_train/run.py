@@ -25,6 +25,7 @@ from olmo_train.data.shards import check_ids
 from olmo_train.distributed import World, peers_named
 from olmo_train.errors import ConfigError, DataError, ReplicaError, Stopped
 from olmo_train.evaluation import Evaluation
+from olmo_train.forensics import Forensics
 from olmo_train.guards import (
     StopSignals,
     name_checkpoint,
@@ -105,7 +106,8 @@ class Run:
         checkpointer = Checkpointer(self.run_dir, config.checkpoint, world, self._checkpoint_files())
         self.checkpointer = self.stack.enter_context(contextlib.closing(checkpointer))
         in_a_row = self.interval.skipped_in_a_row()
-        self.verdicts = Verdicts(config, world, self.records, checkpointer, self.first_step, in_a_row)
+        self.forensics = Forensics(self.run_dir, self.mixture, world, self.attempt, self.watchdog)
+        self.verdicts = Verdicts(config, world, self.records, checkpointer, self.forensics, self.first_step, in_a_row)
         how = "branch" if self.is_branch else "resume" if self.folder else "start"
         about = {"attempt": self.attempt, "world_size": world.size, "checkpoint": str(self.folder or ""), "config": resolved}
         self.records.event(how, self.last_step, **about)
@@ -167,6 +169,7 @@ class Run:
         config, world = self.config, self.world
         with torch.device("meta"):
             model = Transformer(config.model)
+        self.forensics.parameters = [name for name, _ in model.named_parameters()]
         exactly = config.determinism == "world"
         parallel.shard(model, config.parallel, world, config.global_batch_size if exactly else None)
         optimizer = optim.build_optimizer(dict(model.named_parameters()), config.optim, parallel.on_whole, exactly)

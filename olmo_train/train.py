@@ -62,14 +62,14 @@ def train_step(
     world.sum(sums)
     with record_function("clip"):
         max_norm = optim.max_grad_norm_at(step, config.optim)
-        grad_norm = parallel.clip_gradients(model, max_norm, exactly=config.determinism == "world")
+        grad_norm, norms = parallel.clip_gradients(model, max_norm, exactly=config.determinism == "world")
     spike = spikes.judge(mean_loss(sums), grad_norm)
     skipped = skip_if_not_finite(optimizer, sums.sum(), grad_norm, spike if config.guards.spike == "skip" else None)
     with record_function("optimizer"):
         optim.set_lr(optimizer, lr)
         optimizer.step()
         optimizer.zero_grad()
-    return StepStats(step, lr, sums, grad_norm, skipped, losses, spike)
+    return StepStats(step, lr, sums, grad_norm, skipped, losses, spike, norms=norms)
 
 
 def pass_over(batch: Batch, step: int, config: TrainConfig, sources: int) -> StepStats:

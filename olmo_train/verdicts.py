@@ -14,7 +14,8 @@ from olmo_train import checkpoint as checkpoints
 from olmo_train.checkpoint import Checkpointer
 from olmo_train.distributed import World
 from olmo_train.errors import NonFiniteError
-from olmo_train.guards import Rewind, check_skipped, name_checkpoint, plan_rewind, rewound
+from olmo_train.forensics import Forensics
+from olmo_train.guards import Rewind, check_skipped, look_at, name_checkpoint, plan_rewind, rewound
 from olmo_train.recipe import TrainConfig
 from olmo_train.records import Records
 from olmo_train.stats import StepStats
@@ -32,11 +33,13 @@ class Verdicts:
         world: World,
         records: Records,
         checkpointer: Checkpointer,
+        forensics: Forensics,
         first_step: int,
         skipped_in_a_row: int,
     ):
         """`first_step`: from which the run began; `skipped_in_a_row`: just before the step that it goes on from."""
         self.config, self.world, self.records, self.checkpointer = config, world, records, checkpointer
+        self.forensics = forensics
         self.run_dir, self.first_step, self.in_a_row = Path(config.run_dir), first_step, skipped_in_a_row
         self.rewinds = world.on_main(lambda: rewound(self.run_dir))
         self.passed_over = set(config.guards.skip_steps).union(*(rewind["skipped"] for rewind in self.rewinds))
@@ -58,17 +61,20 @@ class Verdicts:
         for stats, (skipped, spike) in zip(steps, flags, strict=True):
             self.in_a_row = self.in_a_row + 1 if skipped else 0
             if skipped or spike:
-                self._tell(stats, bool(spike))
+                evidence = self._tell(stats, bool(spike))
             if skipped:
-                check_skipped(self.in_a_row, self.config.guards, checkpoints.newest_folder(self.run_dir))
+                check_skipped(self.in_a_row, self.config.guards, checkpoints.newest_folder(self.run_dir), evidence)
             elif spike and self.config.guards.spike != "record":
-                self._leave(stats)
+                self._leave(stats, evidence)
 
-    def _tell(self, stats: StepStats, spike: bool) -> None:
+    def _tell(self, stats: StepStats, spike: bool) -> Path | None:
+        """Into the record, and with its evidence; gives the folder of that, None where it could not be written."""
+        why, done = ("spike", self.config.guards.spike) if spike else ("skip", "skip")
         about = {"loss": stats.loss.item(), "grad_norm": stats.grad_norm.item(), "learning_rate": stats.lr}
-        self.records.event("spike" if spike else "skip", stats.step, **about)
+        self.records.event(why, stats.step, **about)
+        return self.forensics.write(stats, why, done)
 
-    def _leave(self, stats: StepStats) -> None:
+    def _leave(self, stats: StepStats, evidence: Path | None) -> None:
         """Raises NonFiniteError or Rewind: no state after this step is ever saved."""
         self.checkpointer.wait()
         step, config = stats.step, self.config.guards
@@ -77,10 +83,10 @@ class Verdicts:
             raise NonFiniteError(
                 "guards.spike",
                 f"step {step} is a spike, its loss {stats.loss.item():.4g} or gradient norm {stats.grad_norm.item():.4g} is far "
-                f"above those before; {name_checkpoint(next(reversed(folders.values()), None))}; run again with "
-                f"guards.skip_steps=[{step}] to pass over its batch, or with guards.spike=record",
+                f"above those before; {name_checkpoint(next(reversed(folders.values()), None))}; {look_at(evidence)}"
+                f"run again with guards.skip_steps=[{step}] to pass over its batch, or with guards.spike=record",
             )
-        rewind = plan_rewind(step, next(reversed(folders), self.first_step), self.rewinds, config)
+        rewind = plan_rewind(step, next(reversed(folders), self.first_step), self.rewinds, config, evidence)
         self.records.event("rewind", step, **rewind)
         self.records.sync()  # before anything goes on: a run killed from here on passes over the same steps
         self.records.say(

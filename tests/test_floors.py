@@ -15,7 +15,7 @@ FLOORS = (
     "storage allocator exact",
     "config console hardware optim distributed stats spikes model data",
     "parallel checkpoint metrics guards replicas watchdog planner profiling curves eval provenance",
-    "recipe resume scaling",
+    "recipe resume forensics scaling",
     "evaluation records",
     "verdicts",
     "run",
