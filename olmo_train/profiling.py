@@ -74,7 +74,9 @@ def out_of_memory_told(folder: Path, micro_batch_size: int, checkpointing: str) 
     the memory held: a summary to read, and torch's own snapshot for pytorch.org/memory_viz."""
     try:
         yield
-    except torch.OutOfMemoryError as problem:
+    except RuntimeError as problem:
+        if not isinstance(problem, torch.OutOfMemoryError) and "can't allocate memory" not in str(problem):  # the CPU's words
+            raise
         rank = int(os.environ.get("RANK", 0))
         left = f"; what it held is in {folder}" if _write_memory(folder, rank) else ""
         error = OutOfMemoryError("micro_batch_size", f"{_first_line(problem)}{left}; {ways_out(micro_batch_size, checkpointing)}")
@@ -94,7 +96,8 @@ def ways_out(micro_batch_size: int, checkpointing: str) -> str:
 
 
 def _first_line(problem: Exception) -> str:
-    return (str(problem).splitlines() or ["out of memory"])[0].partition(". GPU ")[0].rstrip(".")
+    first = (str(problem).splitlines() or ["out of memory"])[0]
+    return first[first.find("DefaultCPUAllocator") if "DefaultCPUAllocator" in first else 0 :].partition(". GPU ")[0].rstrip(".")
 
 
 def _write_memory(folder: Path, rank: int) -> bool:

@@ -60,6 +60,14 @@ def test_running_out_of_memory_tells_what_to_change(tiny_args, monkeypatch):
     )
 
 
+def test_a_cpu_that_runs_out_tells_it_too_and_other_errors_pass_through(tmp_path):
+    with pytest.raises(OutOfMemoryError, match="^micro_batch_size: DefaultCPUAllocator: can't allocate memory"):  # noqa: SIM117
+        with profiling.out_of_memory_told(tmp_path, 4, "none"):
+            torch.empty(2**50)
+    with pytest.raises(RuntimeError, match="^another$"), profiling.out_of_memory_told(tmp_path, 4, "none"):
+        raise RuntimeError("another")
+
+
 def test_a_micro_batch_of_one_that_is_recomputed_already_needs_more_processes():
     assert profiling.ways_out(1, "full").startswith("use more processes;")
     assert profiling.ways_out(1, "selective").startswith("use parallel.activation_checkpointing=full, or more processes;")
