@@ -40,6 +40,9 @@ class Parser(argparse.ArgumentParser):
 def main(words: list[str] | None = None) -> int:
     """Run one verb; gives its exit code. A UserError becomes one line on stderr, from rank 0 alone."""
     words = sys.argv[1:] if words is None else words
+    # Where anything else runs, threads that wait for each other by spinning make a step several times as long. Read when
+    # torch is loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     parser = Parser(prog="olmo-train", description="Pretrain OLMo-style language models.")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     for name, text in VERBS.items():

@@ -184,3 +184,13 @@ def test_all_that_a_run_writes_lies_in_its_run_dir(run_cli, tiny_words, tmp_path
     assert list((tmp_path / "temporary").iterdir()) == []
     names = {path.name for path in (tmp_path / "run").iterdir()}
     assert names == {".lock", "checkpoints", "config.yaml", "events.jsonl", "metrics.jsonl"}
+
+
+@pytest.mark.parametrize("own, used", [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+def test_threads_wait_without_spinning_unless_the_user_says_so(monkeypatch, own, used):
+    monkeypatch.setenv("OMP_WAIT_POLICY", own or "")
+    if own is None:
+        monkeypatch.delenv("OMP_WAIT_POLICY")
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert os.environ["OMP_WAIT_POLICY"] == used
