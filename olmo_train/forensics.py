@@ -33,10 +33,10 @@ log = logging.getLogger(__name__)
 MOST_FOLDERS = 20  # of a run: a run that goes astray must not fill the disk
 MOST_DOCUMENTED = 64  # of the worst sequences have their documents and texts looked up, which takes most of the time
 DONE = {
-    "skip": "its update was left out on every rank, and training went on",
-    "record": "its update took place all the same, and training went on",
+    "skip": "its update was left out on every rank",
+    "record": "its update took place all the same",
     "stop": "the run stopped, and nothing of it was saved",
-    "rewind": "the run goes back to its last checkpoint and passes over this batch",
+    "rewind": "the run goes back to its last checkpoint and passes over this batch, unless this is one rewind too many",
 }
 SHOWN_SEQUENCES, SHOWN_DOCUMENTS, SHOWN_CHARACTERS, SHOWN_PARAMETERS = 5, 5, 500, 10  # in README.txt
 
