@@ -15,6 +15,7 @@ HARMLESS = ("run_dir",
     "init_from", "allow_changes", "micro_batch_size", "log.*", "checkpoint.*", "eval.*", "guards.*", "profile.*",
             "parallel.shard", "parallel.replicas", "parallel.activation_checkpointing", "parallel.compile",
             "data.validation.*", "data.validation",
+            "data.deny",  # which documents it denies is compared; see check_denied
             "data.sources.*.path*",  # the contents are compared by their hashes
             "total_steps", "total_tokens")  # a run may be made longer; see check_changes  # fmt: skip
 
@@ -47,6 +48,22 @@ def check_skip_steps(saved: dict[str, Any], now: dict[str, Any], last_step: int,
             f"differ in step {done[0]}, which lies before the checkpoint of step {last_step} that this run goes on from; "
             f"delete the checkpoints after step {done[0] - 1}, set it back, or say allow_changes=[{key}]",
         )
+
+
+def check_denied(saved: dict[str, Any] | None, now: dict[str, Any] | None, allowed: tuple[str, ...]) -> None:
+    """Compare which documents data.deny denies, wherever they are listed. Raises ConfigError when they are not the same."""
+    key = "data.deny"
+    if saved != now and not any(name in (key, "data") for name in allowed):
+        raise ConfigError(
+            key,
+            f"denies {_counted(now)} now and denied {_counted(saved)}{' others' * bool(saved and now)} when this run was saved, "
+            f"which would train another model; set it back, choose another run_dir, or say allow_changes=[{key}]",
+        )
+
+
+def _counted(denied: dict[str, Any] | None) -> str:
+    parts = [f"{n} document{'s' * (n != 1)} of {name}" for name, n in denied["documents"].items()] if denied else ["nothing"]
+    return " and ".join(parts)
 
 
 def check_data(saved: dict[str, str], now: dict[str, str], allowed: tuple[str, ...]) -> None:

@@ -38,7 +38,7 @@ from olmo_train.profiling import StepProfiler
 from olmo_train.recipe import TrainConfig
 from olmo_train.records import Records
 from olmo_train.replicas import divergence
-from olmo_train.resume import check_changes, check_data, check_skip_steps
+from olmo_train.resume import check_changes, check_data, check_denied, check_skip_steps
 from olmo_train.spikes import SpikeDetector
 from olmo_train.stats import Clock, Interval, StepStats, throughput_metrics
 from olmo_train.storage import RunLock, replace_file
@@ -152,6 +152,7 @@ class Run:
             check_changes(saved, now, self.config.allow_changes)
             check_skip_steps(saved, now, state["step"], self.config.allow_changes)
             check_data(state["data"], self.mixture.fingerprint, self.config.allow_changes)
+            check_denied(state.get("denied"), self.mixture.denied_summary, self.config.allow_changes)
         return state
 
     def _checkpoint_files(self) -> dict[str, bytes]:
@@ -328,6 +329,7 @@ class Run:
                 "attempt": self.attempt,
                 "world_size": self.world.size,
                 "data": self.mixture.fingerprint,
+                "denied": self.mixture.denied_summary,
                 "total_tokens": step * self.config.tokens_per_step,
                 "interval": self.interval.state(),
                 "spikes": self.spikes.state(),

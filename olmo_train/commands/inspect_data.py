@@ -101,9 +101,13 @@ def _print_rows(rows: list[Row], texts: list[str | None]) -> None:
 
 
 def _names(row: Row) -> str:
-    """The first document of a row, and how many more there are."""
+    """The first document of a row, how many more there are, and how many of them are denied."""
     names = [d.id or f"{Path(d.origin).name}@{d.start}" for d in row.documents]
-    return "-" if not names else names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+    if not names:
+        return "-"
+    denied = sum(d.denied for d in row.documents)
+    mark = "" if not denied else " (denied)" if denied == len(names) else f" ({denied} denied)"
+    return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "") + mark
 
 
 def _show_document(inspected: Run, args: argparse.Namespace) -> None:
@@ -123,6 +127,8 @@ def _show_document(inspected: Run, args: argparse.Namespace) -> None:
         print(json.dumps({"document": about, "done_steps": done, "total_steps": inspected.view.steps, "visits": visits}))
         return
     print(f"{args.document} from {document.origin}: {document.end - document.start:,} tokens at {document.start:,} of its source")
+    if document.denied:
+        print("data.deny denies it: its tokens are read as context, and nothing is learned from predicting them")
     past = sum(visit["done"] for visit in visits)
     print(f"{past} reads in the {done:,} steps done, {len(visits) - past} in those to come, up to step {inspected.view.steps:,}")
     _print_visits(visits)

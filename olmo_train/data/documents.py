@@ -38,6 +38,7 @@ class Document:
     origin: str  # source file, with :record where the file holds several
     start: int  # of its first token; in the stream, or in the shard where a shard is spoken of
     end: int  # exclusive, before its EOS
+    denied: bool = False  # by data.deny: nothing is learned from it
 
     def shifted(self, by: int) -> Document:
         return replace(self, start=self.start + by, end=self.end + by)
@@ -146,17 +147,43 @@ class DocumentTable:
 
     def find(self, id: str, shard_starts: list[int]) -> Document:
         """The first document of that id, positions in the stream. Raises DataError when there is none."""
-        wanted = id_hash(id)
-        for at in range(bisect_left(self._ids["hash"], wanted), len(self._ids)):
-            if int(self._ids["hash"][at]) != wanted:
+        return min(self.find_all({id}, shard_starts), key=lambda document: document.start)
+
+    def find_all(self, ids: set[str], shard_starts: list[int]) -> list[Document]:
+        """Every document of these ids, positions in the stream; each row group is read once.
+
+        Raises DataError on an id of which there is none.
+        """
+        wanted: dict[int, dict[int, str]] = {}  # row group: {start in the shard: id}
+        groups = range(self._parquet.num_row_groups)
+        for id in ids:
+            for start in self._starts_of(id):
+                shard = bisect_right(shard_starts, start) - 1
+                local = start - shard_starts[shard]
+                group = max(bisect_right(groups, (shard, local), key=self._group_key) - 1, 0)
+                wanted.setdefault(group, {})[local] = id
+        found = []
+        for group, starts in sorted(wanted.items()):
+            base = shard_starts[self._group_key(group)[0]]
+            found += [d.shifted(base) for d in self._at(group, sorted(starts)) if starts.get(d.start) == d.id]
+        if missing := ids - {document.id for document in found}:
+            raise DataError(self.file, f"knows no document '{min(missing)}'; ids stand in its column id")
+        return found
+
+    def _starts_of(self, id: str) -> Iterator[int]:
+        """Positions in the stream of the documents whose id has this one's hash."""
+        hashes, wanted = self._ids["hash"], id_hash(id)
+        for at in range(bisect_left(hashes, wanted), len(hashes)):
+            if int(hashes[at]) != wanted:
                 break
-            start = int(self._ids["start"][at])
-            shard = bisect_right(shard_starts, start) - 1
-            local = start - shard_starts[shard]
-            for document in self.overlapping(shard, local, local + 1):
-                if document.id == id and document.start == local:
-                    return document.shifted(shard_starts[shard])
-        raise DataError(self.file, f"knows no document '{id}'; ids stand in its column id")
+            yield int(self._ids["start"][at])
+
+    def _at(self, group: int, starts: list[int]) -> list[Document]:
+        """The documents of a row group that begin at these positions of its shard."""
+        table = self._parquet.read_row_group(group, columns=["id", "start", "end", "origin", "record"])
+        rows = np.searchsorted(table["start"].to_numpy(), starts)
+        texts = table.take(rows).to_pylist()
+        return [Document(row["id"], _origin(row), row["start"], row["end"]) for row in texts]
 
 
 def _origin(row: dict) -> str:

@@ -15,7 +15,7 @@ from olmo_train.data.documents import Document
 from olmo_train.data.meta import TOKENIZER_FILE
 from olmo_train.data.mixture import Mixture
 from olmo_train.data.shards import TokenSource
-from olmo_train.errors import ConfigError, DataError, check_choice
+from olmo_train.errors import ConfigError, check_choice
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def rows_of_step(
     for i in np.lexsort((batch.instance, batch.source)).tolist():  # neighbours in a stream are looked up one after the other
         source, instance, epoch = (int(values[i]) for values in (batch.source, batch.instance, batch.epoch))
         start, end = mixture.span(source, instance)
-        found = mixture.sources[source].documents(start, end) if documents else []
+        found = mixture.marked(source, mixture.sources[source].documents(start, end)) if documents else []
         rows[i] = Row(first + i, (first + i) // rank_size, mixture.names[source], instance, epoch, start, end, found)
     return [rows[i] for i in range(len(batch))]
 
@@ -86,21 +86,14 @@ def find_document(mixture: Mixture, word: str) -> tuple[int, Document]:
     index = mixture.names.index(name)
     source = mixture.sources[index]
     if not (id.startswith("@") and id[1:].isdigit()):
-        return index, source.find_document(id)
-    position = int(id[1:])
-    if position >= source.n_tokens:
-        raise DataError(name, f"has {source.n_tokens} tokens, so there is none at {position}")
-    if source.meta is None and source.eos_id is None:
-        raise ConfigError("data.eos_id", f"is needed to tell the documents of {name} apart, which is made of raw token files")
-    return index, source.documents(position, position + 1)[0]
+        return index, mixture.marked(index, [source.find_document(id)])[0]
+    return index, mixture.marked(index, [source.document_at(int(id[1:]))])[0]
 
 
 def visits_of(mixture: Mixture, source: int, document: Document, first_step: int, last_step: int) -> list[Visit]:
     """Every row of steps first_step to last_step, both included, that reads tokens of the document or its EOS."""
     size, visits = mixture.global_batch_size, []
-    files = mixture.sources[source].starts
-    file_end = int(files[np.searchsorted(files, document.start, side="right")])  # a raw file may end without an EOS
-    for instance in _instances_of_span(mixture, source, document.start, min(document.end + 1, file_end)):
+    for instance in _instances_of_span(mixture, source, document.start, mixture.sources[source].end_with_eos(document)):
         places = mixture.order.places_of(source, instance, last_step * size)
         visits += [Visit(place // size + 1, place % size, instance) for place in places.tolist()]
     return sorted((v for v in visits if v.step >= first_step), key=lambda visit: (visit.step, visit.row))

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from olmo_train.data.deny import denied_spans, summary
+from olmo_train.data.documents import Document
 from olmo_train.data.order import ORDERS, PERIOD, Mixed, OlmoOrder, PermutedOrder, quotas
 from olmo_train.data.shards import SourceConfig, TokenSource, open_source
 from olmo_train.errors import ConfigError, DataError, check_choice
@@ -32,6 +34,7 @@ class DataConfig:
     eos_id: int | None = None  # end of a document in raw files; prepared folders know theirs
     document_mask: bool = False  # attention stays within a document, positions start again with each
     stages: tuple[StageConfig, ...] = ()
+    deny: tuple[str, ...] = ()  # documents that are never a label in training: SOURCE:ID, or files of one such word a line
     validation: dict[str, SourceConfig] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -73,6 +76,7 @@ class Mixture:
         self.global_batch_size, self.seq_len = global_batch_size, seq_len
         self.sources = [open_source(name, source, vocab_size, config.eos_id) for name, source in config.sources.items()]
         self.names = [source.name for source in self.sources]
+        self.denied = denied_spans(config.deny, self.sources)
         self.shifted = config.order == "olmo"  # an instance is seq_len tokens, the last of which has no label
         self.eos_id = self._eos_id() if config.document_mask else None  # given: attention stays within documents
         self.vocab_size = vocab_size
@@ -91,6 +95,15 @@ class Mixture:
     def fingerprint(self) -> dict[str, str]:
         """{source: hash of its contents}: what a resumed run compares."""
         return {source.name: source.fingerprint for source in self.sources}
+
+    @property
+    def denied_summary(self) -> dict[str, object] | None:
+        """What data.deny denies, in short; None when nothing: what a resumed run compares."""
+        return summary(self.denied, self.names)
+
+    def marked(self, source: int, documents: list[Document]) -> list[Document]:
+        """These documents of a source, those that are denied marked so."""
+        return [replace(d, denied=True) if self.denied[source].holds(d) else d for d in documents]
 
     def global_batch(self, step: int) -> Mixed:
         """The instances of step `step`, counted from 1, in the order of rows."""
@@ -136,12 +149,14 @@ class Mixture:
 
     def read_label_mask(self, batch: Mixed) -> np.ndarray | None:
         """1 for each token that is scored when it is a label, like `read` in shape, uint8; None when all are."""
-        if not any(source.has_label_mask for source in self.sources):
+        if not any(source.has_label_mask for source in self.sources) and not any(map(len, self.denied)):
             return None
         mask = np.ones((len(batch), self.seq_len + (not self.shifted)), dtype=np.uint8)
         for row, (source, instance) in enumerate(zip(batch.source.tolist(), batch.instance.tolist(), strict=True)):
+            start = self.span(source, instance)[0]
             if self.sources[source].has_label_mask:
-                self.sources[source].read_label_mask(self.span(source, instance)[0], mask[row])
+                self.sources[source].read_label_mask(start, mask[row])
+            self.denied[source].hide(start, mask[row])
         return mask
 
     def _eos_id(self) -> int:

@@ -103,13 +103,34 @@ class TokenSource:
         return found
 
     def find_document(self, id: str) -> Document:
-        """The document of that id. Raises DataError when it is unknown, or when the source is raw and keeps no ids."""
+        """The first document of that id. Raises DataError when it is unknown, or when the source is raw and keeps no ids."""
+        return min(self.find_documents({id}), key=lambda document: document.start)
+
+    def find_documents(self, ids: set[str]) -> list[Document]:
+        """Every document of these ids. Raises DataError as `find_document` does."""
+        if not ids:
+            return []
         if self.meta is None:
             raise DataError(
                 self.name,
-                f"is made of raw token files, which keep no ids of documents such as '{id}'; use prepare-data",
+                f"is made of raw token files, which keep no ids of documents such as '{min(ids)}'; use prepare-data, "
+                f"or {self.name}:@N for the one that holds token N",
             )
-        return self._documents_table().find(id, self._starts)
+        return self._documents_table().find_all(ids, self._starts)
+
+    def document_at(self, position: int) -> Document:
+        """The document that holds this token of the stream. Raises DataError, and ConfigError when no EOS is known."""
+        if position >= self.n_tokens:
+            raise DataError(self.name, f"has {self.n_tokens} tokens, so there is none at {position}")
+        if self.meta is None and self.eos_id is None:
+            raise ConfigError(
+                "data.eos_id", f"is needed to tell the documents of {self.name} apart, which is made of raw token files"
+            )
+        return self.documents(position, position + 1)[0]
+
+    def end_with_eos(self, document: Document) -> int:
+        """Behind the document's EOS; a raw file may end without one."""
+        return min(document.end + 1, self._starts[bisect_right(self._starts, document.start)])
 
     def _documents_table(self) -> DocumentTable:
         if self._table is None:
