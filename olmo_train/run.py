@@ -8,6 +8,8 @@ import logging
 import math
 import shutil
 import signal
+import socket
+import statistics
 import time
 import uuid
 from pathlib import Path
@@ -40,7 +42,7 @@ from olmo_train.records import Records
 from olmo_train.replicas import divergence
 from olmo_train.resume import check_changes, check_data, check_denied, check_skip_steps
 from olmo_train.spikes import SpikeDetector
-from olmo_train.stats import Clock, Interval, StepStats, throughput_metrics
+from olmo_train.stats import Clock, Interval, StepStats, slow_ranks, throughput_metrics
 from olmo_train.storage import RunLock, replace_file
 from olmo_train.verdicts import Verdicts
 from olmo_train.watchdog import Watchdog
@@ -59,6 +61,8 @@ class Run:
         self.run_dir = Path(config.run_dir)
         self.stack = contextlib.ExitStack()
         self.warned_of_stop = False
+        self.own_seconds = 0.0  # of this rank since the last line of metrics: waiting for data, and CPU time of this thread
+        self.quiet_until = 0  # a slow rank is told again after this step
 
     def __enter__(self) -> Run:
         with self.stack:  # whatever was opened before an error is closed again
@@ -218,7 +222,10 @@ class Run:
         self.watchdog.beat(self.done, "waits for its batch")
         batch = loader.get(give_up=lambda: self.signals.received)
         self.watchdog.beat(self.done, "in the next step", batch.sample_hash if batch else "")
-        return batch, time.perf_counter() - started
+        waited = time.perf_counter() - started
+        self.own_seconds += waited
+        self.computing_since = time.thread_time()
+        return batch, waited
 
     def agree_to_stop(self) -> bool:
         """Whether any rank has got a signal: the same answer on every rank. Raises SaveError on all when a save of one
@@ -235,6 +242,7 @@ class Run:
     def add(self, stats: StepStats, waited: float) -> None:
         """Count a step; on a GPU, where reading waits for the step, its verdict may be read some steps later."""
         self.done = stats.step
+        self.own_seconds += time.thread_time() - self.computing_since
         self.watchdog.beat(stats.step)
         if stats.step % GARBAGE_STEPS == 0:
             gc.collect()
@@ -279,6 +287,7 @@ class Run:
         metrics |= {f"train/source/{name}/epoch": epoch for name, epoch in self._epochs(stats.step).items()}
         metrics |= self.checkpointer.take_figures()
         self._warn_when_too_slow_to_stop(metrics)
+        self._tell_slow_ranks(stats.step)
         if world.device.type == "cuda":
             metrics["System/Peak GPU Memory (MB)"] = torch.cuda.max_memory_allocated() / 2**20
         if (energy := self._energy_kwh()) is not None:
@@ -294,6 +303,25 @@ class Run:
             self.warned_of_stop = warning is not None
             if warning:
                 log.warning(warning)
+
+    def _tell_slow_ranks(self, step: int) -> None:
+        """Compare what each rank needs for itself, without the waiting for others that makes all steps equally long."""
+        if self.world.size == 1:
+            return
+        ranks = self.world.gather((self.own_seconds / max(self.interval.timed_steps, 1), socket.gethostname()))
+        self.own_seconds = 0.0
+        slow = slow_ranks([own for own, _ in ranks])
+        if slow and step > self.quiet_until:
+            self.quiet_until = step + 10 * self.config.log.interval_steps
+            median = statistics.median_low(own for own, _ in ranks)
+            for rank in slow:
+                own, host = ranks[rank]
+                self.records.event("slow", step, rank=rank, host=host, own_seconds=own, median_seconds=median)
+                if self.world.is_main:
+                    log.warning(
+                        "rank %d on %s is slow: %.3g s a step for its own data and work, the median is %.3g s; "
+                        "all ranks wait for it", rank, host, own, median,
+                    )  # fmt: skip
 
     def _energy_kwh(self) -> float | None:
         """What all GPUs have used for the steps so far, those before a resume too; None where one cannot tell."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -110,6 +111,16 @@ class Interval:
         self.sums.zero_()
         self.counts[: self.IN_A_ROW] = 0
         self.data_wait, self.timed_steps = 0.0, 0
+
+
+SLOW = 3.0  # times the median of all ranks
+LEAST_SLOW = 0.01  # seconds a step above the median; below it, noise is large beside the whole
+
+
+def slow_ranks(own_seconds: list[float]) -> list[int]:
+    """The ranks that need more than SLOW times the median for their own part of a step; of two, the other is the median."""
+    median = statistics.median_low(own_seconds)
+    return [rank for rank, own in enumerate(own_seconds) if own > SLOW * median and own > median + LEAST_SLOW]
 
 
 def loss_metrics(prefix: str, loss: float, tokens: float, n_bytes: float | None) -> dict[str, float]:

@@ -7,6 +7,8 @@ import signal
 import socket
 import sys
 import time
+from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,7 +18,9 @@ from olmo_train import config as configuration
 from olmo_train import train as module
 from olmo_train.__main__ import _run
 from olmo_train.checkpoint import Checkpointer
+from olmo_train.data.loader import Loader
 from olmo_train.errors import DataError
+from olmo_train.stats import slow_ranks
 
 HANG_SECONDS = 2
 
@@ -162,6 +166,34 @@ def test_an_error_of_one_rank_before_the_run_is_raised_on_all():
 
     assert on_ranks(2, run) == ["part.bin: on rank 1: is missing"] * 2
     assert on_ranks(2, lambda world: world.together(lambda: world.rank)) == [0, 1]
+
+
+@pytest.mark.parametrize("late", [0.05, 0])
+def test_a_rank_that_needs_three_times_the_median_is_told_and_an_equal_one_is_not(tiny_args, late):
+    config = tiny_args("run", total_steps=12, **{"log.interval_steps": 4})
+
+    def train(world):
+        module.join_world = lambda replicas: nullcontext(world)
+        real = Loader.get
+
+        def get(self, give_up):
+            time.sleep(late if world.rank == 1 else 0)
+            return real(self, give_up)
+
+        Loader.get = get
+        list(module.train(config))
+
+    on_ranks(2, train)
+    lines = (Path(config.run_dir) / "events.jsonl").read_text().splitlines()
+    told = [event for event in map(json.loads, lines) if event["event"] == "slow"]
+    assert [event["rank"] for event in told] == ([1] if late else [])  # once in ten lines
+    assert not late or told[0]["own_seconds"] > 0.05 > told[0]["median_seconds"]
+
+
+def test_slow_is_three_times_the_median_and_no_mere_noise():
+    assert slow_ranks([1.0, 1.0, 3.1, 1.2]) == [2]
+    assert slow_ranks([1.0, 2.9]) == slow_ranks([0.001, 0.009]) == slow_ranks([2.0, 2.0, 2.0]) == []
+    assert slow_ranks([1.0, 3.1]) == [1] and slow_ranks([4.0, 1.0]) == [0]
 
 
 def test_a_healthy_run_is_left_alone_also_while_it_saves_and_evaluates(running, tmp_path, tiny_tokens):
