@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import json
 import os
 import subprocess
 import sys
@@ -194,3 +195,11 @@ def test_threads_wait_without_spinning_unless_the_user_says_so(monkeypatch, own,
     with pytest.raises(SystemExit):
         main(["--help"])
     assert os.environ["OMP_WAIT_POLICY"] == used
+
+
+def test_the_figures_of_a_benchmark_are_json_and_nothing_else(run_cli, tiny_words):
+    done = run_cli("bench", *tiny_words("unused", total_steps=50), "--steps", 2, "--warmup", 1, "--json")
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout)
+    assert figures["tokens_per_second"] > 0 and figures["phase_seconds"].keys() >= {"forward", "backward", "clip", "optimizer"}
+    assert "starts: " in done.stderr
