@@ -3,7 +3,7 @@
 The tests that need a GPU, `olmo-train bench` of OLMo-1B at two sequence lengths, and the same steps through the peers that
 are installed. Writes gpu.json and the table gpu.md, as far as it came: a part that fails is told, and the next one begins.
 
-    python tests/bench_gpu.py --at olmo-core=/tmp/core     where peers lie in folders of their own
+    python tests/bench_gpu.py --at olmo-core=FOLDER       where peers lie in folders of their own
     python tests/bench_gpu.py --tiny                       a rehearsal, on a CPU too
 """
 

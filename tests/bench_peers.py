@@ -4,8 +4,8 @@ Every contestant is a process of its own with its own packages. In each round ea
 while all others wait, in a new order; a round gives one ratio of each pair, and the median over rounds is what is told.
 A contestant that is not installed is skipped, and that is told too.
 
-    pip install --no-deps --target /tmp/core ai2-olmo-core==3.0.0       and what its import then asks for
-    python tests/bench_peers.py --work tiny --at olmo-core=/tmp/core
+    pip install --no-deps --target FOLDER ai2-olmo-core==3.0.0       and what its import then asks for
+    python tests/bench_peers.py --work tiny --at olmo-core=FOLDER
 """
 
 from __future__ import annotations
