@@ -37,12 +37,16 @@ class Parser(argparse.ArgumentParser):
         sys.exit(2)
 
 
+def let_threads_sleep() -> None:
+    """Threads of a CPU that wait for each other by spinning take the cores from whoever else runs: another process, or code
+    with threads of its own, as what torch.compile makes. Call it before torch is loaded; the user's own setting comes first."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
 def main(words: list[str] | None = None) -> int:
     """Run one verb; gives its exit code. A UserError becomes one line on stderr, from rank 0 alone."""
     words = sys.argv[1:] if words is None else words
-    # Where anything else runs, threads that wait for each other by spinning make a step several times as long. Read when
-    # torch is loaded.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    let_threads_sleep()
     parser = Parser(prog="olmo-train", description="Pretrain OLMo-style language models.")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     for name, text in VERBS.items():

@@ -20,6 +20,7 @@ from olmo_train import exact
 from olmo_train.distributed import World
 from olmo_train.errors import ConfigError, check_choice
 from olmo_train.model.init import initial_value
+from olmo_train.model.loss import differentiate_at_once_
 from olmo_train.model.transformer import Transformer
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -49,6 +50,7 @@ class ParallelConfig:
     reduce_dtype: str = "fp32"  # in which gradients are summed over ranks
     activation_checkpointing: str = "none"  # selective: keep what products and attention give, compute the rest again; full: all
     compile: bool = False  # torch.compile each block
+    cpu_kernels: bool | None = None  # attention and loss on a CPU by our own C++; null: where blocks are compiled
 
     def __post_init__(self) -> None:
         check_choice("parallel.shard", self.shard, ("full", "grad_op"))
@@ -66,6 +68,10 @@ def shard(model: Transformer, config: ParallelConfig, world: World, exact_rows: 
     With `exact_rows`, the sequences of the global batch, their gradients add up to the same bits in any order, as long as
     each goes through the model alone (exact.py).
     """
+    if _wants_cpu_kernels(config, world):
+        _use_cpu_kernels(model)
+    elif config.compile and world.device.type == "cuda":
+        model.loss.differentiate_ = torch.compile(differentiate_at_once_)
     for block in model.blocks:
         if config.activation_checkpointing != "none":
             block.forward = functools.partial(RECOMPUTED[config.activation_checkpointing], block.forward)
@@ -89,6 +95,23 @@ def shard(model: Transformer, config: ParallelConfig, world: World, exact_rows: 
             exact.round_gradients(module, functools.partial(_own_parameters, module), exact_rows)
     model.keeps_weights = keeps_weights
     return model.to_empty(device=world.device)
+
+
+def _wants_cpu_kernels(config: ParallelConfig, world: World) -> bool:
+    on_cpu = world.device.type == "cpu"
+    if config.cpu_kernels and not on_cpu:
+        raise ConfigError("parallel.cpu_kernels", f"is for CPUs, and this is {world.device.type}; leave it out")
+    return on_cpu and (config.compile if config.cpu_kernels is None else config.cpu_kernels)
+
+
+def _use_cpu_kernels(model: Transformer) -> None:
+    from olmo_train.model import cpu_kernels  # registers operations with torch, which takes time
+
+    cpu_kernels.library()  # before training, as it may fail
+    model.loss.differentiate_ = cpu_kernels.differentiate_
+    for block in model.blocks:
+        block.attn.attend = cpu_kernels.attend
+    DEAR.add(torch.ops.olmo_train.cpu_attention.default)
 
 
 def _own_parameters(module: nn.Module) -> list[nn.Parameter]:

@@ -14,6 +14,7 @@ HARMLESS = ("run_dir",
     "resume_from",
     "init_from", "allow_changes", "micro_batch_size", "log.*", "checkpoint.*", "eval.*", "guards.*", "profile.*",
             "parallel.shard", "parallel.replicas", "parallel.activation_checkpointing", "parallel.compile",
+            "parallel.cpu_kernels",
             "data.validation.*", "data.validation",
             "data.deny",  # which documents it denies is compared; see check_denied
             "data.sources.*.path*",  # the contents are compared by their hashes

@@ -25,6 +25,11 @@ MANIFEST = "MANIFEST.json"
 CHUNK = 1 << 22  # bytes that are written, or read, and hashed at once
 
 
+def cache_folder() -> Path:
+    """$XDG_CACHE_HOME/olmo_train, by default ~/.cache/olmo_train."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "olmo_train"
+
+
 def flush_folder(folder: Path) -> None:
     """Make the names in a folder survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)

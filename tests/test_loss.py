@@ -45,6 +45,18 @@ def test_losses_and_gradients_are_those_of_torchs_operations(monkeypatch, dtype,
         assert (one - other).norm() <= close * other.norm()
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("z_loss", [0.0, 0.01])
+def test_the_form_that_is_compiled_for_gpus_gives_the_same(compiled, z_loss):
+    loss = HeadLoss(z_loss)
+    loss.differentiate_ = torch.compile(losses.differentiate_at_once_) if compiled else losses.differentiate_at_once_
+    for dtype, close in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
+        expected = gradients(lambda *tensors: step_by_step(*tensors, z_loss), dtype, (0.25, 3.0, 1.0))
+        for one, other in zip(gradients(loss, dtype, (0.25, 3.0, 1.0)), expected, strict=True):
+            assert one.dtype == other.dtype
+            assert (one - other).norm() <= close * other.norm()
+
+
 def test_without_gradients_the_losses_are_the_same():
     x, weight, labels = inputs(torch.float32)
     with torch.no_grad():

@@ -38,6 +38,12 @@ WAYS = {
     "two, recomputed": (2, ["parallel.activation_checkpointing=full", "micro_batch_size=2"]),
     "two, products kept": (2, ["parallel.activation_checkpointing=selective", "micro_batch_size=2"]),
     "two replicas": (2, ["parallel.replicas=2", "micro_batch_size=2"]),
+    "one, C++ kernels": (1, ["parallel.cpu_kernels=true", "micro_batch_size=2"]),
+    "two, C++ kernels, products kept": (
+        2,
+        ["parallel.cpu_kernels=true", "micro_batch_size=2", "parallel.activation_checkpointing=selective"],
+    ),
+    "bf16, C++ kernels": (1, ["parallel.precision=bf16", "parallel.cpu_kernels=true", "micro_batch_size=2"]),
     "bf16": (1, ["parallel.precision=bf16", "micro_batch_size=2"]),
     "two, bf16": (2, ["parallel.precision=bf16", "micro_batch_size=2"]),
     "two, bf16, recomputed": (2, ["parallel.precision=bf16", "micro_batch_size=2", "parallel.activation_checkpointing=full"]),

@@ -10,6 +10,7 @@ from data_sources import prepare_source
 from olmo_train.data import remote
 from olmo_train.data.shards import SourceConfig, open_source
 from olmo_train.errors import ConfigError, DataError
+from olmo_train.storage import cache_folder
 
 
 class Handler(http.server.SimpleHTTPRequestHandler):
@@ -55,8 +56,8 @@ def test_a_remote_shard_whose_hash_is_another_is_refused(server):
     file.write_bytes(data)
     with pytest.raises(DataError, match=r"tokens-00001.bin: sha256 is .* meta.json tells"):
         open_source("test", SourceConfig(f"{url}/source"), 280)
-    assert not list((remote.cache_folder()).rglob("tokens-00001.bin*[!k]"))
-    assert not list((remote.cache_folder()).rglob("*.part"))
+    assert not list(cache_folder().rglob("tokens-00001.bin*[!k]"))
+    assert not list(cache_folder().rglob("*.part"))
 
 
 def test_a_remote_folder_that_was_prepared_anew_is_fetched_anew(server):
@@ -85,7 +86,7 @@ def test_a_transfer_that_breaks_off_is_refused(server, monkeypatch):
     monkeypatch.setattr(Handler, "copyfile", lambda self, source, target: target.write(source.read(150)))
     with pytest.raises(DataError, match=r"a.npy: 150 bytes arrived of 200"):
         remote.localize(f"{url}/a.npy")
-    assert not list(remote.cache_folder().rglob("a.npy*[!k]"))
+    assert not list(cache_folder().rglob("a.npy*[!k]"))
 
 
 def test_a_copy_is_used_when_the_server_is_away(server):

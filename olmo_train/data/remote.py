@@ -18,13 +18,9 @@ from typing import Any, BinaryIO
 
 from olmo_train.data.meta import META_FILE, TOKENIZER_FILE, hash_file, read_meta
 from olmo_train.errors import ConfigError, DataError
+from olmo_train.storage import cache_folder
 
 FILE_SUFFIXES = (".npy", ".bin")  # a remote path that ends otherwise is a prepared folder
-
-
-def cache_folder() -> Path:
-    """$XDG_CACHE_HOME/olmo_train, by default ~/.cache/olmo_train."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "olmo_train"
 
 
 def localize(path: str | tuple[str, ...]) -> str | tuple[str, ...]:

@@ -22,6 +22,7 @@ from olmo_train.data import remote
 from olmo_train.data.documents import Document, DocumentTable, scan_documents
 from olmo_train.data.meta import DTYPES, META_FILE, Meta, hash_blocks, hash_file, read_meta
 from olmo_train.errors import ConfigError, DataError, check_choice
+from olmo_train.storage import cache_folder
 
 WHOLE_BYTES = 64 * 2**20  # a source of at most this size is hashed whole when it is opened; a larger one in blocks
 RAW_BLOCKS = 4096  # blocks of 4 KiB hashed over all raw files of a source, evenly spread, the first and the last included
@@ -202,7 +203,7 @@ def _check_mark(source: TokenSource, shard: int, vocab_size: int) -> Path:
     stat = file.stat()
     expected = source.meta.shards[shard].sha256 if source.meta else None
     key = json.dumps([str(file), stat.st_size, stat.st_mtime_ns, stat.st_ino, str(source.dtype), vocab_size, expected])
-    return remote.cache_folder() / "checked" / hashlib.sha256(key.encode()).hexdigest()
+    return cache_folder() / "checked" / hashlib.sha256(key.encode()).hexdigest()
 
 
 def _check_block(source: TokenSource, shard: int, start: int, ids: np.ndarray, vocab_size: int) -> None:

@@ -9,12 +9,15 @@ Letters of shapes: N tokens, C d_model, V padded vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from olmo_train.model.cost import LOSS_PART_BYTES
 
+Differentiate = Callable[[Tensor, Tensor, float], Tensor]  # as differentiate_, below
 IGNORE = -100  # a label that is not scored
 PART_BYTES = {"cpu": 2**23}  # of fp32 logits that are worked on at a time; on a CPU they should stay in its cache
 
@@ -25,12 +28,13 @@ class HeadLoss(nn.Module):
     def __init__(self, z_loss: float):
         super().__init__()
         self.z_loss = z_loss
+        self.differentiate_: Differentiate = differentiate_in_parts_  # parallel.py may set another implementation
 
     def forward(self, x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         """Summed loss in nats of each sequence, fp32 (B,), for x (B, T, C), weight (V, C) and labels (B, T)."""
         rows, flat = x.flatten(0, 1), labels.flatten()
         if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-            losses = _HeadLoss.apply(rows, weight, flat, self.z_loss)
+            losses = _HeadLoss.apply(rows, weight, flat, self.z_loss, self.differentiate_)
         else:
             losses = torch.cat([token_losses(part, label) for part, label in parts(F.linear(rows, weight), flat)])
         return losses.view_as(labels).sum(dim=1)
@@ -41,19 +45,24 @@ class _HeadLoss(torch.autograd.Function):
     caller can weigh tokens as it likes."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, labels: Tensor, z_loss: float) -> Tensor:
+    def forward(ctx, x: Tensor, weight: Tensor, labels: Tensor, z_loss: float, differentiate_: Differentiate) -> Tensor:
         logits = F.linear(x, weight)  # (N, V)
-        losses = torch.cat([differentiate_(part, label, z_loss) for part, label in parts(logits, labels)])
+        losses = differentiate_(logits, labels, z_loss)
         ctx.save_for_backward(x, weight, labels, logits)
         return losses
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         x, weight, labels, slopes = ctx.saved_tensors  # slopes (N, V): of each token's loss by its logits
         grad = torch.where(labels == IGNORE, 0.0, grad)[:, None]  # (N, 1)
         grad_x = (slopes @ weight * grad).to(x.dtype)  # (N, C)
         grad_weight = slopes.T @ (x * grad).to(x.dtype)  # (V, C)
-        return grad_x, grad_weight, None, None
+        return grad_x, grad_weight, None, None, None
+
+
+def differentiate_in_parts_(logits: Tensor, labels: Tensor, z_loss: float) -> Tensor:
+    """differentiate_, some rows at a time."""
+    return torch.cat([differentiate_(part, label, z_loss) for part, label in parts(logits, labels)])
 
 
 def parts(logits: Tensor, labels: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -81,4 +90,16 @@ def differentiate_(logits: Tensor, labels: Tensor, z_loss: float) -> Tensor:
         probs *= 1 + 2 * z_loss * log_z
     probs.scatter_add_(1, places, torch.full_like(log_z, -1.0))
     logits.copy_(probs)
+    return losses
+
+
+def differentiate_at_once_(logits: Tensor, labels: Tensor, z_loss: float) -> Tensor:
+    """differentiate_ in a form that torch.compile makes two passes over the logits of, with nothing as large beside them."""
+    scored = labels != IGNORE
+    places = torch.where(scored, labels, 0)[:, None]  # (N, 1)
+    wide = logits.float()
+    log_z = wide.logsumexp(dim=-1, keepdim=True)  # (N, 1)
+    losses = torch.where(scored, (log_z - wide.gather(1, places))[:, 0], 0.0)
+    at_label = torch.arange(logits.shape[1], device=logits.device) == places  # (N, V)
+    logits.copy_((wide - log_z).exp() * (1 + 2 * z_loss * log_z) - at_label.float())
     return losses

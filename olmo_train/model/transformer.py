@@ -80,6 +80,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
 class Attention(nn.Module):
     """Causal attention with one matrix for q, k and v, whose rows lie in this order."""
 
+    attend = staticmethod(attend)  # parallel.py may set another implementation
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
@@ -103,7 +105,7 @@ class Attention(nn.Module):
         q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:
             k, v = cache.append(self, k, v)  # (B, K, past + T, D)
-        out = attend(q, k, v, mask)  # (B, H, T, D)
+        out = self.attend(q, k, v, mask)  # (B, H, T, D)
         return self.wo(out.transpose(1, 2).reshape(B, T, -1))  # (B, T, C)
 
 

@@ -1,0 +1,340 @@
+// Attention and cross-entropy for a CPU, each in one pass while its numbers are in the cache. cpu_kernels.py builds this file
+// and tells what each function computes.
+//
+// All arithmetic is in fp32, whatever the tensors hold. Vectors are those of GCC and Clang (attribute vector_size), so that one
+// text serves every instruction set. Bits depend neither on the number of threads nor on who takes which task.
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <thread>
+#include <vector>
+
+namespace {
+
+// Lanes of a vector, and rows of a tile of two vectors a row, whose sums must fit in the registers.
+#if defined(__AVX512F__)
+constexpr int W = 16, ROWS = 8;
+#elif defined(__AVX__)
+constexpr int W = 8, ROWS = 4;
+#else
+constexpr int W = 4, ROWS = 8;
+#endif
+constexpr int BLOCK = 32;  // queries that are worked on together: their scores fit in the cache
+
+typedef float V __attribute__((vector_size(4 * W)));
+typedef int32_t Integers __attribute__((vector_size(4 * W)));
+typedef uint32_t Bits __attribute__((vector_size(4 * W)));
+typedef uint16_t Halves __attribute__((vector_size(2 * W)));
+typedef uint16_t BF16;
+
+template <class X, class E> X load(const E* from) {
+    X x;
+    std::memcpy(&x, from, sizeof x);
+    return x;
+}
+
+inline V read(const float* from) { return load<V>(from); }
+inline V read(const BF16* from) { return (V)(__builtin_convertvector(load<Halves>(from), Bits) << 16); }
+
+inline void write(float* to, V x) { std::memcpy(to, &x, sizeof x); }
+inline void write(BF16* to, V x) {  // to the nearest, ties to even; a NaN stays one, as its last bits are zeros here
+    const Bits bits = (Bits)x;
+    const Halves halves = __builtin_convertvector((bits + 0x7fff + ((bits >> 16) & 1)) >> 16, Halves);
+    std::memcpy(to, &halves, sizeof halves);
+}
+
+// The first `count` of a vector's elements.
+template <class E> V read_some(const E* from, int64_t count, float otherwise) {
+    E some[W] = {};
+    std::copy(from, from + count, some);
+    V x = read(some);
+    for (int64_t i = count; i < W; i++) x[i] = otherwise;
+    return x;
+}
+template <class E> void write_some(E* to, V x, int64_t count) {
+    E some[W];
+    write(some, x);
+    std::copy(some, some + count, to);
+}
+
+inline float sum(V x) {
+    float total = 0;
+    for (int i = 0; i < W; i++) total += x[i];
+    return total;
+}
+inline float largest(V x) {
+    float most = x[0];
+    for (int i = 1; i < W; i++) most = std::max(most, x[i]);
+    return most;
+}
+inline V larger(V x, V y) { return x > y ? x : y; }
+
+// exp(x) for x <= 0, 0 below the smallest normal number: 2^n exp(f) with |f| <= ln(2)/2, exp(f) by its Taylor series.
+// NaN is passed on apart: what it becomes as an integer is not defined.
+inline V exponential(V x) {
+    const float to_integer = 3 << 22;  // 1.5 * 2^23: with it added, a float has no place for a fraction
+    const V n = (x * 1.44269504f + to_integer) - to_integer;
+    const V f = (x - n * 0.693359375f) - n * -2.12194440e-4f;  // ln(2) in two parts, the first with few bits
+    V series = f * (1 / 5040.0f) + 1 / 720.0f;
+    for (float term : {1 / 120.0f, 1 / 24.0f, 1 / 6.0f, 1 / 2.0f, 1.0f, 1.0f}) series = series * f + term;
+    const V result = (V)((Integers)series + (__builtin_convertvector(n, Integers) << 23));
+    return x < -87.0f ? V{} : x == x ? result : x;
+}
+
+template <class F> void in_parallel(int64_t tasks, int threads, F task) {
+    std::atomic<int64_t> next{0};
+    auto work = [&] {
+        for (int64_t i; (i = next++) < tasks;) task(i);
+    };
+    std::vector<std::thread> others;
+    for (int64_t i = 1; i < std::min<int64_t>(threads, tasks); i++) others.emplace_back(work);
+    work();
+    for (auto& thread : others) thread.join();
+}
+
+// ---- products of small matrices
+
+// c (ROWS, NV * W) = a (ROWS, K) b (K, NV * W), or added to c; a[m, k] lies at m * a_row + k * a_column.
+template <int NV, bool ADD>
+inline void tile(int64_t K, const float* a, int64_t a_row, int64_t a_column, const float* b, int64_t b_row, float* c, int64_t c_row) {
+    V total[ROWS][NV] = {};
+    for (int64_t k = 0; k < K; k++) {
+        V row[NV];
+        for (int n = 0; n < NV; n++) row[n] = read(b + k * b_row + n * W);
+        for (int m = 0; m < ROWS; m++)
+            for (int n = 0; n < NV; n++) total[m][n] += a[m * a_row + k * a_column] * row[n];
+    }
+    for (int m = 0; m < ROWS; m++)
+        for (int n = 0; n < NV; n++) {
+            float* place = c + m * c_row + n * W;
+            write(place, ADD ? read(place) + total[m][n] : total[m][n]);
+        }
+}
+
+// c (M, N) = a (M, K) b (K, N), or added to c: M a multiple of ROWS, N of W.
+template <bool ADD>
+void product(int64_t M, int64_t N, int64_t K, const float* a, int64_t a_row, int64_t a_column, const float* b, int64_t b_row,
+             float* c, int64_t c_row) {
+    int64_t n = 0;
+    for (; n + 2 * W <= N; n += 2 * W)
+        for (int64_t m = 0; m < M; m += ROWS)
+            tile<2, ADD>(K, a + m * a_row, a_row, a_column, b + n, b_row, c + m * c_row + n, c_row);
+    if (n < N)
+        for (int64_t m = 0; m < M; m += ROWS)
+            tile<1, ADD>(K, a + m * a_row, a_row, a_column, b + n, b_row, c + m * c_row + n, c_row);
+}
+
+// ---- attention
+
+struct Shape {
+    int64_t B, H, K, T, D;  // sequences, query heads, key heads, tokens, head size
+    int64_t padded() const { return (T + BLOCK - 1) / BLOCK * BLOCK; }
+    int64_t row() const { return padded() + W; }  // of a value for each key; rows a power of two apart would share cache lines
+};
+
+// A tensor (B, H, T, D) whose last dimension lies together: its address, and three strides in elements.
+template <class E> struct Heads {
+    E* data;
+    int64_t batch, head, token;
+    explicit Heads(const int64_t* about) : data((E*)about[0]), batch(about[1]), head(about[2]), token(about[3]) {}
+    E* at(int64_t b, int64_t h, int64_t t) const { return data + b * batch + h * head + t * token; }
+};
+
+// Tokens first..first+count of a head as fp32 (count, D), times `scale`; zeros beyond T.
+template <class E>
+void unpack(const Heads<E>& x, const Shape& s, int64_t b, int64_t h, int64_t first, int64_t count, float scale, float* to) {
+    for (int64_t t = 0; t < count; t++)
+        for (int64_t d = 0; d < s.D; d += W)
+            write(to + t * s.D + d, first + t < s.T ? read(x.at(b, h, first + t) + d) * scale : V{});
+}
+
+template <class E>
+void pack(const float* from, const Shape& s, int64_t b, int64_t h, int64_t first, int64_t count, const Heads<E>& to) {
+    for (int64_t t = 0; t < std::min(count, s.T - first); t++)
+        for (int64_t d = 0; d < s.D; d += W) write(to.at(b, h, first + t) + d, read(from + t * s.D + d));
+}
+
+// (T, D) to (D, T), whose rows are s.row() apart.
+void transpose(const float* from, const Shape& s, float* to) {
+    for (int64_t d = 0; d < s.D; d += W)
+        for (int64_t t = 0; t < s.padded(); t++)
+            for (int64_t i = d; i < d + W; i++) to[i * s.row() + t] = from[t * s.D + i];
+}
+
+// scores (BLOCK, first + BLOCK) of the queries from `first` on and all keys up to theirs; -inf where a key comes later.
+void causal_scores(const float* queries, const float* turned_keys, const Shape& s, int64_t first, float* scores) {
+    product<false>(BLOCK, first + BLOCK, s.D, queries, s.D, 1, turned_keys, s.row(), scores, s.row());
+    for (int64_t i = 0; i < BLOCK; i++)
+        std::fill(scores + i * s.row() + first + i + 1, scores + i * s.row() + first + BLOCK, -INFINITY);
+}
+
+struct Scratch {  // one piece of memory, zeros at first, given out part by part
+    std::vector<float> memory;
+    int64_t used = 0;
+    explicit Scratch(int64_t floats) : memory(floats) {}
+    float* take(int64_t floats) { return memory.data() + (used += floats) - floats; }
+};
+
+template <class E>
+void attention_forward(Shape s, float scale, Heads<const E> q, Heads<const E> k, Heads<const E> v, Heads<E> out, float* log_sums,
+                       int threads) {
+    const int64_t all = s.padded() * s.D, some = BLOCK * s.D, scored = BLOCK * s.row(), queries_a_key = s.H / s.K;
+    in_parallel(s.B * s.K, threads, [&](int64_t task) {
+        const int64_t b = task / s.K, key_head = task % s.K;
+        Scratch scratch(2 * all + s.D * s.row() + 2 * some + scored);
+        float *keys = scratch.take(all), *values = scratch.take(all), *turned_keys = scratch.take(s.D * s.row());
+        float *queries = scratch.take(some), *result = scratch.take(some), *scores = scratch.take(scored);
+        unpack(k, s, b, key_head, 0, s.padded(), 1, keys);
+        unpack(v, s, b, key_head, 0, s.padded(), 1, values);
+        transpose(keys, s, turned_keys);
+        for (int64_t h = key_head * queries_a_key; h < (key_head + 1) * queries_a_key; h++)
+            for (int64_t first = 0; first < s.T; first += BLOCK) {
+                const int64_t seen = first + BLOCK;
+                float totals[BLOCK];
+                unpack(q, s, b, h, first, BLOCK, scale, queries);
+                causal_scores(queries, turned_keys, s, first, scores);
+                for (int64_t i = 0; i < BLOCK; i++) {  // softmax, not yet divided
+                    float* row = scores + i * s.row();
+                    V top = read(row), total{};
+                    for (int64_t j = W; j < seen; j += W) top = larger(top, read(row + j));
+                    const float most = largest(top);
+                    for (int64_t j = 0; j < seen; j += W) {
+                        const V e = exponential(read(row + j) - most);
+                        total += e;
+                        write(row + j, e);
+                    }
+                    totals[i] = sum(total);
+                    if (first + i < s.T) log_sums[(b * s.H + h) * s.T + first + i] = most + std::log(totals[i]);
+                }
+                product<false>(BLOCK, s.D, seen, scores, s.row(), 1, values, s.D, result, s.D);
+                for (int64_t i = 0; i < BLOCK; i++)
+                    for (int64_t d = 0; d < s.D; d += W) write(result + i * s.D + d, read(result + i * s.D + d) / totals[i]);
+                pack(result, s, b, h, first, BLOCK, out);
+            }
+    });
+}
+
+template <class E>
+void attention_backward(Shape s, float scale, Heads<const E> grad, Heads<const E> q, Heads<const E> k, Heads<const E> v,
+                        Heads<const E> out, const float* log_sums, Heads<E> grad_q, Heads<E> grad_k, Heads<E> grad_v, int threads) {
+    const int64_t all = s.padded() * s.D, some = BLOCK * s.D, scored = BLOCK * s.row(), queries_a_key = s.H / s.K;
+    in_parallel(s.B * s.K, threads, [&](int64_t task) {
+        const int64_t b = task / s.K, key_head = task % s.K;
+        Scratch scratch(4 * all + 2 * s.D * s.row() + 4 * some + 2 * scored);
+        float *keys = scratch.take(all), *turned_keys = scratch.take(s.D * s.row()), *key_slopes = scratch.take(all);
+        float *values = scratch.take(all), *turned_values = scratch.take(s.D * s.row()), *value_slopes = scratch.take(all);
+        float *queries = scratch.take(some), *outs = scratch.take(some), *grads = scratch.take(some), *result = scratch.take(some);
+        float *probs = scratch.take(scored), *slopes = scratch.take(scored);
+        unpack(k, s, b, key_head, 0, s.padded(), 1, keys);
+        unpack(v, s, b, key_head, 0, s.padded(), 1, values);
+        transpose(keys, s, turned_keys);
+        transpose(values, s, turned_values);
+        for (int64_t h = key_head * queries_a_key; h < (key_head + 1) * queries_a_key; h++)
+            for (int64_t first = 0; first < s.T; first += BLOCK) {
+                const int64_t seen = first + BLOCK;
+                unpack(q, s, b, h, first, BLOCK, scale, queries);
+                unpack(out, s, b, h, first, BLOCK, 1, outs);
+                unpack(grad, s, b, h, first, BLOCK, 1, grads);
+                causal_scores(queries, turned_keys, s, first, probs);
+                product<false>(BLOCK, seen, s.D, grads, s.D, 1, turned_values, s.row(), slopes, s.row());
+                for (int64_t i = 0; i < BLOCK; i++) {  // slopes: of the loss, by the scores
+                    V common{};
+                    for (int64_t d = 0; d < s.D; d += W) common += read(grads + i * s.D + d) * read(outs + i * s.D + d);
+                    const float mean_slope = sum(common);
+                    const float log_sum = first + i < s.T ? log_sums[(b * s.H + h) * s.T + first + i] : INFINITY;
+                    float *p = probs + i * s.row(), *slope = slopes + i * s.row();
+                    for (int64_t j = 0; j < seen; j += W) {
+                        const V prob = exponential(read(p + j) - log_sum);
+                        write(p + j, prob);
+                        write(slope + j, prob * (read(slope + j) - mean_slope));
+                    }
+                }
+                product<true>(seen, s.D, BLOCK, probs, 1, s.row(), grads, s.D, value_slopes, s.D);
+                product<true>(seen, s.D, BLOCK, slopes, 1, s.row(), queries, s.D, key_slopes, s.D);  // queries are scaled
+                product<false>(BLOCK, s.D, seen, slopes, s.row(), 1, keys, s.D, result, s.D);
+                for (int64_t i = 0; i < some; i += W) write(result + i, read(result + i) * scale);
+                pack(result, s, b, h, first, BLOCK, grad_q);
+            }
+        pack(key_slopes, s, b, key_head, 0, s.padded(), grad_k);
+        pack(value_slopes, s, b, key_head, 0, s.padded(), grad_v);
+    });
+}
+
+// ---- cross-entropy
+
+// One row of logits (V) becomes the slopes of its loss; `probs` is room for V numbers and a vector more.
+template <class E> float differentiate_row(E* logits, int64_t V_, int64_t label, float z_loss, float* probs) {
+    V top = V{} - INFINITY, total{};
+    for (int64_t j = 0; j < V_; j += W) {
+        const V x = j + W <= V_ ? read(logits + j) : read_some(logits + j, V_ - j, -INFINITY);
+        top = larger(top, x);
+        write(probs + j, x);
+    }
+    const float most = largest(top), at_label = probs[label];
+    for (int64_t j = 0; j < V_; j += W) {
+        const V e = exponential(read(probs + j) - most);
+        total += e;
+        write(probs + j, e);
+    }
+    const float all = sum(total), log_z = most + std::log(all), weight = (1 + 2 * z_loss * log_z) / all;
+    for (int64_t j = 0; j < V_; j += W) {
+        const V slope = read(probs + j) * weight;
+        j + W <= V_ ? write(logits + j, slope) : write_some(logits + j, slope, V_ - j);
+    }
+    write_some(logits + label, V{} + (probs[label] * weight - 1), 1);
+    return log_z - at_label;
+}
+
+// False, with nothing done, where a label is no place of the vocabulary.
+template <class E>
+bool differentiate(int64_t rows, int64_t V_, E* logits, const int64_t* labels, int64_t ignored, float z_loss, float* losses,
+                   int threads) {
+    for (int64_t r = 0; r < rows; r++)
+        if (labels[r] != ignored && (labels[r] < 0 || labels[r] >= V_)) return false;
+    in_parallel(threads, threads, [&](int64_t part) {
+        std::vector<float> probs(V_ + W);
+        for (int64_t r = rows * part / threads; r < rows * (part + 1) / threads; r++)
+            losses[r] = labels[r] == ignored ? 0 : differentiate_row(logits + r * V_, V_, labels[r], z_loss, probs.data());
+    });
+    return true;
+}
+
+template <class E> void forward(const int64_t* shape, float scale, const int64_t (*x)[4], float* log_sums, int threads) {
+    typedef Heads<const E> In;
+    attention_forward<E>({shape[0], shape[1], shape[2], shape[3], shape[4]}, scale, In(x[0]), In(x[1]), In(x[2]), Heads<E>(x[3]),
+                         log_sums, threads);
+}
+
+template <class E> void backward(const int64_t* shape, float scale, const int64_t (*x)[4], const float* log_sums, int threads) {
+    typedef Heads<const E> In;
+    typedef Heads<E> Out;
+    attention_backward<E>({shape[0], shape[1], shape[2], shape[3], shape[4]}, scale, In(x[0]), In(x[1]), In(x[2]), In(x[3]), In(x[4]),
+                          log_sums, Out(x[5]), Out(x[6]), Out(x[7]), threads);
+}
+
+}  // namespace
+
+extern "C" {
+
+int lanes() { return W; }
+
+// x: q, k, v and the result
+void attention_forward(int bf16, const int64_t* shape, float scale, const int64_t (*x)[4], float* log_sums, int threads) {
+    (bf16 ? forward<BF16> : forward<float>)(shape, scale, x, log_sums, threads);
+}
+
+// x: the gradient that comes in, q, k, v, the forward's result, and the gradients of q, k and v
+void attention_backward(int bf16, const int64_t* shape, float scale, const int64_t (*x)[4], const float* log_sums, int threads) {
+    (bf16 ? backward<BF16> : backward<float>)(shape, scale, x, log_sums, threads);
+}
+
+int differentiate(int bf16, int64_t rows, int64_t vocab, void* logits, const int64_t* labels, int64_t ignored, float z_loss,
+                  float* losses, int threads) {
+    if (bf16) return differentiate<BF16>(rows, vocab, (BF16*)logits, labels, ignored, z_loss, losses, threads);
+    return differentiate<float>(rows, vocab, (float*)logits, labels, ignored, z_loss, losses, threads);
+}
+
+}  // extern "C"

@@ -1,0 +1,179 @@
+"""Attention and the head's loss for a CPU, from cpu_kernels.cpp: a C++ compiler makes them once for a machine.
+
+The one idea: torch writes the scores of attention, and the probabilities over the vocabulary, to memory in several passes.
+Here some rows at a time stay in the cache, and all arithmetic is in fp32, so results are at least as exact as torch's in
+bf16. Causal attention is that of Dao et al. 2022 (FlashAttention): the backward computes the scores again, and knows their
+softmax by the logarithm of its sum, which the forward has kept.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from olmo_train.errors import ConfigError
+from olmo_train.model.loss import IGNORE
+from olmo_train.model.transformer import Mask
+from olmo_train.model.transformer import attend as attend_by_torch
+from olmo_train.storage import cache_folder
+
+SOURCE = Path(__file__).with_name("cpu_kernels.cpp")
+COMPILERS = ("c++", "g++", "clang++")  # tried in this order, after $CXX
+# Not -ffast-math: it takes NaN for impossible, and the guard lives on it.
+FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-pthread")
+DTYPES = (torch.bfloat16, torch.float32)
+LANES = 16  # of the widest vector: head sizes must be multiples
+
+
+# ---- building
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The compiled kernels, built when this machine has none of this source yet; about two seconds.
+
+    Raises ConfigError where there is no C++ compiler, or it refuses.
+    """
+    compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, COMPILERS)), None)
+    if compiler is None:
+        raise ConfigError(
+            "parallel.cpu_kernels", f"needs a C++ compiler ({', '.join(COMPILERS)} or $CXX); install one, or set false"
+        )
+    words = [*compiler.split(), *FLAGS, "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"]
+    built = cache_folder() / "kernels" / f"{_fingerprint(words)}.so"
+    if not built.exists():
+        _build(words, built)
+    return ctypes.CDLL(str(built))
+
+
+def _fingerprint(words: list[str]) -> str:
+    """Of what the result depends on; homes are shared by machines with other processors and compilers."""
+    about = [*words, SOURCE.read_text(), platform.machine(), platform.processor()]
+    processor = Path("/proc/cpuinfo")
+    if processor.exists():
+        about += sorted(
+            {line for line in processor.read_text().splitlines() if line.startswith(("model name", "flags", "Features"))}
+        )
+    return hashlib.sha256("\n".join(about).encode()).hexdigest()[:24]
+
+
+def _build(words: list[str], built: Path) -> None:
+    """Under another name first: several ranks may build it at once, and each must find it whole."""
+    try:
+        built.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=built.parent) as folder:
+            made = Path(folder, "made.so")
+            subprocess.run([*words, str(SOURCE), "-o", str(made)], check=True, capture_output=True, text=True)
+            made.replace(built)
+    except subprocess.CalledProcessError as problem:
+        complaint = (problem.stderr.strip().splitlines() or ["it said nothing"])[0]
+        raise ConfigError(
+            "parallel.cpu_kernels", f"{' '.join(words)} failed: {complaint}; set CXX to another, or set false"
+        ) from None
+    except OSError as problem:
+        raise ConfigError("parallel.cpu_kernels", f"cannot be built: {problem}; or set false") from None
+
+
+# ---- attention
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v, (B, H, T, D), for q (B, H, T, D) and k, v (B, K, T, D), K a divisor of H.
+
+    A query sees the keys up to its own place. What these kernels do not know, torch does: masks, caches, other types.
+    """
+    known = mask is None and q.dtype in DTYPES and q.shape[-1] % LANES == 0 and q.shape[2] == k.shape[2]
+    return attention(q, k, v)[0] if known else attend_by_torch(q, k, v, mask)
+
+
+@torch.library.custom_op("olmo_train::cpu_attention", mutates_args=(), device_types="cpu")
+def attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """The result (B, H, T, D), and the logarithm of the sum of each query's exponentials, fp32 (B, H, T)."""
+    q, k, v = map(_readable, (q, k, v))
+    out, log_sums = _heads_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+    library().attention_forward(*_about(q, k), _addresses(q, k, v, out), _pointer(log_sums), torch.get_num_threads())
+    return out, log_sums
+
+
+@torch.library.custom_op("olmo_train::cpu_attention_backward", mutates_args=(), device_types="cpu")
+def attention_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sums: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of q, k and v for that of the result."""
+    grad, q, k, v = map(_readable, (grad, q, k, v))
+    slopes = _heads_like(q), _heads_like(k), _heads_like(v)
+    addresses = _addresses(grad, q, k, v, out, *slopes)
+    library().attention_backward(*_about(q, k), addresses, _pointer(log_sums), torch.get_num_threads())
+    return slopes
+
+
+@attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    return _heads_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@attention_backward.register_fake
+def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return _heads_like(q), _heads_like(k), _heads_like(v)
+
+
+def _keep(ctx, inputs: tuple[Tensor, Tensor, Tensor], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs, *output)
+
+
+def _backward(ctx, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return attention_backward(grad, *ctx.saved_tensors)
+
+
+attention.register_autograd(_backward, setup_context=_keep)
+
+
+def _readable(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _heads_like(x: Tensor) -> Tensor:
+    """An empty (B, H, T, D) that lies as (B, T, H, D), so that joining heads costs no copy."""
+    B, H, T, D = x.shape
+    return x.new_empty(B, T, H, D).transpose(1, 2)
+
+
+def _about(q: Tensor, k: Tensor) -> tuple:
+    B, H, T, D = q.shape
+    shape = (ctypes.c_int64 * 5)(B, H, k.shape[1], T, D)
+    return int(q.dtype == torch.bfloat16), shape, ctypes.c_float(D**-0.5)
+
+
+def _addresses(*tensors: Tensor) -> ctypes.Array:
+    numbers = [number for x in tensors for number in (x.data_ptr(), *x.stride()[:3])]
+    return (ctypes.c_int64 * len(numbers))(*numbers)
+
+
+def _pointer(x: Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(x.data_ptr())
+
+
+# ---- loss
+
+
+def differentiate_(logits: Tensor, labels: Tensor, z_loss: float) -> Tensor:
+    """As loss.differentiate_: cross-entropy (N,) fp32, while logits (N, V) become the gradients of the losses."""
+    if logits.dtype not in DTYPES or not logits.is_contiguous():
+        raise TypeError(f"logits must be contiguous, and bf16 or fp32, got {logits.dtype}")
+    rows, vocab = logits.shape
+    labels, losses = labels.contiguous(), logits.new_empty(rows, dtype=torch.float32)
+    sizes = int(logits.dtype == torch.bfloat16), ctypes.c_int64(rows), ctypes.c_int64(vocab)
+    numbers = _pointer(logits), _pointer(labels), ctypes.c_int64(IGNORE), ctypes.c_float(z_loss)
+    if not library().differentiate(*sizes, *numbers, _pointer(losses), torch.get_num_threads()):
+        raise IndexError(f"labels must be below {vocab}, or {IGNORE}")
+    return losses

@@ -1,0 +1,205 @@
+"""The C++ of attention and loss computes what torch computes, at least as exactly, and hides nothing that is not finite."""
+
+import subprocess
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from olmo_train import config as configuration
+from olmo_train import parallel
+from olmo_train.errors import ConfigError
+from olmo_train.model import cpu_kernels
+from olmo_train.model.loss import IGNORE, differentiate_
+from olmo_train.storage import cache_folder
+
+# sequences, query heads, key heads, tokens, head size: tokens around a block of 32, groups of queries, one token
+SHAPES = [(2, 4, 4, 64, 32), (1, 4, 2, 77, 48), (2, 6, 1, 33, 64), (3, 2, 2, 31, 16), (1, 2, 2, 1, 128), (1, 1, 1, 300, 256)]
+
+
+def random_heads(shape, dtype, seed=0) -> list[torch.Tensor]:
+    """q, k, v and a gradient, as the model makes them: q, k and v are parts of one tensor."""
+    B, H, K, T, D = shape
+    torch.manual_seed(seed)
+    parts = torch.randn(B, T, (H + 2 * K) * D).to(dtype).split([H * D, K * D, K * D], dim=-1)
+    heads = [part.view(B, T, -1, D).transpose(1, 2) for part in parts]
+    return [*heads, torch.randn(B, T, H, D).to(dtype).transpose(1, 2)]
+
+
+def attend_and_back(attend, q, k, v, grad) -> list[torch.Tensor]:
+    q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+    out = attend(q, k, v)
+    out.backward(grad)
+    return [out.detach(), q.grad, k.grad, v.grad]
+
+
+def by_kernels(q, k, v):
+    return cpu_kernels.attend(q, k, v, None)
+
+
+def by_torch(q, k, v):
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype, floor", [(torch.float32, 2e-6), (torch.bfloat16, 1e-2)])
+def test_attention_and_its_gradients_are_those_of_fp64_as_exactly_as_torchs_own(shape, dtype, floor):
+    tensors = random_heads(shape, dtype)
+    exact = attend_and_back(by_torch, *(x.double() for x in tensors))
+    for found, torchs, truth in zip(
+        attend_and_back(by_kernels, *tensors), attend_and_back(by_torch, *tensors), exact, strict=True
+    ):
+        size, error, torchs_error = truth.norm(), (found - truth).norm(), (torchs - truth).norm()
+        assert found.dtype == dtype and found.shape == truth.shape
+        rounding = 3e-7 * tensors[3].norm()  # of sums that cancel: one token alone has no gradient by its query
+        assert error <= floor * size + rounding
+        assert error <= 1.5 * torchs_error + rounding
+
+
+def test_large_scores_neither_overflow_nor_vanish():
+    q, k, v, grad = random_heads((1, 2, 2, 64, 32), torch.float32)
+    tensors = [50 * q, 50 * k, v, grad]
+    exact = attend_and_back(by_torch, *(x.double() for x in tensors))
+    for found, truth in zip(attend_and_back(by_kernels, *tensors), exact, strict=True):
+        assert (found - truth).norm() <= 1e-5 * (truth.norm() + 50 * grad.norm())
+
+
+def test_a_token_does_not_see_those_behind_it():
+    q, k, v, _ = random_heads((1, 2, 2, 70, 32), torch.float32)
+    before = by_kernels(q, k, v)
+    for x in (q, k, v):
+        x[:, :, 45:] = 1e3
+    assert torch.equal(by_kernels(q, k, v)[:, :, :45], before[:, :, :45])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_stays_so(dtype, bad):
+    """The guard must see it: a vector's maximum, or an exponential, may pass a NaN over."""
+    for place in range(3):
+        tensors = random_heads((1, 2, 2, 40, 32), dtype)
+        tensors[place][0, 1, 5, 7] = bad
+        out, *slopes = attend_and_back(by_kernels, *tensors)
+        assert not out[0, 1, 5:].isfinite().all() and out[0, 0].isfinite().all()
+        assert not all(slope[0, 1].isfinite().all() for slope in slopes)
+    logits = torch.randn(3, 50).to(dtype)
+    logits[1, 20] = bad
+    losses = cpu_kernels.differentiate_(logits, torch.tensor([1, 2, 3]), 0.0)
+    assert losses.isfinite().tolist() == [True, False, True]
+    assert not logits[1].isfinite().all()
+
+
+def test_the_number_of_threads_does_not_change_a_bit():
+    tensors, logits, labels = random_heads((3, 4, 2, 77, 32), torch.float32), torch.randn(13, 333), torch.arange(13)
+    seen = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        slopes = logits.clone()
+        seen.append([*attend_and_back(by_kernels, *tensors), cpu_kernels.differentiate_(slopes, labels, 0.1), slopes])
+    for other in seen[1:]:
+        assert all(map(torch.equal, seen[0], other))
+
+
+def test_the_registered_operations_keep_torchs_rules():
+    """Among them: the shapes and strides that torch.compile is told are those that come."""
+    q, k, v, _ = random_heads((2, 4, 2, 40, 32), torch.float32)
+    torch.library.opcheck(cpu_kernels.attention, [x.clone().requires_grad_() for x in (q, k, v)])
+
+
+@pytest.mark.parametrize("vocab", [5, 64, 333])
+@pytest.mark.parametrize("dtype, close", [(torch.float32, 1e-6), (torch.bfloat16, 1e-3)])
+@pytest.mark.parametrize("z_loss", [0.0, 0.1])
+def test_losses_and_slopes_are_those_of_torchs_operations(vocab, dtype, close, z_loss):
+    torch.manual_seed(0)
+    logits, labels = 5 * torch.randn(20, vocab).to(dtype), torch.randint(vocab, (20,))
+    labels[3] = labels[11] = IGNORE
+    slopes, expected, scored = logits.clone(), logits.clone(), labels != IGNORE
+    losses = cpu_kernels.differentiate_(slopes, labels, z_loss)
+    torch.testing.assert_close(losses, differentiate_(expected, labels, z_loss), rtol=1e-6, atol=1e-6)
+    assert (slopes[scored] - expected[scored]).norm() <= close * expected[scored].norm()
+
+
+@pytest.mark.parametrize("label", [7, -1])
+def test_a_label_outside_of_the_vocabulary_is_refused(label):
+    with pytest.raises(IndexError, match="labels must be below 7, or -100"):
+        cpu_kernels.differentiate_(torch.zeros(2, 7), torch.tensor([0, label]), 0.0)
+
+
+def test_what_the_kernels_do_not_know_is_left_to_torch():
+    q, k, v, _ = random_heads((1, 2, 2, 40, 32), torch.float32)
+    documents = torch.ones(1, 1, 40, 40, dtype=torch.bool).tril()
+    documents[..., 20:, :20] = False
+    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=documents)
+    assert torch.equal(cpu_kernels.attend(q, k, v, documents), expected)
+    odd = [x[..., :24] for x in (q, k, v)]  # a head size that is no multiple of 16
+    assert torch.equal(by_kernels(*odd), by_torch(*odd))
+
+
+# ---- building
+
+
+@pytest.fixture
+def nothing_built(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    cpu_kernels.library.cache_clear()
+    yield
+    cpu_kernels.library.cache_clear()
+
+
+def test_what_was_built_once_is_found(nothing_built, monkeypatch):
+    cpu_kernels.library()
+    built = list(cache_folder().rglob("*"))
+    assert [path.suffix for path in built if path.is_file()] == [".so"] and built[0].parent == cache_folder()
+    cpu_kernels.library.cache_clear()
+    monkeypatch.setattr(subprocess, "run", lambda *words, **options: pytest.fail("built again"))
+    assert cpu_kernels.library().lanes() in (4, 8, 16)
+
+
+def test_without_a_compiler_the_run_says_what_to_do_and_leaves_nothing(run_cli, tiny_words, tmp_path):
+    words = tiny_words(**{"parallel.cpu_kernels": "true"})
+    done = run_cli("train", *words, CXX="no-such-compiler", XDG_CACHE_HOME=str(tmp_path / "cache"))
+    assert done.returncode == 2
+    assert "error: parallel.cpu_kernels: cannot be built" in done.stderr and "or set false" in done.stderr
+    done = run_cli("train", *words, CXX="c++ -no-such-option", XDG_CACHE_HOME=str(tmp_path / "cache"))
+    assert done.returncode == 2 and "no-such-option" in done.stderr and "set CXX to another" in done.stderr
+    assert not list((tmp_path / "cache").rglob("*.so"))
+
+
+def test_no_compiler_at_all_is_told(nothing_built, monkeypatch):
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(ConfigError, match="parallel.cpu_kernels: needs a C"):
+        cpu_kernels.library()
+
+
+# ---- in a run
+
+
+def test_they_are_for_cpus_and_come_with_compiled_blocks():
+    wants = lambda device, **keys: parallel._wants_cpu_kernels(  # noqa: E731
+        configuration.build(parallel.ParallelConfig, keys), SimpleNamespace(device=torch.device(device))
+    )
+    assert [wants("cpu"), wants("cpu", compile=True), wants("cpu", cpu_kernels=True)] == [False, True, True]
+    assert [wants("cpu", compile=True, cpu_kernels=False), wants("cuda", compile=True)] == [False, False]
+    with pytest.raises(ConfigError, match="parallel.cpu_kernels: is for CPUs, and this is cuda"):
+        wants("cuda", cpu_kernels=True)
+
+
+def test_a_run_learns_the_same_and_resumes_with_the_same_bits(run_cli, tiny_words, read_metrics, tmp_path):
+    kernels = {"parallel.cpu_kernels": "true"}
+    runs = {"plain": {}, "kernels": kernels, "cut": kernels | {"total_steps": 7}}
+    for name, changes in runs.items():
+        assert run_cli("train", *tiny_words(name, **{"optim.schedule_steps": 12}, **changes)).returncode == 0
+    assert run_cli("train", *tiny_words("cut", **kernels, **{"optim.schedule_steps": 12})).returncode == 0
+    losses = {name: [line["train/CrossEntropyLoss"] for line in read_metrics(tmp_path / name)] for name in runs}
+    assert losses["cut"] == losses["kernels"] != losses["plain"]
+    assert losses["kernels"] == pytest.approx(losses["plain"], rel=1e-6)
+
+
+def test_a_compiled_run_learns_the_same(run_cli, tiny_words, read_metrics, tmp_path):
+    for name, changes in {"plain": {}, "compiled": {"parallel.compile": "true"}}.items():
+        done = run_cli("train", *tiny_words(name, total_steps=4, **changes))
+        assert done.returncode == 0, done.stderr
+    losses = {name: [line["train/CrossEntropyLoss"] for line in read_metrics(tmp_path / name)] for name in ("plain", "compiled")}
+    assert losses["compiled"] == pytest.approx(losses["plain"], rel=1e-5) and losses["compiled"] != losses["plain"]
