@@ -1,0 +1,148 @@
+"""How costs grow: a step's time with sequence length, layers, micro-batch and processes; a save with the size of the model;
+naming a batch with the size of the data.
+
+    python tests/bench_growth.py [--output growth.png]
+
+Each step's time is the median of an `olmo-train bench` in a process of its own. Prints a table and draws it, beside a line in
+proportion to the work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+BASE = {"model.d_model": 256, "model.n_layers": 4, "model.n_heads": 4, "model.mlp_hidden": 704, "model.seq_len": 256,
+        "model.vocab_size": 8192, "model.padded_vocab_size": 8192, "global_batch_size": 8, "micro_batch_size": 4}  # fmt: skip
+STEP = {  # what grows: its values
+    "model.seq_len": (64, 128, 256, 512, 1024, 2048),
+    "model.n_layers": (2, 4, 8, 16),
+    "micro_batch_size": (1, 2, 4, 8),
+    "processes": (1, 2),
+}
+WORK_GROWS = ("model.seq_len", "model.n_layers", "parameters")  # where nothing is said here, a step's work stays as it is
+WIDTHS = (128, 256, 512, 1024)  # d_model of the models that are saved
+INSTANCES = tuple(10**exponent for exponent in (4, 6, 8, 10))  # of the data out of which a batch of 2048 is named
+
+
+def step_seconds(key: str, value: int, arguments: argparse.Namespace) -> float:
+    changes = BASE if key == "processes" else BASE | {key: value}
+    processes = value if key == "processes" else 1
+    start = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
+    words = [f"{name}={setting}" for name, setting in changes.items()] + arguments.word
+    steps = ["--steps", str(arguments.steps), "--warmup", "2", "--json"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(max(1, arguments.threads // processes))}
+    out = subprocess.run(
+        [sys.executable, *start, "-m", "olmo_train", "bench", *words, *steps], env=environment, capture_output=True, text=True
+    )
+    if out.returncode:
+        sys.exit(out.stderr)
+    return json.loads(out.stdout[out.stdout.index("{\n") :])["step_seconds"]
+
+
+def save_seconds(widths: tuple[int, ...]) -> dict[int, float]:
+    """{parameters: seconds of a whole save, flushed}, the faster of two."""
+    import torch
+
+    from olmo_train import config as configuration
+    from olmo_train import optim, parallel
+    from olmo_train.checkpoint import CheckpointConfig, Checkpointer
+    from olmo_train.distributed import join_world
+    from olmo_train.model.transformer import Transformer
+    from olmo_train.recipe import TrainConfig
+
+    found = {}
+    with join_world() as world, tempfile.TemporaryDirectory() as folder:
+        for width in widths:
+            shape = [f"model.d_model={width}", "model.n_layers=4", "model.n_heads=4", f"model.mlp_hidden={4 * width}"]
+            config = configuration.load(TrainConfig, [], [f"run_dir={folder}", "data.sources.a.path=unused", *shape])
+            with torch.device("meta"):
+                model = Transformer(config.model)
+            parallel.shard(model, config.parallel, world)
+            optimizer = optim.build_optimizer(dict(model.named_parameters()), config.optim, parallel.on_whole)
+            optim.allocate_state(optimizer)
+            parallel.init_weights(model, config.seed)
+            saver = Checkpointer(Path(folder, str(width)), CheckpointConfig(async_save=False, keep_last=1), world, {})
+            seconds = []
+            for step in (1, 2):
+                started = time.perf_counter()
+                saver.save(step, model, optimizer, {"data": {}})
+                saver.wait()
+                seconds.append(time.perf_counter() - started)
+            found[sum(p.numel() for p in model.parameters())] = min(seconds)
+    return found
+
+
+def order_seconds(sizes: tuple[int, ...]) -> dict[int, float]:
+    """{instances: seconds to name a batch of 2048 of them, deep in an epoch}."""
+    import numpy as np
+
+    from olmo_train.data.order import PermutedOrder
+
+    found = {}
+    for size in sizes:
+        order = PermutedOrder(["a", "b"], [size // 2, size // 2], [(1, [0.5, 0.5])], 1)
+        seconds = []
+        for i in range(7):
+            places = np.arange(size // 3 + 2048 * i, size // 3 + 2048 * (i + 1))
+            started = time.perf_counter()
+            order.at(places)
+            seconds.append(time.perf_counter() - started)
+        found[size] = sorted(seconds)[3]
+    return found
+
+
+def table(found: dict[str, dict[int, float]]) -> str:
+    """A line for each thing that grows: its value and the seconds beside it."""
+    lines = ["| what grows | value: seconds |", "|---|---|"]
+    for key, points in found.items():
+        lines.append(f"| {key} | " + ", ".join(f"{value:,}: {seconds:.3g}" for value, seconds in points.items()) + " |")
+    return "\n".join(lines)
+
+
+def draw(found: dict[str, dict[int, float]], file: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 6), layout="constrained")
+    panels = figure.subplots(2, -(-len(found) // 2)).flatten()
+    for axes, (key, points) in zip(panels, found.items(), strict=False):
+        values, seconds = list(points), list(points.values())
+        axes.loglog(values, seconds, marker="o", label="measured")
+        line = [seconds[-1] * (value / values[-1] if key.split(":")[-1].strip() in WORK_GROWS else 1) for value in values]
+        axes.loglog(values, line, linestyle="--", color="0.6", label="in proportion to work")
+        axes.set_xticks(values, [f"{value:,}" if value < 10**5 else f"{value:.0e}" for value in values], minor=False)
+        axes.minorticks_off()
+        axes.set_title(key)
+        axes.set_ylim(min(*seconds, *line) / 2, max(*seconds, *line) * 2)
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("seconds")
+    panels[0].legend(frameon=False)
+    for axes in panels[len(found) :]:
+        axes.set_axis_off()
+    figure.savefig(file, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, help="draw into this file")
+    parser.add_argument("--steps", type=int, default=5, help="timed steps of each point (default 5)")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of all processes together")
+    parser.add_argument("--word", action="append", default=[], metavar="KEY=VALUE", help="a setting of all the steps")
+    arguments = parser.parse_args()
+    found = {f"step: {key}": {value: step_seconds(key, value, arguments) for value in values} for key, values in STEP.items()}
+    found["save: parameters"] = save_seconds(WIDTHS)
+    found["naming a batch: instances"] = order_seconds(INSTANCES)
+    print(table(found))
+    if arguments.output:
+        draw(found, arguments.output)
+
+
+if __name__ == "__main__":
+    main()
