@@ -31,7 +31,13 @@ def examine(config: TrainConfig | None) -> list[Finding]:
     """All findings, of the machine alone or of a configuration on it. Never raises: a check that fails is a finding."""
     checks: list[Callable[[], Iterator[Finding]]] = [environment, processors, network, gpus]
     if config is not None:
-        checks += [lambda: world(config), lambda: disk(config), lambda: data(config), lambda: tracking(config)]
+        checks += [
+            lambda: world(config),
+            lambda: disk(config),
+            lambda: kernels(config),
+            lambda: data(config),
+            lambda: tracking(config),
+        ]
     findings = []
     for check in checks:
         try:
@@ -111,6 +117,19 @@ def world(config: TrainConfig) -> Iterator[Finding]:
     size = int(os.environ.get("WORLD_SIZE", 1))
     config.check_world(size)
     yield Finding("batch", "ok", f"{config.global_batch_size} instances fit {size} processes of {config.micro_batch_size}")
+
+
+def kernels(config: TrainConfig) -> Iterator[Finding]:
+    import torch
+
+    from olmo_train import parallel
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if parallel.has_cpu_kernels(config.parallel, device):
+        yield Finding("kernels", "ok", "attention and loss are by C++ of our own, which is built")
+    elif device.type == "cpu":
+        remedy = "install a C++ compiler, and see with parallel.cpu_kernels=true what it says"
+        yield Finding("kernels", "ok", "attention and loss are by torch, which takes a CPU longer", remedy)
 
 
 def disk(config: TrainConfig) -> Iterator[Finding]:

@@ -7,6 +7,7 @@ optimizer state are fp32; what is computed inside a block is in `precision`.
 from __future__ import annotations
 
 import functools
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -23,9 +24,14 @@ from olmo_train.model.init import initial_value
 from olmo_train.model.loss import differentiate_at_once_
 from olmo_train.model.transformer import Transformer
 
+FLOAT8_MULTIPLE = 16  # of the sizes of a product in float8 (cuBLAS)
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 ATTENTION = ("flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu")  # SDPA's implementations
-DEAR = {torch.ops.aten.mm.default, torch.ops.higher_order.flex_attention}  # whose outputs `selective` keeps
+DEAR = {
+    torch.ops.aten.mm.default,
+    torch.ops.aten._scaled_mm.default,
+    torch.ops.higher_order.flex_attention,
+}  # whose outputs `selective` keeps
 DEAR |= {getattr(torch.ops.aten, f"_scaled_dot_product_{name}").default for name in ATTENTION}
 
 
@@ -50,7 +56,8 @@ class ParallelConfig:
     reduce_dtype: str = "fp32"  # in which gradients are summed over ranks
     activation_checkpointing: str = "none"  # selective: keep what products and attention give, compute the rest again; full: all
     compile: bool = False  # torch.compile each block
-    cpu_kernels: bool | None = None  # attention and loss on a CPU by our own C++; null: where blocks are compiled
+    float8: bool = False  # products inside the blocks in float8, scaled by tensor (torchao); a CPU only emulates them
+    cpu_kernels: bool | None = None  # attention and loss on a CPU by our own C++; null: where a compiler for it is found
 
     def __post_init__(self) -> None:
         check_choice("parallel.shard", self.shard, ("full", "grad_op"))
@@ -68,10 +75,14 @@ def shard(model: Transformer, config: ParallelConfig, world: World, exact_rows: 
     With `exact_rows`, the sequences of the global batch, their gradients add up to the same bits in any order, as long as
     each goes through the model alone (exact.py).
     """
-    if _wants_cpu_kernels(config, world):
+    if has_cpu_kernels(config, world.device):
         _use_cpu_kernels(model)
-    elif config.compile and world.device.type == "cuda":
-        model.loss.differentiate_ = torch.compile(differentiate_at_once_)
+    if world.device.type == "cuda":
+        _use_newest_flash_attention()
+        if config.compile:
+            model.loss.differentiate_ = torch.compile(differentiate_at_once_)
+    if config.float8:
+        _use_float8(model, world.device)
     for block in model.blocks:
         if config.activation_checkpointing != "none":
             block.forward = functools.partial(RECOMPUTED[config.activation_checkpointing], block.forward)
@@ -97,21 +108,56 @@ def shard(model: Transformer, config: ParallelConfig, world: World, exact_rows: 
     return model.to_empty(device=world.device)
 
 
-def _wants_cpu_kernels(config: ParallelConfig, world: World) -> bool:
-    on_cpu = world.device.type == "cpu"
-    if config.cpu_kernels and not on_cpu:
-        raise ConfigError("parallel.cpu_kernels", f"is for CPUs, and this is {world.device.type}; leave it out")
-    return on_cpu and (config.compile if config.cpu_kernels is None else config.cpu_kernels)
+def has_cpu_kernels(config: ParallelConfig, device: torch.device) -> bool:
+    """Whether attention and loss are those of model/cpu_kernels.py. Raises ConfigError where they are asked for in vain."""
+    if device.type != "cpu":
+        if config.cpu_kernels:
+            raise ConfigError("parallel.cpu_kernels", f"is for CPUs, and this is {device.type}; leave it out")
+        return False
+    if config.cpu_kernels is False:
+        return False
+    from olmo_train.model import cpu_kernels  # registers operations with torch, which takes time
+
+    try:
+        cpu_kernels.library()
+    except ConfigError:
+        if config.cpu_kernels:
+            raise
+        return False
+    return True
 
 
 def _use_cpu_kernels(model: Transformer) -> None:
-    from olmo_train.model import cpu_kernels  # registers operations with torch, which takes time
+    from olmo_train.model import cpu_kernels
 
-    cpu_kernels.library()  # before training, as it may fail
     model.loss.differentiate_ = cpu_kernels.differentiate_
     for block in model.blocks:
         block.attn.attend = cpu_kernels.attend
     DEAR.add(torch.ops.olmo_train.cpu_attention.default)
+
+
+def _use_newest_flash_attention() -> None:
+    """FlashAttention 3 where it is installed and the GPU is of the Hopper generation, for which it is written. Its backward
+    adds in no fixed order, so not where the same bits are asked for."""
+    hopper = torch.cuda.get_device_capability()[0] == 9
+    if hopper and importlib.util.find_spec("flash_attn_interface") and not torch.are_deterministic_algorithms_enabled():
+        torch.nn.attention.activate_flash_attention_impl("FA3")
+
+
+def _use_float8(model: Transformer, device: torch.device) -> None:
+    """Raises ConfigError where it cannot be: torchao is missing, the GPU has no float8, a size is no multiple of 16."""
+    try:
+        from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+    except ImportError:
+        raise ConfigError("parallel.float8", "needs torchao: pip install 'olmo-train[float8]'") from None
+    if device.type == "cuda" and torch.cuda.get_device_capability() < (8, 9):
+        raise ConfigError("parallel.float8", f"{torch.cuda.get_device_name()} has no float8; set false")
+    for name, weight in model.blocks.named_parameters():
+        if weight.ndim == 2 and any(size % FLOAT8_MULTIPLE for size in weight.shape):
+            raise ConfigError(
+                "parallel.float8", f"sizes must be multiples of {FLOAT8_MULTIPLE}, and {name} is {tuple(weight.shape)}"
+            )
+    convert_to_float8_training(model.blocks, config=Float8LinearConfig(emulate=device.type == "cpu"))
 
 
 def _own_parameters(module: nn.Module) -> list[nn.Parameter]:

@@ -65,9 +65,10 @@ class TrainConfig:
                 raise ConfigError(key, f"must not be negative, got {seed}")
         check_choice("loss_divisor", self.loss_divisor, ("scored_tokens", "all_tokens"))
         check_choice("determinism", self.determinism, ("none", "run", "world"))
-        if self.determinism == "world" and (self.parallel.compile or self.parallel.reduce_dtype != "fp32"):
+        parallel = self.parallel
+        if self.determinism == "world" and (parallel.compile or parallel.float8 or parallel.reduce_dtype != "fp32"):
             raise ConfigError(
-                "determinism", "'world' adds gradients in fp64, uncompiled; leave out parallel.compile and reduce_dtype"
+                "determinism", "'world' adds gradients in fp64, uncompiled; leave out parallel.compile, float8 and reduce_dtype"
             )
         check_choice("resume", self.resume, ("auto", "strict"))
         if self.resume_from and self.init_from:

@@ -193,6 +193,7 @@ class Run:
         if self.last_step == 0 and 0 in config.checkpoint.save_steps:
             self.save(0, model, optimizer)
         self.clock.restart()
+        self.built_at = time.perf_counter()
         return model, optimizer
 
     def _introduce(self, n_parameters: int) -> None:
@@ -201,6 +202,7 @@ class Run:
             f"{config.run_dir} {f'goes on from {self.folder}' if self.folder else 'starts'}: {n_parameters:,} parameters, "
             f"{config.steps:,} steps of {config.tokens_per_step:,} tokens, "
             f"{self.world.size} x {self.world.device.type}, {config.parallel.precision}"
+            + (", C++ kernels" if parallel.has_cpu_kernels(config.parallel, self.world.device) else "")
         )
         parts = [f"{name} {epoch:.3g}" for name, epoch in self._epochs(config.steps).items()]
         self.records.say(f"epochs of each source in the whole run: {', '.join(parts)}")
@@ -247,6 +249,10 @@ class Run:
         if stats.step % GARBAGE_STEPS == 0:
             gc.collect()
         self.records.count(stats.step)
+        if self.config.parallel.compile and stats.step == self.last_step + 1:
+            self.records.say(
+                f"the first step took {time.perf_counter() - self.built_at:.1f} s, with what torch.compile had to do"
+            )
         if stats.passed_over:
             self.interval.pass_over(waited)
             return

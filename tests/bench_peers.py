@@ -204,7 +204,7 @@ def litgpt(work: SimpleNamespace, folder: Path) -> Step:
 CONTESTANTS = {  # name: (the package whose version is told, how to make its step)
     "ours": ("torch", ours),
     "before": ("torch", ours),  # another checkout of this project: --at before=FOLDER
-    "ours-kernels": ("torch", lambda work, folder: ours(work, folder, "parallel.cpu_kernels=true")),
+    "ours-by-torch": ("torch", lambda work, folder: ours(work, folder, "parallel.cpu_kernels=false")),
     "ours-compiled": ("torch", lambda work, folder: ours(work, folder, "parallel.compile=true")),
     "plain": ("torch", plain),
     "plain-compiled": ("torch", lambda work, folder: plain(work, folder, compiled=True)),

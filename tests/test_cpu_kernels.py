@@ -1,7 +1,7 @@
 """The C++ of attention and loss computes what torch computes, at least as exactly, and hides nothing that is not finite."""
 
+import re
 import subprocess
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -160,10 +160,19 @@ def test_without_a_compiler_the_run_says_what_to_do_and_leaves_nothing(run_cli, 
     words = tiny_words(**{"parallel.cpu_kernels": "true"})
     done = run_cli("train", *words, CXX="no-such-compiler", XDG_CACHE_HOME=str(tmp_path / "cache"))
     assert done.returncode == 2
-    assert "error: parallel.cpu_kernels: cannot be built" in done.stderr and "or set false" in done.stderr
+    assert "error: parallel.cpu_kernels: cannot be built or loaded: " in done.stderr and "or set false" in done.stderr
     done = run_cli("train", *words, CXX="c++ -no-such-option", XDG_CACHE_HOME=str(tmp_path / "cache"))
     assert done.returncode == 2 and "no-such-option" in done.stderr and "set CXX to another" in done.stderr
     assert not list((tmp_path / "cache").rglob("*.so"))
+
+
+def test_a_damaged_library_is_told(run_cli, tiny_words, nothing_built):
+    cpu_kernels.library()
+    [built] = cache_folder().rglob("*.so")
+    built.unlink()  # it is mapped
+    built.write_bytes(b"not a library")
+    done = run_cli("train", *tiny_words(**{"parallel.cpu_kernels": "true"}))
+    assert done.returncode == 2 and f"cannot be built or loaded: {built}" in done.stderr
 
 
 def test_no_compiler_at_all_is_told(nothing_built, monkeypatch):
@@ -176,19 +185,23 @@ def test_no_compiler_at_all_is_told(nothing_built, monkeypatch):
 # ---- in a run
 
 
-def test_they_are_for_cpus_and_come_with_compiled_blocks():
-    wants = lambda device, **keys: parallel._wants_cpu_kernels(  # noqa: E731
-        configuration.build(parallel.ParallelConfig, keys), SimpleNamespace(device=torch.device(device))
-    )
-    assert [wants("cpu"), wants("cpu", compile=True), wants("cpu", cpu_kernels=True)] == [False, True, True]
-    assert [wants("cpu", compile=True, cpu_kernels=False), wants("cuda", compile=True)] == [False, False]
+def test_they_are_for_cpus_and_used_where_there_is_a_compiler(nothing_built, monkeypatch):
+    def has(device, **keys):
+        return parallel.has_cpu_kernels(configuration.build(parallel.ParallelConfig, keys), torch.device(device))
+
+    assert [has("cpu"), has("cpu", cpu_kernels=True), has("cpu", cpu_kernels=False), has("cuda")] == [True, True, False, False]
     with pytest.raises(ConfigError, match="parallel.cpu_kernels: is for CPUs, and this is cuda"):
-        wants("cuda", cpu_kernels=True)
+        has("cuda", cpu_kernels=True)
+    cpu_kernels.library.cache_clear()
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert not has("cpu")
+    with pytest.raises(ConfigError, match="no-such-compiler"):
+        has("cpu", cpu_kernels=True)
 
 
 def test_a_run_learns_the_same_and_resumes_with_the_same_bits(run_cli, tiny_words, read_metrics, tmp_path):
     kernels = {"parallel.cpu_kernels": "true"}
-    runs = {"plain": {}, "kernels": kernels, "cut": kernels | {"total_steps": 7}}
+    runs = {"plain": {"parallel.cpu_kernels": "false"}, "kernels": kernels, "cut": kernels | {"total_steps": 7}}
     for name, changes in runs.items():
         assert run_cli("train", *tiny_words(name, **{"optim.schedule_steps": 12}, **changes)).returncode == 0
     assert run_cli("train", *tiny_words("cut", **kernels, **{"optim.schedule_steps": 12})).returncode == 0
@@ -198,8 +211,9 @@ def test_a_run_learns_the_same_and_resumes_with_the_same_bits(run_cli, tiny_word
 
 
 def test_a_compiled_run_learns_the_same(run_cli, tiny_words, read_metrics, tmp_path):
-    for name, changes in {"plain": {}, "compiled": {"parallel.compile": "true"}}.items():
+    for name, changes in {"plain": {"parallel.cpu_kernels": "false"}, "compiled": {"parallel.compile": "true"}}.items():
         done = run_cli("train", *tiny_words(name, total_steps=4, **changes))
         assert done.returncode == 0, done.stderr
+    assert re.search(r"^the first step took \d+\.\d s, with what torch.compile had to do$", done.stdout, re.MULTILINE)
     losses = {name: [line["train/CrossEntropyLoss"] for line in read_metrics(tmp_path / name)] for name in ("plain", "compiled")}
     assert losses["compiled"] == pytest.approx(losses["plain"], rel=1e-5) and losses["compiled"] != losses["plain"]

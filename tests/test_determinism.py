@@ -122,7 +122,7 @@ def test_losses_add_up_exactly_in_any_order():
 
 
 def test_world_with_what_it_does_not_cover_is_refused(tiny_args):
-    for key, value in (("parallel.compile", True), ("parallel.reduce_dtype", "bf16")):
+    for key, value in (("parallel.compile", True), ("parallel.float8", True), ("parallel.reduce_dtype", "bf16")):
         with pytest.raises(ConfigError, match="determinism"):
             tiny_args("run", determinism="world", **{key: value})
     with pytest.raises(ConfigError, match="did you mean 'world'"):

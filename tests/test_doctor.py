@@ -3,6 +3,7 @@
 import json
 
 from olmo_train import doctor
+from olmo_train.model import cpu_kernels
 
 
 def by_check(findings):
@@ -37,3 +38,16 @@ def test_a_batch_that_does_not_fit_the_processes_is_a_problem(tiny_args, monkeyp
 def test_the_verb_prints_json_and_exits_by_the_findings(run_cli, tiny_words):
     done = run_cli("doctor", *tiny_words(), "--json")
     assert done.returncode == 0 and {"environment", "gpus", "network"} <= {f["check"] for f in json.loads(done.stdout)}
+
+
+def test_what_attention_is_computed_by_is_told_and_a_compiler_that_fails_is_a_problem(tiny_args, monkeypatch, tmp_path):
+    asked, left = tiny_args(**{"parallel.cpu_kernels": True}), tiny_args()
+    for config in (asked, left):
+        assert by_check(doctor.examine(config))["kernels"].finding.startswith("attention and loss are by C++")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CXX", "c++ -no-such-option")
+    cpu_kernels.library.cache_clear()
+    problem = by_check(doctor.examine(asked))["parallel.cpu_kernels"]
+    assert problem.status == "problem" and "no-such-option" in problem.finding
+    told = by_check(doctor.examine(left))["kernels"]
+    assert told.status == "ok" and "by torch" in told.finding and "compiler" in told.remedy

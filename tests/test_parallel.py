@@ -4,6 +4,7 @@ The reference is the plain model in one piece: summed loss over the scored token
 """
 
 import dataclasses
+import sys
 from collections import Counter
 
 import pytest
@@ -16,6 +17,7 @@ from olmo_train import config as configuration
 from olmo_train import parallel, train
 from olmo_train.data.loader import IGNORE, Batch
 from olmo_train.distributed import join_world
+from olmo_train.errors import ConfigError
 from olmo_train.model import transformer as transforming
 from olmo_train.model.init import initial_value
 from olmo_train.model.transformer import Transformer
@@ -24,7 +26,7 @@ from olmo_train.recipe import TrainConfig
 ROWS, T, SEED = 8, 16, 3
 WORDS = ["run_dir=unused", "data.sources.a.path=unused", "total_steps=4", f"global_batch_size={ROWS}", "model.d_model=32",
          "model.n_layers=2", "model.n_heads=2", "model.mlp_hidden=48", "model.vocab_size=61", "model.padded_vocab_size=64",
-         f"model.seq_len={T}", "model.norm=layer_norm", "model.bias=norm", "optim.warmup_steps=0",
+         f"model.seq_len={T}", "model.norm=layer_norm", "model.bias=norm", "optim.warmup_steps=0", "parallel.cpu_kernels=false",
          "optim.max_grad_norm=.inf", "parallel.precision=fp32"]  # fmt: skip
 
 # Every way to run the same step; the first word is the number of ranks.
@@ -52,7 +54,15 @@ WAYS = {
         ["parallel.precision=bf16", "micro_batch_size=2", "parallel.activation_checkpointing=selective"],
     ),
 }
-EXACT = [way for way in WAYS if "bf16" not in way]
+WAYS |= {
+    "float8": (1, ["parallel.precision=bf16", "parallel.float8=true", "micro_batch_size=2"]),
+    "two, float8": (2, ["parallel.precision=bf16", "parallel.float8=true", "micro_batch_size=2"]),
+    "two, float8, products kept": (
+        2,
+        ["parallel.precision=bf16", "parallel.float8=true", "micro_batch_size=2", "parallel.activation_checkpointing=selective"],
+    ),
+}
+EXACT = [way for way in WAYS if "bf16" not in way and "float8" not in way]
 
 
 def run_config(*words) -> TrainConfig:
@@ -143,9 +153,32 @@ def test_in_bf16_loss_and_gradients_are_close_to_those_in_fp32(way, results, ref
             assert (torch.tensor(found) - expected).norm() < 0.03 * expected.norm()
 
 
+@pytest.mark.parametrize("way", [way for way in WAYS if "float8" in way])
+def test_in_float8_loss_and_gradients_are_near_those_in_fp32_and_not_those_of_bf16(way, results, reference):
+    loss, grad_norm, gradients = reference
+    for rank in results[way]:
+        assert rank["loss"] == pytest.approx(loss, rel=5e-3) and rank["loss"] != results["bf16"][0]["loss"]
+        assert rank["grad_norm"] == pytest.approx(grad_norm, rel=5e-2)
+        for found, expected in zip(rank["gradients"], gradients, strict=True):
+            found = torch.tensor(found)
+            # A gradient in e5m2 has two bits behind its first: each product of the backward rounds by up to an eighth.
+            assert (found - expected).norm() < 0.3 * expected.norm()
+            assert torch.cosine_similarity(found.flatten(), expected.flatten(), dim=0) > 0.96
+
+
+def test_float8_is_refused_where_it_cannot_be(monkeypatch):
+    with join_world() as world:
+        with pytest.raises(ConfigError, match="parallel.float8: sizes must be multiples of 16, and 0.attn.wqkv.weight is"):
+            one_step(world, ["parallel.float8=true", "model.d_model=24"])
+        monkeypatch.setitem(sys.modules, "torchao.float8", None)
+        with pytest.raises(ConfigError, match=r"parallel.float8: needs torchao: pip install 'olmo-train\[float8\]'"):
+            one_step(world, ["parallel.float8=true"])
+
+
 def test_recomputed_activations_give_the_same_bits(results):
-    for plain, prefix in (("two, micro-batches of two", "two"), ("two, bf16", "two, bf16")):
-        for way in ("recomputed", "products kept"):
+    plain_ways = (("two, micro-batches of two", "two"), ("two, bf16", "two, bf16"), ("two, float8", "two, float8"))
+    for plain, prefix in plain_ways:
+        for way in ("recomputed", "products kept") if "float8" not in plain else ("products kept",):
             for figure in ("loss", "grad_norm", "gradients"):
                 assert results[plain][0][figure] == results[f"{prefix}, {way}"][0][figure]
 

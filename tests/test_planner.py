@@ -73,6 +73,7 @@ def measure_step(model_config: ModelConfig, layout: Layout) -> tuple[int, int]:
         mesh = init_device_mesh("cpu", (layout.replicas, layout.gpus // layout.replicas), mesh_dim_names=("replicate", "shard"))
         world = SimpleNamespace(mesh=mesh if layout.replicas > 1 else mesh["shard"], device=torch.device("cpu"))
         choices = parallel.ParallelConfig(
+            cpu_kernels=False,  # which would keep less than torch on a GPU does, of which the plan is
             shard=layout.shard,
             replicas=layout.replicas,
             precision=layout.precision,

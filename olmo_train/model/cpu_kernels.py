@@ -51,9 +51,14 @@ def library() -> ctypes.CDLL:
         )
     words = [*compiler.split(), *FLAGS, "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"]
     built = cache_folder() / "kernels" / f"{_fingerprint(words)}.so"
-    if not built.exists():
-        _build(words, built)
-    return ctypes.CDLL(str(built))
+    try:
+        if not built.exists():
+            _build(words, built)
+        return ctypes.CDLL(str(built))
+    except OSError as problem:
+        raise ConfigError(
+            "parallel.cpu_kernels", f"cannot be built or loaded: {problem}; set XDG_CACHE_HOME to another folder, or set false"
+        ) from None
 
 
 def _fingerprint(words: list[str]) -> str:
@@ -69,19 +74,14 @@ def _fingerprint(words: list[str]) -> str:
 
 def _build(words: list[str], built: Path) -> None:
     """Under another name first: several ranks may build it at once, and each must find it whole."""
-    try:
-        built.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=built.parent) as folder:
-            made = Path(folder, "made.so")
-            subprocess.run([*words, str(SOURCE), "-o", str(made)], check=True, capture_output=True, text=True)
-            made.replace(built)
-    except subprocess.CalledProcessError as problem:
-        complaint = (problem.stderr.strip().splitlines() or ["it said nothing"])[0]
-        raise ConfigError(
-            "parallel.cpu_kernels", f"{' '.join(words)} failed: {complaint}; set CXX to another, or set false"
-        ) from None
-    except OSError as problem:
-        raise ConfigError("parallel.cpu_kernels", f"cannot be built: {problem}; or set false") from None
+    built.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=built.parent) as folder:
+        made = Path(folder, "made.so")
+        done = subprocess.run([*words, str(SOURCE), "-o", str(made)], capture_output=True, text=True)
+        if done.returncode:
+            complaint = (done.stderr.strip().splitlines() or ["it said nothing"])[0]
+            raise ConfigError("parallel.cpu_kernels", f"{' '.join(words)} failed: {complaint}; set CXX to another, or set false")
+        made.replace(built)
 
 
 # ---- attention
