@@ -122,10 +122,10 @@ def world(config: TrainConfig) -> Iterator[Finding]:
 def kernels(config: TrainConfig) -> Iterator[Finding]:
     import torch
 
-    from olmo_train import parallel
+    from olmo_train.kernels import has_cpu_kernels
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if parallel.has_cpu_kernels(config.parallel, device):
+    if has_cpu_kernels(config.parallel.cpu_kernels, device):
         yield Finding("kernels", "ok", "attention and loss are by C++ of our own, which is built")
     elif device.type == "cpu":
         remedy = "install a C++ compiler, and see with parallel.cpu_kernels=true what it says"

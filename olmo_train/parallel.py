@@ -7,7 +7,6 @@ optimizer state are fp32; what is computed inside a block is in `precision`.
 from __future__ import annotations
 
 import functools
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -17,27 +16,22 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from olmo_train import exact
+from olmo_train import exact, kernels
 from olmo_train.distributed import World
 from olmo_train.errors import ConfigError, check_choice
 from olmo_train.model.init import initial_value
-from olmo_train.model.loss import differentiate_at_once_
 from olmo_train.model.transformer import Transformer
 
-FLOAT8_MULTIPLE = 16  # of the sizes of a product in float8 (cuBLAS)
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-ATTENTION = ("flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu")  # SDPA's implementations
-DEAR = {
-    torch.ops.aten.mm.default,
-    torch.ops.aten._scaled_mm.default,
-    torch.ops.higher_order.flex_attention,
-}  # whose outputs `selective` keeps
-DEAR |= {getattr(torch.ops.aten, f"_scaled_dot_product_{name}").default for name in ATTENTION}
+# Whose outputs `selective` keeps, by name, as some exist only once they are used: products, and every kind of attention.
+DEAR = {"aten.mm.default", "aten._scaled_mm.default", "flex_attention", "olmo_train.cpu_attention.default"}
+DEAR |= {f"aten._scaled_dot_product_{kind}_attention.default" for kind in ("flash", "efficient", "cudnn")}
+DEAR |= {"aten._scaled_dot_product_flash_attention_for_cpu.default"}
 
 
 def keep_dear(context: object, operation: object, *args: object, **kwargs: object) -> CheckpointPolicy:
     """Products and attention are most of the compute and the lesser part of the memory; the rest is soon computed again."""
-    return CheckpointPolicy.MUST_SAVE if operation in DEAR else CheckpointPolicy.PREFER_RECOMPUTE
+    return CheckpointPolicy.MUST_SAVE if str(operation) in DEAR else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 # Nothing in a block draws random numbers, so there is no state of a generator to set back.
@@ -75,14 +69,7 @@ def shard(model: Transformer, config: ParallelConfig, world: World, exact_rows: 
     With `exact_rows`, the sequences of the global batch, their gradients add up to the same bits in any order, as long as
     each goes through the model alone (exact.py).
     """
-    if has_cpu_kernels(config, world.device):
-        _use_cpu_kernels(model)
-    if world.device.type == "cuda":
-        _use_newest_flash_attention()
-        if config.compile:
-            model.loss.differentiate_ = torch.compile(differentiate_at_once_)
-    if config.float8:
-        _use_float8(model, world.device)
+    kernels.choose(model, world.device, config.cpu_kernels, config.compile, config.float8)
     for block in model.blocks:
         if config.activation_checkpointing != "none":
             block.forward = functools.partial(RECOMPUTED[config.activation_checkpointing], block.forward)
@@ -106,58 +93,6 @@ def shard(model: Transformer, config: ParallelConfig, world: World, exact_rows: 
             exact.round_gradients(module, functools.partial(_own_parameters, module), exact_rows)
     model.keeps_weights = keeps_weights
     return model.to_empty(device=world.device)
-
-
-def has_cpu_kernels(config: ParallelConfig, device: torch.device) -> bool:
-    """Whether attention and loss are those of model/cpu_kernels.py. Raises ConfigError where they are asked for in vain."""
-    if device.type != "cpu":
-        if config.cpu_kernels:
-            raise ConfigError("parallel.cpu_kernels", f"is for CPUs, and this is {device.type}; leave it out")
-        return False
-    if config.cpu_kernels is False:
-        return False
-    from olmo_train.model import cpu_kernels  # registers operations with torch, which takes time
-
-    try:
-        cpu_kernels.library()
-    except ConfigError:
-        if config.cpu_kernels:
-            raise
-        return False
-    return True
-
-
-def _use_cpu_kernels(model: Transformer) -> None:
-    from olmo_train.model import cpu_kernels
-
-    model.loss.differentiate_ = cpu_kernels.differentiate_
-    for block in model.blocks:
-        block.attn.attend = cpu_kernels.attend
-    DEAR.add(torch.ops.olmo_train.cpu_attention.default)
-
-
-def _use_newest_flash_attention() -> None:
-    """FlashAttention 3 where it is installed and the GPU is of the Hopper generation, for which it is written. Its backward
-    adds in no fixed order, so not where the same bits are asked for."""
-    hopper = torch.cuda.get_device_capability()[0] == 9
-    if hopper and importlib.util.find_spec("flash_attn_interface") and not torch.are_deterministic_algorithms_enabled():
-        torch.nn.attention.activate_flash_attention_impl("FA3")
-
-
-def _use_float8(model: Transformer, device: torch.device) -> None:
-    """Raises ConfigError where it cannot be: torchao is missing, the GPU has no float8, a size is no multiple of 16."""
-    try:
-        from torchao.float8 import Float8LinearConfig, convert_to_float8_training
-    except ImportError:
-        raise ConfigError("parallel.float8", "needs torchao: pip install 'olmo-train[float8]'") from None
-    if device.type == "cuda" and torch.cuda.get_device_capability() < (8, 9):
-        raise ConfigError("parallel.float8", f"{torch.cuda.get_device_name()} has no float8; set false")
-    for name, weight in model.blocks.named_parameters():
-        if weight.ndim == 2 and any(size % FLOAT8_MULTIPLE for size in weight.shape):
-            raise ConfigError(
-                "parallel.float8", f"sizes must be multiples of {FLOAT8_MULTIPLE}, and {name} is {tuple(weight.shape)}"
-            )
-    convert_to_float8_training(model.blocks, config=Float8LinearConfig(emulate=device.type == "cpu"))
 
 
 def _own_parameters(module: nn.Module) -> list[nn.Parameter]:

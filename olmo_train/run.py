@@ -19,7 +19,7 @@ import torch
 
 from olmo_train import checkpoint as checkpoints
 from olmo_train import config as configuration
-from olmo_train import hardware, optim, parallel
+from olmo_train import hardware, kernels, optim, parallel
 from olmo_train.checkpoint import Checkpointer
 from olmo_train.data.loader import Batch, Loader
 from olmo_train.data.mixture import Mixture
@@ -202,7 +202,7 @@ class Run:
             f"{config.run_dir} {f'goes on from {self.folder}' if self.folder else 'starts'}: {n_parameters:,} parameters, "
             f"{config.steps:,} steps of {config.tokens_per_step:,} tokens, "
             f"{self.world.size} x {self.world.device.type}, {config.parallel.precision}"
-            + (", C++ kernels" if parallel.has_cpu_kernels(config.parallel, self.world.device) else "")
+            + (", C++ kernels" if kernels.has_cpu_kernels(config.parallel.cpu_kernels, self.world.device) else "")
         )
         parts = [f"{name} {epoch:.3g}" for name, epoch in self._epochs(config.steps).items()]
         self.records.say(f"epochs of each source in the whole run: {', '.join(parts)}")

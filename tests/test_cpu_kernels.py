@@ -7,8 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from olmo_train import config as configuration
-from olmo_train import parallel
+from olmo_train import kernels
 from olmo_train.errors import ConfigError
 from olmo_train.model import cpu_kernels
 from olmo_train.model.loss import IGNORE, differentiate_
@@ -186,25 +185,25 @@ def test_no_compiler_at_all_is_told(nothing_built, monkeypatch):
 
 
 def test_they_are_for_cpus_and_used_where_there_is_a_compiler(nothing_built, monkeypatch):
-    def has(device, **keys):
-        return parallel.has_cpu_kernels(configuration.build(parallel.ParallelConfig, keys), torch.device(device))
+    def has(device, asked=None):
+        return kernels.has_cpu_kernels(asked, torch.device(device))
 
-    assert [has("cpu"), has("cpu", cpu_kernels=True), has("cpu", cpu_kernels=False), has("cuda")] == [True, True, False, False]
+    assert [has("cpu"), has("cpu", True), has("cpu", False), has("cuda")] == [True, True, False, False]
     with pytest.raises(ConfigError, match="parallel.cpu_kernels: is for CPUs, and this is cuda"):
-        has("cuda", cpu_kernels=True)
+        has("cuda", True)
     cpu_kernels.library.cache_clear()
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert not has("cpu")
     with pytest.raises(ConfigError, match="no-such-compiler"):
-        has("cpu", cpu_kernels=True)
+        has("cpu", True)
 
 
 def test_a_run_learns_the_same_and_resumes_with_the_same_bits(run_cli, tiny_words, read_metrics, tmp_path):
-    kernels = {"parallel.cpu_kernels": "true"}
-    runs = {"plain": {"parallel.cpu_kernels": "false"}, "kernels": kernels, "cut": kernels | {"total_steps": 7}}
+    asked = {"parallel.cpu_kernels": "true"}
+    runs = {"plain": {"parallel.cpu_kernels": "false"}, "kernels": asked, "cut": asked | {"total_steps": 7}}
     for name, changes in runs.items():
         assert run_cli("train", *tiny_words(name, **{"optim.schedule_steps": 12}, **changes)).returncode == 0
-    assert run_cli("train", *tiny_words("cut", **kernels, **{"optim.schedule_steps": 12})).returncode == 0
+    assert run_cli("train", *tiny_words("cut", **asked, **{"optim.schedule_steps": 12})).returncode == 0
     losses = {name: [line["train/CrossEntropyLoss"] for line in read_metrics(tmp_path / name)] for name in runs}
     assert losses["cut"] == losses["kernels"] != losses["plain"]
     assert losses["kernels"] == pytest.approx(losses["plain"], rel=1e-6)

@@ -14,6 +14,7 @@ FLOORS = (
     "errors",
     "storage allocator exact",
     "config console hardware optim distributed stats spikes model data",
+    "kernels",
     "parallel checkpoint metrics guards replicas watchdog planner profiling curves eval provenance",
     "recipe resume forensics scaling",
     "evaluation records",
