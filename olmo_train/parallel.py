@@ -84,7 +84,9 @@ def shard(model: Transformer, config: ParallelConfig, world: World, exact_rows: 
     # One rank holds all fp32 weights anyway: dropping the copies that it computes with would only make it cast them again.
     keeps_weights = config.shard == "grad_op" or world.mesh.size(world.mesh.ndim - 1) == 1
     for module in [*model.blocks, model]:
-        fully_shard(module, mesh=world.mesh, mp_policy=policy, reshard_after_forward=not keeps_weights)
+        # The backward begins where the forward ends, with the head: freed in between, it would be gathered again at once.
+        frees = not keeps_weights and module is not model
+        fully_shard(module, mesh=world.mesh, mp_policy=policy, reshard_after_forward=frees)
         if world.mesh.size() > 1:  # else FSDP would divide by one, in a pass over all gradients
             # FSDP averages gradients over ranks; the loss is already divided by the global batch's tokens, so take the sum.
             module.set_gradient_divide_factor(1.0)

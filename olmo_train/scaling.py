@@ -118,14 +118,16 @@ def step_estimate(model: ModelConfig, layout: Layout, hardware: Hardware, links:
         seconds += last * (scatter + scatter_root + max(between, between_root))  # nothing is left to compute
     compute = layout.micro_batches * (layers * (forward + backward) + 3 * head)
 
-    gathers = (2 * layout.micro_batches if layout.shard == "full" else 1) * (layers * gather + gather_root)
+    # Embedding, head and final norm stay whole between forward and backward; blocks are gathered for each.
+    of_block, of_root = (2 * layout.micro_batches, layout.micro_batches) if layout.shard == "full" else (1, 1)
+    gathers = of_block * layers * gather + of_root * gather_root
     share = (shards - 1) / shards
     all_tokens = layout.gpus * layout.micro_batches * tokens
     return StepEstimate(
         compute_seconds=compute,
         communication_seconds=gathers + layers * (scatter + between) + scatter_root + between_root,
         seconds=seconds,
-        gathered_bytes=(2 * layout.micro_batches if layout.shard == "full" else 1) * share * width * total,
+        gathered_bytes=share * width * (of_block * layers * block + of_root * root),
         reduced_bytes=share * reduced * total,
         all_reduced_bytes=2 * (layout.replicas - 1) / layout.replicas * reduced * total / shards,
         tokens_per_second=all_tokens / seconds,

@@ -43,9 +43,10 @@ def test_collectives_by_hand():
 
 
 def test_bytes_of_a_gpu_by_hand():
-    total = count_parameters(OLMO_7B).total
+    total, root = count_parameters(OLMO_7B).total, 2 * 50304 * 4096  # embedding and head
     fsdp = estimate(gpus=64, micro_batches=4)
-    assert fsdp.gathered_bytes == pytest.approx(2 * 4 * 2 * total * 63 / 64)  # twice a micro-batch, in bf16
+    expected = 4 * 2 * (2 * (total - root) + root) * 63 / 64  # in bf16, each micro-batch: blocks twice, the rest once
+    assert fsdp.gathered_bytes == pytest.approx(expected)
     assert fsdp.reduced_bytes == pytest.approx(4 * total * 63 / 64)  # once a step, in fp32
     assert estimate(gpus=64, micro_batches=4, shard="grad_op").gathered_bytes == pytest.approx(2 * total * 63 / 64)
     assert fsdp.all_reduced_bytes == 0
