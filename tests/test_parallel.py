@@ -226,13 +226,15 @@ class Operations(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("way, activations, attentions", [("none", 1, 1), ("selective", 2, 1), ("full", 2, 2)])
-def test_blocks_are_computed_again_on_the_way_back_as_asked(way, activations, attentions):
+@pytest.mark.parametrize("kernels", ["false", "true"])
+def test_blocks_are_computed_again_on_the_way_back_as_asked(kernels, way, activations, attentions):
     """Of a block's four products the last need not be computed again: nothing is saved behind it."""
     with join_world() as world, Operations() as operations:
-        one_step(world, [f"parallel.activation_checkpointing={way}", "micro_batch_size=8"])
+        one_step(world, [f"parallel.activation_checkpointing={way}", f"parallel.cpu_kernels={kernels}", "micro_batch_size=8"])
     layers, counts = run_config().model.n_layers, operations.counts
     assert counts["aten.silu.default"] == activations * layers
-    assert counts["aten._scaled_dot_product_flash_attention_for_cpu.default"] == attentions * layers
+    attention = {"false": "aten._scaled_dot_product_flash_attention_for_cpu", "true": "olmo_train.cpu_attention"}[kernels]
+    assert counts[f"{attention}.default"] == attentions * layers
     assert counts["aten.mm.default"] == 3 * (4 * layers + 1) + (3 * layers if way == "full" else 0)
 
 
