@@ -51,7 +51,7 @@ def test_attention_and_its_gradients_are_those_of_fp64_as_exactly_as_torchs_own(
     ):
         size, error, torchs_error = truth.norm(), (found - truth).norm(), (torchs - truth).norm()
         assert found.dtype == dtype and found.shape == truth.shape
-        rounding = 3e-7 * tensors[3].norm()  # of sums that cancel: one token alone has no gradient by its query
+        rounding = 1e-6 * tensors[3].norm()  # of sums that cancel: one token alone has no gradient by its query
         assert error <= floor * size + rounding
         assert error <= 1.5 * torchs_error + rounding
 
