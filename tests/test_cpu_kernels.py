@@ -1,6 +1,7 @@
 """The C++ of attention and loss computes what torch computes, at least as exactly, and hides nothing that is not finite."""
 
 import re
+import shutil
 import subprocess
 
 import pytest
@@ -12,6 +13,8 @@ from olmo_train.errors import ConfigError
 from olmo_train.model import cpu_kernels
 from olmo_train.model.loss import IGNORE, differentiate_
 from olmo_train.storage import cache_folder
+
+pytestmark = pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
 
 # sequences, query heads, key heads, tokens, head size: tokens around a block of 32, groups of queries, one token
 SHAPES = [(2, 4, 4, 64, 32), (1, 4, 2, 77, 48), (2, 6, 1, 33, 64), (3, 2, 2, 31, 16), (1, 2, 2, 1, 128), (1, 1, 1, 300, 256)]

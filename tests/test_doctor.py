@@ -1,6 +1,9 @@
 """doctor: what it finds is what is so, and each problem comes with a remedy."""
 
 import json
+import shutil
+
+import pytest
 
 from olmo_train import doctor
 from olmo_train.model import cpu_kernels
@@ -40,6 +43,7 @@ def test_the_verb_prints_json_and_exits_by_the_findings(run_cli, tiny_words):
     assert done.returncode == 0 and {"environment", "gpus", "network"} <= {f["check"] for f in json.loads(done.stdout)}
 
 
+@pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
 def test_what_attention_is_computed_by_is_told_and_a_compiler_that_fails_is_a_problem(tiny_args, monkeypatch, tmp_path):
     asked, left = tiny_args(**{"parallel.cpu_kernels": True}), tiny_args()
     for config in (asked, left):
