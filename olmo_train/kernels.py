@@ -12,7 +12,7 @@ import torch
 
 from olmo_train.errors import ConfigError
 from olmo_train.model.loss import differentiate_at_once_
-from olmo_train.model.transformer import Transformer
+from olmo_train.model.transformer import Attention, Transformer
 
 FLOAT8_MULTIPLE = 16  # of the sizes of a product in float8 (cuBLAS)
 
@@ -46,6 +46,11 @@ def has_cpu_kernels(asked: bool | None, device: torch.device) -> bool:
             raise
         return False
     return True
+
+
+def uses_cpu_kernels(model: Transformer) -> bool:
+    """What `choose` came to."""
+    return model.blocks[0].attn.attend is not Attention.attend
 
 
 def use_cpu_kernels(model: Transformer) -> None:

@@ -186,23 +186,22 @@ class Run:
         else:
             parallel.init_weights(model, config.seed)
         if world.is_main:
-            self._introduce(sum(p.numel() for p in model.parameters()))
+            self._introduce(model)
         if self.pending_line is not None:  # a signal interrupted the evaluation of the step that is resumed
             line, self.pending_line = self.pending_line, None
             self._evaluate_and_log(self.last_step, line, model)
         if self.last_step == 0 and 0 in config.checkpoint.save_steps:
             self.save(0, model, optimizer)
         self.clock.restart()
-        self.built_at = time.perf_counter()
         return model, optimizer
 
-    def _introduce(self, n_parameters: int) -> None:
-        config = self.config
+    def _introduce(self, model: Transformer) -> None:
+        config, n_parameters = self.config, sum(p.numel() for p in model.parameters())
         self.records.say(
             f"{config.run_dir} {f'goes on from {self.folder}' if self.folder else 'starts'}: {n_parameters:,} parameters, "
             f"{config.steps:,} steps of {config.tokens_per_step:,} tokens, "
             f"{self.world.size} x {self.world.device.type}, {config.parallel.precision}"
-            + (", C++ kernels" if kernels.has_cpu_kernels(config.parallel.cpu_kernels, self.world.device) else "")
+            + (", C++ kernels" if kernels.uses_cpu_kernels(model) else "")
         )
         parts = [f"{name} {epoch:.3g}" for name, epoch in self._epochs(config.steps).items()]
         self.records.say(f"epochs of each source in the whole run: {', '.join(parts)}")
@@ -250,9 +249,7 @@ class Run:
             gc.collect()
         self.records.count(stats.step)
         if self.config.parallel.compile and stats.step == self.last_step + 1:
-            self.records.say(
-                f"the first step took {time.perf_counter() - self.built_at:.1f} s, with what torch.compile had to do"
-            )
+            self.records.say(f"the first step took {self.clock.seconds:.1f} s, with what torch.compile had to do")
         if stats.passed_over:
             self.interval.pass_over(waited)
             return

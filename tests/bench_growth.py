@@ -12,10 +12,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -44,18 +44,16 @@ def step_seconds(key: str, value: int, arguments: argparse.Namespace) -> float:
     )
     if out.returncode:
         sys.exit(out.stderr)
-    return json.loads(out.stdout[out.stdout.index("{\n") :])["step_seconds"]
+    return json.loads(out.stdout)["step_seconds"]
 
 
 def save_seconds(widths: tuple[int, ...]) -> dict[int, float]:
     """{parameters: seconds of a whole save, flushed}, the faster of two."""
-    import torch
+    from bench_checkpoints import build, timed
 
     from olmo_train import config as configuration
-    from olmo_train import optim, parallel
     from olmo_train.checkpoint import CheckpointConfig, Checkpointer
     from olmo_train.distributed import join_world
-    from olmo_train.model.transformer import Transformer
     from olmo_train.recipe import TrainConfig
 
     found = {}
@@ -63,19 +61,9 @@ def save_seconds(widths: tuple[int, ...]) -> dict[int, float]:
         for width in widths:
             shape = [f"model.d_model={width}", "model.n_layers=4", "model.n_heads=4", f"model.mlp_hidden={4 * width}"]
             config = configuration.load(TrainConfig, [], [f"run_dir={folder}", "data.sources.a.path=unused", *shape])
-            with torch.device("meta"):
-                model = Transformer(config.model)
-            parallel.shard(model, config.parallel, world)
-            optimizer = optim.build_optimizer(dict(model.named_parameters()), config.optim, parallel.on_whole)
-            optim.allocate_state(optimizer)
-            parallel.init_weights(model, config.seed)
+            model, optimizer = build(config, world)
             saver = Checkpointer(Path(folder, str(width)), CheckpointConfig(async_save=False, keep_last=1), world, {})
-            seconds = []
-            for step in (1, 2):
-                started = time.perf_counter()
-                saver.save(step, model, optimizer, {"data": {}})
-                saver.wait()
-                seconds.append(time.perf_counter() - started)
+            seconds = [timed(lambda: saver.save(step, model, optimizer, {"data": {}})) for step in (1, 2)]  # noqa: B023
             found[sum(p.numel() for p in model.parameters())] = min(seconds)
     return found
 
@@ -83,19 +71,15 @@ def save_seconds(widths: tuple[int, ...]) -> dict[int, float]:
 def order_seconds(sizes: tuple[int, ...]) -> dict[int, float]:
     """{instances: seconds to name a batch of 2048 of them, deep in an epoch}."""
     import numpy as np
+    from bench_checkpoints import timed
 
     from olmo_train.data.order import PermutedOrder
 
     found = {}
     for size in sizes:
         order = PermutedOrder(["a", "b"], [size // 2, size // 2], [(1, [0.5, 0.5])], 1)
-        seconds = []
-        for i in range(7):
-            places = np.arange(size // 3 + 2048 * i, size // 3 + 2048 * (i + 1))
-            started = time.perf_counter()
-            order.at(places)
-            seconds.append(time.perf_counter() - started)
-        found[size] = sorted(seconds)[3]
+        first = np.arange(size // 3, size // 3 + 2048)
+        found[size] = statistics.median(timed(lambda: order.at(first + 2048 * i)) for i in range(7))  # noqa: B023
     return found
 
 

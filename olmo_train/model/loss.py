@@ -28,7 +28,7 @@ class HeadLoss(nn.Module):
     def __init__(self, z_loss: float):
         super().__init__()
         self.z_loss = z_loss
-        self.differentiate_: Differentiate = differentiate_in_parts_  # parallel.py may set another implementation
+        self.differentiate_: Differentiate = differentiate_in_parts_  # kernels.py may set another implementation
 
     def forward(self, x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         """Summed loss in nats of each sequence, fp32 (B,), for x (B, T, C), weight (V, C) and labels (B, T)."""

@@ -80,7 +80,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
 class Attention(nn.Module):
     """Causal attention with one matrix for q, k and v, whose rows lie in this order."""
 
-    attend = staticmethod(attend)  # parallel.py may set another implementation
+    attend = staticmethod(attend)  # kernels.py may set another implementation
 
     def __init__(self, config: ModelConfig):
         super().__init__()
