@@ -4,7 +4,7 @@ Every contestant is a process of its own with its own packages. In each round ea
 while all others wait, in a new order; a round gives one ratio of each pair, and the median over rounds is what is told.
 A contestant that is not installed is skipped, and that is told too.
 
-    pip install --no-deps --target FOLDER ai2-olmo-core==3.0.0       and what its import then asks for
+    pip install --no-deps --target FOLDER ai2-olmo-core==3.0.0       and what its import then asks for; so torchtitan, litgpt
     python tests/bench_peers.py --work tiny --at olmo-core=FOLDER
 """
 
@@ -201,6 +201,55 @@ def litgpt(work: SimpleNamespace, folder: Path) -> Step:
     return loop(model, lambda model, ids, labels: chunked_cross_entropy(model(ids), labels, chunk_size=0), work)
 
 
+def torchtitan(work: SimpleNamespace, folder: Path) -> Step:
+    """torchtitan's own trainer with its Llama 3; of its attentions the one by torch's SDPA, as documents are not kept apart
+    here. Compiled and with its CUDA graphs on a GPU, for which it is made; without both on a CPU, as a rehearsal."""
+    import torch
+    from torchtitan.tools import utils
+
+    on_gpu = torch.cuda.is_available()
+    if not on_gpu:  # it takes a machine without a GPU for one with, and would ask torch.cpu for what only torch.cuda has
+        asked = dict.fromkeys(("set_device", "reset_peak_memory_stats", "empty_cache", "synchronize"), lambda *_: None)
+        asked |= {"get_device_name": str, "current_device": lambda: 0, "memory_stats": lambda _: {}}
+        asked |= {"get_device_properties": lambda _: SimpleNamespace(total_memory=1)}
+        utils.device_type, utils.device_module = "cpu", SimpleNamespace(**asked)
+    from torchtitan.components.loss import ChunkedLossWrapper, CrossEntropyLoss
+    from torchtitan.components.optimizer import default_adamw
+    from torchtitan.config import CompileConfig, TrainingConfig
+    from torchtitan.models import llama3
+    from torchtitan.models.common.attention import ScaledDotProductAttention
+    from torchtitan.trainer import Trainer
+
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+    spec = llama3.model_registry("debugmodel")
+    model = spec.model
+    rope = model.layers[0].attention.rope
+    rope.dim, rope.theta, rope.scaling, rope.max_seq_len = work.d // work.heads, 10_000, "none", work.T
+    model.layers = llama3._build_llama3_layers(
+        n_layers=work.layers, dim=work.d, n_heads=work.heads, hidden_dim=work.hidden, rope=rope, attn_backend="flex"
+    )
+    for layer in model.layers:
+        layer.attention.inner_attention = ScaledDotProductAttention.Config()
+    model.dim, model.vocab_size, model.norm.normalized_shape = work.d, work.vocab, work.d
+    model.tok_embeddings.num_embeddings, model.tok_embeddings.embedding_dim = work.vocab, work.d
+    model.lm_head.in_features, model.lm_head.out_features = work.d, work.vocab
+    left_out = SimpleNamespace(build=lambda **_: None)
+    trainer = Trainer(Trainer.Config(
+        model_spec=spec, tokenizer=left_out, dataloader=left_out, optimizer=default_adamw(lr=3e-4),
+        loss=ChunkedLossWrapper.Config(loss_fn=CrossEntropyLoss.Config(global_vocab_size=work.vocab)),
+        activation_checkpoint=None, compile=CompileConfig(enable=on_gpu), dump_folder=str(folder),
+        training=TrainingConfig(local_batch_size=work.micro, global_batch_size=work.batch, seq_len=work.T, steps=10**6,
+                                disable_cuda_graphs=not on_gpu),
+    ))  # fmt: skip
+    data = trainer.batch_generator(({"input": input_ids}, labels) for input_ids, labels in batches(work, "cpu"))
+
+    def step() -> None:
+        trainer.step += 1
+        trainer.train_step(data)
+
+    return step
+
+
 CONTESTANTS = {  # name: (the package whose version is told, how to make its step)
     "ours": ("torch", ours),
     "before": ("torch", ours),  # another checkout of this project: --at before=FOLDER
@@ -211,6 +260,7 @@ CONTESTANTS = {  # name: (the package whose version is told, how to make its ste
     "transformers": ("transformers", transformers),
     "olmo-core": ("ai2-olmo-core", olmo_core),
     "litgpt": ("litgpt", litgpt),
+    "torchtitan": ("torchtitan", torchtitan),
 }
 
 
