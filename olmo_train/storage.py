@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import shutil
 import socket
@@ -21,7 +22,9 @@ from typing import Any
 
 from olmo_train.errors import ConfigError
 
+log = logging.getLogger(__name__)
 MANIFEST = "MANIFEST.json"
+READ_BY_NAME = {"config.yaml", "state.json", "tokenizer.json"}  # besides *.safetensors: what is read from a checkpoint
 CHUNK = 1 << 22  # bytes that are written, or read, and hashed at once
 
 
@@ -113,32 +116,60 @@ def hash_file(path: Path) -> str:
 def problems_of(folder: Path, contents: bool = True) -> list[str]:
     """What is wrong with a committed folder, file by file; empty when every file is as its manifest says.
 
-    Without `contents` names and sizes are compared, but no file is read.
+    A file that the manifest does not name is ignored, with a warning, unless a reader of checkpoints would open it. A link
+    counts as the file that it points to. Without `contents`, names and sizes are compared, and no file is read.
     """
     try:
-        manifest = json.loads((folder / MANIFEST).read_bytes())
+        expected = _read_manifest(folder / MANIFEST)
+        with ThreadPoolExecutor(os.cpu_count()) as threads:  # each file is hashed by one
+            found = threads.map(lambda name: _problem_of(folder / name, name, *expected[name], contents), expected)
+            problems = [problem for problem in found if problem]
+        present = {path.name: path.is_symlink() for path in folder.iterdir()}
+    except ValueError as problem:
+        return [str(problem)]
+    except OSError as problem:
+        return [f"{MANIFEST} cannot be read: {problem.strerror}"]
+    extra = sorted(present.keys() - expected.keys() - {MANIFEST})
+    problems += [f"{name} is not in the manifest" for name in extra if name.endswith(".safetensors") or name in READ_BY_NAME]
+    if contents and not problems:
+        links = [name for name in expected if present[name]]
+        notes = [f"not in the manifest, and ignored: {', '.join(extra)}"] if extra else []
+        notes += [f"links, whose contents verify: {', '.join(sorted(links))}"] if links else []
+        if notes:
+            log.warning("%s holds files that are %s", folder, "; ".join(notes))
+    return problems
+
+
+def _read_manifest(file: Path) -> dict[str, tuple[int, str]]:
+    """{name: (size, hash)}. Raises ValueError with one line on what is wrong with it."""
+    if not file.is_file():
+        raise ValueError(f"{file.name} is missing")
+    try:
+        manifest = json.loads(file.read_bytes().decode("utf-8"))
+    except UnicodeDecodeError as problem:
+        raise ValueError(f"{file.name} cannot be read: byte {problem.start} is not UTF-8") from problem
+    except (ValueError, RecursionError) as problem:
+        raise ValueError(f"{file.name} cannot be read: it is not JSON: {problem}") from problem
+    try:
         if manifest["format"] != 1:
-            return [f"{MANIFEST} has format {manifest['format']!r}, and 1 is known"]
-        files = manifest["files"]
-        expected = {str(name): (int(entry["size"]), str(entry["sha256"])) for name, entry in files.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
-        return [f"{MANIFEST} cannot be read: {problem!r}"]
-    with ThreadPoolExecutor(os.cpu_count()) as threads:  # each file is hashed by one
-        found = threads.map(lambda name: _problem_of(folder / name, name, *expected[name], contents), expected)
-        problems = [problem for problem in found if problem]
-    extra = sorted({path.name for path in folder.iterdir()} - set(expected) - {MANIFEST})
-    return problems + [f"{name} is not in the manifest" for name in extra]
+            raise ValueError(f"{file.name} has format {manifest['format']!r}, and 1 is known")
+        return {str(name): (int(entry["size"]), str(entry["sha256"])) for name, entry in manifest["files"].items()}
+    except (KeyError, TypeError, AttributeError, OverflowError) as problem:
+        raise ValueError(f"{file.name} cannot be read: it does not list names, sizes and hashes") from problem
 
 
 def _problem_of(path: Path, name: str, size: int, sha256: str, contents: bool) -> str | None:
-    if Path(name).name != name or path.is_symlink():
+    if Path(name).name != name:
         return f"{name} leads out of the folder"
-    if not path.is_file():
-        return f"{name} is missing"
-    if path.stat().st_size != size:
-        return f"{name} has {path.stat().st_size} bytes, expected {size}"
-    if contents and hash_file(path) != sha256:
-        return f"{name} does not have the hash of what was written"
+    try:
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes, expected {size}"
+        if contents and hash_file(path) != sha256:
+            return f"{name} does not have the hash of what was written"
+    except OSError as problem:
+        return f"{name} cannot be read: {problem.strerror}"
     return None
 
 

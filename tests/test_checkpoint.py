@@ -106,11 +106,26 @@ def test_every_kind_of_damage_is_passed_over(finished, harm, tmp_path):
     elif harm == "truncated":
         os.truncate(shard, shard.stat().st_size // 2)
     elif harm == "extra file":
-        (folder / "model.pt").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
+        shutil.copy(shard, folder / "more.safetensors")
     else:
-        shutil.move(shard, tmp_path / "outside")
+        shutil.copy(finished / "checkpoints/step-0000004" / shard.name, tmp_path / "outside")
+        shard.unlink()
         shard.symlink_to(tmp_path / "outside")
     assert checkpoints.newest(finished).name == "step-0000004"
+
+
+def test_a_foreign_file_and_linked_shards_load_the_same_weights(finished, tmp_path, caplog):
+    folder = finished / "checkpoints/step-0000006"
+    before = checkpoints.load_model(folder).state_dict()
+    (folder / "model.pt").write_bytes(b"cos\nsystem\n(S'true'\ntR.")  # never opened
+    for file in list(folder.glob("*.safetensors")):
+        shutil.move(file, tmp_path / file.name)
+        file.symlink_to(tmp_path / file.name)
+    assert checkpoints.newest(finished) == folder
+    (record,) = [record for record in caplog.records if record.name == "olmo_train.storage"]
+    assert "ignored: model.pt" in record.getMessage() and "links" in record.getMessage()
+    after = checkpoints.load_model(folder).state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
 
 def test_none_that_verifies_is_an_error_with_exit_code_4_and_no_fresh_start(finished, tiny_words, run_cli):

@@ -39,14 +39,45 @@ def test_a_flipped_bit_is_told_by_the_files_name(folder, at):
 def test_every_other_damage_is_told_too(folder):
     (folder / "a.bin").write_bytes(b"aaaa" * 99)
     (folder / "b.json").unlink()
-    (folder / "c.txt").write_text("stray")
-    assert problems_of(folder) == ["a.bin has 396 bytes, expected 400", "b.json is missing", "c.txt is not in the manifest"]
+    assert problems_of(folder) == ["a.bin has 396 bytes, expected 400", "b.json is missing"]
 
 
-@pytest.mark.parametrize("manifest", ["", "[]", "{}", '{"files": []}', '{"files": {"a.bin": {}}}', "\x00"])
-def test_a_manifest_that_cannot_be_read_is_a_damage(folder, manifest):
-    (folder / "MANIFEST.json").write_text(manifest)
-    assert problems_of(folder)[0].startswith("MANIFEST.json cannot be read")
+@pytest.mark.parametrize(
+    "manifest, why",
+    [
+        (b"", "it is not JSON: Expecting value: line 1 column 1 (char 0)"),
+        (b"\x00", "it is not JSON: Expecting value: line 1 column 1 (char 0)"),
+        (b"[" * 100_000, "it is not JSON: "),
+        (b'{"secret": "\xff"}', "byte 12 is not UTF-8"),
+        (b"[]", "it does not list names, sizes and hashes"),
+        (b"{}", "it does not list names, sizes and hashes"),
+        (b'{"format": 1, "files": []}', "it does not list names, sizes and hashes"),
+        (b'{"format": 1, "files": {"a.bin": {}}}', "it does not list names, sizes and hashes"),
+    ],
+)
+def test_a_manifest_that_cannot_be_read_is_named_in_one_line(folder, manifest, why):
+    (folder / "MANIFEST.json").write_bytes(manifest)
+    (problem,) = problems_of(folder)
+    assert problem.startswith(f"MANIFEST.json cannot be read: {why}") and "secret" not in problem and len(problem) < 150
+
+
+def test_a_file_that_no_reader_opens_is_ignored_with_one_warning(folder, caplog):
+    (folder / "evaluation.json").write_bytes(b"{}")
+    (folder / ".DS_Store").touch()
+    (folder / "logs").mkdir()
+    assert problems_of(folder, contents=False) == [] and caplog.text == ""
+    assert problems_of(folder) == []
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        f"{folder} holds files that are not in the manifest, and ignored: .DS_Store, evaluation.json, logs"
+    )
+
+
+@pytest.mark.parametrize("name", ["more.safetensors", "tokenizer.json", "state.json", "config.yaml"])
+def test_a_file_that_a_reader_would_open_must_be_in_the_manifest(folder, name, tmp_path):
+    (tmp_path / "outside").touch()
+    (folder / name).symlink_to(tmp_path / "outside")
+    assert problems_of(folder) == [f"{name} is not in the manifest"]
 
 
 def test_any_flipped_byte_of_the_manifest_changes_nothing_silently(folder):
@@ -70,10 +101,19 @@ def test_a_manifest_cannot_lead_out_of_the_folder(folder, tmp_path):
     assert problems_of(folder) == ["../outside leads out of the folder"]
 
 
-def test_a_symlink_in_a_checkpoint_is_not_followed(folder, tmp_path):
-    (folder / "a.bin").rename(tmp_path / "elsewhere.bin")
-    (folder / "a.bin").symlink_to(tmp_path / "elsewhere.bin")
-    assert problems_of(folder) == ["a.bin leads out of the folder"]
+def test_links_count_as_the_files_that_they_point_to(folder, tmp_path, caplog):
+    """As huggingface_hub's cache lays out a download: every file is a link to blobs/HASH."""
+    for name in ("a.bin", "b.json", "MANIFEST.json"):
+        (folder / name).rename(tmp_path / f"blob-{name}")
+        (folder / name).symlink_to(f"../blob-{name}")
+    assert problems_of(folder) == []
+    (record,) = caplog.records
+    assert record.getMessage() == f"{folder} holds files that are links, whose contents verify: a.bin, b.json"
+    (tmp_path / "blob-a.bin").write_bytes(b"aaab" * 100)
+    (tmp_path / "blob-b.json").unlink()
+    assert problems_of(folder) == ["a.bin does not have the hash of what was written", "b.json is missing"]
+    (tmp_path / "blob-MANIFEST.json").unlink()
+    assert problems_of(folder) == ["MANIFEST.json is missing"]
 
 
 def test_removing_a_folder_does_not_follow_symlinks(folder, tmp_path):

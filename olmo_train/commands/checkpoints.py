@@ -52,10 +52,13 @@ def describe(step: int, folder, permanent: bool, problems: list[str] | None) -> 
     import json
     import time
 
-    size = sum(file.stat().st_size for file in folder.iterdir())
-    state = json.loads((folder / "state.json").read_text()) if (folder / "state.json").is_file() else {}
+    size = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
+    try:
+        world = json.loads((folder / "state.json").read_bytes())["world_size"]
+    except (OSError, ValueError, KeyError, TypeError):  # damaged, which --verify reports
+        world = "?"
     when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(folder.stat().st_mtime))
-    parts = [f"step {step:>8}", f"{size / 1e6:>10.1f} MB", when, f"world {state.get('world_size', '?')}"]
+    parts = [f"step {step:>8}", f"{size / 1e6:>10.1f} MB", when, f"world {world}"]
     if permanent:
         parts.append("permanent")
     if problems is not None:
