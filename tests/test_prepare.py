@@ -1,3 +1,4 @@
+import gzip
 import json
 import os
 import signal
@@ -7,6 +8,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from data_sources import contents, prepare_source, texts, write_jsonl, write_tokenizer
@@ -29,6 +31,15 @@ def small_chunks(monkeypatch):
 
 def tokens_of(folder):
     return np.concatenate([np.fromfile(file, np.uint16) for file in sorted(folder.glob("tokens-*.bin"))])
+
+
+def meta_of(folder):
+    return json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+
+
+def write_lines(file, lines):
+    file.write_text("".join(lines), encoding="utf-8")
+    return file
 
 
 def test_tokens_on_disk_are_the_documents_tokens_each_with_an_eos(tmp_path):
@@ -207,6 +218,44 @@ def test_corrupt_records_are_named_and_counted_or_stop_it_all(tmp_path):
     with pytest.raises(DataError, match=r"a.jsonl:8: is not JSON"):
         prepare_source(tmp_path, tmp_path / "a.jsonl", name="strict", on_error="stop")
     assert not (tmp_path / "strict").exists()
+
+
+@pytest.mark.parametrize("options", [{}, {"validation_fraction": 0.5}, {"workers": 2}])
+def test_the_account_sums_to_the_bytes_and_records_of_the_input(tmp_path, small_chunks, options):
+    lines = [json.dumps({"text": text}) + "\n" for text in texts(30)]
+    lines[3], lines[7], lines[20] = "{broken\n", '{"text": 5}\n', json.dumps({"text": ""}) + "\n"
+    lines[9:9] = ["\n"] * 5
+    (tmp_path / "a.jsonl").write_text("".join(lines))
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress("".join(lines).encode())[:-40])
+    pq.write_table(pa.table({"text": ["one", None, "two"]}), tmp_path / "c.parquet")
+    (tmp_path / "d.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "e.txt").write_text("plain")
+    (tmp_path / "f.jsonl").write_text("\n\n")
+    inputs = sorted(tmp_path.glob("*.*"))
+    folder, result = prepare_source(tmp_path, *inputs, **options)
+    read, written, left_out = (result.meta.account[key] for key in ("in", "out", "left_out"))
+    assert read["files"] == 6
+    assert read["bytes"] == sum(file.stat().st_size for file in inputs)
+    assert read["bytes"] == written["bytes"] + sum(n["bytes"] for n in left_out.values())
+    assert read["records"] == written["documents"] + sum(n["records"] for n in left_out.values())
+    metas = [result.meta, *([result.validation] if result.validation else [])]
+    assert written["documents"] == sum(meta.documents for meta in metas)
+    assert written["tokens"] == sum(meta.tokens for meta in metas)
+    assert left_out["is not JSON"]["bytes"] >= len(lines[3])
+    assert left_out["holds int where text is expected"]["records"] >= 1
+    assert left_out["has no text"]["records"] >= 1
+    assert left_out["is not UTF-8"] == {"records": 1, "bytes": 4}
+    assert left_out["holds no records"] == {"records": 0, "bytes": 2}
+    assert left_out["has no text in a field 'text'"]["records"] == 1
+    assert meta_of(folder)["account"] == result.meta.account
+
+
+def test_in_files_that_are_not_compressed_the_account_is_exact_to_the_byte(tmp_path, small_chunks):
+    lines = [json.dumps({"text": text}) + "\n" for text in texts(40)]
+    for i in (5, 25):
+        lines[i] = "{" + lines[i]
+    _, result = prepare_source(tmp_path, write_lines(tmp_path / "a.jsonl", lines))
+    assert result.meta.account["left_out"] == {"is not JSON": {"records": 2, "bytes": len(lines[5]) + len(lines[25])}}
 
 
 def test_inputs_without_documents_are_refused_and_leave_nothing(tmp_path):

@@ -62,13 +62,21 @@ def _report(output: Path, result, seconds: float, new_tokens: int) -> None:
     _line(output, meta)
     if result.validation:
         _line(output / "validation", result.validation)
-    skipped = meta.skipped
-    if skipped["records"]:
-        print(f"left out: {skipped['records']:,} corrupt records; meta.json names the first {len(skipped['first'])}")
-    if skipped["empty"]:
-        print(f"left out: {skipped['empty']:,} records without any text")
+    _print_account(meta)
     if not result.already_finished:
         print(f"{new_tokens / max(seconds, 1e-9):,.0f} tokens/s over {seconds:.1f} s")
+
+
+def _print_account(meta) -> None:
+    if not meta.account:  # written by an earlier version
+        return
+    read, written = meta.account["in"], meta.account["out"]
+    print(f"in: {read['files']:,} files, {read['records']:,} records, {read['bytes']:,} bytes")
+    print(f"out: {written['tokens']:,} tokens from {written['documents']:,} records, {written['bytes']:,} bytes")
+    for reason, n in meta.account["left_out"].items():
+        print(f"left out: {n['records']:,} records, {n['bytes']:,} bytes: {reason}")
+    if meta.skipped["first"]:
+        print(f"meta.json names the first {len(meta.skipped['first'])} of them")
 
 
 def _line(folder: Path, meta) -> None:

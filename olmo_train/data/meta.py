@@ -49,6 +49,7 @@ class Meta:
     shards: tuple[ShardMeta, ...]
     documents_sha256: str  # of documents.parquet
     skipped: dict = field(default_factory=dict)  # {"records": n, "empty": n, "first": [...]}: what did not become a document
+    account: dict = field(default_factory=dict)  # where every byte and record of the input went; docs/data.md
     recipe: dict = field(default_factory=dict)  # inputs and options that prepare-data was given
 
     @property
@@ -70,6 +71,7 @@ def read_meta(folder: Path) -> Meta:
         version = values.get("format_version")
         if version != FORMAT_VERSION:
             raise DataError(file, f"format_version is {version}, expected {FORMAT_VERSION}; prepare the source again")
+        values.setdefault("account", {})  # earlier versions kept none
         values = {f.name: values[f.name] for f in fields(Meta)}
         shards = tuple(ShardMeta(**shard) for shard in values.pop("shards"))
         meta = Meta(shards=shards, **values)

@@ -22,7 +22,7 @@ from pathlib import Path
 from olmo_train.data.chunks import Chunk
 from olmo_train.data.meta import META_FILE, Meta, hash_blocks, read_meta, write_json
 from olmo_train.data.readers import Skipped, Unit, chunks, find_units
-from olmo_train.data.tokenize import ChunkResult, tokenize_chunks
+from olmo_train.data.tokenize import HARMLESS, NO_TEXT, ChunkResult, count_left_out, tokenize_chunks
 from olmo_train.data.tokenizer import Tokenizer, load_tokenizer
 from olmo_train.data.writer import SourceWriter, Tokenized, WriterState
 from olmo_train.errors import ConfigError, DataError, UserError, check_choice
@@ -86,7 +86,8 @@ class _State:
     chunk: int = 0
     input_bytes: int = 0
     documents: int = 0  # held-out ones included
-    skipped: dict = field(default_factory=lambda: {"records": 0, "empty": 0, "first": []})
+    left_out: dict = field(default_factory=dict)  # reason: {"records": n, "bytes": n}
+    first: list = field(default_factory=list)  # the first corrupt records: {"where", "why"}
     train: WriterState = field(default_factory=WriterState)
     validation: WriterState = field(default_factory=WriterState)
 
@@ -154,8 +155,8 @@ class _Run:
 
     def run(self) -> tuple[Meta, Meta | None]:
         state, saved = self.state, time.monotonic()
-        if state.skipped["records"] and self.options.on_error == "stop":
-            raise DataError(state.skipped["first"][0]["where"], state.skipped["first"][0]["why"])
+        if state.first and self.options.on_error == "stop":
+            raise DataError(state.first[0]["where"], state.first[0]["why"])
         places: deque[tuple[int, int]] = deque()
         results = tokenize_chunks(self._chunks(places), self.tokenizer, self.options.text_field, self.options.workers)
         for result in results:
@@ -169,7 +170,11 @@ class _Run:
                 saved = time.monotonic()
         self._save()
         self._refuse_nothing()
-        metas = [writer.finish(state.skipped, state.recipe) for writer in self.writers]
+        account = self._account()
+        corrupt = sum(n["records"] for reason, n in state.left_out.items() if reason not in HARMLESS)
+        empty = state.left_out.get(NO_TEXT, {"records": 0})["records"]
+        skipped = {"records": corrupt, "empty": empty, "first": state.first}
+        metas = [writer.finish(skipped, account, state.recipe) for writer in self.writers]
         return metas[-1], metas[0] if self.every else None
 
     def _chunks(self, places: deque[tuple[int, int]]) -> Iterator[Chunk]:
@@ -184,13 +189,13 @@ class _Run:
     def _take(self, result: ChunkResult) -> None:
         state = self.state
         for skipped in result.skipped:
-            if self.options.on_error == "stop":
-                raise DataError(skipped.where, f"{skipped.why}; correct it, or let it be left out with --on-error skip")
-            if state.skipped["records"] < NAMED:
-                state.skipped["first"].append(asdict(skipped))
+            if self.options.on_error == "stop" and skipped.reason not in HARMLESS:
+                raise DataError(skipped.where, f"{skipped.why}; correct it, or leave it out with --on-error skip")
+            if len(state.first) < NAMED:
+                state.first.append({"where": skipped.where, "why": skipped.why})
                 self.on_skip(skipped)
-            state.skipped["records"] += 1
-        state.skipped["empty"] += result.empty
+        for reason, n in result.left_out.items():
+            count_left_out(state.left_out, reason, **n)
         state.input_bytes += result.input_bytes
         self.progress.input_bytes = state.input_bytes
         documents = result.documents
@@ -215,18 +220,27 @@ class _Run:
     def _refuse_nothing(self) -> None:
         state = self.state
         if not state.documents:
-            first = state.skipped["first"]
-            why = f"; {first[0]['where']}: {first[0]['why']}" if first else ""
-            raise DataError(
-                " ".join(self.options.inputs),
-                f"gives no documents ({state.skipped['records']} records were skipped){why}",
-            )
+            records = sum(n["records"] for n in state.left_out.values())
+            why = f"; {state.first[0]['where']}: {state.first[0]['why']}" if state.first else ""
+            raise DataError(" ".join(self.options.inputs), f"gives no documents ({records} records were skipped){why}")
         if self.every and not self.held_out.state.documents:
             fraction = self.options.validation_fraction
             raise DataError(
                 "--validation-fraction",
                 f"{fraction} holds out every {self.every}th document, but there are {state.documents}; raise it",
             )
+
+    def _account(self) -> dict:
+        """Where every byte and record of the input went. Bytes are those of the files on disk, compressed or not."""
+        state, recipe = self.state, self.state.recipe
+        records, bytes = (sum(n[key] for n in state.left_out.values()) for key in ("records", "bytes"))
+        assert state.input_bytes == recipe["input_bytes"], (state.input_bytes, recipe["input_bytes"])
+        assert state.documents == sum(writer.state.documents for writer in self.writers), state.documents
+        return {
+            "in": {"files": recipe["input_files"], "bytes": state.input_bytes, "records": state.documents + records},
+            "out": {"documents": state.documents, "bytes": state.input_bytes - bytes, "tokens": self._count()},
+            "left_out": state.left_out,
+        }
 
     def _save(self) -> None:
         for writer in self.writers:
@@ -280,6 +294,8 @@ def _load_state(output: Path, work: Path, recipe: dict) -> _State:
     if file.exists():
         values = json.loads(file.read_bytes())
         _same_recipe(output, values["recipe"], recipe)
+        if "left_out" not in values:
+            raise ConfigError(output, "holds the unfinished work of an older version; remove it, or choose another --output")
         train, validation = WriterState(**values.pop("train")), WriterState(**values.pop("validation"))
         return _State(**values, train=train, validation=validation)
     others = [path.name for path in output.iterdir() if path != work]

@@ -10,12 +10,13 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from olmo_train.data import tables
-from olmo_train.data.chunks import CHUNK_BYTES, Chunk, open_stream
+from olmo_train.data.chunks import CHUNK_BYTES, Chunk, Skipped, broken, open_stream
 from olmo_train.errors import ConfigError
 
 SUFFIXES = {  # suffix, after .gz or .zst was taken off -> format
@@ -27,6 +28,7 @@ SUFFIXES = {  # suffix, after .gz or .zst was taken off -> format
     ".feather": "arrow",
 }
 COMPRESSED = (".gz", ".zst")
+NOT_UTF8, BINARY = "is not UTF-8", "is binary, not text"  # reasons
 HUB_FILES = {"dataset_info.json", "state.json", "dataset_dict.json"}  # what `datasets` writes beside a data set's files
 
 
@@ -38,14 +40,7 @@ class Record:
     origin: str
     record: int | None  # counted from 1 in its file (of JSONL: its line); None where the file is the document
     segments: tuple[tuple[str, bool], ...]
-
-
-@dataclass(frozen=True)
-class Skipped:
-    """What could not become a document, and why; `where` is file:record."""
-
-    where: str
-    why: str
+    size: int = field(default=0, compare=False)  # of its chunk's `content`
 
 
 @dataclass(frozen=True)
@@ -55,7 +50,11 @@ class Unit:
     format: str
     files: tuple[Path, ...]
     origins: tuple[str, ...]  # the files as the user would name them
-    size: int  # bytes
+    sizes: tuple[int, ...]  # bytes of each on disk
+
+    @property
+    def size(self) -> int:
+        return sum(self.sizes)
 
 
 def find_units(inputs: list[str], on_note: Callable[[str], None] = lambda note: None) -> list[Unit]:
@@ -77,21 +76,28 @@ def find_units(inputs: list[str], on_note: Callable[[str], None] = lambda note: 
     for format, path, origin in found:
         size, last = path.stat().st_size, units[-1] if units else None
         if last and format == last.format == "text" and last.size + size <= CHUNK_BYTES:
-            units[-1] = Unit("text", (*last.files, path), (*last.origins, origin), last.size + size)
+            units[-1] = Unit("text", (*last.files, path), (*last.origins, origin), (*last.sizes, size))
         else:
-            units.append(Unit(format, (path,), (origin,), size))
+            units.append(Unit(format, (path,), (origin,), (size,)))
     return units
 
 
 def chunks(unit: Unit, text_field: str) -> Iterator[Chunk]:
-    """The chunks of a unit, in order. A file that breaks off gives a last chunk whose `problem` tells it."""
-    return FORMATS[unit.format].cut(unit, text_field)
+    """The chunks of a unit, in order; their input_bytes sum to the unit's size. A file that breaks off ends with a `problem`."""
+    waiting, rest = None, unit.size
+    for chunk in FORMATS[unit.format].cut(unit, text_field):
+        if waiting:
+            yield waiting
+        waiting, rest = chunk, rest - chunk.input_bytes
+    if waiting is None:  # a compressed file or a table without contents
+        waiting = Chunk("jsonl", unit.origins[0], 1, b"", 0, 0)
+    yield replace(waiting, input_bytes=waiting.input_bytes + rest)
 
 
 def records(chunk: Chunk, text_field: str) -> Iterator[Record | Skipped]:
     """The records of a chunk, in order."""
     if chunk.problem:
-        yield Skipped(f"{chunk.origin}:{chunk.first}", chunk.problem)
+        yield chunk.problem
     else:
         yield from FORMATS[chunk.format].parse(chunk, text_field)
 
@@ -165,47 +171,55 @@ def _cut_lines(unit: Unit, text_field: str) -> Iterator[Chunk]:
                     continue
                 carry += block[:cut]
                 data, carry = bytes(carry), bytearray(block[cut:])
-                yield Chunk("jsonl", origin, line, data, raw.tell() - told)
-                line, told = line + data.count(b"\n"), raw.tell()
+                end = raw.tell() - (len(carry) if stream is raw else 0)
+                yield Chunk("jsonl", origin, line, data, len(data), end - told)
+                line, told = line + data.count(b"\n"), end
         except (OSError, EOFError) as problem:  # a damaged or cut-off compressed file
-            yield Chunk("jsonl", origin, line, b"", unit.size - told, f"the file breaks off here: {problem}")
+            yield broken("jsonl", origin, line, problem)
             return
     if carry:
-        yield Chunk("jsonl", origin, line, bytes(carry), unit.size - told)
+        yield Chunk("jsonl", origin, line, bytes(carry), len(carry), unit.size - told)
 
 
 def _parse_lines(chunk: Chunk, text_field: str) -> Iterator[Record | Skipped]:
-    for number, line in enumerate(chunk.payload.split(b"\n"), start=chunk.first):
+    for number, line in enumerate(BytesIO(chunk.payload), start=chunk.first):
+        where, size = f"{chunk.origin}:{number}", len(line)
         if number == 1:
             line = line.removeprefix(b"\xef\xbb\xbf")
         if not line.strip():
             continue
         try:
-            values = json.loads(line)
+            values = json.loads(line.decode())
         except UnicodeDecodeError as problem:
-            yield Skipped(f"{chunk.origin}:{number}", f"is not UTF-8 (byte {problem.start} of the line)")
+            yield Skipped(where, NOT_UTF8, f" (byte {problem.start} of the line)", size)
         except (ValueError, RecursionError) as problem:
-            yield Skipped(f"{chunk.origin}:{number}", f"is not JSON: {problem}")
+            yield Skipped(where, "is not JSON", f": {problem}", size)
         else:
-            yield to_record(values, chunk.origin, number, text_field)
+            yield to_record(values, chunk.origin, number, text_field, size)
 
 
 def _cut_text(unit: Unit, text_field: str) -> Iterator[Chunk]:
-    yield Chunk("text", unit.origins[0], 1, (unit.files, unit.origins), unit.size)
+    yield Chunk("text", unit.origins[0], 1, (unit.files, unit.origins, unit.sizes), unit.size, unit.size)
 
 
 def _parse_text(chunk: Chunk, text_field: str) -> Iterator[Record | Skipped]:
-    for path, origin in zip(*chunk.payload, strict=True):
+    for path, origin, size in zip(*chunk.payload, strict=True):
         try:
             with open(path, "rb") as raw:
                 data = open_stream(path, raw).read()
             text = data.decode("utf-8-sig")
         except UnicodeDecodeError as problem:
-            yield Skipped(origin, "is binary, not text" if b"\0" in data[:8192] else f"is not UTF-8 (byte {problem.start})")
+            if b"\0" in data[:8192]:
+                yield Skipped(origin, BINARY, size=size)
+            else:
+                yield Skipped(origin, NOT_UTF8, f" (byte {problem.start})", size)
         except (OSError, EOFError) as problem:
-            yield Skipped(origin, f"cannot be read: {problem}")
+            yield Skipped(origin, "cannot be read", f": {problem}", size)
         else:
-            yield (Skipped(origin, "is binary, not text") if "\0" in text[:8192] else Record(None, origin, None, ((text, True),)))
+            if "\0" in text[:8192]:
+                yield Skipped(origin, BINARY, size=size)
+            else:
+                yield Record(None, origin, None, ((text, True),), size)
 
 
 def _cut_table(unit: Unit, text_field: str) -> Iterator[Chunk]:
@@ -220,11 +234,14 @@ def _parse_table(chunk: Chunk, text_field: str) -> Iterator[Record | Skipped]:
 FIELDS = ("id", "messages", "prompt", "response", "completion")
 
 
-def to_record(values: Any, origin: str, number: int, text_field: str) -> Record | Skipped:
+def to_record(values: Any, origin: str, number: int, text_field: str, size: int = 1) -> Record | Skipped:
     """A record's fields as a document: its text, or an instruction's prompt/response or chat messages."""
-    where = f"{origin}:{number}"
+
+    def skipped(reason: str, detail: str = "") -> Skipped:
+        return Skipped(f"{origin}:{number}", reason, detail, size)
+
     if not isinstance(values, dict):
-        return Skipped(where, f"is no record with fields, but {type(values).__name__}")
+        return skipped("is no record with fields", f", but {type(values).__name__}")
     answer = next((values[key] for key in ("response", "completion") if values.get(key) is not None), None)
     if values.get(text_field) is not None:
         segments = [(values[text_field], True)]
@@ -234,14 +251,14 @@ def to_record(values: Any, origin: str, number: int, text_field: str) -> Record 
         segments = [(values["prompt"], False), (answer, True)]
     else:
         known = ", ".join(map(str, list(values)[:8]))
-        return Skipped(where, f"has no text in a field '{text_field}'; its fields: {known}; see --text-field")
+        return skipped(f"has no text in a field '{text_field}'", f"; its fields: {known}; see --text-field")
     for text, _ in segments:
         if not isinstance(text, str):
-            return Skipped(where, f"holds {type(text).__name__} where text is expected")
+            return skipped(f"holds {type(text).__name__} where text is expected")
         if not _encodable(text):
-            return Skipped(where, "holds a lone surrogate, which no UTF-8 text has")
+            return skipped("holds a lone surrogate, which no UTF-8 text has")
     id = values.get("id")
-    return Record(None if id is None else str(id), origin, number, tuple(segments))
+    return Record(None if id is None else str(id), origin, number, tuple(segments), size)
 
 
 def _chat(messages: list) -> list[tuple[Any, bool]]:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from olmo_train.data.chunks import CHUNK_BYTES, Chunk
+from olmo_train.data.chunks import CHUNK_BYTES, Chunk, broken
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -27,11 +27,10 @@ def cut(format: str, path: Path, origin: str, size: int, columns: tuple[str, ...
             for start in range(0, batch.num_rows, rows):
                 piece = batch.slice(start, rows)
                 done = size * (first + piece.num_rows - 1) // total if total else 0
-                yield Chunk(format, origin, first, _pack(piece), done - told)
+                yield Chunk(format, origin, first, _pack(piece), piece.num_rows, done - told)
                 first, told = first + piece.num_rows, done
     except (pa.ArrowException, OSError, EOFError) as problem:
-        text = " ".join(str(problem).split())
-        yield Chunk(format, origin, first, b"", size - told, f"the file breaks off here: {text}")
+        yield broken(format, origin, first, problem)
 
 
 def rows(chunk: Chunk) -> list[dict[str, Any]]:

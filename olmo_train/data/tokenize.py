@@ -26,14 +26,16 @@ from olmo_train.data.writer import Tokenized
 from olmo_train.errors import DataError
 
 BATCH_BYTES = 2**18  # text that the tokenizer is given at once: more costs memory and gains no speed
+NO_TEXT = "has no text"  # reason
+HARMLESS = {NO_TEXT}  # reasons that do not stop with --on-error stop
 
 
 @dataclass
 class ChunkResult:
     documents: Tokenized
     skipped: list[Skipped]
-    empty: int  # records without any text
-    input_bytes: int
+    left_out: dict[str, dict[str, int]]  # reason: {"records": n, "bytes": n}; every record is here or in `documents`
+    input_bytes: int  # those of `left_out` are some of these; the others are the documents'
 
 
 def tokenize_chunks(chunks: Iterable[Chunk], tokenizer: Tokenizer, text_field: str, workers: int) -> Iterator[ChunkResult]:
@@ -94,16 +96,32 @@ def tokenize_chunk(chunk: Chunk, tokenizer: Tokenizer, text_field: str) -> Chunk
     """Parse a chunk and tokenize its records, each followed by EOS."""
     kept: list[Record] = []
     skipped: list[Skipped] = []
-    empty = 0
+    left_out: dict[str, dict[str, int]] = {}
+
+    def leave_out(reason: str, records: int, size: int) -> None:
+        count_left_out(left_out, reason, records, chunk.input_bytes * size // max(chunk.content, 1))
+
     for record in records(chunk, text_field):
         if isinstance(record, Skipped):
             skipped.append(record)
+            leave_out(record.reason, record.records, record.size)
         elif any(text for text, _ in record.segments):
             kept.append(record)
         else:
-            empty += 1
+            leave_out(NO_TEXT, 1, record.size)
     pieces = list(_encode([text for record in kept for text, _ in record.segments], tokenizer))
-    return ChunkResult(_join(kept, pieces, tokenizer), skipped, empty, chunk.input_bytes)
+    documents = _join(kept, pieces, tokenizer)
+    rest = chunk.input_bytes - sum(counts["bytes"] for counts in left_out.values())
+    if rest and not len(documents):  # blank lines and the like have no document to be counted with
+        count_left_out(left_out, next(reversed(left_out), "holds no records"), 0, rest)
+    return ChunkResult(documents, skipped, left_out, chunk.input_bytes)
+
+
+def count_left_out(left_out: dict[str, dict[str, int]], reason: str, records: int, bytes: int) -> None:
+    """Add to the counts of a reason in an account's `left_out`."""
+    counts = left_out.setdefault(reason, {"records": 0, "bytes": 0})
+    counts["records"] += records
+    counts["bytes"] += bytes
 
 
 def _encode(texts: list[str], tokenizer: Tokenizer) -> Iterator[np.ndarray]:

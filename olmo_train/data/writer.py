@@ -138,7 +138,7 @@ class SourceWriter:
         self.state.parts = self._parts.save()
         return self.state
 
-    def finish(self, skipped: dict, recipe: dict) -> Meta:
+    def finish(self, skipped: dict, account: dict, recipe: dict) -> Meta:
         """Close the last shard, write the documents and meta.json. Call `save` before."""
         if self.state.shard_tokens:
             self._close_shard()
@@ -165,6 +165,7 @@ class SourceWriter:
             shards=shards,
             documents_sha256=hash_file(self.folder / DOCUMENTS_FILE),
             skipped=skipped,
+            account=account,
             recipe=recipe,
         )
         write_meta(self.folder, meta)
