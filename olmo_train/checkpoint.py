@@ -209,8 +209,11 @@ def _read_tensors(folder: Path, wanted: dict[str, Tensor], prefix: str, group: A
 class Checkpointer:
     """Writes a run's checkpoints, one at a time, and deletes those that the configuration no longer keeps."""
 
-    def __init__(self, run_dir: Path, config: CheckpointConfig, world: World, files: dict[str, bytes]):
-        """`files` go into every checkpoint as they are: the configuration, the tokenizer."""
+    def __init__(
+        self, run_dir: Path, config: CheckpointConfig, world: World, files: dict[str, bytes], resumed_step: int | None = None
+    ):
+        """`files` go into every checkpoint as they are: the configuration, the tokenizer. `resumed_step`: the step of the
+        run's own checkpoint that training goes on from."""
         self.run_dir, self.config, self.world, self.files = run_dir, config, world, files
         # A snapshot in host memory is a DTensor of a mesh of hosts.
         on_host = world.device.type == "cpu"
@@ -219,11 +222,12 @@ class Checkpointer:
         self._pending: Future | None = None
         self._host: dict[str, Tensor] = {}  # of the snapshot, by name
         self._figures: dict[str, float] = {}
-        self.last_step: int | None = None  # of the last save that was begun
-        self.committed_step = -1  # of the last save that is known to be committed
+        self._failure: SaveError | None = None  # of the last save
+        self.last_step = resumed_step  # of the last save that was begun and has not failed: this step need not be saved again
+        self.committed_step = -1 if resumed_step is None else resumed_step  # of the last save that is known to be committed
 
-    def save(self, step: int, model: Transformer, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> float:
-        """Save the state after update `step`; gives the seconds for which training stood still.
+    def save(self, step: int, model: Transformer, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+        """Save the state after update `step`.
 
         With async_save the files are written beside training; the next save, `wait` or `failed` tells what went wrong.
         """
@@ -234,29 +238,29 @@ class Checkpointer:
         self._pending, self.last_step = self._thread.submit(self._write, step, snapshot, state), step
         if not self.config.async_save:
             self.wait()
-        stall = time.perf_counter() - started
-        self._figures["throughput/checkpoint_stall_seconds"] = stall
-        return stall
+        self._figures["throughput/checkpoint_stall_seconds"] = time.perf_counter() - started
 
     def failed(self) -> bool:
         """Whether the last save is known to have failed; never waits."""
         return self._pending is not None and self._pending.done() and self._pending.exception() is not None
 
-    def wait(self) -> None:
-        """Until the last save is committed. Raises SaveError when it was not, or warns where a save is not required."""
+    def wait(self, leaving: bool = False) -> None:
+        """Until the last save is committed. Raises SaveError when it failed; where a save is not required, only warns,
+        unless the run is `leaving`: it must not end as saved when it was not."""
         pending, self._pending = self._pending, None
-        if pending is None:
-            return
-        try:
-            seconds, size = pending.result()
-        except SaveError as problem:
-            if self.config.required:
-                raise
-            log.warning("%s; training goes on without it", problem)
-            return
-        self.committed_step = self.last_step
-        self._figures["throughput/checkpoint_write_seconds"] = seconds
-        self._figures["throughput/checkpoint_bytes_per_second"] = size / seconds
+        if pending is not None:
+            try:
+                seconds, size = pending.result()
+            except SaveError as problem:
+                self.last_step, self._failure = None, problem
+                if not self.config.required and not leaving:
+                    log.warning("%s; training goes on without it", problem)
+            else:
+                self.committed_step, self._failure = self.last_step, None
+                self._figures["throughput/checkpoint_write_seconds"] = seconds
+                self._figures["throughput/checkpoint_bytes_per_second"] = size / seconds
+        if self._failure is not None and (self.config.required or leaving):
+            raise self._failure
 
     def take_figures(self) -> dict[str, float]:
         """Metrics of the saves since the last call: stall, time beside training, bandwidth of all ranks together."""

@@ -99,6 +99,13 @@ def attempts(run_dir: Path) -> int:
     return sum('"event": "start"' in line or '"event": "resume"' in line or '"event": "branch"' in line for line in lines)
 
 
+def is_logged(run_dir: Path, step: int) -> bool:
+    """Whether metrics.jsonl has the line of this step, complete with its line end."""
+    file = run_dir / "metrics.jsonl"
+    lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
+    return any(line.startswith(b'{"step": %d,' % step) and line.endswith(b"}\n") for line in lines)
+
+
 class Recorder:
     """Writes metrics.jsonl and events.jsonl of a run_dir and mirrors the metrics. Made on rank 0 only."""
 

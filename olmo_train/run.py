@@ -33,7 +33,7 @@ from olmo_train.guards import (
     name_checkpoint,
     too_slow_to_stop,
 )
-from olmo_train.metrics import attempts
+from olmo_train.metrics import attempts, is_logged
 from olmo_train.model.cost import flops_per_token
 from olmo_train.model.transformer import Transformer
 from olmo_train.profiling import StepProfiler
@@ -88,7 +88,7 @@ class Run:
         self.last_step: int = self.state["step"]
         self.done = self.last_step  # the last step that this process knows to be done
         self.first_step = self.last_step if self.is_branch else 0  # from which the run began
-        self.pending_line: dict[str, Any] | None = self.state.get("pending_line")
+        self.pending_line: dict[str, Any] | None = world.on_main(self._owed_line)
         if self.is_finished:
             if world.is_main:
                 print(f"{self.run_dir} is finished: {self.last_step} of {config.steps} steps; set total_steps higher to go on")
@@ -107,8 +107,10 @@ class Run:
         self.clock = Clock()
         self.meter, self.energy_before = hardware.open_energy_meter(), self.state.get("energy_kwh") or 0.0
         self.records = self.stack.enter_context(contextlib.closing(Records(config, world, self.last_step)))
-        checkpointer = Checkpointer(self.run_dir, config.checkpoint, world, self._checkpoint_files())
+        resumed = self.last_step if self.folder and not self.is_branch else None
+        checkpointer = Checkpointer(self.run_dir, config.checkpoint, world, self._checkpoint_files(), resumed)
         self.checkpointer = self.stack.enter_context(contextlib.closing(checkpointer))
+        self.noted_step = checkpointer.committed_step  # of the last event "save"
         in_a_row = self.interval.skipped_in_a_row()
         self.forensics = Forensics(self.run_dir, self.mixture, world, self.attempt, self.watchdog)
         self.verdicts = Verdicts(config, world, self.records, checkpointer, self.forensics, self.first_step, in_a_row)
@@ -159,6 +161,14 @@ class Run:
             check_denied(state.get("denied"), self.mixture.denied_summary, self.config.allow_changes)
         return state
 
+    def _owed_line(self) -> dict[str, Any] | None:
+        """The line of the step that is resumed, if a signal interrupted its evaluation and no start since has logged it.
+
+        The checkpoint on the disk keeps it, so metrics.jsonl decides. A branch does not log a step of its parent.
+        """
+        line = self.state.get("pending_line")
+        return None if self.is_branch or line is None or is_logged(self.run_dir, self.last_step) else line
+
     def _checkpoint_files(self) -> dict[str, bytes]:
         files = {"config.yaml": configuration.dump(self.config).encode()}
         folders = [source.folder for source in self.mixture.sources if source.folder]
@@ -190,7 +200,7 @@ class Run:
         if self.pending_line is not None:  # a signal interrupted the evaluation of the step that is resumed
             line, self.pending_line = self.pending_line, None
             self._evaluate_and_log(self.last_step, line, model)
-        if self.last_step == 0 and 0 in config.checkpoint.save_steps:
+        if self.last_step == 0 and 0 in config.checkpoint.save_steps and self.checkpointer.last_step is None:
             self.save(0, model, optimizer)
         self.clock.restart()
         return model, optimizer
@@ -347,7 +357,7 @@ class Run:
 
     def _log(self, step: int, line: dict[str, Any]) -> None:
         self.records.log(step, line)
-        self.records.settle(self.checkpointer.committed_step)
+        self._note_commit()
 
     def save(self, step: int, model: Transformer, optimizer: torch.optim.Optimizer) -> None:
         """Save the state after this step; the metrics so far are on the disk before it."""
@@ -367,8 +377,8 @@ class Run:
                 "pending_line": self.pending_line,
                 "energy_kwh": self._energy_kwh(),
             }
-            stall = self.checkpointer.save(step, model, optimizer, state)
-        self.records.event("save", step, stall_seconds=stall)
+            self.checkpointer.save(step, model, optimizer, state)
+        self._note_commit()
 
     def check_replicas(self, step: int, model: Transformer, optimizer: torch.optim.Optimizer) -> None:
         """Raises ReplicaError, on every rank alike, when ranks that must hold the same bits do not."""
@@ -384,24 +394,34 @@ class Run:
             )
 
     def save_and_stop(self, step: int, model: Transformer, optimizer: torch.optim.Optimizer) -> None:
-        """Raises Stopped when the state after this step is committed."""
+        """Raises Stopped when the state after this step is committed, and SaveError when it cannot be, required or not."""
         self.records.event("signal", step, signal=self.signals.received)
-        if self.checkpointer.last_step != step or self.pending_line is not None:
+        if self.checkpointer.last_step != step:
             self.save(step, model, optimizer)
-        self._settle()
+        self._settle(leaving=True)
+        assert self.checkpointer.committed_step == step, (self.checkpointer.committed_step, step)
         name = signal.Signals(self.signals.received).name
         raise Stopped(name, f"stopped after step {step} of {self.config.steps} and saved; run the same command again to go on")
 
     def finish(self) -> None:
-        self._settle()
+        self._settle(leaving=True)
         self.records.event("finish", self.config.steps)
         if self.config.log.wandb.artifacts:
             self.records.attach(self._summary_files, self.config.steps)
 
-    def _settle(self) -> None:
+    def _settle(self, leaving: bool = False) -> None:
+        """Wait for the last save. `leaving`: no later save can make up for one that failed, see Checkpointer.wait."""
         with self.watchdog.patient("saves"):
-            self.checkpointer.wait()
-        self.records.settle(self.checkpointer.committed_step)
+            self.checkpointer.wait(leaving)
+        self._note_commit()
+
+    def _note_commit(self) -> None:
+        """A save is an event once it is committed, and not before."""
+        step = self.checkpointer.committed_step
+        if step != self.noted_step:
+            self.noted_step = step
+            self.records.event("save", step)
+        self.records.settle(step)
 
     def _summary_files(self) -> list[Path]:
         """The page of curves and the list of checkpoints, written into the run_dir."""

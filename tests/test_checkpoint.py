@@ -4,6 +4,7 @@ import json
 import os
 import random
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from data_sources import prepare_source
 
 from olmo_train import checkpoint as checkpoints
 from olmo_train.checkpoint import CheckpointConfig, load_model
-from olmo_train.errors import CheckpointError, SaveError
+from olmo_train.errors import CheckpointError, SaveError, Stopped
 from olmo_train.storage import MANIFEST, hash_file, problems_of
 from olmo_train.train import train
 
@@ -208,14 +209,16 @@ class Full(Exception):
 
 @pytest.fixture
 def disk_fills(monkeypatch):
-    """disk_fills(step): from then on nothing can be written into a checkpoint of that step."""
+    """disk_fills(step, ...): from then on nothing can be written into the checkpoints of these steps."""
     import io
 
     real = io.open
 
-    def at(step):
+    def at(*steps):
+        names = [f"step-{step:07d}.tmp" for step in steps]
+
         def opened(file, mode="r", *args, **kwargs):
-            if f"step-{step:07d}.tmp" in str(file) and set(mode) & set("wax+"):
+            if any(name in str(file) for name in names) and set(mode) & set("wax+"):
                 raise OSError(28, "No space left on device", str(file))
             return real(file, mode, *args, **kwargs)
 
@@ -241,6 +244,38 @@ def test_where_a_save_is_not_required_training_goes_on(tiny_args, disk_fills, ca
     trained(config)
     assert steps_of(Path(config.run_dir)) == [5, 12] and len(read_metrics(config.run_dir)) == 12
     assert "training goes on" in caplog.text
+
+
+def events_of(run_dir):
+    return [(e["event"], e["step"]) for e in map(json.loads, (Path(run_dir) / "events.jsonl").read_text().splitlines())]
+
+
+@pytest.mark.parametrize("async_save", [True, False])
+def test_a_run_is_never_called_saved_or_finished_without_its_checkpoint(tiny_args, disk_fills, monkeypatch, async_save):
+    """Where a save is not required, too: training goes on without one, but a scheduler must not be misled."""
+    config = tiny_args("run", **{"checkpoint.required": False, "checkpoint.async_save": async_save})
+    disk_fills(5, 7, 12)
+    with pytest.raises(SaveError, match=r"step-0000007.*No space left"):
+        for stats in train(config):
+            if stats.step == 7:
+                os.kill(os.getpid(), signal.SIGTERM)
+    with pytest.raises(SaveError, match=r"step-0000012.*No space left"):
+        trained(config)
+    assert events_of(config.run_dir) == [("start", 0), ("signal", 7), ("start", 0), ("save", 10)]
+    monkeypatch.undo()  # there is room again
+    trained(config)
+    assert events_of(config.run_dir)[4:] == [("resume", 10), ("save", 12), ("finish", 12)]
+
+
+def test_a_stop_tries_a_failed_save_of_the_same_step_again(tiny_args, disk_fills, monkeypatch):
+    config = tiny_args("run", **{"checkpoint.required": False, "checkpoint.async_save": False})
+    disk_fills(5)
+    with pytest.raises(Stopped, match="stopped after step 5 of 12 and saved"):
+        for stats in train(config):
+            if stats.step == 5:
+                monkeypatch.undo()
+                os.kill(os.getpid(), signal.SIGTERM)
+    assert steps_of(Path(config.run_dir)) == [5]
 
 
 def test_a_non_finite_state_is_never_committed(tiny_args):

@@ -6,8 +6,11 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
+from crash import signal_in_evaluation
 
 from olmo_train.errors import ConfigError, Stopped
 from olmo_train.train import train
@@ -34,6 +37,14 @@ def cut(config, steps):
 @pytest.fixture
 def history(read_metrics):
     return lambda config: [tuple(line[name] for name in SAME) for line in read_metrics(config.run_dir)]
+
+
+@pytest.fixture
+def evaluated(tmp_path, tiny_tokens):
+    """The changes to a run that evaluates every four steps, on 11 batches."""
+    held_out = tmp_path / "held-out.npy"
+    held_out.write_bytes(tiny_tokens.read_bytes()[: 2 * 44 * 64 + 2])
+    return {"eval.interval_steps": 4, "data.validation.v.path": held_out}
 
 
 def test_killed_after_a_checkpoint_a_run_resumes_bit_for_bit(tiny_args, tiny_words, tmp_path, history):
@@ -73,11 +84,19 @@ def test_a_run_resumes_on_another_number_of_processes(tiny_args, tiny_words, run
     assert [line["world_size"] for line in read_metrics(tmp_path / "cut")][12:] == [1, 1]
 
 
-def test_a_finished_run_is_a_no_op(tiny_args, tmp_path):
-    trained(tiny_args("run"))
-    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
-    trained(tiny_args("run"))
-    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+def is_no_op(config):
+    """Whether training again changes no file of the run."""
+
+    def files():
+        return {path: path.read_bytes() for path in Path(config.run_dir).rglob("*") if path.is_file()}
+
+    before = files()
+    trained(config)
+    return files() == before
+
+
+def test_a_finished_run_is_a_no_op(tiny_args):
+    assert is_no_op(trained(tiny_args("run")))
 
 
 def test_a_longer_run_goes_on_with_the_same_batches(tiny_args, read_metrics, tmp_path):
@@ -139,20 +158,43 @@ def test_moved_data_of_the_same_contents_are_accepted(tiny_args, tiny_tokens):
     trained(tiny_args("run", total_steps=3, **{"data.sources.a.path": moved}))
 
 
-def test_a_signal_during_training_and_during_evaluation_changes_no_line(tiny_args, read_metrics, history):
-    """Stopped in the last evaluation, too: the resumed run does it again, and each step stands once."""
-    changes = {"eval.interval_steps": 4, "data.validation.v.path": tiny_args("x").data.sources["a"].path}
-    whole = trained(tiny_args("whole", **changes))
-    stops = 0
-    for _ in range(8):
-        if stop_at_next_evaluation(tiny_args("run", **changes)):
-            stops += 1
-    assert stops >= 3
-    trained(tiny_args("run", **changes))
-    run_dir = tiny_args("run").run_dir
-    assert history(tiny_args("run")) == history(whole)
-    losses = [[line.get("eval/v/CrossEntropyLoss") for line in read_metrics(folder)] for folder in (whole.run_dir, run_dir)]
+def test_a_signal_during_training_and_during_evaluation_changes_no_line(tiny_args, evaluated, read_metrics, history):
+    """Stopped in the last evaluation, too: the resumed run does it again, once, and each step stands once."""
+    whole = trained(tiny_args("whole", **evaluated))
+    config = tiny_args("run", **evaluated)
+    # The second evaluation of a resumed run is the next one: its first makes up for the one that was interrupted.
+    stops = [stop_in_evaluation(config, number) for number in (1, 1, 2, 1, 2, 1)]
+    assert stops == [4, 4, 8, 8, 12, 12]
+    trained(config)
+    assert history(config) == history(whole)
+    losses = [[line.get("eval/v/CrossEntropyLoss") for line in read_metrics(c.run_dir)] for c in (whole, config)]
     assert losses[0] == losses[1] and sum(loss is not None for loss in losses[0]) == 3
+    assert is_no_op(config)
+
+
+def test_killed_after_a_made_up_evaluation_a_run_logs_its_step_once(tiny_args, evaluated, history):
+    changes = evaluated | {"checkpoint.interval_steps": 100, "total_steps": 8}
+    whole = trained(tiny_args("whole", **changes))
+    assert stop_in_evaluation(tiny_args("run", **changes), 1) == 4
+    cut(tiny_args("run", **changes), steps=6)
+    assert history(trained(tiny_args("run", **changes))) == history(whole)
+
+
+def test_a_branch_does_not_log_the_step_that_its_parent_owes(tiny_args, evaluated, read_metrics, tmp_path):
+    changes = evaluated | {"total_steps": 6}
+    assert stop_in_evaluation(tiny_args("run", **changes), 1) == 4
+    branch = trained(tiny_args("branch", resume_from=tmp_path / "run", **changes))
+    assert [line["step"] for line in read_metrics(branch.run_dir)] == [5, 6]
+
+
+def test_a_signal_before_the_first_step_of_a_resumed_run_saves_nothing_again(tiny_args, tmp_path):
+    cut(tiny_args("run"), steps=6)
+    (folder,) = (tmp_path / "run" / "checkpoints").glob("step-*")
+    before = folder.stat().st_ino
+    run = train(tiny_args("run"))
+    with pytest.raises(Stopped, match="stopped after step 5 of 12 and saved"), signal_at_the_first_batch():
+        next(run)
+    assert folder.stat().st_ino == before
 
 
 def test_a_line_of_an_evaluation_alone_tells_where_it_comes_from(tiny_args):
@@ -165,29 +207,25 @@ def test_a_line_of_an_evaluation_alone_tells_where_it_comes_from(tiny_args):
     assert "train/CrossEntropyLoss" not in lines[3] and "eval/v/CrossEntropyLoss" in lines[3]
 
 
-def stop_at_next_evaluation(config):
-    """Train until an evaluation begins, and send SIGTERM to this process in the middle of it."""
-    from olmo_train import evaluation as module
-
-    real, sent = module.loss_sums, []
-
-    def interrupted(model, batches, stop):
-        def signalled():
-            for number, batch in enumerate(batches):
-                if number == 3 and not sent:
-                    sent.append(os.kill(os.getpid(), signal.SIGTERM))
-                yield batch
-
-        return real(model, signalled(), stop)
-
-    module.loss_sums = interrupted
-    try:
+def stop_in_evaluation(config, number):
+    """Train, and send SIGTERM to this process in the middle of its evaluation `number`; the step that it stops at."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped, match="and saved") as stopped:
+        signal_in_evaluation(number, patch.setattr)
         trained(config)
-    except Stopped:
-        return True
-    finally:
-        module.loss_sums = real
-    return False
+    return int(stopped.value.what.split()[3])
+
+
+@contextmanager
+def signal_at_the_first_batch():
+    from olmo_train.data.loader import Loader
+
+    def get(self, give_up):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return None
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Loader, "get", get)
+        yield
 
 
 def test_two_runs_cannot_share_a_run_dir(tiny_args, tiny_words, run_cli):
