@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import shutil
 import struct
@@ -76,6 +77,24 @@ def committed(run_dir: Path) -> dict[int, Path]:
     root = run_dir / "checkpoints"
     found = {int(m[1]): path for path in root.glob("step-*") if (m := FOLDER.fullmatch(path.name)) and path.is_dir()}
     return dict(sorted(found.items()))
+
+
+def _aside(folder: Path) -> Path:
+    """The name of a checkpoint while another one of the same step takes its place."""
+    return folder.with_name(f".{folder.name}.old")
+
+
+def put_back(run_dir: Path) -> None:
+    """Undo a replacement that a kill cut in half, or remove what one that was done has left.
+
+    Only under the run's lock: beside a live run it would disturb the replacement that is under way.
+    """
+    for aside in (run_dir / "checkpoints").glob(".step-*.old"):
+        final = aside.with_name(aside.name[1:].removesuffix(".old"))
+        if os.path.lexists(final):
+            remove_folder(aside)
+        else:
+            os.rename(aside, final)
 
 
 def newest(run_dir: Path, strict: bool = False) -> Path | None:
@@ -344,8 +363,8 @@ class Checkpointer:
     def _commit(self, temporary: Path, final: Path, state: dict, entries: dict[str, dict]) -> None:
         for name, content in {"state.json": json.dumps(state, indent=1).encode(), **self.files}.items():
             entries[name] = write_file(temporary / name, content)
-        if final.exists():  # a damaged one that loading passed over, now computed again
-            remove_folder(final)
+        if os.path.lexists(final):  # a damaged one that loading passed over, now computed again
+            os.rename(final, _aside(final))  # and not removed: until the new one has its name, `put_back` can undo this
         commit_folder(temporary, final, entries)
         for folder in superfluous(self.run_dir, self.config, int(state["step"])):
             remove_folder(folder)

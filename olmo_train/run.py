@@ -146,6 +146,7 @@ class Run:
         try:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             self.stack.enter_context(RunLock(self.run_dir))
+            checkpoints.put_back(self.run_dir)
         except OSError as problem:
             raise ConfigError("run_dir", f"{self.run_dir} cannot be written: {problem}") from problem
 

@@ -6,6 +6,7 @@ import random
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -276,6 +277,20 @@ def test_a_stop_tries_a_failed_save_of_the_same_step_again(tiny_args, disk_fills
                 monkeypatch.undo()
                 os.kill(os.getpid(), signal.SIGTERM)
     assert steps_of(Path(config.run_dir)) == [5]
+
+
+def test_a_kill_while_a_checkpoint_is_replaced_does_not_lose_it(finished, tiny_args, monkeypatch):
+    folder = checkpoints.newest(finished)
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    temporary.mkdir()
+    saver = SimpleNamespace(run_dir=finished, config=CheckpointConfig(), files={})
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(checkpoints, "commit_folder", lambda *about: signal.raise_signal(signal.SIGINT))
+        checkpoints.Checkpointer._commit(saver, temporary, folder, {"step": 6}, {})
+    assert checkpoints.newest(finished).name == "step-0000004"  # what `evaluate` does beside a live run: it moves nothing
+    trained(tiny_args("run", total_steps=6))
+    assert checkpoints.newest(finished).name == "step-0000006" and events_of(finished)[-1] == ("finish", 6)
+    assert not list(folder.parent.glob(".*.old"))
 
 
 def test_a_non_finite_state_is_never_committed(tiny_args):
