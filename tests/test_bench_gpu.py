@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-SCRIPT = Path(__file__).parent / "bench_gpu.py"
+SCRIPT = Path(__file__).parent / "benchmarks/gpu.py"
 
 
 def test_a_rehearsal_gives_the_whole_table(tmp_path):
@@ -23,7 +23,7 @@ def test_a_rehearsal_gives_the_whole_table(tmp_path):
 
 
 def test_what_failed_is_told_beside_what_did_not():
-    specification = importlib.util.spec_from_file_location("bench_gpu", SCRIPT)
+    specification = importlib.util.spec_from_file_location("gpu", SCRIPT)
     script = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(script)
     row = {"seq_len": 4096, "micro_batch_size": 8, "activation_checkpointing": "selective", "error": "error: out of memory"}

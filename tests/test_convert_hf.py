@@ -9,7 +9,7 @@ import json
 import pytest
 import safetensors.torch
 import torch
-from random_models import FALCON, GEMMA, LLAMA, OLMO, OLMO2, VARIANTS, write_random_checkpoint
+from references.random_models import FALCON, GEMMA, LLAMA, OLMO, OLMO2, VARIANTS, write_random_checkpoint
 
 from olmo_train import checkpoint, convert
 from olmo_train.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer

@@ -4,10 +4,10 @@ import dataclasses
 import json
 import pickle
 
-import olmo_parity as parity
 import pytest
 import torch
-from random_models import OLMO, OLMO2, random_weights
+from references import olmo_parity as parity
+from references.random_models import OLMO, OLMO2, random_weights
 
 from olmo_train import checkpoint, config, convert
 from olmo_train.errors import CheckpointError, ConfigError

@@ -1,6 +1,6 @@
 """The losses of the tiny configuration, to five digits: a change of numerics is seen, and must be explained.
 
-Regenerate: python tests/test_golden.py > tests/golden_losses.json, and show the losses before and after in the commit.
+Regenerate: python tests/test_golden.py > tests/references/golden_losses.json, and show the losses before and after in the commit.
 """
 
 import json
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-GOLDEN = Path(__file__).parent / "golden_losses.json"
+GOLDEN = Path(__file__).parent / "references/golden_losses.json"
 
 
 def losses(folder: Path) -> list[float]:

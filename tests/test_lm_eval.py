@@ -12,7 +12,7 @@ import subprocess
 
 import pytest
 import torch
-from random_models import OLMO, write_random_checkpoint
+from references.random_models import OLMO, write_random_checkpoint
 
 from olmo_train import checkpoint, convert
 from olmo_train.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer

@@ -1,5 +1,5 @@
 """What would cost speed without anybody noticing: reading a tensor on the host within a step, where a GPU would be waited
-for. The speed itself is measured by `olmo-train bench` and bench_peers.py, not here."""
+for. The speed itself is measured by `olmo-train bench` and benchmarks/peers.py, not here."""
 
 import pytest
 import torch

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from wandb_stub import Server
+from references.wandb_stub import Server
 
 WANDB = Path(sys.executable).parent / "wandb"
 REPOSITORY = Path(__file__).parent.parent

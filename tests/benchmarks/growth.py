@@ -1,7 +1,7 @@
 """How costs grow: a step's time with sequence length, layers, micro-batch and processes; a save with the size of the model;
 naming a batch with the size of the data.
 
-    python tests/bench_growth.py [--output growth.png]
+    python tests/benchmarks/growth.py [--output growth.png]
 
 Each step's time is the median of an `olmo-train bench` in a process of its own. Prints a table and draws it, beside a line in
 proportion to the work.
@@ -18,7 +18,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 BASE = {"model.d_model": 256, "model.n_layers": 4, "model.n_heads": 4, "model.mlp_hidden": 704, "model.seq_len": 256,
         "model.vocab_size": 8192, "model.padded_vocab_size": 8192, "global_batch_size": 8, "micro_batch_size": 4}  # fmt: skip
 STEP = {  # what grows: its values
@@ -49,7 +49,7 @@ def step_seconds(key: str, value: int, arguments: argparse.Namespace) -> float:
 
 def save_seconds(widths: tuple[int, ...]) -> dict[int, float]:
     """{parameters: seconds of a whole save, flushed}, the faster of two."""
-    from bench_checkpoints import build, timed
+    from checkpoints import build, timed
 
     from olmo_train import config as configuration
     from olmo_train.checkpoint import CheckpointConfig, Checkpointer
@@ -71,7 +71,7 @@ def save_seconds(widths: tuple[int, ...]) -> dict[int, float]:
 def order_seconds(sizes: tuple[int, ...]) -> dict[int, float]:
     """{instances: seconds to name a batch of 2048 of them, deep in an epoch}."""
     import numpy as np
-    from bench_checkpoints import timed
+    from checkpoints import timed
 
     from olmo_train.data.order import PermutedOrder
 

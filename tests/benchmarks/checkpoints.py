@@ -1,7 +1,7 @@
 """Seconds a GB of saving and loading, beside torch's DCP with its defaults and OLMo-core, on the same state; and seconds
 from SIGTERM to the end of a small run.
 
-    python tests/bench_checkpoints.py FOLDER [--olmo-core FOLDER_OF_ITS_PACKAGES] [--rounds 5] [--d-model 512]
+    python tests/benchmarks/checkpoints.py FOLDER [--olmo-core FOLDER_OF_ITS_PACKAGES] [--rounds 5] [--d-model 512]
 
 Rounds are interleaved. What is timed ends with the files flushed, where the other system flushes them; ours also hashes
 every byte and looks for non-finite values. `verify` compares the hashes before a load. Prints medians and ratios to ours.

@@ -1,10 +1,10 @@
-"""All that one CUDA GPU is asked, in a few minutes: python tests/bench_gpu.py --output FOLDER
+"""All that one CUDA GPU is asked, in a few minutes: python tests/benchmarks/gpu.py --output FOLDER
 
 The tests that need a GPU, `olmo-train bench` of OLMo-1B at two sequence lengths, and the same steps through the peers that
 are installed. Writes gpu.json and the table gpu.md, as far as it came: a part that fails is told, and the next one begins.
 
-    python tests/bench_gpu.py --at olmo-core=FOLDER       where peers lie in folders of their own
-    python tests/bench_gpu.py --tiny                       a rehearsal, on a CPU too
+    python tests/benchmarks/gpu.py --at olmo-core=FOLDER       where peers lie in folders of their own
+    python tests/benchmarks/gpu.py --tiny                       a rehearsal, on a CPU too
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 OLMO_1B = ROOT / "configs" / "models" / "olmo-1b.yaml"
 ROWS = [  # tokens of a sequence, sequences of a micro-batch, activation checkpointing; 65,536 tokens a step
     (2048, 8, "none"),
@@ -70,7 +70,7 @@ def run_bench(row: tuple[int, int, str], tiny: bool) -> dict:
 
 
 def run_peers(work: str, folder: Path, arguments: argparse.Namespace) -> dict:
-    """{peer: all figures of bench_peers.py for us and that peer, or what it said}."""
+    """{peer: all figures of peers.py for us and that peer, or what it said}."""
     found = {}
     for peer in ("plain",) if arguments.tiny else PEERS:
         file = folder / f"peers-{work}-{peer}.json"
@@ -79,7 +79,7 @@ def run_peers(work: str, folder: Path, arguments: argparse.Namespace) -> dict:
         words += ["--steps", 1, "--warmup", 1] if arguments.tiny else []
         for place in arguments.at:
             words += ["--at", place]
-        code, said, error = python("tests/bench_peers.py", *words)
+        code, said, error = python("tests/benchmarks/peers.py", *words)
         found[peer] = {"table": said} | (json.loads(file.read_text()) if code == 0 and file.exists() else {"error": error[-500:]})
     return found
 
@@ -115,9 +115,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("gpu-bench"), help="folder of gpu.json and gpu.md")
     parser.add_argument("--tiny", action="store_true", help="a rehearsal with a tiny shape, without compiling, on a CPU too")
     parser.add_argument("--no-peers", action="store_true", help="leave the peers out")
-    parser.add_argument(
-        "--at", action="append", default=[], metavar="NAME=FOLDER", help="where a peer lies, as in bench_peers.py"
-    )
+    parser.add_argument("--at", action="append", default=[], metavar="NAME=FOLDER", help="where a peer lies, as in peers.py")
     arguments = parser.parse_args()
     import torch
 

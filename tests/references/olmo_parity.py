@@ -1,6 +1,6 @@
 """Our training beside OLMo's own: the same weights, files and recipe, 200 steps of each, step by step.
 
-    python tests/olmo_parity.py [--output DIR]
+    python tests/references/olmo_parity.py [--output DIR]
 
 makes an environment for ai2-olmo 0.6.0 where there is none (its pins do not fit ours; OLMO_ENV names another place), runs
 OLMo's trainer in it and ours here, prints how far they are apart, and writes golden_olmo.json, which test_olmo_curve.py
@@ -17,8 +17,8 @@ import tempfile
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import safetensors.torch
 import torch
@@ -34,7 +34,7 @@ from olmo_train.optim import max_grad_norm_at
 from olmo_train.recipe import TrainConfig
 from olmo_train.train import train
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 GOLDEN = Path(__file__).parent / "golden_olmo.json"
 ENVIRONMENT = Path(os.environ.get("OLMO_ENV", Path.home() / ".cache/olmo_train/ai2-olmo-0.6.0"))
 REQUIREMENTS = ["ai2-olmo==0.6.0", "numpy<2", "pandas<2.3", "pyarrow<20", "datasets<4", "scikit-learn<1.6", "wandb",

@@ -1,11 +1,11 @@
-"""The same training steps through this project and through others, side by side: python tests/bench_peers.py --help
+"""The same training steps through this project and through others, side by side: python tests/benchmarks/peers.py --help
 
 Every contestant is a process of its own with its own packages. In each round each of them takes the same number of steps
 while all others wait, in a new order; a round gives one ratio of each pair, and the median over rounds is what is told.
 A contestant that is not installed is skipped, and that is told too.
 
     pip install --no-deps --target FOLDER ai2-olmo-core==3.0.0       and what its import then asks for; so torchtitan, litgpt
-    python tests/bench_peers.py --work tiny --at olmo-core=FOLDER
+    python tests/benchmarks/peers.py --work tiny --at olmo-core=FOLDER
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
-ROOT = Path(__file__).parent.parent
-MARK = "bench_peers "  # begins each line that a contestant says to us; others are its own chatter
+ROOT = Path(__file__).parents[2]
+MARK = "[peers] "  # begins each line that a contestant says to us; others are its own chatter
 # The allocator's settings that this project makes by itself, as glibc reads them, and huge pages besides.
 TUNED = "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1000000000000:glibc.malloc.top_pad=268435456:glibc.malloc.hugetlb=1"
 

@@ -4,7 +4,7 @@
 
 The job names OLMo configuration files, first weights under OLMo's names, and tokens; the results go beside it:
 curves.json ({variant: {loss, grad_norm, lr}}), facts.json (logits, first deviations, order, learning rates) and each
-variant's unsharded checkpoint at half of the run. tests/olmo_parity.py starts it; nothing here knows olmo_train.
+variant's unsharded checkpoint at half of the run. tests/references/olmo_parity.py starts it; nothing here knows olmo_train.
 """
 
 import json
