@@ -26,7 +26,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from olmo_train import checkpoint as checkpoints
 from olmo_train import config as configuration
-from olmo_train.data.tokenizer import PAD_TEXT, Tokenizer, from_json
+from olmo_train.data.tokenizer import OTHER_TOKENIZER, PAD_TEXT, Tokenizer, check_same_tokenizer, from_json, record_of_folder
 from olmo_train.errors import CheckpointError, ConfigError, DataError, SaveError, check_choice
 from olmo_train.model import hf, olmo
 from olmo_train.model.config import ModelConfig
@@ -64,10 +64,13 @@ class Agreement:
 # ---- the conversions
 
 
-def export_hf(source: Path, dest: Path, dtype: str = "fp32", tokenizer: Tokenizer | None = None) -> Agreement:
+def export_hf(
+    source: Path, dest: Path, dtype: str = "fp32", tokenizer: Tokenizer | None = None, check_tokenizer: bool = True
+) -> Agreement:
     """Write a checkpoint as a folder that transformers loads. The tokenizer is the checkpoint's own unless one is given.
 
-    Raises ConfigError with the key that no family expresses, CheckpointError when the logits do not agree.
+    Raises ConfigError with the key that no family expresses, CheckpointError when the logits do not agree, and, with
+    `check_tokenizer`, DataError when the tokenizer is not the checkpoint's: the logits, of ids, could not show it.
     """
     transformers()
     folder = checkpoints.resolve(source)
@@ -75,6 +78,9 @@ def export_hf(source: Path, dest: Path, dtype: str = "fp32", tokenizer: Tokenize
     config = configuration.build(ModelConfig, saved["model"], "model")
     family = hf.family_of(config)
     own = folder / "tokenizer.json"
+    if tokenizer:
+        records = [record_of_folder(folder), tokenizer.record("--tokenizer")]
+        check_same_tokenizer(records, check_tokenizer, OTHER_TOKENIZER)
     if tokenizer is None and own.is_file():
         tokenizer = from_json(own.read_text(), str(own))
     eos_id = tokenizer.eos_id if tokenizer else (saved.get("data") or {}).get("eos_id")

@@ -9,8 +9,8 @@ from torch import Tensor
 from olmo_train import parallel
 from olmo_train.data.loader import Batch, validation_batches
 from olmo_train.data.mixture import Mixture
-from olmo_train.data.shards import TokenSource, open_source
-from olmo_train.data.tokenizer import load_tokenizer
+from olmo_train.data.shards import TokenSource
+from olmo_train.data.tokenizer import TokenizerRecord, load_tokenizer
 from olmo_train.distributed import World
 from olmo_train.errors import ConfigError
 from olmo_train.eval.downstream import TokenizedTask, load_task, results_of, score
@@ -26,8 +26,8 @@ class Evaluation:
     def __init__(self, config: TrainConfig, world: World, mixture: Mixture):
         """Raises ConfigError and DataError."""
         self.config, self.world, self.mixture = config, world, mixture
-        vocab_size = config.model.vocab_size
-        self.sources = [open_source(name, s, vocab_size, mixture.eos_id) for name, s in config.data.validation.items()]
+        self.sources = mixture.open_validation()
+        self.tokenizer: TokenizerRecord | None = None  # of the tasks
         self.tasks = self._open_tasks()
 
     def is_due(self, step: int) -> bool:
@@ -46,6 +46,7 @@ class Evaluation:
             tokenizer = load_tokenizer(named)
         except ConfigError as problem:
             raise ConfigError("eval.tokenizer", str(problem)) from problem
+        self.tokenizer = tokenizer.record("eval.tokenizer")
         if tokenizer.vocab_size > shape.vocab_size:
             raise ConfigError(
                 "eval.tokenizer",

@@ -16,6 +16,7 @@ HARMLESS = ("run_dir",
             "parallel.shard", "parallel.replicas", "parallel.activation_checkpointing", "parallel.compile",
             "parallel.cpu_kernels",
             "data.validation.*", "data.validation",
+            "data.check_tokenizer",
             "data.deny",  # which documents it denies is compared; see check_denied
             "data.sources.*.path*",  # the contents are compared by their hashes
             "total_steps", "total_tokens")  # a run may be made longer; see check_changes  # fmt: skip

@@ -24,6 +24,7 @@ from olmo_train.checkpoint import Checkpointer
 from olmo_train.data.loader import Batch, Loader
 from olmo_train.data.mixture import Mixture
 from olmo_train.data.shards import check_ids
+from olmo_train.data.tokenizer import record_of_folder
 from olmo_train.distributed import World, peers_named
 from olmo_train.errors import ConfigError, DataError, ReplicaError, Stopped
 from olmo_train.evaluation import Evaluation
@@ -78,6 +79,7 @@ class Run:
         batch_size = config.global_batch_size
         self.mixture = world.together(lambda: Mixture(config.data, config.seed, batch_size, shape.seq_len, shape.vocab_size))
         self.evaluation = Evaluation(config, world, self.mixture)
+        world.on_main(lambda: self.mixture.check_tokenizers(self.evaluation.sources, self.evaluation.tokenizer))
         world.on_main(self._check_ids)
         world.on_main(self._take_run_dir)
         self.folder = world.on_main(lambda: checkpoints.newest(self.run_dir, config.resume == "strict"))
@@ -93,6 +95,7 @@ class Run:
             if world.is_main:
                 print(f"{self.run_dir} is finished: {self.last_step} of {config.steps} steps; set total_steps higher to go on")
             return
+        world.on_main(self._check_checkpoint_tokenizer)
         self._open_records()
 
     def _open_records(self) -> None:
@@ -141,6 +144,13 @@ class Run:
         for source in (*self.mixture.sources, *self.evaluation.sources):
             if source.n_tokens <= CHECKED_TOKENS:
                 check_ids(source, self.config.model.vocab_size)
+
+    def _check_checkpoint_tokenizer(self) -> None:
+        """The weights that the run begins with have learned the ids of one tokenizer."""
+        start = self.config.init_from
+        folder = self.folder or (checkpoints.resolve(Path(start)) if start else None)
+        if folder:
+            self.mixture.check_tokenizers((), record_of_folder(folder))
 
     def _take_run_dir(self) -> None:
         try:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from olmo_train.commands.generate import add_allow_argument
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("direction", choices=("export-hf", "import-hf", "import-olmo"))
@@ -12,6 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("dest", type=Path, metavar="DEST", help="a new folder; import-olmo of a YAML file: a new YAML file")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), help="export-hf: of the weights written (default: fp32)")
     parser.add_argument("--tokenizer", metavar="NAME_OR_FILE", help="export-hf: instead of the checkpoint's own tokenizer.json")
+    add_allow_argument(parser)
     what = "import-olmo: an option of OLMo to train without"
     parser.add_argument("--leave-out", action="append", default=[], metavar="KEY", help=what)
     parser.add_argument("--step", type=int, metavar="N", help="import-olmo: go on after this step (default: as the files say)")
@@ -25,10 +28,11 @@ def run(args: argparse.Namespace) -> None:
     for option, direction in (
         ("dtype", "export-hf"),
         ("tokenizer", "export-hf"),
+        ("allow_other_tokenizer", "export-hf"),
         ("leave_out", "import-olmo"),
         ("step", "import-olmo"),
     ):
-        if getattr(args, option) not in (None, []) and args.direction != direction:
+        if getattr(args, option) not in (None, [], False) and args.direction != direction:
             raise ConfigError(f"--{option.replace('_', '-')}", f"goes with {direction}, not with {args.direction}")
     if args.direction == "import-olmo":
         step = convert.import_olmo(args.source, args.dest, tuple(args.leave_out), args.step)
@@ -36,7 +40,8 @@ def run(args: argparse.Namespace) -> None:
         return
     if args.direction == "export-hf":
         tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None
-        proof = convert.export_hf(args.source, args.dest, args.dtype or "fp32", tokenizer)
+        check = not args.allow_other_tokenizer
+        proof = convert.export_hf(args.source, args.dest, args.dtype or "fp32", tokenizer, check)
     else:
         proof = convert.import_hf(args.source, args.dest)
     print(f"{args.dest}: {proof}")

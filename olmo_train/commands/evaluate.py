@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> None:
     if args.tasks is not None:
         result["tasks"] = _downstream(model, folder, rows, args)
     if args.tasks is None or args.data is not None:
-        result["sources"] = _held_out(model, view, rows, result["step"], args)
+        result["sources"] = _held_out(model, folder, view, rows, args)
     _report(result, args)
 
 
@@ -63,23 +63,25 @@ def _downstream(model: Transformer, folder: Path, rows: int, args: argparse.Name
     from olmo_train.data.tasks import TASKS
     from olmo_train.eval.downstream import load_task, results_of, score
 
-    tokenizer = open_tokenizer(folder, args.tokenizer, model.config.vocab_size)
+    tokenizer = open_tokenizer(folder, args, model.config.vocab_size)
     words = list(TASKS) if args.tasks == "all" else args.tasks.split(",")
     tasks = [load_task(word, tokenizer, model.config.seq_len, args.limit) for word in words]
     batch_tokens = rows * model.config.seq_len
     return [results_of(task, score(model, task, batch_tokens, watch=_watch).tolist()) for task in tasks]
 
 
-def _held_out(model: Transformer, view: RunView | None, rows: int, step: int, args: argparse.Namespace) -> list[HeldOut]:
+def _held_out(model: Transformer, folder: Path, view: RunView | None, rows: int, args: argparse.Namespace) -> list[HeldOut]:
+    from olmo_train.checkpoint import read_state
     from olmo_train.eval.heldout import measure, training_counts
 
-    sources = _sources(model.config.vocab_size, view, args)
-    counts = training_counts(view.mixture, step) if view and not args.no_unigram else None
+    sources = _sources(model.config.vocab_size, folder, view, args)
+    counts = training_counts(view.mixture, read_state(folder)["step"]) if view and not args.no_unigram else None
     return [measure(model, source, rows, bool(view and view.data.document_mask), counts, _watch) for source in sources]
 
 
-def _sources(vocab_size: int, view: RunView | None, args: argparse.Namespace) -> list[TokenSource]:
+def _sources(vocab_size: int, folder: Path, view: RunView | None, args: argparse.Namespace) -> list[TokenSource]:
     from olmo_train.data.shards import SourceConfig, open_source
+    from olmo_train.data.tokenizer import OTHER_TOKENIZER, check_same_tokenizer, record_of_folder
     from olmo_train.errors import ConfigError
 
     named = view.data.validation if view else {}
@@ -91,7 +93,11 @@ def _sources(vocab_size: int, view: RunView | None, args: argparse.Namespace) ->
     if not named:
         raise ConfigError("data.validation", "names no held-out source in this run; give one with --data NAME=PATH, or --tasks")
     eos_id = view.data.eos_id if view else None
-    return [open_source(name, source, vocab_size, eos_id) for name, source in named.items()]
+    sources = [open_source(name, source, vocab_size, eos_id) for name, source in named.items()]
+    allowed = args.allow_other_tokenizer or (args.data is None and not view.data.check_tokenizer)
+    records = [source.tokenizer_record(f"{'--data' if args.data else 'data.validation'} {source.name}") for source in sources]
+    check_same_tokenizer([record_of_folder(folder), *records], not allowed, OTHER_TOKENIZER)
+    return sources
 
 
 def _watch(items, what: str, total: int):

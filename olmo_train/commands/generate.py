@@ -31,7 +31,13 @@ def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
     """CHECKPOINT, --tokenizer and --device: what verbs that run a trained model take."""
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a checkpoint folder, or a run_dir for its newest")
     parser.add_argument("--tokenizer", metavar="NAME_OR_FILE", help="default: the checkpoint's own tokenizer.json")
+    add_allow_argument(parser)
     parser.add_argument("--device", help="cpu, cuda, ... (default: a GPU when there is one)")
+
+
+def add_allow_argument(parser: argparse.ArgumentParser) -> None:
+    what = "go on, with a warning, when another tokenizer than the checkpoint's is used"
+    parser.add_argument("--allow-other-tokenizer", action="store_true", help=what)
 
 
 def open_model(checkpoint: Path, device: str | None) -> tuple[Path, Transformer]:
@@ -50,15 +56,20 @@ def open_model(checkpoint: Path, device: str | None) -> tuple[Path, Transformer]
         raise ConfigError("--device", f"{device} cannot be used: {str(problem).splitlines()[0]}") from problem
 
 
-def open_tokenizer(folder: Path, named: str | None, vocab_size: int) -> Tokenizer:
-    """The tokenizer of a checkpoint, or the one named instead. Raises ConfigError when there is none or it does not fit."""
-    from olmo_train.data.tokenizer import load_tokenizer
+def open_tokenizer(folder: Path, args: argparse.Namespace, vocab_size: int) -> Tokenizer:
+    """The tokenizer of a checkpoint, or the one of --tokenizer instead.
+
+    Raises ConfigError when there is none or it does not fit, DataError when it is another one than the checkpoint's.
+    """
+    from olmo_train.data.tokenizer import OTHER_TOKENIZER, check_same_tokenizer, load_tokenizer, record_of_folder
     from olmo_train.errors import ConfigError
 
-    own = folder / "tokenizer.json"
+    named, own = args.tokenizer, folder / "tokenizer.json"
     if named is None and not own.is_file():
         raise ConfigError("--tokenizer", f"{folder} holds no tokenizer.json, since its data were raw token files; name the file")
     tokenizer = load_tokenizer(named or own)
+    records = [record_of_folder(folder), tokenizer.record("--tokenizer")]
+    check_same_tokenizer(records, not args.allow_other_tokenizer, OTHER_TOKENIZER)
     if tokenizer.vocab_size > vocab_size:
         raise ConfigError("--tokenizer", f"{tokenizer.name} has {tokenizer.vocab_size} ids, the model only {vocab_size}")
     return tokenizer
@@ -72,7 +83,7 @@ def run(args: argparse.Namespace) -> None:
     _check(args)
     sampling = Sampling(args.temperature, args.top_k, args.top_p)
     folder, model = open_model(args.checkpoint, args.device)
-    tokenizer = open_tokenizer(folder, args.tokenizer, model.config.vocab_size)
+    tokenizer = open_tokenizer(folder, args, model.config.vocab_size)
     prompts = [prompt for prompt in args.prompt or [""] for _ in range(args.samples)]
     results = []
     for prompt, tokens in zip(prompts, _continue(model, tokenizer, prompts, sampling, args), strict=True):

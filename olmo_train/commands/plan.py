@@ -119,7 +119,10 @@ def open_data(config: TrainConfig) -> tuple[Mixture | None, str | None]:
     if UNNAMED in config.data.sources:
         return None, "no data are named"
     try:
-        return Mixture(config.data, config.seed, config.global_batch_size, config.model.seq_len, config.model.vocab_size), None
+        shape = config.model
+        mixture = Mixture(config.data, config.seed, config.global_batch_size, shape.seq_len, shape.vocab_size)
+        mixture.check_tokenizers()
+        return mixture, None
     except DataError as problem:
         return None, str(problem)
 

