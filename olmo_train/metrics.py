@@ -10,6 +10,7 @@ import json
 import logging
 import math
 import os
+import socket
 import subprocess
 import time
 import uuid
@@ -22,17 +23,20 @@ from olmo_train.errors import ConfigError, DataError, check_choice
 from olmo_train.storage import replace_file
 
 log = logging.getLogger(__name__)
+MODES = {"online": "online", "run": "online", "offline": "offline", "dryrun": "offline", "disabled": "disabled"}  # WANDB_MODE
 PATIENCE = 30  # seconds that a start or an end waits for W&B's server at most
 
 
 @dataclass(frozen=True)
 class WandbConfig:
-    mode: str = "auto"  # auto: online with a key, else offline; or online, offline, disabled
-    project: str = "olmo-train"
-    entity: str | None = None
-    group: str | None = None
-    name: str | None = None  # null: the run_dir's last part
-    tags: tuple[str, ...] = ()
+    """What is set here wins over W&B's environment variables, which fill in what is not."""
+
+    mode: str = "auto"  # auto: WANDB_DISABLED, WANDB_MODE, else online with a key, else offline; or online, offline, disabled
+    project: str | None = None  # null: WANDB_PROJECT, else olmo-train
+    entity: str | None = None  # null: WANDB_ENTITY
+    group: str | None = None  # null: WANDB_RUN_GROUP
+    name: str | None = None  # null: WANDB_NAME, else the run_dir's last part
+    tags: tuple[str, ...] = ()  # none: WANDB_TAGS, by commas
     artifacts: bool = False  # at the end of the run, send the page of curves and the list of checkpoints
 
     def __post_init__(self) -> None:
@@ -218,11 +222,15 @@ def _mirrors(
 
 
 def wandb_mode(config: WandbConfig) -> str:
-    """online, offline or disabled. `auto` follows WANDB_MODE, else goes online when a key is at hand, and never asks."""
+    """online, offline or disabled. `auto` follows the environment, else goes online when a key is at hand, and never asks."""
     if config.mode != "auto":
         return config.mode
-    if os.environ.get("WANDB_MODE") in ("online", "offline", "disabled"):
-        return os.environ["WANDB_MODE"]
+    if os.environ.get("WANDB_DISABLED", "").strip().lower() not in ("", "0", "false", "no", "off"):
+        return "disabled"
+    if named := os.environ.get("WANDB_MODE", "").strip().lower():
+        if named not in MODES:
+            log.warning("WANDB_MODE '%s' is not one of %s; W&B stays offline", named, ", ".join(MODES))
+        return MODES.get(named, "offline")
     import netrc
     from urllib.parse import urlsplit
 
@@ -267,23 +275,25 @@ class WandbMirror:
         self._folder = run_dir / "wandb"
         self._folder.mkdir(exist_ok=True)
         self._unfinished, self._sent_file = self._folder / "unfinished", self._folder / "sent-step"
-        self._set_aside()
         id_file = self._folder / "run-id"
+        self._leave_the_original(id_file)
+        self._set_aside()
         if not id_file.exists():
             replace_file(id_file, uuid.uuid4().hex[:8].encode())
         self._waiting: list[tuple[int, dict[str, float]]] = []
         options = {
-            "project": config.project,
-            "entity": config.entity,
+            "project": config.project or os.environ.get("WANDB_PROJECT") or "olmo-train",
+            "entity": config.entity,  # None: the client looks at the environment by itself, as for group and tags
             "group": config.group,
-            "name": config.name or run_dir.resolve().name,
-            "tags": list(config.tags),
+            "name": config.name or os.environ.get("WANDB_NAME") or run_dir.resolve().name,
+            "tags": list(config.tags) or None,
             "dir": str(run_dir),
             "id": id_file.read_text(),
             "resume": "allow",
             "config": {**resolved, "code_version": code_version()},
         }
         self._run = self._begin(mode, options)
+        replace_file(id_file, self._run.id.encode())  # an agent of a sweep names it itself
         self._live = not self._run.offline
         if self._live:  # the server knows what it has
             self.sent = self._run.starting_step - 1
@@ -294,6 +304,8 @@ class WandbMirror:
 
     def _begin(self, mode: str, options: dict[str, Any]) -> Any:
         """The client's run; offline when the server cannot be reached, which the client by itself does not do."""
+        if os.environ.get("WANDB_MODE", mode) not in MODES:
+            os.environ["WANDB_MODE"] = mode  # the client fails on a spelling that it does not know
         os.environ.setdefault("WANDB_SILENT", "true")  # its own lines, before it has settings
         os.environ.setdefault("WANDB_DATA_DIR", str(self._folder.resolve()))  # everything lies under the run_dir
         logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)  # its telemetry fails aloud
@@ -311,6 +323,24 @@ class WandbMirror:
                 )
                 wandb.teardown()  # or a failed attempt holds the run's id
         return wandb.init(mode="offline", **options)
+
+    def _leave_the_original(self, id_file: Path) -> None:
+        """In a copy of a run_dir, begin a new run on W&B, which gets the whole history: the id belongs to the original.
+
+        A folder that was moved on one machine, or that another machine sees under the same path, is no copy.
+        """
+        place_file, here = self._folder / "run-place", {"host": socket.gethostname(), "path": str(self._folder.resolve())}
+        if id_file.exists() and place_file.exists():
+            was = json.loads(place_file.read_text(encoding="utf-8"))
+            original = Path(was["path"], id_file.name)
+            is_there = original.exists() and not original.samefile(id_file)
+            if was["path"] != here["path"] and (was["host"] != here["host"] or is_there):
+                log.warning("this run_dir is a copy of the one on %s at %s: W&B records it as a new run", *was.values())
+                for record in self._folder.glob("offline-run-*"):  # `wandb sync` sends those of the original
+                    record.rename(self._folder / f"copied-{record.name}")
+                for file in (id_file, self._sent_file, self._unfinished):
+                    file.unlink(missing_ok=True)
+        replace_file(place_file, json.dumps(here).encode())
 
     def _set_aside(self) -> None:
         """Hide the offline record of an attempt that was killed from `wandb sync`: it lacks its end, which is only known

@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import shutil
 import sys
 import types
 from pathlib import Path
@@ -243,8 +244,55 @@ def test_auto_goes_online_with_a_key_and_offline_without_asking(monkeypatch, tmp
     assert wandb_mode(WandbConfig(mode="online")) == "online"
 
 
+@pytest.mark.parametrize(
+    "name, value, mode",
+    [("MODE", "dryrun", "offline"), ("MODE", "OFFLINE", "offline"), ("MODE", "Disabled", "disabled"), ("MODE", "run", "online"),
+     ("MODE", "offlien", "offline"), ("DISABLED", "true", "disabled"), ("DISABLED", "1", "disabled"),
+     ("DISABLED", "false", "online"), ("MODE", "", "online")],
+)  # fmt: skip
+def test_with_a_key_wandb_goes_online_only_where_the_environment_allows_it(monkeypatch, name, value, mode):
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setenv("WANDB_API_KEY", "x")
+    monkeypatch.setenv(f"WANDB_{name}", value)
+    assert wandb_mode(WandbConfig()) == mode
+    assert wandb_mode(WandbConfig(mode="offline")) == "offline"
+
+
+def copy_of_run(tmp_path, host=None):
+    """A run_dir with a W&B id, and a copy of it; with `host` the original is on that one."""
+    recorder(tmp_path / "run", config=ONLINE).close()
+    if host:
+        place = tmp_path / "run/wandb/run-place"
+        place.write_text(json.dumps(json.loads(place.read_text()) | {"host": host}))
+    return shutil.copytree(tmp_path / "run", tmp_path / "copy")
+
+
+def test_a_copied_run_dir_is_a_new_run_on_wandb_and_the_original_keeps_its_id(tmp_path, wandb, caplog):
+    (tmp_path / "run").mkdir()
+    copy_of_run(tmp_path)
+    (tmp_path / "copy/wandb/offline-run-1").mkdir()
+    for folder in ("copy", "run", "copy"):
+        recorder(tmp_path / folder, config=ONLINE).close()
+    ids = [call["id"] for call in wandb.calls]
+    assert ids[0] == ids[2] and ids[1] == ids[3] != ids[0]
+    assert caplog.text.count("is a copy of the one on") == 1
+    assert (tmp_path / "copy/wandb/copied-offline-run-1").is_dir()
+
+
+def test_a_moved_run_dir_and_one_on_another_node_go_on_in_their_run_on_wandb(tmp_path, wandb):
+    (tmp_path / "run").mkdir()
+    copy_of_run(tmp_path, host="another")
+    recorder(tmp_path / "run", config=ONLINE).close()  # the same path, as a cluster's nodes see it
+    (tmp_path / "run").rename(tmp_path / "moved")
+    recorder(tmp_path / "moved", config=ONLINE).close()
+    assert len({call["id"] for call in wandb.calls}) == 1
+    recorder(tmp_path / "copy", config=ONLINE).close()  # of a folder on another machine, which cannot be looked at
+    assert len({call["id"] for call in wandb.calls}) == 2
+
+
 class FakeRun:
-    def __init__(self, log, mode, steps):
+    def __init__(self, log, mode, steps, id):
+        self.id = id
         self.lines, self._log, self._steps = [], log, steps
         self.offline, self.dir, self.starting_step = mode == "offline", "wandb/offline-run/files", len(steps) + 1
 
@@ -275,7 +323,7 @@ def wandb(monkeypatch):
         fake.calls.append(options)
         if options["mode"] in fake.refuse:
             raise ConnectionError(f"{options['mode']} refused")
-        fake.runs.append(FakeRun(log, options["mode"], steps))
+        fake.runs.append(FakeRun(log, options["mode"], steps, options["id"]))
         return fake.runs[-1]
 
     fake.init = init

@@ -30,9 +30,10 @@ sys.exit(main(sys.argv[1:]))
 def start(tiny_words, tmp_path):
     """start(url, **changes): a run in a process of its own that mirrors to W&B, offline or to the server at `url`."""
 
-    def begin(url: str | None = None, **changes) -> subprocess.Popen:
+    def begin(url: str | None = None, wandb: dict[str, str] | None = None, **changes) -> subprocess.Popen:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
         environment |= {"PYTHONPATH": str(REPOSITORY), "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
+        environment |= {f"WANDB_{name}": value for name, value in (wandb or {}).items()}
         if url:
             environment |= {"WANDB_BASE_URL": url, "WANDB_API_KEY": "a" * 40}
         words = tiny_words("run", **{"log.wandb.mode": "auto", "model.n_layers": 1, **changes})
@@ -109,6 +110,15 @@ def test_name_group_tags_configuration_and_code_are_told(start, tmp_path):
             summary |= record["summary"]["update"]
     last = logged(tmp_path / "run")[-1]
     assert {key: summary[key] for key in last} == last
+
+
+def test_the_environment_fills_in_what_the_configuration_leaves_open(start, tmp_path):
+    words = {"PROJECT": "p", "NAME": "n", "RUN_GROUP": "g", "TAGS": "a,b", "ENTITY": "e", "MODE": "OFFLINE", "API_KEY": "a" * 40}
+    assert finished(start(wandb=words, total_steps=1)) == []
+    finished(start(wandb=words, total_steps=2, **{"log.wandb.name": "ours", "log.wandb.project": "q", "log.wandb.tags": "[c]"}))
+    runs = [record["run"] for record in records(tmp_path / "run") if record["type"] == "run"]
+    told = [(r["project"], r["display_name"], r["run_group"], r["tags"], r["entity"]) for r in runs]
+    assert told == [("p", "n", "g", ["a", "b"], "e"), ("q", "ours", "g", ["c"], "e")]
 
 
 def test_curves_and_the_list_of_checkpoints_are_an_artifact_by_choice(start, tmp_path):
