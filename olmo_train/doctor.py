@@ -152,7 +152,7 @@ def data(config: TrainConfig) -> Iterator[Finding]:
     shape = config.model
     mixture = Mixture(config.data, config.seed, config.global_batch_size, shape.seq_len, shape.vocab_size)
     mixture.check_tokenizers(mixture.open_validation())
-    epochs = mixture.order.visits_before(config.steps * config.global_batch_size) / mixture.sizes
+    epochs = mixture.epochs(config.steps).values()
     for source, epoch in zip(mixture.sources, epochs, strict=True):
         status = "warning" if epoch > 4 else "ok"  # Muennighoff et al. 2023: up to 4 epochs are nearly as good as new data
         remedy = "" if status == "ok" else "more than 4 epochs teach little: add data, or lower the weight"

@@ -30,8 +30,8 @@ class Evaluation:
         self.tokenizer: TokenizerRecord | None = None  # of the tasks
         self.tasks = self._open_tasks()
 
-    def is_due(self, step: int) -> bool:
-        due = step == self.config.steps or step % self.config.eval.interval_steps == 0
+    def is_due(self, step: int, last: bool) -> bool:
+        due = last or step % self.config.eval.interval_steps == 0
         return due and bool(self.sources or self.tasks)
 
     def _open_tasks(self) -> list[TokenizedTask]:

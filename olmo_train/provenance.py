@@ -7,13 +7,14 @@ from, so every step is looked at with the configuration that made it.
 from __future__ import annotations
 
 import json
-import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from olmo_train import config as configuration
 from olmo_train.data.mixture import DataConfig, Mixture
+from olmo_train.data.order import BatchSizes
 from olmo_train.errors import ConfigError
 from olmo_train.model.config import ModelConfig
 
@@ -32,20 +33,27 @@ class RunView:
 
     @property
     def steps(self) -> int:
+        return self.steps_with(BatchSizes(((1, self.global_batch_size),)))
+
+    def steps_with(self, batches: BatchSizes) -> int:
+        """Updates of the whole run with these batch sizes."""
         if self.total_steps is not None:
             return self.total_steps
-        return math.ceil((self.total_tokens or 2e12) / (self.global_batch_size * self.model.seq_len))
+        return batches.steps_for(self.total_tokens or 2e12, self.model.seq_len)
 
     @property
     def order(self) -> tuple:
-        """Equal for two views in which every step reads the same, wherever the data lie."""
+        """Equal for two views in which every place holds the same instance, wherever the data lie."""
         seed = self.seed if self.data.seed is None else self.data.seed
         names = tuple(self.data.sources)
-        return seed, self.global_batch_size, self.model.seq_len, self.data.order, names, tuple(map(repr, self.data.mixes()))
+        return seed, self.model.seq_len, self.data.order, names, tuple(map(repr, self.data.mixes()))
 
-    def mixture(self) -> Mixture:
-        """The data, opened. Raises DataError."""
-        return Mixture(self.data, self.seed, self.global_batch_size, self.model.seq_len, self.model.vocab_size)
+    def mixture(self, changes: Iterable[Sequence[int]] = ()) -> Mixture:
+        """The data, opened, read in batches of these sizes (see BatchSizes). Raises DataError."""
+        mixture = Mixture(self.data, self.seed, self.global_batch_size, self.model.seq_len, self.model.vocab_size)
+        if changes:
+            mixture.set_batches(BatchSizes(tuple(map(tuple, changes))))
+        return mixture
 
 
 @dataclass(frozen=True)
@@ -56,6 +64,11 @@ class Attempt:
     view: RunView
     world_size: int | None  # None when it is not known
     skip_steps: tuple[int, ...]  # of guards.skip_steps
+    batches: BatchSizes  # of the whole run, as this attempt reads it
+
+    def mixture(self) -> Mixture:
+        """The data, opened. Raises DataError."""
+        return self.view.mixture(self.batches.changes)
 
 
 class Run:
@@ -74,10 +87,15 @@ class Run:
         """The run whose run_dir this is, wherever it has been moved to."""
         return cls([run_dir / "config.yaml"], [f"run_dir={run_dir}", *overrides])
 
+    @property
+    def steps(self) -> int:
+        """Of the whole run, as it is configured now."""
+        return self.view.steps_with(self.attempts[-1].batches)
+
     def attempt_of(self, step: int) -> Attempt:
         """The attempt that made this step, or would. Raises ConfigError on a step that is none."""
-        if not 1 <= step <= self.view.steps:
-            raise ConfigError("--step", f"must be 1 to {self.view.steps}, the steps of this run, got {step}")
+        if not 1 <= step <= self.steps:
+            raise ConfigError("--step", f"must be 1 to {self.steps}, the steps of this run, got {step}")
         return next((attempt for attempt in reversed(self.attempts) if attempt.first_step <= step), self.attempts[0])
 
     def last_step(self) -> int:
@@ -110,10 +128,11 @@ class Run:
             if "config" in event and "world_size" in event:
                 attempts = [attempt for attempt in attempts if attempt.first_step <= event["step"]]
                 view = configuration.build(RunView, event["config"], partial=True)
+                batches = BatchSizes(tuple(map(tuple, event.get("batches") or [(1, view.global_batch_size)])))
                 # The data may have been moved since; where the order is the same, today's paths are taken.
                 view = self.view if view.order == self.view.order else view
-                attempts.append(Attempt(event["step"] + 1, view, event["world_size"], _skip_steps(event["config"])))
-        return attempts or [Attempt(1, self.view, None, self.skip_steps)]
+                attempts.append(Attempt(event["step"] + 1, view, event["world_size"], _skip_steps(event["config"]), batches))
+        return attempts or [Attempt(1, self.view, None, self.skip_steps, BatchSizes(((1, self.view.global_batch_size),)))]
 
 
 def _skip_steps(values: dict[str, Any]) -> tuple[int, ...]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 
 from olmo_train.checkpoint import CheckpointConfig
 from olmo_train.data.mixture import DataConfig
+from olmo_train.data.order import BatchSizes
 from olmo_train.errors import ConfigError, check_choice
 from olmo_train.guards import GuardConfig
 from olmo_train.metrics import LogConfig
@@ -86,9 +86,13 @@ class TrainConfig:
     @property
     def steps(self) -> int:
         """Updates of the whole run."""
+        return self.steps_with(BatchSizes(((1, self.global_batch_size),)))
+
+    def steps_with(self, batches: BatchSizes) -> int:
+        """Updates of the whole run with these batch sizes."""
         if self.total_steps is not None:
             return self.total_steps
-        return math.ceil((self.total_tokens or 2e12) / self.tokens_per_step)
+        return batches.steps_for(self.total_tokens or 2e12, self.model.seq_len)
 
     @property
     def rows_per_forward(self) -> int:

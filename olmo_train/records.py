@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from olmo_train import config as configuration
 from olmo_train.console import Console
 from olmo_train.distributed import World
 from olmo_train.metrics import Recorder
@@ -14,9 +13,9 @@ from olmo_train.recipe import TrainConfig
 
 
 class Records:
-    def __init__(self, config: TrainConfig, world: World, last_step: int):
-        """`last_step`: the step that the run goes on from."""
-        run_dir, resolved = Path(config.run_dir), configuration.to_dict(config)
+    def __init__(self, config: TrainConfig, world: World, last_step: int, resolved: dict[str, Any]):
+        """`last_step`: the step that the run goes on from; `resolved`: the configuration as it is saved."""
+        run_dir = Path(config.run_dir)
         self._recorder = world.on_main_only(lambda: Recorder(run_dir, config.log, resolved, last_step))
         self._console = world.on_main_only(lambda: Console(config.run_dir, last_step, config.steps))
 

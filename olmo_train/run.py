@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
 import logging
 import math
@@ -23,6 +24,7 @@ from olmo_train import hardware, kernels, optim, parallel
 from olmo_train.checkpoint import Checkpointer
 from olmo_train.data.loader import Batch, Loader
 from olmo_train.data.mixture import Mixture
+from olmo_train.data.order import BatchSizes
 from olmo_train.data.shards import check_ids
 from olmo_train.data.tokenizer import record_of_folder
 from olmo_train.distributed import World, peers_named
@@ -58,7 +60,8 @@ class Run:
 
     def __init__(self, config: TrainConfig, world: World, signals: StopSignals):
         config.check_world(world.size)
-        self.config, self.world, self.signals = config, world, signals
+        self.config, self.world, self.signals = config, world, signals  # its length in steps is set once the batches are known
+        self.resolved = configuration.to_dict(config)
         self.run_dir = Path(config.run_dir)
         self.stack = contextlib.ExitStack()
         self.warned_of_stop = False
@@ -88,6 +91,9 @@ class Run:
             self.folder = world.on_main(lambda: checkpoints.resolve(Path(config.resume_from)))
         self.state = self._resumed_state() if self.folder else {"step": 0}
         self.last_step: int = self.state["step"]
+        self.batches = self._batch_sizes()
+        self.mixture.set_batches(self.batches)
+        self.config = config = dataclasses.replace(config, total_steps=config.steps_with(self.batches), total_tokens=None)
         self.done = self.last_step  # the last step that this process knows to be done
         self.first_step = self.last_step if self.is_branch else 0  # from which the run began
         self.pending_line: dict[str, Any] | None = world.on_main(self._owed_line)
@@ -101,15 +107,14 @@ class Run:
     def _open_records(self) -> None:
         config, world = self.config, self.world
         self._open_watchdog()
-        resolved = configuration.to_dict(config)
-        world.on_main(lambda: replace_file(self.run_dir / "config.yaml", configuration.dump(config).encode()))
+        world.on_main(lambda: replace_file(self.run_dir / "config.yaml", configuration.dump(self.resolved).encode()))
         self.attempt = world.on_main(lambda: 1 + attempts(self.run_dir))
         self.interval = Interval(len(self.mixture.names), world.device, self.state.get("interval"))
         self.spikes = SpikeDetector(world.device, self.state.get("spikes"))
         self.bytes_per_token = [s.n_bytes / s.n_tokens if s.n_bytes else None for s in self.mixture.sources]
         self.clock = Clock()
         self.meter, self.energy_before = hardware.open_energy_meter(), self.state.get("energy_kwh") or 0.0
-        self.records = self.stack.enter_context(contextlib.closing(Records(config, world, self.last_step)))
+        self.records = self.stack.enter_context(contextlib.closing(Records(config, world, self.last_step, self.resolved)))
         resumed = self.last_step if self.folder and not self.is_branch else None
         checkpointer = Checkpointer(self.run_dir, config.checkpoint, world, self._checkpoint_files(), resumed)
         self.checkpointer = self.stack.enter_context(contextlib.closing(checkpointer))
@@ -118,7 +123,8 @@ class Run:
         self.forensics = Forensics(self.run_dir, self.mixture, world, self.attempt, self.watchdog)
         self.verdicts = Verdicts(config, world, self.records, checkpointer, self.forensics, self.first_step, in_a_row)
         how = "branch" if self.is_branch else "resume" if self.folder else "start"
-        about = {"attempt": self.attempt, "world_size": world.size, "checkpoint": str(self.folder or ""), "config": resolved}
+        about = {"attempt": self.attempt, "world_size": world.size, "checkpoint": str(self.folder or "")}
+        about |= {"batches": self.batches.changes, "config": self.resolved}
         self.records.event(how, self.last_step, **about)
 
     def _open_watchdog(self) -> None:
@@ -165,7 +171,7 @@ class Run:
         state = checkpoints.read_state(self.folder)
         if not self.is_branch:
             saved = configuration.read([self.folder / "config.yaml"])
-            now = configuration.to_dict(self.config)
+            now = self.resolved
             check_changes(saved, now, self.config.allow_changes)
             check_skip_steps(saved, now, state["step"], self.config.allow_changes)
             check_data(state["data"], self.mixture.fingerprint, self.config.allow_changes)
@@ -180,8 +186,16 @@ class Run:
         line = self.state.get("pending_line")
         return None if self.is_branch or line is None or is_logged(self.run_dir, self.last_step) else line
 
+    def _batch_sizes(self) -> BatchSizes:
+        """Those of the checkpoint that the run goes on from, and this configuration's from there on."""
+        changes = self.state.get("batches", ())
+        if self.folder and not changes:  # of an older version, or converted: one size up to here
+            saved = configuration.read([self.folder / "config.yaml"])
+            changes = [(1, saved.get("global_batch_size", self.config.global_batch_size))]
+        return BatchSizes(tuple(map(tuple, changes))).after(self.last_step, self.config.global_batch_size)
+
     def _checkpoint_files(self) -> dict[str, bytes]:
-        files = {"config.yaml": configuration.dump(self.config).encode()}
+        files = {"config.yaml": configuration.dump(self.resolved).encode()}
         folders = [source.folder for source in self.mixture.sources if source.folder]
         if folders:
             try:
@@ -224,13 +238,8 @@ class Run:
             f"{self.world.size} x {self.world.device.type}, {config.parallel.precision}"
             + (", C++ kernels" if kernels.uses_cpu_kernels(model) else "")
         )
-        parts = [f"{name} {epoch:.3g}" for name, epoch in self._epochs(config.steps).items()]
+        parts = [f"{name} {epoch:.3g}" for name, epoch in self.mixture.epochs(config.steps).items()]
         self.records.say(f"epochs of each source in the whole run: {', '.join(parts)}")
-
-    def _epochs(self, step: int) -> dict[str, float]:
-        """How often each source was read through by the end of this step: above 1, its text repeats."""
-        visits = self.mixture.order.visits_before(step * self.config.global_batch_size) / self.mixture.sizes
-        return dict(zip(self.mixture.names, visits.tolist(), strict=True))
 
     def loader(self) -> Loader:
         return Loader(self.mixture, self.world.rank, self.world.size, self.world.device, self.last_step + 1)
@@ -283,7 +292,7 @@ class Run:
         config, step = self.config, stats.step
         last = step == config.steps
         is_logged = last or step % config.log.interval_steps == 0
-        is_evaluated = self.evaluation.is_due(step)
+        is_evaluated = self.evaluation.is_due(step, last)
         if is_logged or is_evaluated:
             self.verdicts.read()
         line = self.train_metrics(stats, batch) if is_logged else {}
@@ -299,16 +308,16 @@ class Run:
         metrics = self.interval.metrics(self.mixture.names, self.bytes_per_token)
         metrics |= {"optim/total_grad_norm": stats.grad_norm.item(), "optim/learning_rate_group0": stats.lr}
         metrics |= throughput_metrics(
-            step=stats.step,
             steps=self.interval.timed_steps,
             seconds=self.clock.seconds,
             data_wait=self.interval.data_wait,
-            tokens_per_step=config.tokens_per_step,
+            tokens=self._tokens(stats.step),
+            interval_tokens=self._tokens(stats.step) - self._tokens(stats.step - self.interval.timed_steps),
             flops_per_token=flops_per_token(config.model),
             world_size=world.size,
             peak_flops=device.peak_flops if device else None,
         )
-        metrics |= {f"train/source/{name}/epoch": epoch for name, epoch in self._epochs(stats.step).items()}
+        metrics |= {f"train/source/{name}/epoch": epoch for name, epoch in self.mixture.epochs(stats.step).items()}
         metrics |= self.checkpointer.take_figures()
         self._warn_when_too_slow_to_stop(metrics)
         self._tell_slow_ranks(stats.step)
@@ -319,6 +328,10 @@ class Run:
         self.interval.restart()
         self.clock.restart()
         return metrics | self._about(batch)
+
+    def _tokens(self, step: int) -> int:
+        """Tokens read by the end of this step."""
+        return self.batches.places_before(step + 1) * self.config.model.seq_len
 
     def _warn_when_too_slow_to_stop(self, metrics: dict[str, Any]) -> None:
         save_seconds = metrics.get("throughput/checkpoint_write_seconds")
@@ -382,7 +395,8 @@ class Run:
                 "world_size": self.world.size,
                 "data": self.mixture.fingerprint,
                 "denied": self.mixture.denied_summary,
-                "total_tokens": step * self.config.tokens_per_step,
+                "total_tokens": self._tokens(step),
+                "batches": self.batches.changes,
                 "interval": self.interval.state(),
                 "spikes": self.spikes.state(),
                 "pending_line": self.pending_line,

@@ -133,23 +133,24 @@ def loss_metrics(prefix: str, loss: float, tokens: float, n_bytes: float | None)
 
 
 def throughput_metrics(
-    step: int,
     steps: int,
     seconds: float,
     data_wait: float,
-    tokens_per_step: int,
+    tokens: int,
+    interval_tokens: int,
     flops_per_token: int,
     world_size: int,
     peak_flops: float | None,
 ) -> dict[str, float]:
-    """Speed over an interval of `steps` that ends with `step` and took `seconds`, of which `data_wait` for data.
+    """Speed over an interval of `steps` and `interval_tokens` that took `seconds`, of which `data_wait` for data. `tokens`:
+    all those read by its end.
 
     MFU is left out where the device's peak is not known: a missing figure is better than a wrong one.
     """
-    rate = steps * tokens_per_step / seconds
+    rate = interval_tokens / seconds
     metrics = {
-        "throughput/total_tokens": step * tokens_per_step,
-        "throughput/total_flops": step * tokens_per_step * flops_per_token,
+        "throughput/total_tokens": tokens,
+        "throughput/total_flops": tokens * flops_per_token,
         "throughput/tokens_per_second": rate,
         "throughput/device/tokens_per_second": rate / world_size,
         "throughput/step_seconds": seconds / steps,

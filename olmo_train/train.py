@@ -113,6 +113,7 @@ def train_from_newest(config: TrainConfig, world: World, signals: StopSignals) -
         run = stack.enter_context(Run(config, world, signals))
         if run.is_finished:
             return
+        config = run.config  # its length in steps
         model, optimizer = run.build()
         loader = stack.enter_context(contextlib.closing(run.loader()))
         profiler = stack.enter_context(contextlib.closing(run.profiler()))

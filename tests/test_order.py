@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from olmo_train.data.order import PERIOD, OlmoOrder, PermutedOrder, key_of, permute, quotas
+from olmo_train.data.order import PERIOD, BatchSizes, OlmoOrder, PermutedOrder, key_of, permute, quotas
 
 few = settings(max_examples=25, deadline=None)
 sizes = st.integers(1, 5000)
@@ -197,13 +197,13 @@ OLMO = {(6198, 0): [615, 832, 881, 9, 648, 523, 809, 336], (6198, 1): [363, 586,
 
 @pytest.mark.parametrize("seed, epoch", OLMO)
 def test_the_order_of_olmo_is_its_own_shuffle(seed, epoch):
-    order = OlmoOrder([1000], global_batch_size=8, seed=seed)
+    order = OlmoOrder([1000], BatchSizes(((1, 8),)), seed=seed)
     assert order.at(1000 * epoch + np.arange(8)).instance.tolist() == OLMO[seed, epoch]
 
 
 def test_the_order_of_olmo_drops_what_fills_no_batch():
-    order = OlmoOrder([600, 400], global_batch_size=64, seed=6198)
-    assert order.epoch_places == 960
+    order = OlmoOrder([600, 400], BatchSizes(((1, 64),)), seed=6198)
+    assert order.at(np.array([959, 960])).epoch.tolist() == [0, 1]
     read = order.at(np.arange(2 * 960))
     flat = read.instance + 600 * read.source
     shuffled = np.arange(1000, dtype=np.uint32)
@@ -216,8 +216,45 @@ def test_the_order_of_olmo_drops_what_fills_no_batch():
 @few
 @given(flat=st.integers(0, 999), last=st.integers(0, 3000))
 def test_the_order_of_olmo_backwards(flat, last):
-    order = OlmoOrder([600, 400], global_batch_size=64, seed=1)
+    order = OlmoOrder([600, 400], BatchSizes(((1, 64),)), seed=1)
     read = order.at(np.arange(3000))
     source, instance = divmod(flat, 600) if flat < 600 else (1, flat - 600)
     expected = np.flatnonzero((read.source == source) & (read.instance == instance))
     assert order.places_of(source, instance, last).tolist() == expected[expected < last].tolist()
+
+
+# ---- batches of changing sizes
+
+CHANGES = BatchSizes(((1, 8), (6, 3), (11, 16)))
+
+
+def test_batch_sizes_map_steps_to_places_and_back():
+    rows = [(step, row) for step in range(1, 15) for row in range(CHANGES.at(step))]
+    assert [CHANGES.row_of(place) for place in range(len(rows))] == rows
+    assert [CHANGES.places_before(step) for step in (1, 6, 7, 11, 12)] == [0, 40, 43, 55, 71]
+    assert [CHANGES.steps_for(places * 10, 10) for places in (1, 8, 9, 40, 41, 55, 56, 71, 72)] == [1, 1, 2, 5, 6, 10, 11, 11, 12]
+
+
+def test_a_resumed_run_keeps_the_sizes_of_the_steps_done():
+    assert CHANGES.after(7, 5).changes == ((1, 8), (6, 3), (8, 5))
+    assert CHANGES.after(7, 3).changes == ((1, 8), (6, 3))
+    assert BatchSizes(()).after(0, 4).changes == ((1, 4),)
+
+
+@pytest.mark.parametrize("changes", [CHANGES, BatchSizes(((1, 48), (2, 3), (3, 40), (4, 7))), BatchSizes(((1, 51), (3, 8)))])
+def test_the_order_of_olmo_goes_on_in_its_epoch_when_the_batch_changes(changes):
+    n, order, expected, epoch, position = 51, OlmoOrder([30, 21], changes, seed=4), [], 0, 0
+    for step in range(1, 25):
+        size = changes.at(step)
+        if position + size > n:  # what fills no batch is dropped
+            epoch, position = epoch + 1, 0
+        expected += [(epoch, p) for p in range(position, position + size)]
+        position += size
+    shuffles = [OlmoOrder([51], BatchSizes(((1, 1),)), seed=4).at(np.arange(51 * e, 51 * e + 51)).instance for e in range(9)]
+    mixed = order.at(np.arange(len(expected)))
+    flat = [int(shuffles[e][p]) for e, p in expected]
+    assert mixed.epoch.tolist() == [e for e, _ in expected] and (mixed.instance + 30 * mixed.source).tolist() == flat
+    for instance in (0, 29, 30, 50):
+        source = int(instance >= 30)
+        found = order.places_of(source, instance - 30 * source, len(flat)).tolist()
+        assert found == [place for place, read in enumerate(flat) if read == instance]

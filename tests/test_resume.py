@@ -9,10 +9,12 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 from crash import signal_in_evaluation
 
 from olmo_train.errors import ConfigError, Stopped
+from olmo_train.provenance import Run
 from olmo_train.train import train
 
 SAME = ("step", "train/CrossEntropyLoss", "optim/total_grad_norm", "optim/learning_rate_group0", "optim/clipping_rate",
@@ -105,6 +107,27 @@ def test_a_longer_run_goes_on_with_the_same_batches(tiny_args, read_metrics, tmp
     trained(tiny_args("whole", total_steps=9))
     hashes = [[line["sample_hash"] for line in read_metrics(tmp_path / name)] for name in ("run", "whole")]
     assert hashes[0] == hashes[1] and len(hashes[0]) == 9
+
+
+@pytest.mark.parametrize("order", ["permute", "olmo"])
+def test_after_a_change_of_the_batch_every_figure_counts_the_instances_that_were_read(tiny_args, read_metrics, order):
+    words = {"total_tokens": (5 * 8 + 7 * 4) * 64, "total_steps": None, "log.interval_steps": 3, "data.order": order}
+    cut(tiny_args("run", **words), steps=6)
+    smaller = {"global_batch_size": 4, "allow_changes": "[global_batch_size]"}
+    cut(tiny_args("run", **words, **smaller), steps=7)
+    trained(tiny_args("run", **words, **smaller))
+    lines, inspected = read_metrics(tiny_args("run").run_dir), Run([f"{tiny_args('run').run_dir}/config.yaml"])
+    tokens = {step: (5 * 8 + (step - 5) * 4) * 64 for step in (6, 9, 12)}
+    assert {line["step"]: line["throughput/total_tokens"] for line in lines} == {3: 3 * 8 * 64, **tokens}
+    a_token = lines[0]["throughput/total_flops"] / (3 * 8 * 64)
+    assert all(line["throughput/total_flops"] == a_token * line["throughput/total_tokens"] for line in lines)
+    assert lines[-1]["train/source/a/epoch"] == pytest.approx(68 / (40_000 // 64), abs=2e-3)
+    mixtures = {step: inspected.attempt_of(step).mixture() for step in range(1, inspected.steps + 1)}
+    read = [instance for step, mixture in mixtures.items() for instance in mixture.global_batch(step).instance.tolist()]
+    assert read == mixtures[1].order.at(np.arange(68)).instance.tolist()  # none twice, none left out
+    assert all(
+        mixtures[s].sample_hash(mixtures[s].global_batch(s)) == line["sample_hash"] for line in lines for s in [line["step"]]
+    )
 
 
 CHANGES = [("optim.peak_lr", 1e-3, "0.003"), ("seed", 4, "3"), ("global_batch_size", 16, "8"),

@@ -75,7 +75,9 @@ def _held_out(model: Transformer, folder: Path, view: RunView | None, rows: int,
     from olmo_train.eval.heldout import measure, training_counts
 
     sources = _sources(model.config.vocab_size, folder, view, args)
-    counts = training_counts(view.mixture, read_state(folder)["step"]) if view and not args.no_unigram else None
+    state, counts = read_state(folder), None
+    if view and not args.no_unigram:
+        counts = training_counts(lambda: view.mixture(state.get("batches", ())), state["step"])
     return [measure(model, source, rows, bool(view and view.data.document_mask), counts, _watch) for source in sources]
 
 

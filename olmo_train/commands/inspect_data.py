@@ -55,7 +55,7 @@ def _show_step(inspected: Run, args: argparse.Namespace) -> None:
     from olmo_train.data.inspect import Texts, rows_of_step
 
     attempt = inspected.attempt_of(args.step)
-    mixture = attempt.view.mixture()
+    mixture = attempt.mixture()
     world_size = _world_size(attempt, args)
     rows = rows_of_step(mixture, args.step, world_size, args.rank, None if args.json else SHOWN_ROWS, not args.brief)
     texts = [None] * len(rows) if args.brief else Texts(mixture).of(rows, None if args.json else SHOWN_TOKENS)
@@ -72,12 +72,12 @@ def _show_step(inspected: Run, args: argparse.Namespace) -> None:
         print(json.dumps(about | {"instances": instances}, ensure_ascii=False))
         return
     told = {None: "", True: ", as the run logged it", False: ", NOT as the run logged it"}[as_logged]
-    print(f"step {args.step} of {inspected.view.steps}: {mixture.global_batch_size} instances of {mixture.seq_len} tokens "
+    print(f"step {args.step} of {inspected.steps}: {mixture.batches.at(args.step)} instances of {mixture.seq_len} tokens "
           f"on {world_size} rank{'s' * (world_size > 1)}, sample_hash {sample_hash[:16]}{told}")  # fmt: skip
     if inspected.is_passed_over(args.step):
         print("this step is passed over: its batch is not trained on")
     _print_rows(rows, texts)
-    left = mixture.global_batch_size // (1 if args.rank is None else world_size) - len(rows)
+    left = mixture.batches.at(args.step) // (1 if args.rank is None else world_size) - len(rows)
     if left:
         print(f"... and {left} more rows; --rank R shows those of one rank, --json all")
 
@@ -117,20 +117,20 @@ def _show_document(inspected: Run, args: argparse.Namespace) -> None:
         from olmo_train.errors import ConfigError
 
         raise ConfigError("--rank", "goes with --step; --document tells the rank of every visit")
-    mixture = inspected.view.mixture()
+    mixture = inspected.attempts[-1].mixture()
     source, document = find_document(mixture, args.document)
     done, visits = inspected.last_step(), []
     for visit, rank in _visits(inspected, mixture, args):
         visits.append({**asdict(visit), "rank": rank, "done": visit.step <= done})
     about = {"source": mixture.names[source], **asdict(document)}
     if args.json:
-        print(json.dumps({"document": about, "done_steps": done, "total_steps": inspected.view.steps, "visits": visits}))
+        print(json.dumps({"document": about, "done_steps": done, "total_steps": inspected.steps, "visits": visits}))
         return
     print(f"{args.document} from {document.origin}: {document.end - document.start:,} tokens at {document.start:,} of its source")
     if document.denied:
         print("data.deny denies it: its tokens are read as context, and nothing is learned from predicting them")
     past = sum(visit["done"] for visit in visits)
-    print(f"{past} reads in the {done:,} steps done, {len(visits) - past} in those to come, up to step {inspected.view.steps:,}")
+    print(f"{past} reads in the {done:,} steps done, {len(visits) - past} in those to come, up to step {inspected.steps:,}")
     _print_visits(visits)
 
 
@@ -138,10 +138,11 @@ def _visits(inspected: Run, newest: Mixture, args: argparse.Namespace):
     """(visit, rank) of the document, attempt by attempt, each with its own order and processes."""
     from olmo_train.data.inspect import find_document, rows_a_rank, visits_of
 
-    ends = [attempt.first_step - 1 for attempt in inspected.attempts[1:]] + [inspected.view.steps]
+    ends = [attempt.first_step - 1 for attempt in inspected.attempts[1:]] + [inspected.steps]
     for i, (attempt, end) in enumerate(zip(inspected.attempts, ends, strict=True)):
-        mixture = newest if attempt.view is inspected.view else attempt.view.mixture()
-        rank_size = rows_a_rank(mixture, _world_size(attempt, args))
+        same = attempt.view is inspected.view and attempt.batches == newest.batches
+        mixture = newest if same else attempt.mixture()
+        rank_size = rows_a_rank(mixture.batches.at(end), _world_size(attempt, args))
         first = attempt.first_step if i else 1  # a run that branched off read the same data before
         for visit in visits_of(mixture, *find_document(mixture, args.document), first, end):
             yield visit, visit.row // rank_size

@@ -41,11 +41,11 @@ class Visit:
     instance: int
 
 
-def rows_a_rank(mixture: Mixture, world_size: int) -> int:
+def rows_a_rank(batch_size: int, world_size: int) -> int:
     """Raises ConfigError when the global batch cannot be cut into equal parts."""
-    if world_size < 1 or mixture.global_batch_size % world_size:
-        raise ConfigError("--world-size", f"{world_size} does not divide the global batch of {mixture.global_batch_size}")
-    return mixture.global_batch_size // world_size
+    if world_size < 1 or batch_size % world_size:
+        raise ConfigError("--world-size", f"{world_size} does not divide the global batch of {batch_size}")
+    return batch_size // world_size
 
 
 def rows_of_step(
@@ -60,10 +60,11 @@ def rows_of_step(
 
     Without `documents` none are looked up, which costs most of the time. Raises ConfigError.
     """
-    rank_size = rows_a_rank(mixture, world_size)
+    batch_size = mixture.batches.at(step)
+    rank_size = rows_a_rank(batch_size, world_size)
     if rank is not None and not 0 <= rank < world_size:
         raise ConfigError("--rank", f"{rank} is none of the {world_size} ranks; name 0 to {world_size - 1}, or --world-size")
-    first, stop = (0, mixture.global_batch_size) if rank is None else (rank * rank_size, (rank + 1) * rank_size)
+    first, stop = (0, batch_size) if rank is None else (rank * rank_size, (rank + 1) * rank_size)
     batch = mixture.global_batch(step)[first : stop if most is None else min(stop, first + most)]
     rows: dict[int, Row] = {}
     for i in np.lexsort((batch.instance, batch.source)).tolist():  # neighbours in a stream are looked up one after the other
@@ -92,10 +93,10 @@ def find_document(mixture: Mixture, word: str) -> tuple[int, Document]:
 
 def visits_of(mixture: Mixture, source: int, document: Document, first_step: int, last_step: int) -> list[Visit]:
     """Every row of steps first_step to last_step, both included, that reads tokens of the document or its EOS."""
-    size, visits = mixture.global_batch_size, []
+    end, visits = mixture.batches.places_before(last_step + 1), []
     for instance in _instances_of_span(mixture, source, document.start, mixture.sources[source].end_with_eos(document)):
-        places = mixture.order.places_of(source, instance, last_step * size)
-        visits += [Visit(place // size + 1, place % size, instance) for place in places.tolist()]
+        places = mixture.order.places_of(source, instance, end)
+        visits += [Visit(*mixture.batches.row_of(place), instance) for place in places.tolist()]
     return sorted((v for v in visits if v.step >= first_step), key=lambda visit: (visit.step, visit.row))
 
 

@@ -47,7 +47,7 @@ class Batch:
 def read_batch(mixture: Mixture, step: int, rank: int, world_size: int) -> Batch:
     """The rows of `rank` in step `step`: an equal, contiguous part of the global batch."""
     whole = mixture.global_batch(step)
-    rows = mixture.global_batch_size // world_size
+    rows = len(whole) // world_size
     mine = whole[rank * rows : (rank + 1) * rows]
     tokens = torch.from_numpy(mixture.read(mine))
     input_ids, labels = split_labels(tokens, mixture.read_label_mask(mine), mixture.shifted)

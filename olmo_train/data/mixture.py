@@ -14,7 +14,7 @@ import numpy as np
 
 from olmo_train.data.deny import denied_spans, summary
 from olmo_train.data.documents import Document
-from olmo_train.data.order import ORDERS, PERIOD, Mixed, OlmoOrder, PermutedOrder, quotas
+from olmo_train.data.order import ORDERS, PERIOD, BatchSizes, Mixed, OlmoOrder, PermutedOrder, quotas
 from olmo_train.data.shards import SourceConfig, TokenSource, open_source
 from olmo_train.data.tokenizer import TokenizerRecord, check_same_tokenizer
 from olmo_train.errors import ConfigError, DataError, check_choice
@@ -76,7 +76,7 @@ class Mixture:
 
     def __init__(self, config: DataConfig, seed: int, global_batch_size: int, seq_len: int, vocab_size: int):
         """Raises DataError when a source cannot be read or is too small."""
-        self.config, self.global_batch_size, self.seq_len = config, global_batch_size, seq_len
+        self.config, self.seq_len = config, seq_len
         self.sources = [open_source(name, source, vocab_size, config.eos_id) for name, source in config.sources.items()]
         self.names = [source.name for source in self.sources]
         self.denied = denied_spans(config.deny, self.sources)
@@ -84,15 +84,20 @@ class Mixture:
         self.eos_id = self._eos_id() if config.document_mask else None  # given: attention stays within documents
         self.vocab_size = vocab_size
         self.sizes = [self._instances_of(source) for source in self.sources]
-        seed = seed if config.seed is None else config.seed
+        self.seed = seed if config.seed is None else config.seed
+        self.set_batches(BatchSizes(((1, global_batch_size),)))
+
+    def set_batches(self, batches: BatchSizes) -> None:
+        """Read the data in batches of these sizes. Raises DataError when a source is too small."""
+        self.batches = batches
         if self.shifted:
-            self._check_size(sum(self.sizes), global_batch_size, ", ".join(self.names))
-            self.order = OlmoOrder(self.sizes, global_batch_size, seed)
+            self._check_size(sum(self.sizes), max(size for _, size in batches.changes), ", ".join(self.names))
+            self.order = OlmoOrder(self.sizes, batches, self.seed)
         else:
             for name, size in zip(self.names, self.sizes, strict=True):
                 self._check_size(size, 1, name)
-            stages = [((step - 1) * global_batch_size, weights) for step, weights in config.mixes()]
-            self.order = PermutedOrder(self.names, self.sizes, stages, seed)
+            stages = [(batches.places_before(step), weights) for step, weights in self.config.mixes()]
+            self.order = PermutedOrder(self.names, self.sizes, stages, self.seed)
 
     def open_validation(self) -> list[TokenSource]:
         """The sources of data.validation. Raises DataError as __init__ does."""
@@ -121,8 +126,12 @@ class Mixture:
 
     def global_batch(self, step: int) -> Mixed:
         """The instances of step `step`, counted from 1, in the order of rows."""
-        first = (step - 1) * self.global_batch_size
-        return self.order.at(np.arange(first, first + self.global_batch_size))
+        return self.order.at(np.arange(self.batches.places_before(step), self.batches.places_before(step + 1)))
+
+    def epochs(self, step: int) -> dict[str, float]:
+        """How often each source was read through by the end of this step: above 1, its text repeats."""
+        visits = self.order.visits_before(self.batches.places_before(step + 1)) / self.sizes
+        return dict(zip(self.names, visits.tolist(), strict=True))
 
     def sample_hash(self, batch: Mixed) -> str:
         """sha256 of the batch's sorted (source, instance) pairs: equal for equal batches, whatever the order of rows."""

@@ -4,7 +4,7 @@ The one idea: a keyed permutation. A Feistel network keyed by (seed, source, epo
 memory and runs backwards too. So "what was in step 12345" and "which step saw instance 9" are arithmetic, a run resumes
 from its step alone, and every world size agrees.
 
-Words: a *place* is a row of the run's endless list of instances, place = (step - 1) * global_batch_size + row. A *period*
+Words: a *place* is a row of the run's endless list of instances, place = instances read in earlier steps + row. A *period*
 is PERIOD places in a row, in which every source has exactly its share. A *visit* is the k-th place of a source, counted
 over the whole run; it falls in epoch k // n of the source's n instances.
 """
@@ -12,6 +12,7 @@ over the whole run; it falls in epoch k // n of the source's n instances.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -73,6 +74,39 @@ def quotas(weights: Sequence[float], period: int = PERIOD) -> np.ndarray:
     largest = np.argsort(-(exact - places), kind="stable")[: period - places.sum()]
     places[largest] += 1
     return places
+
+
+@dataclass(frozen=True)
+class BatchSizes:
+    """The global batch size of every step, constant between changes. It maps steps to places and back, so that a change
+    of the batch neither repeats nor drops an instance."""
+
+    changes: tuple[tuple[int, int], ...]  # (first step, sequences a step), in order; the first at step 1
+
+    def at(self, step: int) -> int:
+        """Sequences of this step."""
+        return next(size for first, size in reversed(self.changes) if first <= step)
+
+    def places_before(self, step: int) -> int:
+        """Instances that the steps before this one read: the first place of this step."""
+        ends = [first for first, _ in self.changes[1:]] + [step]
+        return sum(max(min(end, step) - first, 0) * size for (first, size), end in zip(self.changes, ends, strict=True))
+
+    def row_of(self, place: int) -> tuple[int, int]:
+        """(step, row of its global batch) of a place."""
+        first, size = next((f, size) for f, size in reversed(self.changes) if self.places_before(f) <= place)
+        step, row = divmod(place - self.places_before(first), size)
+        return first + step, row
+
+    def steps_for(self, tokens: float, seq_len: int) -> int:
+        """The first step at whose end at least this many tokens have been read."""
+        first, size = next((f, size) for f, size in reversed(self.changes) if self.places_before(f) * seq_len < tokens or f == 1)
+        return first - 1 + math.ceil((tokens - self.places_before(first) * seq_len) / (size * seq_len))
+
+    def after(self, step: int, size: int) -> BatchSizes:
+        """These sizes up to `step`, and `size` from the next step on."""
+        kept = tuple(change for change in self.changes if change[0] <= step)
+        return BatchSizes(kept if kept and kept[-1][1] == size else (*kept, (step + 1, size)))
 
 
 @dataclass(frozen=True)
@@ -184,13 +218,16 @@ class OlmoOrder:
     a global batch at its end is dropped. It needs four bytes of memory an instance, as it does there.
     """
 
-    def __init__(self, sizes: Sequence[int], global_batch_size: int, seed: int):
+    def __init__(self, sizes: Sequence[int], batches: BatchSizes, seed: int):
         self.ends, self.seed = np.cumsum(sizes), seed
-        self.epoch_places = int(self.ends[-1]) // global_batch_size * global_batch_size
+        # Rows of (first place, its epoch, its position there, positions of an epoch).
+        self._stretches = np.zeros((0, 4), dtype=np.int64)
+        for first, size in batches.changes:
+            self._change(batches.places_before(first), size)
         self._shuffled: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.uint32))
 
     def at(self, places: np.ndarray) -> Mixed:
-        epoch, position = np.divmod(np.asarray(places, dtype=np.int64), self.epoch_places)
+        epoch, position = self._positions(np.asarray(places, dtype=np.int64))
         flat = np.empty_like(position)
         for e in np.unique(epoch):
             flat[epoch == e] = self._shuffle(int(e))[position[epoch == e]]
@@ -199,17 +236,40 @@ class OlmoOrder:
 
     def places_of(self, source: int, instance: int, last_place: int) -> np.ndarray:
         flat = instance + (int(self.ends[source - 1]) if source else 0)
+        first_place, first_epoch, first_position, length = self._stretches.T
         places = []
-        for epoch in range(-(-last_place // self.epoch_places)):
+        for epoch in range(int(self._positions(np.array([last_place]))[0][0]) + 1):
             position = int(np.flatnonzero(self._shuffle(epoch) == flat)[0])
-            if position < self.epoch_places:  # else it was dropped in this epoch
-                places.append(epoch * self.epoch_places + position)
-        return np.array([place for place in places if place < last_place], dtype=np.int64)
+            candidates = first_place + (epoch - first_epoch) * length + position - first_position
+            candidates = candidates[candidates >= 0]
+            of, at = self._positions(candidates)  # elsewhere when this epoch dropped the instance
+            places += candidates[(of == epoch) & (at == position)].tolist()
+        return np.array([place for place in sorted({*places}) if place < last_place], dtype=np.int64)
 
     def visits_before(self, place: int) -> np.ndarray:
         """Mean visits of each source before this place: exact at an epoch's end."""
         sizes = np.diff(self.ends, prepend=0)
         return sizes * place // int(self.ends[-1])
+
+    def _change(self, place: int, size: int) -> None:
+        """From this place on, `size` instances a step. The current epoch goes on for as many whole batches as it holds."""
+        n = int(self.ends[-1])
+        epoch, position = 0, 0
+        stretches = [row for row in self._stretches.tolist() if row[0] < place]
+        if stretches:
+            epoch, position = (int(values[0]) for values in self._positions(np.array([place - 1])))
+            position += 1
+            stretches.append([place, epoch, position, n])
+            place, epoch = place + (n - position) // size * size, epoch + 1
+        stretches = [row for row in stretches if row[0] < place]
+        self._stretches = np.array([*stretches, [place, epoch, 0, n // size * size]], dtype=np.int64)
+
+    def _positions(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(epoch, position in its shuffle) of each place."""
+        stretch = np.searchsorted(self._stretches[:, 0], places, side="right") - 1
+        first_place, first_epoch, first_position, length = self._stretches[stretch].T
+        epochs, position = np.divmod(first_position + places - first_place, length)
+        return first_epoch + epochs, position
 
     def _shuffle(self, epoch: int) -> np.ndarray:
         if self._shuffled[0] != epoch:

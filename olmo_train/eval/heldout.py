@@ -81,5 +81,5 @@ def training_counts(open_mixture: Callable[[], Mixture], step: int) -> np.ndarra
     except DataError as problem:
         log.warning("no unigram loss, since the training data cannot be read: %s", problem)
         return None
-    visits = mixture.order.visits_before(max(step, 1) * mixture.global_batch_size)
+    visits = mixture.order.visits_before(mixture.batches.places_before(max(step, 1) + 1))
     return mixed_counts(mixture.sources, visits, mixture.vocab_size)
