@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
@@ -68,8 +69,9 @@ class Console:
 
 def train_line(metrics: dict[str, Any]) -> str:
     """`loss 4.8123  lr 2.1e-03  grad 0.84  12.3k tokens/s`, and what was skipped."""
+    loss = metrics["train/CrossEntropyLoss"]
     parts = [
-        f"loss {metrics['train/CrossEntropyLoss']:.4f}",
+        "loss -" if math.isnan(loss) else f"loss {loss:.4f}",  # no step of the interval has one
         f"lr {metrics['optim/learning_rate_group0']:.2e}",
         f"grad {metrics['optim/total_grad_norm']:.2f}",
         f"{short(metrics['throughput/tokens_per_second'])} tokens/s",

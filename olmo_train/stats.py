@@ -22,7 +22,7 @@ class StepStats:
     lr: float
     sums: Tensor  # (2, sources) float64: summed loss in nats and counted tokens of the global batch
     grad_norm: Tensor  # before clipping
-    skipped: Tensor  # 1.0 when nothing was changed: loss or gradient were not finite, or a spike that is to be skipped
+    skipped: Tensor  # 1.0 when nothing was changed: not finite, no scored token, or a spike that is to be skipped
     losses: Tensor  # (rows of this rank,) fp32: summed loss of each sequence
     spike: Tensor  # 1.0 when loss or norm stand out from those of the steps before
     passed_over: bool = False  # on purpose: nothing was computed
@@ -30,12 +30,17 @@ class StepStats:
 
     @property
     def loss(self) -> Tensor:
-        """Mean over the counted tokens (see loss_divisor) of the global batch, in nats."""
+        """Mean over the counted tokens (see loss_divisor) of the global batch, in nats; NaN when there are none."""
         return mean_loss(self.sums)
 
 
 def mean_loss(sums: Tensor) -> Tensor:
-    return sums[0].sum() / sums[1].sum().clamp(min=1)
+    return sums[0].sum() / sums[1].sum()
+
+
+def has_no_scored_token(sums: Tensor) -> Tensor:
+    """1.0 for a global batch whose labels are all masked, else 0.0, fp32 on the device."""
+    return (sums[1].sum() == 0).float()
 
 
 class Clock:
@@ -81,7 +86,8 @@ class Interval:
         """sums (2, sources) of one step; skipped, clipped and spike are 0.0 or 1.0."""
         self.sums += torch.where(skipped > 0, torch.zeros_like(sums), sums)
         self.counts[: self.IN_A_ROW] += torch.stack((torch.ones_like(skipped), skipped, clipped, spike))
-        self.counts[self.IN_A_ROW] = (self.counts[self.IN_A_ROW] + 1) * skipped
+        in_a_row = self.counts[self.IN_A_ROW]  # a batch without a scored token neither lengthens nor ends a row
+        self.counts[self.IN_A_ROW] = torch.where(has_no_scored_token(sums) > 0, in_a_row, (in_a_row + 1) * skipped)
         self.data_wait += data_wait
         self.timed_steps += 1
 

@@ -29,7 +29,7 @@ from olmo_train.profiling import out_of_memory_told
 from olmo_train.recipe import TrainConfig
 from olmo_train.run import Run
 from olmo_train.spikes import SpikeDetector
-from olmo_train.stats import StepStats, mean_loss
+from olmo_train.stats import StepStats, has_no_scored_token, mean_loss
 
 
 def train_step(
@@ -44,8 +44,11 @@ def train_step(
 ) -> StepStats:
     """One update: the loss summed over tokens, divided once by the number of counted tokens of the global batch."""
     lr = optim.lr_at(step, config.optim, config.steps)
-    counted = batch.labels != IGNORE if config.loss_divisor == "scored_tokens" else torch.ones_like(batch.labels)
-    divisor = world.sum(counted.sum()).clamp(min=1)
+    counted = batch.labels != IGNORE
+    divisor = world.sum(counted.sum())  # 0: no token of the global batch is scored, and the optimizer skips this step
+    if config.loss_divisor == "all_tokens":
+        counted = (divisor > 0).expand_as(counted)
+        divisor = torch.full_like(divisor, batch.labels.numel() * world.size)
     sums = torch.zeros(2, sources, dtype=torch.float64, device=world.device)
     losses = []
     micro_batches = list(batch.micro_batches(config.rows_per_forward))
@@ -54,7 +57,7 @@ def train_step(
         with record_function("forward"):
             loss = model(micro.input_ids, micro.labels, micro.documents)  # (rows,) fp32
         with record_function("backward"):
-            (loss.sum() / divisor).backward()
+            (loss.sum() / divisor.clamp(min=1)).backward()
         losses.append(loss.detach())
     losses = torch.cat(losses)
     sums[0].index_add_(0, batch.sources, exact.loss_terms(losses))
@@ -64,7 +67,9 @@ def train_step(
         max_norm = optim.max_grad_norm_at(step, config.optim)
         grad_norm, norms = parallel.clip_gradients(model, max_norm, exactly=config.determinism == "world")
     spike = spikes.judge(mean_loss(sums), grad_norm)
-    skipped = skip_if_not_finite(optimizer, sums.sum(), grad_norm, spike if config.guards.spike == "skip" else None)
+    unscored = has_no_scored_token(sums)
+    unwanted = torch.maximum(spike, unscored) if config.guards.spike == "skip" else unscored
+    skipped = skip_if_not_finite(optimizer, sums.sum(), grad_norm, unwanted)
     with record_function("optimizer"):
         optim.set_lr(optimizer, lr)
         optimizer.step()

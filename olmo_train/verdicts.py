@@ -6,6 +6,7 @@ and the same on all ranks.
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import torch
@@ -18,8 +19,9 @@ from olmo_train.forensics import Forensics
 from olmo_train.guards import Rewind, check_skipped, look_at, name_checkpoint, plan_rewind, rewound
 from olmo_train.recipe import TrainConfig
 from olmo_train.records import Records
-from olmo_train.stats import StepStats
+from olmo_train.stats import StepStats, has_no_scored_token
 
+log = logging.getLogger(__name__)
 READ_AT_ONCE = {"cpu"}  # devices on which reading a step's figures does not wait for anything
 UNREAD_STEPS = 16  # elsewhere, at most so many steps until it is read whether one was skipped or a spike
 
@@ -43,6 +45,7 @@ class Verdicts:
         self.run_dir, self.first_step, self.in_a_row = Path(config.run_dir), first_step, skipped_in_a_row
         self.rewinds = world.on_main(lambda: rewound(self.run_dir))
         self.passed_over = set(config.guards.skip_steps).union(*(rewind["skipped"] for rewind in self.rewinds))
+        self._warned_of_unscored = False
         self._unread: list[StepStats] = []  # steps of which nothing has been read from the device yet
 
     def add(self, stats: StepStats) -> None:
@@ -57,8 +60,12 @@ class Verdicts:
         Raises NonFiniteError when too many in a row were skipped or a spike is to stop the run, and Rewind.
         """
         steps, self._unread = self._unread, []
-        flags = torch.stack([torch.stack((stats.skipped, stats.spike)) for stats in steps]).tolist() if steps else []
-        for stats, (skipped, spike) in zip(steps, flags, strict=True):
+        rows = [torch.stack((stats.skipped, stats.spike, has_no_scored_token(stats.sums))) for stats in steps]
+        flags = torch.stack(rows).tolist() if steps else []
+        for stats, (skipped, spike, unscored) in zip(steps, flags, strict=True):
+            if unscored:
+                self._note_unscored(stats)
+                continue
             self.in_a_row = self.in_a_row + 1 if skipped else 0
             if skipped or spike:
                 evidence = self._tell(stats, bool(spike))
@@ -66,6 +73,16 @@ class Verdicts:
                 check_skipped(self.in_a_row, self.config.guards, checkpoints.newest_folder(self.run_dir), evidence)
             elif spike and self.config.guards.spike != "record":
                 self._leave(stats, evidence)
+
+    def _note_unscored(self, stats: StepStats) -> None:
+        """An event each time and one warning. It does not count for guards.max_skipped: nothing is wrong with the training."""
+        self.records.event("skip", stats.step, why="no scored token in this batch", learning_rate=stats.lr)
+        if self.world.is_main and not self._warned_of_unscored:
+            log.warning(
+                "step %d: no scored token in this batch, all its labels are masked; the optimizer skips it and later ones, and "
+                "`skipped` counts them; look at the data with inspect-data --step %d", stats.step, stats.step,
+            )  # fmt: skip
+        self._warned_of_unscored = True
 
     def _tell(self, stats: StepStats, spike: bool) -> Path | None:
         """Into the record, and with its evidence; gives the folder of that, None where it could not be written."""

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from ranks import on_ranks
 
 from olmo_train import train as module
 from olmo_train.checkpoint import committed, read_state
+from olmo_train.data import loader
 from olmo_train.errors import NonFiniteError, Stopped
 from olmo_train.guards import GuardConfig, StopSignals, check_skipped, too_slow_to_stop
 from olmo_train.train import train
@@ -101,6 +103,55 @@ def test_a_nan_on_one_of_two_ranks_is_skipped_on_both(tiny_args, read_metrics):
     assert states_of(config.run_dir, 6)["updates"] == 5
     assert [line["skipped"] for line in read_metrics(config.run_dir)] == [0, 0, 0, 1, 0, 0]
     assert read_metrics(config.run_dir)[3]["optim/total_grad_norm"] is None
+
+
+def mask_steps(steps: tuple[int, ...]):
+    """From now on no label of these steps is scored."""
+    real = loader.read_batch
+
+    def masked(mixture, step, rank, world_size):
+        batch = real(mixture, step, rank, world_size)
+        return replace(batch, labels=torch.full_like(batch.labels, loader.IGNORE)) if step in steps else batch
+
+    return masked
+
+
+@pytest.mark.parametrize("divisor", ["scored_tokens", "all_tokens"])
+def test_a_batch_without_a_scored_token_changes_nothing_and_is_counted(
+    tiny_args, read_metrics, monkeypatch, caplog, capsys, divisor
+):
+    monkeypatch.setattr(loader, "read_batch", mask_steps((3, 4, 5)))
+    config = tiny_args("run", **EVERY, loss_divisor=divisor, **{"guards.max_skipped": 2})
+    assert [stats.skipped.item() for stats in train(config)] == [0, 0, 1, 1, 1, 0]
+    assert unchanged(config.run_dir, 2, 5) and states_of(config.run_dir, 6)["updates"] == 3
+    lines = read_metrics(config.run_dir)
+    assert [line["skipped"] for line in lines] == [0, 0, 1, 1, 1, 0] and not any(line["spike"] for line in lines)
+    assert [line["train/CrossEntropyLoss"] is None for line in lines] == [False, False, True, True, True, False]
+    assert "loss nan" not in capsys.readouterr().out
+    assert [r.levelname for r in caplog.records if "no scored token in this batch" in r.getMessage()] == ["WARNING"]
+    events = [json.loads(line) for line in (Path(config.run_dir) / "events.jsonl").read_text().splitlines()]
+    skips = {event["step"]: event["why"] for event in events if event["event"] == "skip"}
+    assert skips == dict.fromkeys((3, 4, 5), "no scored token in this batch")
+    assert read_state(committed(Path(config.run_dir))[6])["spikes"]["seen"] == 3  # the detector has not seen them
+
+
+def test_two_ranks_agree_on_a_batch_without_a_scored_token_and_step_when_one_has_some(tiny_args):
+    """Rank 1 has none in step 4, neither rank in step 3."""
+
+    def run(world):
+        module.join_world = lambda replicas: nullcontext(world)
+        loader.read_batch = mask_steps((3, 4) if world.rank else (3,))
+        return [stats.skipped.item() for stats in train(tiny_args("run", **EVERY))]
+
+    assert on_ranks(2, run) == [[0, 0, 1, 0, 0, 0]] * 2
+
+
+def test_an_unscored_batch_neither_lengthens_nor_ends_a_row_of_skipped_steps(tiny_args, monkeypatch):
+    monkeypatch.setattr(loader, "read_batch", mask_steps((4,)))
+    poison((3, 5), math.nan, monkeypatch)
+    config = tiny_args("run", **EVERY, **{"guards.max_skipped": 2})
+    with pytest.raises(NonFiniteError, match="2 steps in a row"):
+        list(train(config))
 
 
 def test_too_many_in_a_row_end_the_run_with_the_last_good_checkpoint_named(tiny_args, monkeypatch):

@@ -178,7 +178,7 @@ def test_no_tokens_give_no_loss_and_no_crash():
 
 
 def test_throughput_is_arithmetic_and_an_unknown_device_has_no_mfu():
-    known = dict(step=20, steps=10, seconds=5.0, data_wait=1.0, tokens_per_step=1000, flops_per_token=7, world_size=4)
+    known = dict(steps=10, seconds=5.0, data_wait=1.0, tokens=20_000, interval_tokens=10_000, flops_per_token=7, world_size=4)
     found = throughput_metrics(**known, peak_flops=None)
     assert found == {
         "throughput/total_tokens": 20_000,
