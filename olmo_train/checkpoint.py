@@ -138,7 +138,7 @@ def resolve(path: Path) -> Path:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "state.json").read_text())
+    return json.loads((folder / "state.json").read_text(encoding="utf-8"))
 
 
 def load_model(folder: str | Path) -> Transformer:

@@ -82,7 +82,7 @@ def rewound(run_dir: Path) -> list[dict[str, Any]]:
     """The rewinds of a run so far, oldest first, by its events: {"from": the spike, "to": the checkpoint's step,
     "skipped": the steps that are passed over from then on}."""
     file = run_dir / "events.jsonl"
-    lines = file.read_text().splitlines() if file.is_file() else ()
+    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else ()
     return [json.loads(line) for line in lines if line.startswith('{"event": "rewind"') and line.endswith("}")]
 
 

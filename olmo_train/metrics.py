@@ -99,7 +99,7 @@ class JsonLines:
 def attempts(run_dir: Path) -> int:
     """How often a run was started so far, by its events."""
     file = run_dir / "events.jsonl"
-    lines = file.read_text().splitlines() if file.exists() else []
+    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
     return sum('"event": "start"' in line or '"event": "resume"' in line or '"event": "branch"' in line for line in lines)
 
 
@@ -288,7 +288,7 @@ class WandbMirror:
             "name": config.name or os.environ.get("WANDB_NAME") or run_dir.resolve().name,
             "tags": list(config.tags) or None,
             "dir": str(run_dir),
-            "id": id_file.read_text(),
+            "id": id_file.read_text(encoding="utf-8"),
             "resume": "allow",
             "config": {**resolved, "code_version": code_version()},
         }
@@ -298,7 +298,7 @@ class WandbMirror:
         if self._live:  # the server knows what it has
             self.sent = self._run.starting_step - 1
         else:
-            self.sent = int(self._sent_file.read_text()) if self._sent_file.exists() else -1
+            self.sent = int(self._sent_file.read_text(encoding="utf-8")) if self._sent_file.exists() else -1
             replace_file(self._unfinished, Path(self._run.dir).parent.name.encode())
         self._run.define_metric("throughput/total_tokens")  # offered as an x axis
 
@@ -346,7 +346,7 @@ class WandbMirror:
         """Hide the offline record of an attempt that was killed from `wandb sync`: it lacks its end, which is only known
         to metrics.jsonl, from where all of its lines are sent again."""
         if self._unfinished.exists():
-            record = self._folder / self._unfinished.read_text()
+            record = self._folder / self._unfinished.read_text(encoding="utf-8")
             if record.is_dir():
                 record.rename(self._folder / f"killed-{record.name}")
             self._unfinished.unlink()
@@ -418,5 +418,5 @@ def code_version() -> str | None:
 
 def _git(*words: str) -> str:
     where = Path(__file__).parent
-    done = subprocess.run(["git", *words], cwd=where, capture_output=True, text=True, check=True, timeout=10)
+    done = subprocess.run(["git", *words], cwd=where, capture_output=True, text=True, errors="replace", check=True, timeout=10)
     return done.stdout.strip()

@@ -118,7 +118,7 @@ class Run:
 
     def _events(self) -> list[dict[str, Any]]:
         file = self.run_dir / "events.jsonl" if self.run_dir else None
-        lines = file.read_text().splitlines() if file and file.is_file() else ()
+        lines = file.read_text(encoding="utf-8").splitlines() if file and file.is_file() else ()
         return [event for event in map(_parse, lines) if event and "event" in event]
 
     def _attempts(self) -> list[Attempt]:

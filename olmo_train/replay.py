@@ -47,7 +47,7 @@ def logged_lines(run_dir: Path) -> dict[int, dict[str, Any]]:
     file = run_dir / "metrics.jsonl"
     if not file.is_file():
         raise ConfigError(run_dir, "has no metrics.jsonl; name the run_dir of a run")
-    lines = (json.loads(line) for line in file.read_text().splitlines() if line.endswith("}"))
+    lines = (json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.endswith("}"))
     return {line["step"]: line for line in lines if "train/CrossEntropyLoss" in line}
 
 
@@ -79,7 +79,8 @@ def replay(run_dir: Path, step: int) -> Replay:
 
 def _config_of(run_dir: Path, attempt: int) -> dict[str, Any]:
     """The resolved configuration with which an attempt trained: it may differ from the last one, such as in its length."""
-    events = (json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines() if line.endswith("}"))
+    lines = (run_dir / "events.jsonl").read_text(encoding="utf-8").splitlines()
+    events = (json.loads(line) for line in lines if line.endswith("}"))
     return next(event["config"] for event in events if event.get("attempt") == attempt)
 
 

@@ -455,6 +455,8 @@ class Run:
 
         run = read_run(self.run_dir)
         curves, listing = self.run_dir / "curves.html", self.run_dir / "checkpoints.txt"
-        curves.write_text(page.page_text([run], panels.choose([run], []), page.Look(panels.axis_of([run], "step"))))
-        listing.write_text("".join(f"{folder}\n" for folder in checkpoints.committed(self.run_dir).values()))
+        curves.write_text(
+            page.page_text([run], panels.choose([run], []), page.Look(panels.axis_of([run], "step"))), encoding="utf-8"
+        )
+        listing.write_text("".join(f"{folder}\n" for folder in checkpoints.committed(self.run_dir).values()), encoding="utf-8")
         return [curves, listing]

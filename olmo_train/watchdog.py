@@ -75,7 +75,7 @@ class Watchdog:
             if self.size > 1:
                 line = str(problem) if isinstance(problem, UserError) else f"{type(problem).__name__}: {problem}"
                 with contextlib.suppress(OSError):
-                    self._file(self.rank, "error").write_text(" ".join(line.split()))
+                    self._file(self.rank, "error").write_text(" ".join(line.split()), encoding="utf-8", errors="replace")
             raise
 
     def close(self) -> None:
@@ -106,7 +106,7 @@ class Watchdog:
         self._pulse += 1
         with contextlib.suppress(OSError):
             temporary = self._file(self.rank, "tmp")
-            temporary.write_text(json.dumps({**self._me, "pulse": self._pulse}))
+            temporary.write_text(json.dumps({**self._me, "pulse": self._pulse}), encoding="utf-8")
             os.replace(temporary, self._file(self.rank))
 
     def _neighbour_is_lost(self) -> bool:
@@ -122,7 +122,7 @@ class Watchdog:
             with contextlib.suppress(OSError):  # a full disk must not keep the run from ending
                 (self.folder / "hang").touch()
                 self._write_stacks(silent_seconds)
-                self._file(self.rank, "hangs").write_text(_own_work())
+                self._file(self.rank, "hangs").write_text(_own_work(), encoding="utf-8")
             self._wait_for_the_others()
             self._tell(silent_seconds)
         finally:
@@ -130,7 +130,7 @@ class Watchdog:
 
     def _write_stacks(self, silent_seconds: float) -> None:
         self.stacks.mkdir(parents=True, exist_ok=True)
-        with open(self._stack_file(self.rank), "w") as file:
+        with open(self._stack_file(self.rank), "w", encoding="utf-8") as file:
             file.write(f"rank {self.rank}: no progress for {silent_seconds:.1f} s; {_place(self._me)}\n")
             file.flush()
             faulthandler.dump_traceback(file, all_threads=True)
@@ -141,7 +141,9 @@ class Watchdog:
         silent = {rank for rank, (_, is_silent) in blamed.items() if is_silent}
         for rank in silent:  # which cannot write any more
             with contextlib.suppress(OSError):
-                self._stack_file(rank).write_text(f"rank {rank}: {blamed[rank][0]}; {_place(self._read(rank) or {})}\n")
+                self._stack_file(rank).write_text(
+                    f"rank {rank}: {blamed[rank][0]}; {_place(self._read(rank) or {})}\n", encoding="utf-8"
+                )
         if self.rank == min(set(range(self.size)) - silent):
             who = "; ".join(f"rank {rank}: {why}" for rank, (why, _) in blamed.items()) or "no rank is behind the others"
             problem = PeerError(
@@ -168,7 +170,7 @@ class Watchdog:
         work = {}  # what the ranks are at that have noticed the hang, of which some may have ended by now
         for rank in range(self.size):
             with contextlib.suppress(OSError):
-                work[rank] = self._file(rank, "hangs").read_text()
+                work[rank] = self._file(rank, "hangs").read_text(encoding="utf-8")
         blamed = {}
         for rank in set(range(self.size)) - set(work):
             known = about[rank]
@@ -192,7 +194,7 @@ class Watchdog:
             for rank in self._others():
                 about = self._read(rank)
                 with contextlib.suppress(OSError):
-                    lost[rank] = f"failed: {self._file(rank, 'error').read_text()}"
+                    lost[rank] = f"failed: {self._file(rank, 'error').read_text(encoding='utf-8')}"
                 if rank in lost or about is None:
                     continue
                 if self._state(rank) in (STATES["Z"], STATES["X"]):
@@ -228,14 +230,14 @@ class Watchdog:
         if about is None or about["host"] != self._me["host"]:
             return None
         try:
-            state = Path(f"/proc/{about['pid']}/stat").read_text().rpartition(")")[2].split()[0]
+            state = Path(f"/proc/{about['pid']}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[0]
         except OSError:
             state = "X" if Path("/proc/self").exists() else ""
         return STATES.get(state)
 
     def _read(self, rank: int) -> dict[str, Any] | None:
         try:
-            return json.loads(self._file(rank).read_text())
+            return json.loads(self._file(rank).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
 

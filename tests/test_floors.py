@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "olmo_train"
 FLOORS = (
     "errors",
-    "storage allocator exact",
+    "storage allocator exact processes",
     "config console hardware optim distributed stats spikes model data",
     "kernels",
     "parallel checkpoint metrics guards replicas watchdog planner profiling curves eval provenance",
@@ -99,3 +99,32 @@ def test_a_planted_violation_is_found(file, code):
 @pytest.mark.parametrize("file, code", [("model/attention.py", "from . import rope"), ("train.py", "import torch.distribution")])
 def test_what_is_allowed_is_not_refused(file, code):
     assert violations(file, code) == []
+
+
+def texts_without_encoding(source: str) -> list[int]:
+    """Lines that open a text file, or read or write one, in whatever encoding the locale has."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Call):
+            continue
+        called = ast.unparse(node.func)
+        name, names_encoding = called.rpartition(".")[2], any(word.arg in ("encoding", None) for word in node.keywords)
+        arguments = [*node.args, *(word.value for word in node.keywords if word.arg == "mode")]
+        texts = [part.value for a in arguments for part in ast.walk(a) if isinstance(part, ast.Constant)]
+        is_binary = any(isinstance(text, str) and "b" in text and set(text) <= set("rwxab+") for text in texts)
+        opens = name in ("open", "fdopen") and called != "os.open" and not is_binary
+        if (opens or name in ("read_text", "write_text")) and not names_encoding:
+            found.append(node.lineno)
+    return found
+
+
+def test_every_text_file_names_its_encoding():
+    """A locale that is not UTF-8 must not change what is written or read: an exported tokenizer would be another one."""
+    missing = {str(file): lines for file in PACKAGE.rglob("*.py") if (lines := texts_without_encoding(file.read_text("utf-8")))}
+    assert missing == {}
+
+
+@pytest.mark.parametrize("code", ["open('a')", "open('a', 'w')", "p.open()", "p.read_text()", "p.write_text(t)", "os.fdopen(1)"])
+def test_a_text_file_without_encoding_is_found(code):
+    assert texts_without_encoding(code) == [1]
+    assert texts_without_encoding(f"{code[:-1]}{'' if code.endswith('()') else ', '}encoding='utf-8')") == []

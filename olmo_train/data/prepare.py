@@ -312,7 +312,7 @@ def _locked(output: Path) -> Iterator[Path]:
     """The work folder, for this process alone."""
     work = output / WORK_FOLDER
     work.mkdir(parents=True, exist_ok=True)
-    with open(work / "lock", "w") as lock:
+    with open(work / "lock", "w", encoding="utf-8") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as problem:

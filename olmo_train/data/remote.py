@@ -79,7 +79,7 @@ def _fetch(url: str, sha256: str | None = None, anew: bool = False) -> Path:
             os.replace(temporary, place)
         finally:
             temporary.unlink(missing_ok=True)
-        _mark(place).write_text(digest)
+        _mark(place).write_text(digest, encoding="utf-8")
     return place
 
 
@@ -87,7 +87,7 @@ def _still_good(url: str, place: Path, sha256: str | None) -> bool:
     """A copy with a known hash is compared by it (as noted when it was fetched), another by the size the server tells."""
     if sha256 is not None:
         mark = _mark(place)
-        return mark.exists() and mark.read_text() == sha256
+        return mark.exists() and mark.read_text(encoding="utf-8") == sha256
     try:
         with _open(url) as (_, size):
             pass
@@ -148,6 +148,6 @@ def _glob(url: str) -> list[str]:
 
 @contextlib.contextmanager
 def _locked(place: Path) -> Iterator[None]:
-    with open(place.with_name(place.name + ".lock"), "w") as lock:
+    with open(place.with_name(place.name + ".lock"), "w", encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield

@@ -63,12 +63,11 @@ def library() -> ctypes.CDLL:
 
 def _fingerprint(words: list[str]) -> str:
     """Of what the result depends on; homes are shared by machines with other processors and compilers."""
-    about = [*words, SOURCE.read_text(), platform.machine(), platform.processor()]
+    about = [*words, SOURCE.read_text(encoding="utf-8"), platform.machine(), platform.processor()]
     processor = Path("/proc/cpuinfo")
     if processor.exists():
-        about += sorted(
-            {line for line in processor.read_text().splitlines() if line.startswith(("model name", "flags", "Features"))}
-        )
+        lines = processor.read_text(encoding="utf-8").splitlines()
+        about += sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))})
     return hashlib.sha256("\n".join(about).encode()).hexdigest()[:24]
 
 
@@ -77,7 +76,7 @@ def _build(words: list[str], built: Path) -> None:
     built.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=built.parent) as folder:
         made = Path(folder, "made.so")
-        done = subprocess.run([*words, str(SOURCE), "-o", str(made)], capture_output=True, text=True)
+        done = subprocess.run([*words, str(SOURCE), "-o", str(made)], capture_output=True, text=True, errors="replace")
         if done.returncode:
             complaint = (done.stderr.strip().splitlines() or ["it said nothing"])[0]
             raise ConfigError("parallel.cpu_kernels", f"{' '.join(words)} failed: {complaint}; set CXX to another, or set false")
