@@ -6,7 +6,19 @@ import math
 import os
 import sys
 import time
-from typing import Any
+from typing import IO, Any
+
+
+def is_terminal(stream: IO[str]) -> bool:
+    """Whether somebody watches who sees a line that is drawn again; not with TERM=dumb."""
+    return stream.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
+
+
+def has_color() -> bool:
+    """Whether stdout takes colours: NO_COLOR and FORCE_COLOR decide where they are set (no-color.org, force-color.org)."""
+    if os.environ.get("NO_COLOR"):
+        return False
+    return bool(os.environ.get("FORCE_COLOR")) or is_terminal(sys.stdout)
 
 
 class Console:
@@ -15,7 +27,7 @@ class Console:
     def __init__(self, run_dir: str, first_step: int, total_steps: int):
         self.total_steps, self.first_step, self.started = total_steps, first_step, time.perf_counter()
         self.progress = None
-        if sys.stdout.isatty():
+        if is_terminal(sys.stdout):
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
             columns = [

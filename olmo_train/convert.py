@@ -26,8 +26,8 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from olmo_train import checkpoint as checkpoints
 from olmo_train import config as configuration
-from olmo_train.data.tokenizer import OTHER_TOKENIZER, PAD_TEXT, Tokenizer, check_same_tokenizer, from_json, record_of_folder
-from olmo_train.errors import CheckpointError, ConfigError, DataError, SaveError, check_choice
+from olmo_train.data.tokenizer import OTHER_TOKENIZER, PAD_TEXT, Tokenizer, check_same_tokenizer, load_tokenizer, record_of_folder
+from olmo_train.errors import CheckpointError, ConfigError, DataError, check_choice
 from olmo_train.model import hf, olmo
 from olmo_train.model.config import ModelConfig
 from olmo_train.model.transformer import Transformer
@@ -82,7 +82,7 @@ def export_hf(
         records = [record_of_folder(folder), tokenizer.record("--tokenizer")]
         check_same_tokenizer(records, check_tokenizer, OTHER_TOKENIZER)
     if tokenizer is None and own.is_file():
-        tokenizer = from_json(own.read_text(), str(own))
+        tokenizer = load_tokenizer(own)
     eos_id = tokenizer.eos_id if tokenizer else (saved.get("data") or {}).get("eos_id")
     stored = checkpoints.WeightReader(folder)
 
@@ -206,6 +206,8 @@ def _require(agreement: Agreement, source: Path) -> None:
 @contextmanager
 def new_folder(dest: Path) -> Iterator[Path]:
     """A folder beside `dest` to write in; the block renames it. Nothing stays behind an error."""
+    if dest.resolve() == Path.cwd():  # which a rename would take from under the user's shell
+        raise ConfigError(dest, "is the working directory; name a new folder")
     if dest.exists() and (not dest.is_dir() or any(dest.iterdir())):
         raise ConfigError(dest, "exists already; name a new folder")
     temporary = dest.with_name(f".{dest.name}.tmp")
@@ -214,7 +216,7 @@ def new_folder(dest: Path) -> Iterator[Path]:
         temporary.mkdir(parents=True)
         yield temporary
     except OSError as problem:
-        raise SaveError(dest, f"could not be written: {problem}") from problem
+        raise ConfigError(dest, f"cannot be written: {problem}; name another place") from problem
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -294,7 +296,7 @@ class TheirWeights:
         index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
         self.folder = folder
         if index.is_file():
-            self.files = {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+            self.files = {name: folder / file for name, file in json.loads(index.read_bytes())["weight_map"].items()}
         elif single.is_file():
             with safetensors.safe_open(single, "pt") as file:
                 self.files = dict.fromkeys(file.keys(), single)
@@ -355,7 +357,7 @@ def _their_tokenizer(folder: Path) -> Tokenizer | None:
     if not file.is_file():
         return None
     try:
-        return from_json(file.read_text(), str(file))
+        return load_tokenizer(file)
     except DataError as problem:
         log.warning("%s; the checkpoint gets no tokenizer", problem)
         return None

@@ -7,7 +7,6 @@ port. A World is passed explicitly; there are no globals.
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -19,6 +18,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from olmo_train.errors import ConfigError, PeerError, UserError
+from olmo_train.processes import announced
 
 T = TypeVar("T")
 
@@ -52,13 +52,13 @@ class World:
     def on_main(self, function: Callable[[], T]) -> T:
         """Call a function on rank 0 and give its result, a small picklable object, to every rank.
 
-        A UserError that it raises is raised on every rank, so that none waits for a rank that is gone.
+        A UserError or OSError that it raises is raised on every rank, so that none waits for a rank that is gone.
         """
         outcome: list[Any] = [None, None]
         if self.is_main:
             try:
                 outcome[0] = function()
-            except UserError as problem:
+            except (UserError, OSError) as problem:
                 outcome[1] = problem
         dist.broadcast_object_list(outcome, src=0, group=self.control_group)
         if outcome[1] is not None:
@@ -115,17 +115,22 @@ def join_world(replicas: int = 1, timeout_seconds: float = 600) -> Iterator[Worl
     `replicas` cuts the world into as many groups that each hold a whole copy of the sharded state (HSDP); 1 is plain FSDP.
     Raises ConfigError when it does not divide the number of processes.
     """
-    size, local_rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
+    processes = announced()
+    size = processes.size
     if size % replicas:
         raise ConfigError("parallel.replicas", f"{replicas} does not divide the {size} processes of this run")
     if torch.cuda.is_available():
-        device, backend = torch.device("cuda", local_rank), "cpu:gloo,cuda:nccl"
+        if processes.local_rank >= (gpus := torch.cuda.device_count()):
+            raise ConfigError(
+                "LOCAL_RANK", f"{processes.local_rank} has no GPU: this machine shows {gpus}; start {gpus} processes"
+            )
+        device, backend = torch.device("cuda", processes.local_rank), "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(device)
     else:
         device, backend = torch.device("cpu"), "gloo"
     timeout = timedelta(seconds=timeout_seconds)
     with contextlib.ExitStack() as stack:
-        if "RANK" in os.environ:
+        if processes.launched:
             dist.init_process_group(backend, timeout=timeout)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)  # no port needed

@@ -11,10 +11,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from olmo_train.errors import UserError
+from olmo_train.errors import ConfigError, UserError
 from olmo_train.metrics import wandb_mode
 from olmo_train.model.cost import count_parameters
+from olmo_train.processes import announced
 from olmo_train.recipe import TrainConfig
+from olmo_train.storage import cache_folder
 
 BYTES_PER_PARAMETER = 12  # of a checkpoint: the fp32 weight and AdamW's two moments
 
@@ -29,7 +31,7 @@ class Finding:
 
 def examine(config: TrainConfig | None) -> list[Finding]:
     """All findings, of the machine alone or of a configuration on it. Never raises: a check that fails is a finding."""
-    checks: list[Callable[[], Iterator[Finding]]] = [environment, processors, network, gpus]
+    checks: list[Callable[[], Iterator[Finding]]] = [environment, cache, launcher, processors, network, gpus]
     if config is not None:
         checks += [
             lambda: world(config),
@@ -69,6 +71,25 @@ def processors() -> Iterator[Finding]:
     yield Finding("processors", status, f"{usable} usable cores, {threads} threads a process", remedy)
     available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     yield Finding("memory", "ok", f"{available / 1e9:.1f} GB of host memory are free")
+
+
+def cache() -> Iterator[Finding]:
+    folder = cache_folder()
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    writable = os.access(existing, os.W_OK)
+    remedy = (
+        "" if writable else "set XDG_CACHE_HOME to a folder that you can write; without a cache every start checks the data again"
+    )
+    yield Finding("cache", "ok" if writable else "warning", f"{folder}{'' if writable else ' cannot be written'}", remedy)
+
+
+def launcher() -> Iterator[Finding]:
+    try:
+        processes = announced()
+    except ConfigError as problem:
+        yield Finding("launcher", "warning", str(problem), "as it says; train, bench and replay refuse this environment")
+        return
+    yield Finding("launcher", "ok", f"rank {processes.rank} of {processes.size}" if processes.launched else "none: one process")
 
 
 def network() -> Iterator[Finding]:
@@ -114,7 +135,8 @@ def gpus() -> Iterator[Finding]:
 
 
 def world(config: TrainConfig) -> Iterator[Finding]:
-    size = int(os.environ.get("WORLD_SIZE", 1))
+    word = os.environ.get("WORLD_SIZE", "1")
+    size = int(word) if word.isdecimal() and int(word) else 1
     config.check_world(size)
     yield Finding("batch", "ok", f"{config.global_batch_size} instances fit {size} processes of {config.micro_batch_size}")
 

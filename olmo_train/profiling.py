@@ -7,7 +7,6 @@ come from torch.profiler, which is started before a step and stopped after anoth
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from olmo_train import processes
 from olmo_train.errors import ConfigError, UserError
 
 DEAREST = 10  # operations of the table
@@ -61,7 +61,7 @@ class StepProfiler:
         profiler.export_chrome_trace(str(self._folder / f"rank-{self._rank:04d}.json"))
         device = "cuda" if torch.cuda.is_available() else "cpu"
         table = profiler.key_averages().table(sort_by=f"self_{device}_time_total", row_limit=DEAREST)
-        (self._folder / f"rank-{self._rank:04d}.txt").write_text(table + "\n")
+        (self._folder / f"rank-{self._rank:04d}.txt").write_text(table + "\n", encoding="utf-8")
 
 
 class OutOfMemoryError(UserError):
@@ -77,7 +77,7 @@ def out_of_memory_told(folder: Path, micro_batch_size: int, checkpointing: str) 
     except RuntimeError as problem:
         if not isinstance(problem, torch.OutOfMemoryError) and "can't allocate memory" not in str(problem):  # the CPU's words
             raise
-        rank = int(os.environ.get("RANK", 0))
+        rank = processes.rank()
         left = f"; what it held is in {folder}" if _write_memory(folder, rank) else ""
         error = OutOfMemoryError("micro_batch_size", f"{_first_line(problem)}{left}; {ways_out(micro_batch_size, checkpointing)}")
         if rank:  # rank 0, which tells all other errors, may have memory left and know nothing of it
@@ -105,6 +105,6 @@ def _write_memory(folder: Path, rank: int) -> bool:
     if not torch.cuda.is_available():
         return False
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"rank-{rank:04d}.txt").write_text(torch.cuda.memory_summary())
+    (folder / f"rank-{rank:04d}.txt").write_text(torch.cuda.memory_summary(), encoding="utf-8")
     torch.cuda.memory._dump_snapshot(str(folder / f"rank-{rank:04d}.pickle"))
     return True

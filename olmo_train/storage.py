@@ -7,6 +7,7 @@ were written, so that a later read can tell what the disk did to them.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -14,6 +15,8 @@ import logging
 import os
 import shutil
 import socket
+import stat
+import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -29,8 +32,22 @@ CHUNK = 1 << 22  # bytes that are written, or read, and hashed at once
 
 
 def cache_folder() -> Path:
-    """$XDG_CACHE_HOME/olmo_train, by default ~/.cache/olmo_train."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "olmo_train"
+    """$XDG_CACHE_HOME/olmo_train, by default ~/.cache/olmo_train; in the folder for temporary files for a user without a home.
+
+    Raises ConfigError when another user could write to the latter: compiled code is loaded from it.
+    """
+    if os.environ.get("XDG_CACHE_HOME"):
+        return Path(os.environ["XDG_CACHE_HOME"]) / "olmo_train"
+    try:
+        return Path.home() / ".cache" / "olmo_train"
+    except RuntimeError:  # no HOME, and no such user in /etc/passwd: a container started with a bare user id
+        folder = Path(tempfile.gettempdir()) / f"olmo_train-{os.getuid()}"
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+        raise ConfigError("XDG_CACHE_HOME", f"is not set, and {folder} may belong to another user; set it to a folder of yours")
+    return folder
 
 
 def flush_folder(folder: Path) -> None:
@@ -180,7 +197,7 @@ class RunLock:
         self.path = run_dir / ".lock"
 
     def __enter__(self) -> RunLock:
-        self._file = open(self.path, "a+")
+        self._file = open(self.path, "a+", encoding="utf-8")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as problem:

@@ -1,6 +1,7 @@
 """The command line as a stranger meets it: every mistake has its exit code and ends in one `error:` line."""
 
 import argparse
+import errno
 import importlib
 import json
 import os
@@ -29,6 +30,7 @@ def mistake(capfd, tmp_path, monkeypatch):
     return call
 
 
+JOIN = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
 MISTAKES = {
     "unknown key": (["optim.peek_lr=1"], 2, "optim.peek_lr: is not a known key; did you mean 'peak_lr'?"),
     "wrong type": (["total_steps=many"], 2, "total_steps: must be a whole number, got 'many'"),
@@ -98,10 +100,50 @@ def test_debug_shows_where_an_error_came_from(mistake, tiny_words):
 
 
 def test_the_other_ranks_leave_the_telling_to_rank_0(mistake, tiny_words, monkeypatch):
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert mistake("train", *tiny_words(), "seed=x") == (2, "")
+    assert mistake("train", "--bogus", "a.yaml") == (2, "")
+    assert mistake("curves", "nowhere")[1].startswith("error: nowhere: ")  # a verb of one process has no rank 0 to report it
+    assert mistake("generate")[1].startswith("error: olmo-train generate: ")
+    assert mistake("trian")[1].startswith("error: olmo-train: argument VERB: ")
+
+
+INCOMPLETE = {
+    "RANK": ({"RANK": "1"}, "has RANK=1, but not WORLD_SIZE, MASTER_ADDR, MASTER_PORT; start the run with torchrun"),
+    "WORLD_SIZE": ({"WORLD_SIZE": "2"}, "has WORLD_SIZE=2, but not RANK, "),
+    "LOCAL_RANK": ({"LOCAL_RANK": "0"}, "has LOCAL_RANK=0, but not RANK, "),
+    "LOCAL_WORLD_SIZE": ({"LOCAL_WORLD_SIZE": "1"}, "has LOCAL_WORLD_SIZE=1, but not RANK, "),
+    "no address": ({"RANK": "1", "WORLD_SIZE": "2"}, "has RANK=1 WORLD_SIZE=2, but not MASTER_ADDR, MASTER_PORT;"),
+    "empty": ({"RANK": "", "WORLD_SIZE": "2"} | JOIN, "RANK is empty in RANK= WORLD_SIZE=2 "),
+    "no number": ({"RANK": "x", "WORLD_SIZE": "2"} | JOIN, "RANK must be a whole number in RANK=x "),
+    "no local number": ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "-1"} | JOIN, "LOCAL_RANK must be a whole number in "),
+    "too high": ({"RANK": "2", "WORLD_SIZE": "2"} | JOIN, "RANK must be below 2 in RANK=2 WORLD_SIZE=2 "),
+    "no process": ({"RANK": "0", "WORLD_SIZE": "0"} | JOIN, "RANK must be below 0 in "),
+    "local": ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "1"} | JOIN, "LOCAL_RANK must be below 1 "),
+    "port": ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "http"}, "MASTER_PORT must be a whole number "),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", INCOMPLETE)
+def test_a_launchers_environment_that_is_incomplete_is_one_error_on_every_rank(name, mistake, tiny_words, monkeypatch):
+    environment, told = INCOMPLETE[name]
+    for key, value in environment.items():
+        monkeypatch.setenv(key, value)
+    code, line = mistake("train", *tiny_words())
+    assert code == 2 and line.startswith(f"error: environment: {told}")
+    assert mistake("prepare-data", "gone", "--output", "o", "--tokenizer", "gone.json")[1].startswith("error: gone.json: ")
+
+
+def test_the_address_that_a_cluster_sets_alone_means_one_process(monkeypatch):
+    from olmo_train.processes import Processes, announced
+
+    monkeypatch.setenv("MASTER_ADDR", "node1")
+    monkeypatch.setenv("MASTER_PORT", "1")
+    assert announced() == Processes(rank=0, size=1, local_rank=0, launched=False)
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert mistake("train", *tiny_words(), "seed=x") == (2, "")
-    assert mistake("trian") == (2, "")
+    assert announced() == Processes(rank=1, size=2, local_rank=0, launched=True)
 
 
 def test_two_ranks_tell_a_mistake_once(run_cli, tiny_words):
@@ -203,3 +245,113 @@ def test_the_figures_of_a_benchmark_are_json_and_nothing_else(run_cli, tiny_word
     figures = json.loads(done.stdout)
     assert figures["tokens_per_second"] > 0 and figures["phase_seconds"].keys() >= {"forward", "backward", "clip", "optimizer"}
     assert "starts: " in done.stderr
+
+
+# ---- the world outside
+
+
+@pytest.fixture
+def in_the_way(tmp_path):
+    """A file where a folder is wanted, folders where a file is wanted, and text to read."""
+    (tmp_path / "file").write_text("x")
+    for name in ("d.html", "d.json"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "docs.jsonl").write_text("".join(f'{{"text": "sun moon tree {i}"}}\n' for i in range(50)))
+    main(["train-tokenizer", str(tmp_path / "docs.jsonl"), "--output", str(tmp_path / "tok.json"), "--vocab-size", "300"])
+
+
+OUTPUTS = {
+    "a file in the way of a folder": ("prepare-data docs.jsonl --tokenizer tok.json --output file", "--output: file cannot"),
+    "a folder that cannot be made": ("prepare-data docs.jsonl --tokenizer tok.json --output /proc/x", "--output: /proc/x cannot"),
+    "a file below a file": ("train-tokenizer docs.jsonl --output file/tok.json", "--output: file/tok.json cannot"),
+    "a folder in the way of a file": ("train-tokenizer docs.jsonl --output d.json", "--output: d.json cannot"),
+    "the working directory": ("train-tokenizer docs.jsonl --output .", "--output: . cannot"),
+    "plan": ("plan model.d_model=64 model.n_heads=4 model.n_layers=1 --output d.html", "--output: d.html cannot"),
+    "plan to a full disk": ("plan model.d_model=64 model.n_heads=4 model.n_layers=1 --output full.html", "--output: full.html"),
+}
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_an_output_that_cannot_be_written_is_a_mistake_with_exit_code_2(name, mistake, in_the_way, tmp_path):
+    words, told = OUTPUTS[name]
+    (tmp_path / "full.html").symlink_to("/dev/full")
+    code, line = mistake(*words.split())
+    assert (code, line[: len(told) + 7]) == (2, f"error: {told}")
+    assert not [file for file in tmp_path.rglob("*") if file.name.endswith(".tmp")]
+
+
+def test_an_input_that_cannot_be_opened_is_named_with_exit_code_3(mistake, in_the_way, tmp_path, monkeypatch):
+    from olmo_train.data import prepare
+
+    def refuse(options, *callbacks):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), "docs.jsonl")
+
+    monkeypatch.setattr(prepare, "prepare", refuse)  # root may read everything
+    told = "error: docs.jsonl: Permission denied; name another file, or change its permissions"
+    assert mistake("prepare-data", "docs.jsonl", "--tokenizer", "tok.json", "--output", "docs") == (3, told)
+
+
+def test_words_that_are_no_text_are_refused(mistake):
+    code, line = mistake("generate", "run", "--prompt", "a\udcff")
+    assert code == 2 and line.startswith("error: olmo-train: 'a\\udcff' is not text in this locale's encoding, utf-8; ")
+
+
+def test_a_name_that_is_no_text_is_one_error(mistake, tmp_path):
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / os.fsdecode(b"caf\xe9.txt")).write_text("sun moon")
+    main(["train-tokenizer", "texts", "--output", "tok.json", "--vocab-size", "300"])
+    code, line = mistake("prepare-data", "texts", "--tokenizer", "tok.json", "--output", "o", "--workers", 1)
+    assert code in (0, 3) and (code == 0 or line.startswith("error: ") and "caf\\udce9.txt" in line)
+
+
+def test_ctrl_c_is_one_line_and_130(mistake, in_the_way, monkeypatch):
+    from olmo_train.data import prepare
+
+    def interrupt(options, *callbacks):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(prepare, "prepare", interrupt)
+    found = mistake("prepare-data", "docs.jsonl", "--tokenizer", "tok.json", "--output", "o")
+    assert found == (130, "error: prepare-data: interrupted; the same command continues")
+
+
+PRINTS = """
+import argparse, sys
+from olmo_train import __main__ as cli
+cli.open_streams()
+open_file = open(sys.argv[1], "w")
+code = cli._run(lambda _: print("x" * 100_000), argparse.Namespace(verb="plan", debug=False))
+sys.exit(cli._flush_stdout(code))
+"""
+
+
+@pytest.mark.parametrize(
+    "redirect, code, told",
+    [
+        (">&-", 0, ""),
+        (">&- <&-", 0, ""),
+        ("> /dev/full", 1, "error: plan: [Errno 28] No space left on device; --debug shows where\n"),
+        ("| true; exit ${PIPESTATUS[0]}", 0, ""),
+    ],
+)
+def test_a_stdout_that_is_closed_full_or_left_ends_no_command_in_a_traceback(redirect, code, told, tmp_path):
+    words = ["bash", "-c", f'"$@" {redirect}', "bash", sys.executable, "-c", PRINTS, str(tmp_path / "file")]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (code, told)
+    assert (tmp_path / "file").read_text() == ""  # a file that is opened later does not take stdout's number
+
+
+def test_a_full_disk_behind_stdout_is_seen_before_python_ends(tmp_path):
+    words = [sys.executable, "-c", PRINTS.replace("100_000", "10"), str(tmp_path / "file")]
+    environment = {**os.environ, "PYTHONUNBUFFERED": ""}
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, text=True, env=environment)
+    assert (done.returncode, done.stderr) == (1, "error: stdout: cannot be written: No space left on device\n")
+
+
+def test_a_locale_without_the_characters_of_a_name_changes_neither_files_nor_the_run(run_cli, tiny_words, tmp_path):
+    words = tiny_words("läufe", total_steps=1)
+    done = run_cli("train", *words, PYTHONIOENCODING="ascii")
+    assert done.returncode == 0, done.stderr
+    assert "l\\xe4ufe starts: " in done.stdout
+    assert "läufe" in (tmp_path / "läufe/config.yaml").read_text(encoding="utf-8")

@@ -189,3 +189,17 @@ def test_a_wrong_source_configuration_is_refused():
         SourceConfig("x", weight=-1)
     with pytest.raises(ConfigError, match="'int64' is not a choice"):
         SourceConfig("x", dtype="int64")
+
+
+def test_a_glob_of_folders_and_an_unreadable_file_are_named(tmp_path, monkeypatch):
+    (tmp_path / "a1").mkdir()
+    with pytest.raises(DataError, match=r"a\*: names the folder .*a1; name raw token files"):
+        open_source("s", SourceConfig(str(tmp_path / "a*")), vocab_size=10)
+    (tmp_path / "raw.npy").write_bytes(bytes(8))
+
+    def refuse(*arguments, **options):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("builtins.open", refuse)  # root may read everything
+    with pytest.raises(DataError, match="raw.npy: cannot be read: Permission denied; "):
+        open_source("s", SourceConfig(str(tmp_path / "raw.npy")), vocab_size=10)

@@ -177,3 +177,35 @@ def test_the_lock_of_a_killed_run_does_not_block(tmp_path):
     assert killed.returncode == -9 and (tmp_path / ".lock").read_text().startswith("process ")
     with RunLock(tmp_path):
         assert (tmp_path / ".lock").read_text().startswith(f"process {os.getpid()} ")
+
+
+@pytest.fixture
+def homeless(monkeypatch, tmp_path):
+    """A user without HOME whose id is in no passwd file."""
+
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(storage.Path, "home", no_home)
+    monkeypatch.setattr(storage.tempfile, "gettempdir", lambda: str(tmp_path))
+    return tmp_path / f"olmo_train-{os.getuid()}"
+
+
+def test_a_user_without_a_home_has_a_private_cache_in_the_temporary_folder(homeless):
+    assert storage.cache_folder() == homeless and storage.cache_folder() == homeless
+    assert homeless.stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize("kind", ["open to others", "link", "file"])
+def test_a_cache_that_another_user_may_have_put_there_is_refused(homeless, tmp_path, kind):
+    if kind == "open to others":
+        homeless.mkdir()
+        homeless.chmod(0o777)
+    elif kind == "link":
+        (tmp_path / "theirs").mkdir(mode=0o700)
+        homeless.symlink_to(tmp_path / "theirs")
+    else:
+        homeless.touch(0o700)
+    with pytest.raises(ConfigError, match="XDG_CACHE_HOME: is not set, and .* may belong to another user"):
+        storage.cache_folder()

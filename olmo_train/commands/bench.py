@@ -17,10 +17,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     import contextlib
     import json
-    import os
     import sys
 
-    from olmo_train import bench
+    from olmo_train import bench, processes
     from olmo_train.errors import ConfigError
 
     for name in ("steps", "warmup"):
@@ -28,7 +27,7 @@ def run(arguments: argparse.Namespace) -> None:
             raise ConfigError(f"--{name}", f"must be at least 1, got {getattr(arguments, name)}")
     with contextlib.redirect_stdout(sys.stderr):  # the run's own lines: stdout is the figures'
         figures = bench.measure(*split_config(arguments.config), arguments.steps, arguments.warmup)
-    if int(os.environ.get("RANK", 0)) == 0:
+    if processes.rank() == 0:
         print(json.dumps(figures, indent=1) if arguments.json else table(figures))
 
 

@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+from olmo_train.console import has_color, is_terminal
 from olmo_train.errors import ConfigError, DataError
 
 FIGURES = (".png", ".svg", ".pdf")
@@ -78,13 +79,13 @@ def _frame(args: argparse.Namespace) -> tuple[str, bool]:
     chosen, axis = panels.choose(runs, args.metric), panels.axis_of(runs, args.x)
     chosen = chosen if args.metric else panels.first(chosen, terminal.FIRST)
     width = max(40, shutil.get_terminal_size().columns)
-    look = terminal.Look(width, axis, sys.stdout.isatty(), args.log_x, args.smooth)
+    look = terminal.Look(width, axis, has_color(), args.log_x, args.smooth)
     return terminal.draw_terminal(runs, chosen, look), all(run.ended for run in runs)
 
 
 def _follow(args: argparse.Namespace) -> None:
     """Draw a frame whenever a run has logged; drawing takes at most a tenth of the time, however long the run."""
-    clear = "\x1b[2J\x1b[H" if sys.stdout.isatty() else ""
+    clear = "\x1b[2J\x1b[H" if is_terminal(sys.stdout) else ""
     seen, ended = None, False
     try:
         while not ended:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -104,12 +105,12 @@ def _sources(vocab_size: int, folder: Path, view: RunView | None, args: argparse
 
 def _watch(items, what: str, total: int):
     """A progress bar on stderr where somebody sees it."""
-    import sys
-
     from rich.console import Console
     from rich.progress import track
 
-    return track(items, what, total, console=Console(stderr=True), transient=True) if sys.stderr.isatty() else items
+    from olmo_train.console import is_terminal
+
+    return track(items, what, total, console=Console(stderr=True), transient=True) if is_terminal(sys.stderr) else items
 
 
 def _report(result: dict[str, Any], args: argparse.Namespace) -> None:
@@ -119,7 +120,7 @@ def _report(result: dict[str, Any], args: argparse.Namespace) -> None:
     text = json.dumps(plain, indent=1)
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(text + "\n")
+        args.output.write_text(text + "\n", encoding="utf-8")
     if args.json:
         print(text)
         return
@@ -146,9 +147,7 @@ def print_table(columns: tuple[str, ...], rows: list[tuple[str, ...]], left: tup
     from rich.console import Console
     from rich.table import Table
 
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=200)
+    console = Console(width=None if sys.stdout.isatty() else 200)
     table = Table(box=box.SIMPLE_HEAD)
     for column in columns:
         table.add_column(column, justify="left" if column in (left or columns[:1]) else "right", no_wrap=True)

@@ -93,10 +93,12 @@ class _ProgressLine:
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+        from olmo_train.console import is_terminal
+
         self.console = Console(stderr=True, highlight=False, soft_wrap=True)
         columns = ("{task.percentage:>3.0f}%", "{task.fields[tokens]:,} tokens", "{task.fields[speed]:,.0f} tokens/s")
         parts = (BarColumn(), *map(TextColumn, columns), TimeRemainingColumn())
-        self.bar = Progress(*parts, console=self.console, disable=not self.console.is_terminal)
+        self.bar = Progress(*parts, console=self.console, disable=not is_terminal(sys.stderr))
         self.begun = self.told = time.monotonic()
         self.new_tokens = 0
 

@@ -198,7 +198,7 @@ def check_ids(source: TokenSource, vocab_size: int) -> None:
                 raise DataError(file, f"contents changed: sha256 {found}, meta.json tells {expected}; prepare the source again")
         try:
             mark.parent.mkdir(parents=True, exist_ok=True)
-            mark.write_text(f"{file} has passed with vocab_size {vocab_size}\n")
+            mark.write_text(f"{file} has passed with vocab_size {vocab_size}\n", encoding="utf-8", errors="replace")
         except OSError:  # a cache that cannot be written costs the check again, nothing else
             pass
 
@@ -276,20 +276,24 @@ def _expand(path: str | tuple[str, ...]) -> list[Path]:
     """The files that a path, list or glob names, in the order of the list; those of a glob by name."""
     files = []
     for word in [path] if isinstance(path, str) else path:
-        if Path(word).is_dir():
-            raise DataError(word, "is a folder inside a list; name raw token files, or one prepared folder for one source")
         matches = [word] if Path(word).exists() or not glob.has_magic(word) else sorted(glob.glob(word, recursive=True))
         if not matches:
             raise DataError(word, "matches no file")
+        if folders := [match for match in matches if Path(match).is_dir()]:
+            why = f"names the folder {folders[0]}" if folders[0] != word else "is a folder inside a list"
+            raise DataError(word, f"{why}; name raw token files, or one prepared folder for one source")
         files += [Path(match) for match in matches]
     return files
 
 
 def _raw_file(file: Path, dtype: np.dtype) -> _ShardFile:
     size, offset = _size(file), 0
-    with open(file, "rb") as stream:
-        if stream.read(6) == b"\x93NUMPY":
-            offset = _numpy_header(file, stream, dtype)
+    try:
+        with open(file, "rb") as stream:
+            if stream.read(6) == b"\x93NUMPY":
+                offset = _numpy_header(file, stream, dtype)
+    except OSError as problem:
+        raise DataError(file, f"cannot be read: {problem.strerror}; change its permissions, or name another file") from problem
     if size <= offset:
         raise DataError(file, "is an empty shard; leave it out or make it again")
     if (size - offset) % dtype.itemsize:

@@ -20,6 +20,7 @@ import numpy as np
 
 from olmo_train import storage
 from olmo_train.errors import ConfigError, DataError, nearest
+from olmo_train.storage import replace_file
 
 if TYPE_CHECKING:
     import tokenizers
@@ -205,7 +206,6 @@ class _Count:
 
 def save_tokenizer(inner: tokenizers.Tokenizer, file: Path) -> None:
     """Write a tokenizer.json, whole or not at all."""
+    file = file.absolute()  # "." has no name
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(file.name + ".tmp")
-    temporary.write_text(json.dumps(json.loads(inner.to_str()), ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(file)
+    replace_file(file, (json.dumps(json.loads(inner.to_str()), ensure_ascii=False, indent=1) + "\n").encode())

@@ -1,0 +1,55 @@
+"""The processes of a run as a launcher such as torchrun announces them in the environment. Imports no torch."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from olmo_train.errors import ConfigError
+
+GROUP = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what joining a group needs
+ON_MACHINE = ("LOCAL_RANK", "LOCAL_WORLD_SIZE")
+FIX = "start the run with torchrun, or unset them for a run of one process"
+
+
+@dataclass(frozen=True)
+class Processes:
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0  # among the processes of this machine
+    launched: bool = False  # by a launcher: the process joins the group at MASTER_ADDR
+
+
+def announced() -> Processes:
+    """What the environment says: one process when none of RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE is set.
+
+    Raises ConfigError when they are set in part, empty, no numbers or contradict each other.
+    """
+    values = {name: os.environ[name] for name in (*GROUP, *ON_MACHINE) if name in os.environ}
+    if not values.keys() - {"MASTER_ADDR", "MASTER_PORT"}:  # these two alone are left by many cluster scripts
+        return Processes()
+    shown = " ".join(f"{name}={value}" for name, value in values.items())
+    missing = [name for name in GROUP if name not in values]
+    if missing:
+        raise ConfigError("environment", f"has {shown}, but not {', '.join(missing)}; {FIX}")
+    numbers = {}
+    for name, value in values.items():
+        if not value.strip():
+            raise ConfigError("environment", f"{name} is empty in {shown}; {FIX}")
+        if name != "MASTER_ADDR":
+            if not (value.isascii() and value.isdecimal()):
+                raise ConfigError("environment", f"{name} must be a whole number in {shown}; {FIX}")
+            numbers[name] = int(value)
+    size, on_machine = numbers["WORLD_SIZE"], numbers.get("LOCAL_WORLD_SIZE", numbers["WORLD_SIZE"])
+    for name, limit in (("RANK", size), ("LOCAL_RANK", on_machine), ("LOCAL_WORLD_SIZE", size + 1), ("MASTER_PORT", 2**16)):
+        if numbers.get(name, 0) >= limit:
+            raise ConfigError("environment", f"{name} must be below {limit} in {shown}; {FIX}")
+    return Processes(numbers["RANK"], size, numbers.get("LOCAL_RANK", 0), launched=True)
+
+
+def rank() -> int:
+    """This process's rank; 0 where the environment announces no group that can be joined."""
+    try:
+        return announced().rank
+    except ConfigError:
+        return 0
