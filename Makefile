@@ -2,6 +2,7 @@
 #   make train                      two sources: plays of Shakespeare and the source code of Python's standard library
 #   make train TEXT=folder          the .txt and .md files, or any other text, of a folder of your own
 #   make train TEXT=documents.jsonl one document a line, its text under "text"; with few documents also HELD_OUT=0.5
+#   make train TEXT=folder RUN=runs/second   a new run, such as of a text that was edited after its first run
 #   make train ARGS="total_steps=2000" PROMPT="To be"    any key=value words for the training; how the sample begins
 # Everything is made once; the same command again resumes an unfinished run, and a finished one has nothing left to do.
 #   make test    the tests
@@ -18,11 +19,12 @@ INSTALLED := .venv/installed
 export OMP_WAIT_POLICY ?= PASSIVE
 
 ifdef TEXT
-  NAME := $(basename $(notdir $(patsubst %/,%,$(TEXT))))
+  QUOTED := '$(subst ','\'',$(TEXT))'
+  NAMES := $(shell $(PYTHON) launch/name_text.py $(QUOTED) $(HELD_OUT))
+  $(if $(NAMES),,$(error TEXT cannot be read))
+  DATA := data/$(word 1,$(NAMES))
+  RUN ?= runs/$(word 2,$(NAMES))
   SOURCES := text
-  DATA := data/$(NAME)
-  RUN := runs/$(NAME)
-  TEXTS := $(TEXT)
   DATA_CONFIG := data.sources.text.path=$(DATA)/text data.validation.text.path=$(DATA)/text/validation
   PROMPTS := $(if $(PROMPT),--prompt '$(PROMPT)')
 else
@@ -34,10 +36,14 @@ else
   PROMPTS := $(if $(PROMPT),--prompt '$(PROMPT)',--prompt '**HAMLET**' --prompt 'class ')
 endif
 
-.PHONY: train test slow check bench
+.PHONY: train prepare-text test slow check bench
 .DELETE_ON_ERROR:
 
+ifdef TEXT
+train: prepare-text
+else
 train: $(SOURCES:%=$(DATA)/%/meta.json)
+endif
 	$(BIN)/olmo-train train configs/runs/first-run.yaml $(DATA_CONFIG) run_dir=$(RUN) $(ARGS)
 	$(BIN)/olmo-train curves $(RUN) --output $(RUN)/curves.png
 	$(BIN)/olmo-train curves $(RUN) --output $(RUN)/curves.html
@@ -75,10 +81,14 @@ $(DATA)/tokenizer.json: $(TEXTS) | $(INSTALLED)
 	$(BIN)/olmo-train train-tokenizer $(TEXTS) --output $@ --vocab-size 4096
 
 # A source: token shards, and beside them those of the documents that are held out.
-ifdef TEXT
-$(DATA)/text/meta.json: $(TEXT) $(DATA)/tokenizer.json
-else
 $(DATA)/%/meta.json: $(DATA)/%.jsonl $(DATA)/tokenizer.json
-endif
 	rm -rf $(@D)
 	$(BIN)/olmo-train prepare-data $< --output $(@D) --tokenizer $(DATA)/tokenizer.json --validation-fraction $(HELD_OUT) --workers 2
+
+# The same of the user's own text, whose folders are named by its contents: make's time stamps miss an edited file. A run of
+# other contents is not continued.
+prepare-text: | $(INSTALLED)
+	test -e $(DATA)/tokenizer.json || $(BIN)/olmo-train train-tokenizer $(QUOTED) --output $(DATA)/tokenizer.json --vocab-size 4096
+	$(BIN)/olmo-train prepare-data $(QUOTED) --output $(DATA)/text --tokenizer $(DATA)/tokenizer.json --validation-fraction $(HELD_OUT) --workers 2
+	@test ! -e $(RUN)/config.yaml || grep -qF 'path: $(DATA)/text' $(RUN)/config.yaml || { \
+	  echo "error: $(RUN): trained on another text, or on this one before it was edited; name a new run: make train TEXT=$(QUOTED) RUN=$(RUN)-2" >&2; exit 2; }

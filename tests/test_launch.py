@@ -75,3 +75,70 @@ def test_a_slurm_job_at_its_times_end_lets_the_run_save_and_is_queued_again(slur
     assert job.wait(timeout=60) == 1
     assert job.stdout.read() == "saved\n"
     assert "scontrol requeue 7" in slurm.log.read_text()
+
+
+def test_a_text_is_named_by_its_path_and_hashed_by_its_contents(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("corpus", "a/corpus", "b/corpus", "my text"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "1.txt").write_text("same")
+    (tmp_path / "documents.jsonl").write_text("{}")
+    naming = load("name_text")
+    names = [naming.name(Path(word)) for word in ("corpus", "a/corpus", "b/corpus", "my text", "documents.jsonl")]
+    assert len(set(names)) == 5 and names[0] == "corpus" and names[4] == "documents"
+    assert all(name.startswith(("corpus-", "my-text-")) and " " not in name for name in names[1:4])
+    assert naming.name(tmp_path / "a/corpus") == naming.name(Path("./a/corpus/")) == names[1]
+    before = naming.contents(Path("corpus"), "0.05")
+    assert before == naming.contents(Path("a/corpus"), "0.05") != naming.contents(Path("corpus"), "0.1")
+    (tmp_path / "corpus/.hidden").write_text("not read")
+    assert naming.contents(Path("corpus"), "0.05") == before
+    (tmp_path / "corpus/1.txt").write_text("edit")  # of the same size
+    edited = naming.contents(Path("corpus"), "0.05")
+    (tmp_path / "corpus/1.txt").rename(tmp_path / "corpus/2.txt")
+    assert len({before, edited, naming.contents(Path("corpus"), "0.05")}) == 3
+
+
+@pytest.fixture
+def make_train(tmp_path):
+    """make_train(*words): `make train`, with a stand-in for olmo-train; returns the process and the command lines it ran."""
+    for name in ("Makefile", "launch", "pyproject.toml", "constraints.txt"):
+        (tmp_path / name).symlink_to(LAUNCH.parent / name)
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "installed").touch()
+    stand_in = """#!/bin/bash
+    printf '%s|' "$@" >> log; echo >> log
+    for word; do case $word in run_dir=*) run=${word#*=};; data.sources.text.path=*) path=${word#*=};; esac; done
+    if [ "$1" = train ]; then mkdir -p $run; echo "      path: $path" > $run/config.yaml; fi
+    """
+    (tmp_path / "bin/olmo-train").write_text(stand_in)
+    (tmp_path / "bin/olmo-train").chmod(0o755)
+
+    def start(*words: str) -> tuple[subprocess.CompletedProcess, list[list[str]]]:
+        (tmp_path / "log").write_text("")
+        stand_ins = ["BIN=bin", "INSTALLED=installed", f"PYTHON={sys.executable}"]
+        out = subprocess.run(["make", "train", *words, *stand_ins], cwd=tmp_path, capture_output=True, text=True)
+        return out, [line.split("|")[:-1] for line in (tmp_path / "log").read_text().splitlines()]
+
+    return start
+
+
+def test_make_train_never_takes_another_text_for_the_one_that_is_named(make_train, tmp_path):
+    for folder in ("a/corpus", "b/corpus", "it's my text"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "1.txt").write_text(folder)
+    runs = {}
+    for text in ("a/corpus", "b/corpus", "it's my text"):
+        out, lines = make_train(f"TEXT={text}")
+        assert out.returncode == 0, out.stderr
+        assert [line[1] for line in lines if line[0] in ("prepare-data", "train-tokenizer")] == [text, text]
+        (runs[text],) = [word for line in lines for word in line if word.startswith("run_dir=")]
+    assert len(set(runs.values())) == 3
+    (tmp_path / "a/corpus/1.txt").write_text("a/CORPUS")  # edited in place, with the same size
+    out, lines = make_train("TEXT=a/corpus")
+    assert [line[0] for line in lines] == ["train-tokenizer", "prepare-data"]  # and its old run is not continued
+    run = runs["a/corpus"].removeprefix("run_dir=")
+    assert out.returncode == 2 and f"error: {run}: " in out.stderr and f"RUN={run}-2" in out.stderr
+    out, lines = make_train("TEXT=a/corpus", f"RUN={run}-2")
+    assert out.returncode == 0 and f"run_dir={run}-2" in lines[2]
+    out, lines = make_train("TEXT=nowhere")
+    assert out.returncode == 2 and "TEXT=nowhere: there is no such file" in out.stderr and not lines
