@@ -88,7 +88,7 @@ def test_documents_of_raw_files_are_denied_by_a_place_in_them(tmp_path):
 
 
 def test_a_list_in_a_file_is_the_same_as_its_words(prepared, tmp_path):  # noqa: F811
-    (tmp_path / "bad.txt").write_text("a:d3\n\n  a:d5 \n")
+    (tmp_path / "bad.txt").write_text("\ufeffa:d3\n\n  a:d5 \n", encoding="utf-8")  # as editors on Windows write it
     listed, named = (mixture_of({"a": prepared}, deny=deny) for deny in ((str(tmp_path / "bad.txt"),), ("a:d5", "a:d3", "a:d3")))
     assert listed.denied_summary == named.denied_summary and listed.denied_summary["documents"] == {"a": 2}
     assert mixture_of({"a": prepared}).denied_summary is None

@@ -77,7 +77,7 @@ def _listed(words: tuple[str, ...]) -> list[tuple[str, str]]:
             found.append((word, KEY))
             continue
         try:
-            lines = Path(word).read_text(encoding="utf-8").splitlines()
+            lines = Path(word).read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as problem:
             raise ConfigError(KEY, f"the list {word} cannot be read: {problem}; it is text, one SOURCE:ID a line") from problem
         found += [(line.strip(), f"{KEY}: {word}:{n}") for n, line in enumerate(lines, 1) if line.strip()]
