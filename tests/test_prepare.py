@@ -13,9 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 from data_sources import contents, prepare_source, texts, write_jsonl, write_tokenizer
 
+from olmo_train.data import chunks, readers
 from olmo_train.data import documents as documents_module
 from olmo_train.data import prepare as prepare_module
-from olmo_train.data import readers
 from olmo_train.data import writer as writer_module
 from olmo_train.data.shards import SourceConfig, open_source
 from olmo_train.data.tokenizer import load_tokenizer
@@ -26,7 +26,8 @@ from olmo_train.errors import ConfigError, DataError
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(readers, "CHUNK_BYTES", 1000)
+    for module in (chunks, readers):
+        monkeypatch.setattr(module, "CHUNK_BYTES", 1000)
 
 
 def tokens_of(folder):

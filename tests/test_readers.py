@@ -6,8 +6,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from olmo_train.data import chunks as chunks_module
-from olmo_train.data import readers, tables
-from olmo_train.data.readers import Record, Skipped, chunks, find_units, records
+from olmo_train.data import elements, inputs, readers, tables
+from olmo_train.data.chunks import Skipped
+from olmo_train.data.inputs import find_units
+from olmo_train.data.readers import Record, chunks, records
 from olmo_train.errors import ConfigError
 
 ROWS = [{"id": f"d{i}", "text": f"text {i} " + "x" * (i % 7), "other": i} for i in range(50)]
@@ -16,7 +18,7 @@ ROWS = [{"id": f"d{i}", "text": f"text {i} " + "x" * (i % 7), "other": i} for i 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     """Chunks of 200 bytes, so that a tiny file has many."""
-    for module in (chunks_module, readers, tables):
+    for module in (chunks_module, elements, inputs, readers, tables):
         monkeypatch.setattr(module, "CHUNK_BYTES", 200)
 
 
@@ -129,10 +131,11 @@ def test_a_folder_is_records_or_text_by_what_most_of_its_files_are_and_the_other
     (tmp_path / "more.md").write_text("more")
     (unit,) = find_units([str(tmp_path)], notes.append)
     assert [file.name for file in unit.files] == ["README.md", "more.md", "settings.json"]
-    assert [note.partition(": ")[2].partition(" (")[0] for note in notes] == [
-        "its 1 files of records are read, its 1 other files are not",
-        "its 3 text files are read, its 1 files of records are not",
+    assert [(note.reason, note.records, note.size) for note in notes] == [
+        ("files of another kind than most in their folder", 1, len("about")),
+        ("files of another kind than most in their folder", 1, (tmp_path / "rows.jsonl.gz").stat().st_size),
     ]
+    assert "1 other files, such as" in notes[0].why and "the 1 files of records are read" in notes[0].why
 
 
 def test_a_folder_of_json_files_is_read_as_records(tmp_path):

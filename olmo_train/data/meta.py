@@ -97,7 +97,7 @@ def write_meta(folder: Path, meta: Meta) -> None:
 def write_json(file: Path, values: Any) -> None:
     """Write under another name, flush to the disk, then rename."""
     temporary = file.with_name(file.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as stream:
+    with open(temporary, "w", encoding="utf-8", errors="backslashreplace") as stream:  # a file's name may be no UTF-8
         json.dump(values, stream, indent=1, ensure_ascii=False)
         stream.write("\n")
         stream.flush()

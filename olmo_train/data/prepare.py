@@ -19,15 +19,15 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from olmo_train.data.chunks import Chunk
+from olmo_train.data.chunks import Chunk, Skipped
+from olmo_train.data.inputs import WORK_FOLDER, Unit, find_units
 from olmo_train.data.meta import META_FILE, Meta, hash_blocks, read_meta, write_json
-from olmo_train.data.readers import Skipped, Unit, chunks, find_units
+from olmo_train.data.readers import chunks
 from olmo_train.data.tokenize import HARMLESS, NO_TEXT, ChunkResult, count_left_out, tokenize_chunks
 from olmo_train.data.tokenizer import Tokenizer, load_tokenizer
 from olmo_train.data.writer import SourceWriter, Tokenized, WriterState
 from olmo_train.errors import ConfigError, DataError, UserError, check_choice
 
-WORK_FOLDER = ".unfinished"
 VALIDATION = "validation"  # folder of the held-out documents, inside the output
 SAVE_SECONDS = 10.0  # work that a kill costs
 SAVE_ROWS = 2**17  # documents whose rows are kept in memory
@@ -104,7 +104,15 @@ def prepare(
     documents, and for the first corrupt record with on_error 'stop'; after a DataError the output folder is as before.
     """
     tokenizer = load_tokenizer(options.tokenizer)
-    units = find_units(list(options.inputs), on_note)
+    unread: dict[str, dict[str, int]] = {}
+
+    def on_left_out(skipped: Skipped) -> None:
+        if skipped.records:
+            count_left_out(unread, skipped.reason, skipped.records, skipped.size)
+        if skipped.detail:
+            on_note(f"{skipped.where}: {skipped.why}")
+
+    units = find_units(list(options.inputs), on_left_out)
     recipe = _recipe(options, tokenizer, units)
     output = options.output
     if (output / META_FILE).exists():
@@ -116,7 +124,7 @@ def prepare(
     existed = output.exists()
     with _locked(output) as work:
         state = _load_state(output, work, recipe)
-        run = _Run(options, tokenizer, units, state, work, on_progress, on_skip)
+        run = _Run(options, tokenizer, units, unread, state, work, on_progress, on_skip)
         try:
             meta, held_out = run.run()
         except UserError:
@@ -135,8 +143,9 @@ def prepare(
 class _Run:
     """One run from the state it finds to the finished folder."""
 
-    def __init__(self, options, tokenizer, units, state, work, on_progress, on_skip):
+    def __init__(self, options, tokenizer, units, unread, state, work, on_progress, on_skip):
         self.options, self.tokenizer, self.units, self.state, self.work = options, tokenizer, units, state, work
+        self.unread = unread  # files of the inputs that are not opened: reason: {"records": files, "bytes": n}
         self.on_progress, self.on_skip = on_progress, on_skip
         most, output = options.max_shard_tokens, options.output
         self.train = SourceWriter(output, work / "train", tokenizer, most, state.train)
@@ -233,14 +242,16 @@ class _Run:
     def _account(self) -> dict:
         """Where every byte and record of the input went. Bytes are those of the files on disk, compressed or not."""
         state, recipe = self.state, self.state.recipe
-        records, bytes = (sum(n[key] for n in state.left_out.values()) for key in ("records", "bytes"))
         assert state.input_bytes == recipe["input_bytes"], (state.input_bytes, recipe["input_bytes"])
         assert state.documents == sum(writer.state.documents for writer in self.writers), state.documents
-        return {
-            "in": {"files": recipe["input_files"], "bytes": state.input_bytes, "records": state.documents + records},
-            "out": {"documents": state.documents, "bytes": state.input_bytes - bytes, "tokens": self._count()},
-            "left_out": state.left_out,
-        }
+        left_out = {reason: dict(n) for reason, n in state.left_out.items()}
+        for reason, n in self.unread.items():
+            count_left_out(left_out, reason, **n)
+        records, bytes = (sum(n[key] for n in left_out.values()) for key in ("records", "bytes"))
+        unread_files, unread_bytes = (sum(n[key] for n in self.unread.values()) for key in ("records", "bytes"))
+        read = {"files": recipe["input_files"] + unread_files, "bytes": state.input_bytes + unread_bytes}
+        written = {"documents": state.documents, "bytes": read["bytes"] - bytes, "tokens": self._count()}
+        return {"in": {**read, "records": state.documents + records}, "out": written, "left_out": left_out}
 
     def _save(self) -> None:
         for writer in self.writers:

@@ -7,29 +7,21 @@ any number of workers, and (unit, chunk) is all that a restart needs to know. A 
 
 from __future__ import annotations
 
+import codecs
 import json
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from io import BytesIO
-from pathlib import Path
 from typing import Any
 
 from olmo_train.data import tables
-from olmo_train.data.chunks import CHUNK_BYTES, Chunk, Skipped, broken, open_stream
-from olmo_train.errors import ConfigError
+from olmo_train.data.chunks import CHUNK_BYTES, TRAILING, BreaksOff, Chunk, Skipped, is_compressed, read_blocks
+from olmo_train.data.elements import json_elements
+from olmo_train.data.inputs import Unit, find_units
 
-SUFFIXES = {  # suffix, after .gz or .zst was taken off -> format
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
-    ".json": "jsonl",
-    ".parquet": "parquet",
-    ".arrow": "arrow",
-    ".feather": "arrow",
-}
-COMPRESSED = (".gz", ".zst")
-NOT_UTF8, BINARY = "is not UTF-8", "is binary, not text"  # reasons
-HUB_FILES = {"dataset_info.json", "state.json", "dataset_dict.json"}  # what `datasets` writes beside a data set's files
+NOT_UTF8, BINARY, NO_FILE = "is not UTF-8", "is binary, not text", "cannot be read"  # reasons
+ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names
+FIELDS = ("id", "messages", "conversations", "prompt", "response", "completion", "instruction", "input", "output")
 
 
 @dataclass(frozen=True)
@@ -41,45 +33,6 @@ class Record:
     record: int | None  # counted from 1 in its file (of JSONL: its line); None where the file is the document
     segments: tuple[tuple[str, bool], ...]
     size: int = field(default=0, compare=False)  # of its chunk's `content`
-
-
-@dataclass(frozen=True)
-class Unit:
-    """What is read in one go: one file of records, or several text files that fill a chunk."""
-
-    format: str
-    files: tuple[Path, ...]
-    origins: tuple[str, ...]  # the files as the user would name them
-    sizes: tuple[int, ...]  # bytes of each on disk
-
-    @property
-    def size(self) -> int:
-        return sum(self.sizes)
-
-
-def find_units(inputs: list[str], on_note: Callable[[str], None] = lambda note: None) -> list[Unit]:
-    """Every file that `inputs` name, in the order given; those of a folder by their relative path.
-
-    `on_note` is told of files in a folder that are not read.
-    Raises ConfigError for an input that does not exist, holds nothing, or is a data set of which a split must be named.
-    """
-    found: list[tuple[str, Path, str]] = []
-    for word in inputs:
-        path = Path(word)
-        if path.is_dir():
-            found += _walk(path, on_note)
-        elif path.is_file():
-            found.append((_format(path), path, str(path)))
-        else:
-            raise ConfigError(word, "does not exist; name a file or a folder of text, JSONL, Parquet or Arrow")
-    units: list[Unit] = []
-    for format, path, origin in found:
-        size, last = path.stat().st_size, units[-1] if units else None
-        if last and format == last.format == "text" and last.size + size <= CHUNK_BYTES:
-            units[-1] = Unit("text", (*last.files, path), (*last.origins, origin), (*last.sizes, size))
-        else:
-            units.append(Unit(format, (path,), (origin,), (size,)))
-    return units
 
 
 def chunks(unit: Unit, text_field: str) -> Iterator[Chunk]:
@@ -104,7 +57,7 @@ def records(chunk: Chunk, text_field: str) -> Iterator[Record | Skipped]:
 
 def read_texts(inputs: list[str], text_field: str, on_skip: Callable[[Skipped], None]) -> Iterator[str]:
     """All text of the inputs, in order: what a tokenizer is trained on."""
-    for unit in find_units(inputs):
+    for unit in find_units(inputs, on_skip):
         for chunk in chunks(unit, text_field):
             for record in records(chunk, text_field):
                 if isinstance(record, Skipped):
@@ -113,72 +66,41 @@ def read_texts(inputs: list[str], text_field: str, on_skip: Callable[[Skipped], 
                     yield from (text for text, _ in record.segments)
 
 
-def _format(path: Path) -> str:
-    inner = Path(path.stem) if path.suffix in COMPRESSED else path
-    return SUFFIXES.get(inner.suffix.lower(), "text")
-
-
-def _walk(folder: Path, on_note: Callable[[str], None]) -> list[tuple[str, Path, str]]:
-    """(format, file, origin) of a folder: its files of records when they are at least half of all, else the others as text."""
-    files = []
-    for parent, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        if "dataset_dict.json" in names:
-            raise ConfigError(parent, f"is a data set of several splits; name one: {', '.join(f'{parent}/{s}' for s in folders)}")
-        files += [Path(parent, name) for name in names if not name.startswith(".") and name not in HUB_FILES]
-    files = sorted((file for file in files if file.is_file()), key=lambda file: file.relative_to(folder).parts)
-    if not files:
-        raise ConfigError(folder, "holds no files")
-    if all(file.suffix == ".json" for file in files):
-        of_records, others = files, []
-    else:  # a lone .json among other files is more often settings than records
-        of_records = [file for file in files if _format(file) != "text" and file.suffix != ".json"]
-        others = [file for file in files if _format(file) == "text" or file.suffix == ".json"]
-    as_records = 2 * len(of_records) >= len(files)
-    kept, passed = (of_records, others) if as_records else (others, of_records)
-    if passed:
-        kinds = ("files of records", "other files") if as_records else ("text files", "files of records")
-        on_note(f"{folder}: its {len(kept)} {kinds[0]} are read, its {len(passed)} {kinds[1]} are not (such as {passed[0]})")
-    if as_records:
-        _refuse_splits(folder, kept)
-    return [(_format(file) if as_records else "text", file, str(file)) for file in kept]
-
-
-def _refuse_splits(folder: Path, files: list[Path]) -> None:
-    """Hub folders hold train-00000-of-00002.parquet beside test-...: training on both must be the user's own wish."""
-    splits = {
-        file.name.split("-")[0]
-        for file in files
-        if file.name.split("-")[0] in ("train", "validation", "test") and "-of-" in file.name
-    }
-    if len(splits) > 1:
-        raise ConfigError(
-            folder, f"holds the splits {', '.join(sorted(splits))}; name the files of one, such as {folder}/.../train-*"
-        )
-
-
 def _cut_lines(unit: Unit, text_field: str) -> Iterator[Chunk]:
-    """Whole lines, about CHUNK_BYTES of them; a longer line is a chunk of its own."""
+    """Whole lines, about CHUNK_BYTES of them; a longer line is a chunk alone."""
     (path,), (origin,) = unit.files, unit.origins
-    line, carry, told = 1, bytearray(), 0
-    with open(path, "rb") as raw:
-        try:
-            stream = open_stream(path, raw)
-            while block := stream.read(CHUNK_BYTES):
-                cut = block.rfind(b"\n") + 1
-                if not cut:
-                    carry += block
-                    continue
-                carry += block[:cut]
-                data, carry = bytes(carry), bytearray(block[cut:])
-                end = raw.tell() - (len(carry) if stream is raw else 0)
-                yield Chunk("jsonl", origin, line, data, len(data), end - told)
-                line, told = line + data.count(b"\n"), end
-        except (OSError, EOFError) as problem:  # a damaged or cut-off compressed file
-            yield broken("jsonl", origin, line, problem)
-            return
+    line, told, end, carry, broken = 1, 0, 0, bytearray(), None
+    try:
+        for block, end in read_blocks(path):
+            cut = block.rfind(b"\n") + 1
+            if not cut or len(carry) + cut < CHUNK_BYTES // 2:  # decompressed blocks are small
+                carry += block
+                continue
+            carry += block[:cut]
+            data, carry = bytes(carry), bytearray(block[cut:])
+            data_end = end if is_compressed(path) else end - len(carry)
+            yield Chunk("jsonl", origin, line, data, len(data), data_end - told)
+            line, told = line + data.count(b"\n"), data_end
+    except BreaksOff as problem:
+        broken, end = problem, problem.end
+        whole = carry.rfind(b"\n") + 1
+        if broken.reason != TRAILING and not _is_json(carry[whole:]):  # the record in which the file breaks off
+            end = told + (end - told) * whole // max(len(carry), 1)
+            del carry[whole:]
+        else:
+            broken.records = 0
     if carry:
-        yield Chunk("jsonl", origin, line, bytes(carry), len(carry), unit.size - told)
+        yield Chunk("jsonl", origin, line, bytes(carry), len(carry), end - told)
+    if broken:
+        yield broken.chunk("jsonl", origin, line + carry.count(b"\n"))
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line or b"0")
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _parse_lines(chunk: Chunk, text_field: str) -> Iterator[Record | Skipped]:
@@ -198,28 +120,67 @@ def _parse_lines(chunk: Chunk, text_field: str) -> Iterator[Record | Skipped]:
             yield to_record(values, chunk.origin, number, text_field, size)
 
 
+def _cut_json(unit: Unit, text_field: str) -> Iterator[Chunk]:
+    """The elements of an array, or objects that follow one another, each as one line."""
+    (path,), (origin,) = unit.files, unit.origins
+    first, told, end, lines, size = 1, 0, 0, [], 0
+    try:
+        for line, end in json_elements(path):
+            lines.append(line)
+            size += len(line)
+            if size >= CHUNK_BYTES:
+                yield _joined(origin, first, lines, end - told)
+                first, told, lines, size = first + len(lines), end, [], 0
+    except BreaksOff as problem:
+        if lines:
+            yield _joined(origin, first, lines, end - told)
+        yield problem.chunk("jsonl", origin, first + len(lines))
+        return
+    if lines:
+        yield _joined(origin, first, lines, end - told)
+
+
+def _joined(origin: str, first: int, lines: list[bytes], input_bytes: int) -> Chunk:
+    payload = b"\n".join(lines)
+    return Chunk("jsonl", origin, first, payload, len(payload), input_bytes)
+
+
 def _cut_text(unit: Unit, text_field: str) -> Iterator[Chunk]:
     yield Chunk("text", unit.origins[0], 1, (unit.files, unit.origins, unit.sizes), unit.size, unit.size)
 
 
 def _parse_text(chunk: Chunk, text_field: str) -> Iterator[Record | Skipped]:
     for path, origin, size in zip(*chunk.payload, strict=True):
+        data, broken = bytearray(), None
         try:
-            with open(path, "rb") as raw:
-                data = open_stream(path, raw).read()
-            text = data.decode("utf-8-sig")
-        except UnicodeDecodeError as problem:
-            if b"\0" in data[:8192]:
-                yield Skipped(origin, BINARY, size=size)
-            else:
-                yield Skipped(origin, NOT_UTF8, f" (byte {problem.start})", size)
-        except (OSError, EOFError) as problem:
-            yield Skipped(origin, "cannot be read", f": {problem}", size)
-        else:
-            if "\0" in text[:8192]:
-                yield Skipped(origin, BINARY, size=size)
-            else:
-                yield Record(None, origin, None, ((text, True),), size)
+            for block, _ in read_blocks(path):
+                data += block
+        except BreaksOff as problem:  # the text before the break is kept
+            broken = problem
+        except OSError as problem:
+            yield Skipped(origin, NO_FILE, f": {problem.strerror}", size)
+            continue
+        if broken and not data:
+            yield replace(broken.chunk("text", origin, 1).problem, where=origin, size=size, records=1)
+            continue
+        lost = size - broken.end if broken else 0
+        yield _text(data, origin, size - lost, whole=not broken)
+        if broken:
+            yield replace(broken.chunk("text", origin, 1).problem, where=origin, size=lost, records=0)
+
+
+def _text(data: bytes, origin: str, size: int, whole: bool) -> Record | Skipped:
+    try:
+        text = codecs.getincrementaldecoder("utf-8-sig")().decode(data, final=whole)
+    except UnicodeDecodeError as problem:
+        if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            return Skipped(origin, NOT_UTF8, " but UTF-16; convert it: iconv -f UTF-16 -t UTF-8", size)
+        if b"\0" in data[:8192]:
+            return Skipped(origin, BINARY, size=size)
+        return Skipped(origin, NOT_UTF8, f" (byte {problem.start})", size)
+    if "\0" in text[:8192]:
+        return Skipped(origin, BINARY, size=size)
+    return Record(None, origin, None, ((text, True),), size)
 
 
 def _cut_table(unit: Unit, text_field: str) -> Iterator[Chunk]:
@@ -228,47 +189,71 @@ def _cut_table(unit: Unit, text_field: str) -> Iterator[Chunk]:
 
 def _parse_table(chunk: Chunk, text_field: str) -> Iterator[Record | Skipped]:
     for number, values in enumerate(tables.rows(chunk), start=chunk.first):
-        yield to_record(values, chunk.origin, number, text_field)
-
-
-FIELDS = ("id", "messages", "prompt", "response", "completion")
+        if isinstance(values, Exception):
+            yield Skipped(f"{chunk.origin}:{number}", "cannot be read", f": {values}", 1)
+        else:
+            yield to_record(values, chunk.origin, number, text_field)
 
 
 def to_record(values: Any, origin: str, number: int, text_field: str, size: int = 1) -> Record | Skipped:
-    """A record's fields as a document: its text, or an instruction's prompt/response or chat messages."""
+    """A record's fields as a document: its text, an instruction and its answer, or chat messages."""
 
     def skipped(reason: str, detail: str = "") -> Skipped:
         return Skipped(f"{origin}:{number}", reason, detail, size)
 
     if not isinstance(values, dict):
         return skipped("is no record with fields", f", but {type(values).__name__}")
-    answer = next((values[key] for key in ("response", "completion") if values.get(key) is not None), None)
-    if values.get(text_field) is not None:
-        segments = [(values[text_field], True)]
-    elif isinstance(values.get("messages"), list):
-        segments = _chat(values["messages"])
-    elif values.get("prompt") is not None and answer is not None:
-        segments = [(values["prompt"], False), (answer, True)]
-    else:
+    segments = _segments(values, text_field)
+    if segments is None:
         known = ", ".join(map(str, list(values)[:8]))
         return skipped(f"has no text in a field '{text_field}'", f"; its fields: {known}; see --text-field")
+    id = values.get("id")
+    try:
+        segments = [(text.decode() if isinstance(text, bytes) else text, scored) for text, scored in segments]
+        id = id.decode() if isinstance(id, bytes) else id if id is None else str(id)
+    except UnicodeDecodeError as problem:
+        return skipped(NOT_UTF8, f" (byte {problem.start})")
     for text, _ in segments:
         if not isinstance(text, str):
             return skipped(f"holds {type(text).__name__} where text is expected")
-        if not _encodable(text):
-            return skipped("holds a lone surrogate, which no UTF-8 text has")
-    id = values.get("id")
-    return Record(None if id is None else str(id), origin, number, tuple(segments), size)
+    if not all(map(_encodable, (id or "", *(text for text, _ in segments)))):
+        return skipped("holds a lone surrogate, which no UTF-8 text has")
+    return Record(id, origin, number, tuple(segments), size)
+
+
+def _segments(values: dict, text_field: str) -> list[tuple[Any, bool]] | None:
+    """(what is text in a good record, whether it is scored); None when no field is known."""
+    answer = next((values[key] for key in ("response", "completion") if values.get(key) is not None), None)
+    if values.get(text_field) is not None:
+        return [(values[text_field], True)]
+    for key in ("messages", "conversations"):
+        if isinstance(values.get(key), list):
+            return _chat(values[key])
+    if values.get("prompt") is not None and answer is not None:
+        return [(values["prompt"], False), (answer, True)]
+    if values.get("instruction") is not None and values.get("output") is not None:  # Alpaca's
+        asked = [values["instruction"], "\n\n", *([values["input"], "\n\n"] if values.get("input") else [])]
+        return [*((text, False) for text in asked), (values["output"], True)]
+    return None
 
 
 def _chat(messages: list) -> list[tuple[Any, bool]]:
     """`<|role|>\\ncontent\\n` a message, as OLMo's instruction models have it; what the assistant says is scored."""
     segments = []
     for message in messages:
-        role, content = (message.get("role"), message.get("content")) if isinstance(message, dict) else (None, None)
+        message = message if isinstance(message, dict) else {}
+        role, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
+        role = ROLES.get(role, role) if isinstance(role, str) else role
         scored = role == "assistant"
-        segments += [(f"<|{role}|>\n", False), (content, scored), ("\n", False)]
+        segments += [(f"<|{role}|>\n", False), *((text, scored) for text in _content(content)), ("\n", False)]
     return segments[:-1]  # EOS follows the last message
+
+
+def _content(content: Any) -> list:
+    """The texts of a message: its content, or the parts of it; a part that is no text stays what it is."""
+    if not isinstance(content, list):
+        return [content]
+    return [part.get("text") if isinstance(part, dict) and "text" in part else part for part in content]
 
 
 def _encodable(text: str) -> bool:
@@ -287,6 +272,7 @@ class _Format:
 
 FORMATS = {
     "jsonl": _Format(_cut_lines, _parse_lines),
+    "json": _Format(_cut_json, _parse_lines),
     "parquet": _Format(_cut_table, _parse_table),
     "arrow": _Format(_cut_table, _parse_table),
     "text": _Format(_cut_text, _parse_text),

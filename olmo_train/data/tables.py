@@ -5,38 +5,54 @@ The one idea: never hold more than a chunk of rows, however large the row groups
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from olmo_train.data.chunks import CHUNK_BYTES, Chunk, broken
+from olmo_train.data.chunks import CHUNK_BYTES, BreaksOff, Chunk
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+FILE_BREAKS_OFF = "the file breaks off"  # reason
 
 
 def cut(format: str, path: Path, origin: str, size: int, columns: tuple[str, ...]) -> Iterator[Chunk]:
     """Chunks of about CHUNK_BYTES of rows. A damaged file gives a last chunk that tells it."""
     import pyarrow as pa
 
-    first, told = 1, 0
+    first, told, total = 1, 0, 0
     try:
-        total, batches = READERS[format](path, columns)
+        total, batches, position = READERS[format](path, columns)
         for batch in batches:
             rows = max(1, batch.num_rows * CHUNK_BYTES // max(batch.nbytes, 1))
             for start in range(0, batch.num_rows, rows):
                 piece = batch.slice(start, rows)
-                done = size * (first + piece.num_rows - 1) // total if total else 0
+                done = size * (first + piece.num_rows - 1) // total if total else min(max(position(), told), size)
                 yield Chunk(format, origin, first, _pack(piece), piece.num_rows, done - told)
                 first, told = first + piece.num_rows, done
     except (pa.ArrowException, OSError, EOFError) as problem:
-        yield broken(format, origin, first, problem)
+        broken = BreaksOff(problem, size, FILE_BREAKS_OFF)
+        broken.records = max(total - first + 1, 1)
+        yield broken.chunk(format, origin, first)
 
 
-def rows(chunk: Chunk) -> list[dict[str, Any]]:
+def rows(chunk: Chunk) -> list[dict[str, Any] | Exception]:
+    """The rows of a chunk; in place of one that Python cannot hold (no UTF-8, an impossible time), why."""
     import pyarrow as pa
 
-    return pa.ipc.open_stream(chunk.payload).read_all().to_pylist()
+    table = pa.ipc.open_stream(chunk.payload).read_all()
+    try:
+        return table.to_pylist()
+    except Exception:  # of many kinds
+        return [_row(table.slice(i, 1)) for i in range(len(table))]
+
+
+def _row(table: pa.Table) -> dict[str, Any] | Exception:
+    try:
+        return table.to_pylist()[0]
+    except Exception as problem:
+        return problem
 
 
 def _pack(batch: pa.RecordBatch) -> bytes:
@@ -48,7 +64,7 @@ def _pack(batch: pa.RecordBatch) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
-def _read_parquet(path: Path, columns: tuple[str, ...]) -> tuple[int, Iterator[pa.RecordBatch]]:
+def _read_parquet(path: Path, columns: tuple[str, ...]) -> tuple[int, Iterator[pa.RecordBatch], Callable[[], int] | None]:
     import pyarrow.parquet as pq
 
     file = pq.ParquetFile(path, buffer_size=CHUNK_BYTES, pre_buffer=False)  # streams: does not load a whole row group
@@ -56,10 +72,10 @@ def _read_parquet(path: Path, columns: tuple[str, ...]) -> tuple[int, Iterator[p
     names = [name for name in file.schema_arrow.names if name in columns] or file.schema_arrow.names
     uncompressed = sum(metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups))
     batch_rows = max(1, metadata.num_rows * CHUNK_BYTES // max(uncompressed, 1))
-    return metadata.num_rows, file.iter_batches(min(batch_rows, 2**16), columns=names, use_threads=False)
+    return metadata.num_rows, file.iter_batches(min(batch_rows, 2**16), columns=names, use_threads=False), None
 
 
-def _read_arrow(path: Path, columns: tuple[str, ...]) -> tuple[int, Iterator[pa.RecordBatch]]:
+def _read_arrow(path: Path, columns: tuple[str, ...]) -> tuple[int, Iterator[pa.RecordBatch], Callable[[], int] | None]:
     """Both kinds of Arrow file: `datasets` writes the stream kind. The number of rows is not known beforehand (0)."""
     import pyarrow as pa
 
@@ -71,9 +87,9 @@ def _read_arrow(path: Path, columns: tuple[str, ...]) -> tuple[int, Iterator[pa.
     options = pa.ipc.IpcReadOptions(included_fields=[schema.names.index(name) for name in names], use_threads=False)
     source.seek(0)
     if not is_file:
-        return 0, iter(pa.ipc.open_stream(source, options=options))
+        return 0, iter(pa.ipc.open_stream(source, options=options)), source.tell
     reader = pa.ipc.open_file(source, options=options)
-    return 0, (reader.get_batch(i) for i in range(reader.num_record_batches))
+    return 0, (reader.get_batch(i) for i in range(reader.num_record_batches)), source.tell
 
 
 READERS = {"parquet": _read_parquet, "arrow": _read_arrow}

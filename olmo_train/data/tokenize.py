@@ -19,15 +19,15 @@ from multiprocessing import get_context, parent_process
 
 import numpy as np
 
-from olmo_train.data.chunks import Chunk
-from olmo_train.data.readers import Record, Skipped, records
+from olmo_train.data.chunks import TRAILING, Chunk, Skipped
+from olmo_train.data.readers import Record, records
 from olmo_train.data.tokenizer import Tokenizer, from_json
 from olmo_train.data.writer import Tokenized
 from olmo_train.errors import DataError
 
 BATCH_BYTES = 2**18  # text that the tokenizer is given at once: more costs memory and gains no speed
 NO_TEXT = "has no text"  # reason
-HARMLESS = {NO_TEXT}  # reasons that do not stop with --on-error stop
+HARMLESS = {NO_TEXT, TRAILING}  # reasons that do not stop with --on-error stop
 
 
 @dataclass
