@@ -16,6 +16,7 @@ import torch
 
 from olmo_train import config as configuration
 from olmo_train import hardware
+from olmo_train.model.config import ModelConfig
 from olmo_train.model.cost import FLOPS_CONVENTION, flops_per_token
 from olmo_train.recipe import TrainConfig
 from olmo_train.train import train
@@ -35,7 +36,7 @@ def load(files: list[str], words: list[str], folder: Path) -> TrainConfig:
     values["checkpoint"] = {"interval_steps": 10**9}
     values["eval"] = {"interval_steps": 10**9}
     if not values.get("data", {}).get("sources"):
-        vocab_size = values.get("model", {}).get("vocab_size", 50280)
+        vocab_size = configuration.build(ModelConfig, values.get("model", {}), "model").vocab_size
         dtype = np.uint16 if vocab_size <= 2**16 else np.uint32
         file = folder / "random.npy"
         np.random.default_rng(0).integers(0, vocab_size, RANDOM_TOKENS).astype(dtype).tofile(file)

@@ -1,55 +1,227 @@
 """YAML files and key=value words become frozen dataclasses; nothing else in the package knows YAML.
 
-The one idea: the dataclass is the schema. Each lives in the file that reads it; this module merges the sources left to
-right, walks the dataclass, and refuses what does not fit, naming the dotted key and the nearest known one.
+The dataclass is the schema. Each lives in the file that reads it; this module merges the sources left to right, walks the
+dataclass, and refuses what does not fit, naming the dotted key and the nearest known one.
+
+Scalars are read as text, and the type of the field decides what they are: `2024_11_25` is a name for a text key and a
+number for a number key. YAML itself would turn a git hash such as 12e5678 into infinity, and a source called `no` into False.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import glob
+import json
+import os
+import re
 import types
 import typing
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 from olmo_train.errors import ConfigError, nearest
+from olmo_train.storage import FilePath
 
 T = TypeVar("T")
 
+MISSING = "???"  # OmegaConf's mark of a value that must be set
+NULLS = ("", "~", "null", "Null", "NULL")
+BOOLS = {"true": True, "false": False, "yes": True, "no": False, "on": True, "off": False}
+NUMBER = re.compile(r"[-+]?(\d[\d_]*(\.[\d_]*)?|\.\d[\d_]*)([eE][-+]?\d+)?", re.ASCII)
+STARTED_IN = "# Relative paths start from "  # the first line of a run's config.yaml, then the folder as a JSON string
+
+
+class Word(str):
+    """A scalar as it was typed. A text key takes it as it is; `value` is what a key of another type reads."""
+
+    quoted: bool  # in YAML: text for any reader
+    base: str | None  # where the run was started whose config.yaml this is of
+
+    def __new__(cls, text: str, quoted: bool = False, base: str | None = None) -> Word:
+        self = super().__new__(cls, text)
+        self.quoted, self.base = quoted, base
+        return self
+
+    @property
+    def value(self) -> int | float | bool | str:
+        """A number or truth value as YAML writes them, or the text. Numbers are decimal: 010 is ten; 1e4 is one, too."""
+        lower = self.lower()
+        if lower in BOOLS:
+            return BOOLS[lower]
+        if lower in (".nan", ".inf", "+.inf", "-.inf"):
+            return float(lower.replace(".", ""))
+        if not NUMBER.fullmatch(self):
+            return str(self)
+        digits = self.replace("_", "")
+        is_whole = digits.lstrip("+-").isdigit() and len(digits) < 1000  # Python refuses to read thousands of digits
+        return int(digits) if is_whole else float(digits)
+
 
 def read(files: list[str | Path], overrides: list[str] = (), resolve: bool = True) -> dict[str, Any]:
-    """Merge YAML files left to right, then `key=value` words, into a plain dict. Without `resolve`, interpolations
-    `${...}` stay as text.
+    """Merge YAML files left to right, then `key=value` words, into nested dicts and lists whose scalars are Words or None:
+    for `build`, or for `decoded`. Without `resolve`, interpolations `${...}` stay as text.
 
     Raises ConfigError when a file is missing or is no YAML mapping, or a word has no `=`.
     """
-    from omegaconf import DictConfig, OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
-
-    merged = OmegaConf.create()
+    merged: dict[str, Any] = {}
     for file in files:
-        if not Path(file).is_file():
-            raise ConfigError(file, "there is no such configuration file")
-        try:
-            layer = OmegaConf.load(file)
-        except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as problem:
-            raise ConfigError(file, f"is not valid YAML: {' '.join(str(problem).split())}") from problem
-        if not isinstance(layer, DictConfig):
-            raise ConfigError(file, "must hold a mapping of keys to values at its top")
-        merged = OmegaConf.merge(merged, layer)
+        merged = _merge(merged, _read_file(file))
     for word in overrides:
-        key, equals, _ = word.partition("=")
-        if not equals or not key:
-            raise ConfigError(word, "is neither a YAML file nor key=value")
-        try:
-            merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([word]))
-        except (YAMLError, OmegaConfBaseException) as problem:
-            raise ConfigError(key, f"cannot be set to {word.partition('=')[2]!r}: {problem}") from problem
+        merged = _merge(merged, _read_word(word))
+    return _interpolated(merged, files[0] if files else "configuration") if resolve and "${" in repr(merged) else merged
+
+
+def _merge(old: Any, new: Any) -> Any:
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return new
+    return old | {key: _merge(old.get(key), value) for key, value in new.items()}
+
+
+def _read_file(file: str | Path) -> dict[str, Any]:
+    if not Path(file).is_file():
+        hint = f"; to set a key to this text, put quotes around the value: {_quoted_word(str(file))}" if "=" in str(file) else ""
+        raise ConfigError(file, f"there is no such configuration file{hint}")
     try:
-        return typing.cast(dict, OmegaConf.to_container(merged, resolve=resolve))
-    except OmegaConfBaseException as problem:
-        raise ConfigError(files[0] if files else "configuration", str(problem).splitlines()[0]) from problem
+        content = Path(file).read_bytes()
+        tree = _parse(content)
+    except OSError as problem:
+        raise ConfigError(file, f"cannot be read: {problem.strerror}") from problem
+    except ValueError as problem:
+        raise ConfigError(file, f"is not valid YAML: {' '.join(str(problem).split())}") from problem
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise ConfigError(file, "must hold a mapping of keys to values at its top")
+    return _of_run(tree, content, Path(file).parent) if content.startswith(STARTED_IN.encode()) else tree
+
+
+def _quoted_word(word: str) -> str:
+    key, _, text = word.partition("=")
+    return f"""{key}='"{text}"'"""
+
+
+def _of_run(tree: dict[str, Any], content: bytes, folder: Path) -> dict[str, Any]:
+    """The config.yaml that a run wrote: its relative paths are also looked for where the run was started."""
+    base = json.loads(content.splitlines()[0][len(STARTED_IN) :])
+    tree = words(tree, base)
+    run_dir = tree.get("run_dir")
+    if isinstance(run_dir, Word):  # a copy of the file elsewhere is of another run, which begins where it is asked for
+        is_own = _is_same(Path(base, run_dir), folder) and not _is_same(Path(run_dir), folder)
+        tree["run_dir"] = Word(str(folder) if is_own else run_dir, run_dir.quoted)
+    return tree
+
+
+def _is_same(one: Path, other: Path) -> bool:
+    try:
+        return one.samefile(other)
+    except OSError:
+        return False
+
+
+def _read_word(word: str) -> dict[str, Any]:
+    """`a.b=1` as {"a": {"b": Word("1")}}. The value is YAML; a text without quotes stays as it was typed."""
+    key, equals, text = word.partition("=")
+    if not equals or not key:
+        raise ConfigError(word, "is neither a YAML file nor key=value")
+    typed = Word(text.strip())
+    try:
+        value = _parse(text)
+    except ValueError as problem:
+        if typed[:1] in ("[", "{", "'", '"'):
+            why = " ".join(str(problem).split())
+            raise ConfigError(key, f"cannot be set to {text!r}, which is not valid YAML: {why}") from problem
+        value = typed
+    if isinstance(value, Word) and not value.quoted or value is None and typed not in NULLS:
+        value = typed  # with what YAML takes for a comment or a tag
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value
+
+
+def _parse(content: str | bytes) -> Any:
+    """A YAML document as dicts, lists, Words and None. Raises ValueError."""
+    import yaml
+
+    loader = None
+    try:
+        loader = yaml.SafeLoader(content)  # which looks for bytes that are no text
+        return _tree(loader, loader.get_single_node(), {})
+    except yaml.YAMLError as problem:
+        raise ValueError(str(problem)) from problem
+    except RecursionError as problem:
+        raise ValueError("it is nested too deeply, or an alias refers to itself") from problem
+    finally:
+        if loader:
+            loader.dispose()
+
+
+def _tree(loader: Any, node: Any, done: dict[Any, Any]) -> Any:
+    """The value of a node. `done` are those that aliases may name again."""
+    import yaml
+
+    kind = "null" if node is None else node.tag.removeprefix("tag:yaml.org,2002:")
+    if node in done:
+        return done[node]
+    if kind == "map":
+        keys = [key.value for key, _ in node.value]
+        if not all(isinstance(key, yaml.ScalarNode) for key, _ in node.value):
+            raise ValueError(f"line {node.start_mark.line + 1}: a key must be text")
+        if twice := {key for key in keys if keys.count(key) > 1}:
+            raise ValueError(f"line {node.start_mark.line + 1}: the key {min(twice)!r} occurs twice")
+        loader.flatten_mapping(node)  # <<: *other
+        done[node] = {key.value: _tree(loader, value, done) for key, value in node.value}
+    elif kind == "seq":
+        done[node] = [_tree(loader, item, done) for item in node.value]
+    elif kind == "null":
+        return None
+    elif kind in ("str", "int", "float", "bool", "timestamp", "value", "merge"):
+        return Word(node.value, quoted=node.style is not None)
+    else:
+        raise ValueError(f"line {node.start_mark.line + 1}: the tag {node.tag!r} is not known")
+    return done[node]
+
+
+def _interpolated(tree: dict[str, Any], where: str | Path) -> dict[str, Any]:
+    """The same tree with `${...}` replaced."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    def marked(before: Any, after: Any) -> Any:
+        if isinstance(before, dict):
+            return {key: marked(value, after[key]) for key, value in before.items()}
+        if isinstance(before, list):
+            return [marked(*pair) for pair in zip(before, after, strict=True)]
+        return words(after, quoted=False) if before and "${" in before else before
+
+    try:
+        plain = _map(lambda leaf: leaf and str(leaf), tree)
+        return marked(tree, OmegaConf.to_container(OmegaConf.create(plain), resolve=True))
+    except (OmegaConfBaseException, RecursionError) as problem:
+        raise ConfigError(where, (str(problem).splitlines() or ["an interpolation refers to itself"])[0]) from problem
+
+
+def _map(function: Callable[[Any], Any], tree: Any) -> Any:
+    """The same tree with each scalar replaced."""
+    if isinstance(tree, dict):
+        return {key: _map(function, value) for key, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return [_map(function, value) for value in tree]
+    return function(tree)
+
+
+def decoded(tree: Any) -> Any:
+    """What `read` returned as numbers, truth values and text, for a reader that has no dataclass for it."""
+    return _map(lambda leaf: (str(leaf) if leaf.quoted else leaf.value) if isinstance(leaf, Word) else leaf, tree)
+
+
+def words(tree: Any, base: str | None = None, quoted: bool = True) -> Any:
+    """A tree whose text is Words that know where the run was started that saved it."""
+
+    def word(leaf: Any) -> Any:
+        return Word(leaf, leaf.quoted if isinstance(leaf, Word) else quoted, base) if isinstance(leaf, str) else leaf
+
+    return _map(word, tree)
 
 
 def build(cls: type[T], values: dict[str, Any], where: str = "", partial: bool = False) -> T:
@@ -93,11 +265,24 @@ def to_dict(config: Any) -> Any:
     return config
 
 
-def dump(config: Any) -> str:
-    """A dataclass as YAML text that `load` reads back to an equal one."""
-    from omegaconf import OmegaConf
+def dump(config: Any, started_in: str | None = None) -> str:
+    """A dataclass as YAML text that `load` reads back to an equal one, or plain values as they are. With `started_in`, the
+    working directory of the run, its relative paths are found again from another one."""
+    import yaml
 
-    return OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))
+    class Dumper(yaml.SafeDumper):
+        """Quotes each text that a reader of YAML could take for a number or a truth value."""
+
+        def represent_str(self, text: str) -> yaml.Node:
+            style = None if isinstance(Word(text).value, str) else "'"
+            return self.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+    Dumper.add_representer(str, Dumper.represent_str)
+    values = to_dict(config)
+    if dataclasses.is_dataclass(config) or started_in:  # whose text is final: `${` is no interpolation
+        values = _map(lambda v: re.sub(r"(\\*)\$\{", r"\1\1\\${", v) if isinstance(v, str) else v, values)
+    text = yaml.dump(values, Dumper=Dumper, default_flow_style=False, allow_unicode=True, sort_keys=False)
+    return f"{STARTED_IN}{json.dumps(started_in)}\n{text}" if started_in else text
 
 
 def flatten(config: Any, where: str = "") -> dict[str, Any]:
@@ -112,26 +297,29 @@ def flatten(config: Any, where: str = "") -> dict[str, Any]:
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
     origin, args = get_origin(hint), get_args(hint)
+    if isinstance(value, str) and value == MISSING:
+        raise ConfigError(where, f"is missing ({MISSING}); set it")
     if origin in (Union, types.UnionType):
         return _convert_union(args, value, where)
     if origin is Literal:
         if value not in args:
             raise ConfigError(where, f"{value!r} is not a choice; {nearest(str(value), map(str, args))}")
-        return value
+        return args[args.index(value)]
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, dict):
-            raise ConfigError(where, f"must be a mapping of keys, got {value!r}")
+            raise ConfigError(where, f"must be a mapping of keys, got {decoded(value)!r}")
         return build(hint, value, where)
     if origin is dict:
         if not isinstance(value, dict):
-            raise ConfigError(where, f"must be a mapping of names, got {value!r}")
-        return {str(k): _convert(args[1], v, f"{where}.{k}") for k, v in value.items()}
+            raise ConfigError(where, f"must be a mapping of names, got {decoded(value)!r}")
+        # null takes back what an earlier file has named
+        return {str(k): _convert(args[1], v, f"{where}.{k}") for k, v in value.items() if v is not None}
     if origin is tuple:
         if not isinstance(value, (list, tuple)):
-            raise ConfigError(where, f"must be a list, got {value!r}")
+            raise ConfigError(where, f"must be a list, got {decoded(value)!r}")
         items = [args[0]] * len(value) if args[-1] is Ellipsis else args
         if len(items) != len(value):
-            raise ConfigError(where, f"must be a list of {len(items)} values, got {list(value)!r}")
+            raise ConfigError(where, f"must be a list of {len(items)} values, got {decoded(value)!r}")
         return tuple(_convert(item, v, f"{where}.{i}") for i, (item, v) in enumerate(zip(items, value, strict=True)))
     return _convert_scalar(hint, value, where)
 
@@ -150,20 +338,41 @@ def _convert_union(options: tuple, value: Any, where: str) -> Any:
     raise problems[0]
 
 
-def _convert_scalar(hint: type, value: Any, where: str) -> Any:
+def _convert_scalar(hint: Any, value: Any, where: str) -> Any:
     """int accepts 2e6 and float accepts 3, since both are how people write numbers; bool is never a number."""
-    if hint is float and value in (".inf", "-.inf"):  # YAML's spelling, in JSON too, which has no number for it
-        return float(value.replace(".", ""))
+    if hint in (str, FilePath):
+        return _convert_text(hint, value, where)
+    if isinstance(value, str):
+        value = Word(value).value
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if hint is float and number:
-        return float(value)
-    if hint is int and number and float(value).is_integer():
-        return int(value)
     if hint is bool and isinstance(value, bool):
         return value
-    if hint is str and isinstance(value, (str, int, float)) and not isinstance(value, bool):
-        return str(value)
-    raise ConfigError(where, f"must be {_TYPE_NAMES[hint]}, got {value!r}")
+    if hint is float and number and (isinstance(value, float) or abs(value) < 1e300):
+        return float(value)
+    if hint is int and number and (isinstance(value, int) or value.is_integer()):
+        if not -(2**63) <= value < 2**63:
+            raise ConfigError(where, f"must lie between -2^63 and 2^63 - 1, got {value}")
+        return int(value)
+    raise ConfigError(where, f"must be {_TYPE_NAMES[hint]}, got {decoded(value)!r}")
 
 
-_TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+def _convert_text(hint: Any, value: Any, where: str) -> str:
+    if not isinstance(value, (str, int, float)) or isinstance(value, bool):
+        raise ConfigError(where, f"must be text, got {decoded(value)!r}")
+    if "\0" in str(value):
+        raise ConfigError(where, f"must be text without a NUL character, got {str(value)!r}")
+    return _found(value) if hint is FilePath and isinstance(value, str) else str(value)
+
+
+def _found(path: str) -> str:
+    """A path with ~ expanded. That of a run which was started elsewhere is also looked for there, if it is not here."""
+    base, path = getattr(path, "base", None), os.path.expanduser(path)
+    if base is None or os.path.isabs(path) or "://" in path or any(glob.iglob(path, recursive=True)) or os.path.exists(path):
+        return path
+    for there in (os.path.join(base, path), os.path.join(glob.escape(base), path)):
+        if os.path.exists(there) or any(glob.iglob(there, recursive=True)):
+            return there
+    return path
+
+
+_TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false"}

@@ -83,7 +83,7 @@ def export_hf(
         check_same_tokenizer(records, check_tokenizer, OTHER_TOKENIZER)
     if tokenizer is None and own.is_file():
         tokenizer = load_tokenizer(own)
-    eos_id = tokenizer.eos_id if tokenizer else (saved.get("data") or {}).get("eos_id")
+    eos_id = tokenizer.eos_id if tokenizer else configuration.decoded(saved.get("data") or {}).get("eos_id")
     stored = checkpoints.WeightReader(folder)
 
     def read(name: str) -> Tensor:
@@ -133,7 +133,7 @@ def import_olmo(source: Path, dest: Path, left_out: tuple[str, ...] = (), step: 
 
     Raises ConfigError with their key that we do not have, CheckpointError on files and weights that do not fit.
     """
-    settings = olmo.read_settings(configuration.read([_yaml_of(source)], resolve=False), left_out)
+    settings = olmo.read_settings(configuration.decoded(configuration.read([_yaml_of(source)], resolve=False)), left_out)
     if source.is_file():
         replace_file(dest, configuration.dump(settings).encode())
         return 0

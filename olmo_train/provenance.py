@@ -74,18 +74,19 @@ class Attempt:
 class Run:
     """A run_dir, or a configuration that has not been started."""
 
-    def __init__(self, files: list[str | Path], overrides: list[str] = ()):
+    def __init__(self, files: list[str | Path], overrides: list[str] = (), run_dir: Path | None = None):
         """Raises ConfigError when the configuration cannot be read."""
         values = configuration.read(files, overrides)
-        self.view, self.skip_steps = configuration.build(RunView, values, partial=True), _skip_steps(values)
-        self.run_dir = Path(self.view.run_dir) if self.view.run_dir else None
+        self.view = configuration.build(RunView, values, partial=True)
+        self.skip_steps = _skip_steps(configuration.decoded(values))
+        self.run_dir = run_dir or (Path(self.view.run_dir) if self.view.run_dir else None)
         self.events = self._events()
         self.attempts = self._attempts()
 
     @classmethod
     def of_folder(cls, run_dir: Path, overrides: list[str]) -> Run:
         """The run whose run_dir this is, wherever it has been moved to."""
-        return cls([run_dir / "config.yaml"], [f"run_dir={run_dir}", *overrides])
+        return cls([run_dir / "config.yaml"], overrides, run_dir)
 
     @property
     def steps(self) -> int:
@@ -127,7 +128,8 @@ class Run:
         for event in self.events:
             if "config" in event and "world_size" in event:
                 attempts = [attempt for attempt in attempts if attempt.first_step <= event["step"]]
-                view = configuration.build(RunView, event["config"], partial=True)
+                values = configuration.words(event["config"], event.get("started_in"))
+                view = configuration.build(RunView, values, partial=True)
                 batches = BatchSizes(tuple(map(tuple, event.get("batches") or [(1, view.global_batch_size)])))
                 # The data may have been moved since; where the order is the same, today's paths are taken.
                 view = self.view if view.order == self.view.order else view

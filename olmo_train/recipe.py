@@ -14,14 +14,15 @@ from olmo_train.model.config import ModelConfig
 from olmo_train.optim import OptimConfig
 from olmo_train.parallel import ParallelConfig
 from olmo_train.profiling import ProfileConfig
+from olmo_train.storage import FilePath
 
 
 @dataclass(frozen=True)
 class EvalConfig:
     interval_steps: int = 1000  # evaluate data.validation and the tasks after every so many steps, and at the end
-    downstream: tuple[str, ...] = ()  # tasks: piqa, hellaswag, ..., NAME/VARIANT, or requests.jsonl files
+    downstream: tuple[FilePath, ...] = ()  # tasks: piqa, hellaswag, ..., NAME/VARIANT, or requests.jsonl files
     downstream_limit: int | None = None  # at most so many questions of each task, evenly spread; null: all
-    tokenizer: str | None = None  # of the tasks: a tokenizer.json or a name; null: the data folder's
+    tokenizer: FilePath | None = None  # of the tasks: a tokenizer.json or a name; null: the data folder's
 
     def __post_init__(self) -> None:
         if self.interval_steps < 1:
@@ -34,7 +35,7 @@ class EvalConfig:
 class TrainConfig:
     """A whole run. The defaults are OLMo-7B's recipe; only run_dir and data.sources must be named."""
 
-    run_dir: str  # everything that the run writes lies under it
+    run_dir: FilePath  # everything that the run writes lies under it
     data: DataConfig
     seed: int = 6198  # of the weights, and of the data unless data.seed is set
     total_steps: int | None = None  # updates
@@ -44,8 +45,8 @@ class TrainConfig:
     loss_divisor: str = "scored_tokens"  # of loss and gradients; all_tokens: batch x seq_len, unscored ones too, as OLMo
     determinism: str = "none"  # run: the same bits each time; world: also on any number of processes, one sequence at a time
     resume: str = "auto"  # auto: from the newest checkpoint that verifies; strict: refuse when the newest one does not
-    resume_from: str | None = None  # start a new run_dir from this checkpoint (of any run): weights, optimizer and step
-    init_from: str | None = None  # start a new run_dir with the weights of this checkpoint, at step 0
+    resume_from: FilePath | None = None  # start a new run_dir from this checkpoint (of any run): weights, optimizer and step
+    init_from: FilePath | None = None  # start a new run_dir with the weights of this checkpoint, at step 0
     allow_changes: tuple[str, ...] = ()  # dotted keys that may differ from the checkpoint that is resumed
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)

@@ -81,7 +81,8 @@ def _config_of(run_dir: Path, attempt: int) -> dict[str, Any]:
     """The resolved configuration with which an attempt trained: it may differ from the last one, such as in its length."""
     lines = (run_dir / "events.jsonl").read_text(encoding="utf-8").splitlines()
     events = (json.loads(line) for line in lines if line.endswith("}"))
-    return next(event["config"] for event in events if event.get("attempt") == attempt)
+    event = next(event for event in events if event.get("attempt") == attempt)
+    return configuration.words(event["config"], event.get("started_in"))
 
 
 def _guards(config: GuardConfig, run_dir: Path) -> GuardConfig:

@@ -7,6 +7,7 @@ import dataclasses
 import gc
 import logging
 import math
+import os
 import shutil
 import signal
 import socket
@@ -107,7 +108,8 @@ class Run:
     def _open_records(self) -> None:
         config, world = self.config, self.world
         self._open_watchdog()
-        world.on_main(lambda: replace_file(self.run_dir / "config.yaml", configuration.dump(self.resolved).encode()))
+        resolved = configuration.dump(self.resolved, os.getcwd())
+        world.on_main(lambda: replace_file(self.run_dir / "config.yaml", resolved.encode()))
         self.attempt = world.on_main(lambda: 1 + attempts(self.run_dir))
         self.interval = Interval(len(self.mixture.names), world.device, self.state.get("interval"))
         self.spikes = SpikeDetector(world.device, self.state.get("spikes"))
@@ -124,7 +126,7 @@ class Run:
         self.verdicts = Verdicts(config, world, self.records, checkpointer, self.forensics, self.first_step, in_a_row)
         how = "branch" if self.is_branch else "resume" if self.folder else "start"
         about = {"attempt": self.attempt, "world_size": world.size, "checkpoint": str(self.folder or "")}
-        about |= {"batches": self.batches.changes, "config": self.resolved}
+        about |= {"batches": self.batches.changes, "config": self.resolved, "started_in": os.getcwd()}
         self.records.event(how, self.last_step, **about)
 
     def _open_watchdog(self) -> None:
@@ -170,7 +172,7 @@ class Run:
         """The state of the checkpoint that is resumed. A branch may change what it likes, a resumed run may not."""
         state = checkpoints.read_state(self.folder)
         if not self.is_branch:
-            saved = configuration.read([self.folder / "config.yaml"])
+            saved = configuration.decoded(configuration.read([self.folder / "config.yaml"]))
             now = self.resolved
             check_changes(saved, now, self.config.allow_changes)
             check_skip_steps(saved, now, state["step"], self.config.allow_changes)
@@ -190,12 +192,12 @@ class Run:
         """Those of the checkpoint that the run goes on from, and this configuration's from there on."""
         changes = self.state.get("batches", ())
         if self.folder and not changes:  # of an older version, or converted: one size up to here
-            saved = configuration.read([self.folder / "config.yaml"])
+            saved = configuration.decoded(configuration.read([self.folder / "config.yaml"]))
             changes = [(1, saved.get("global_batch_size", self.config.global_batch_size))]
         return BatchSizes(tuple(map(tuple, changes))).after(self.last_step, self.config.global_batch_size)
 
     def _checkpoint_files(self) -> dict[str, bytes]:
-        files = {"config.yaml": configuration.dump(self.resolved).encode()}
+        files = {"config.yaml": configuration.dump(self.resolved, os.getcwd()).encode()}
         folders = [source.folder for source in self.mixture.sources if source.folder]
         if folders:
             try:

@@ -21,13 +21,14 @@ import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NewType
 
 from olmo_train.errors import ConfigError
 
 log = logging.getLogger(__name__)
 MANIFEST = "MANIFEST.json"
 READ_BY_NAME = {"config.yaml", "state.json", "tokenizer.json"}  # besides *.safetensors: what is read from a checkpoint
+FilePath = NewType("FilePath", str)  # of a configuration: a leading ~ is the home folder; see config.py
 CHUNK = 1 << 22  # bytes that are written, or read, and hashed at once
 
 

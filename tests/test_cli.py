@@ -11,6 +11,7 @@ import sys
 import pytest
 
 from olmo_train.__main__ import VERBS, main
+from olmo_train.commands.train import split_config
 
 
 @pytest.fixture
@@ -153,6 +154,17 @@ def test_two_ranks_tell_a_mistake_once(run_cli, tiny_words):
     assert [line for line in done.stderr.splitlines() if line.startswith("error: ")] == [
         "error: gone.npy: cannot be opened: No such file or directory; name an existing shard or prepare the source again"
     ]
+
+
+def test_a_name_with_an_equals_sign_is_a_file_where_there_is_one(tmp_path, mistake):
+    (tmp_path / "lr=0.1").mkdir()
+    (tmp_path / "lr=0.1/x.txt").write_text("total_steps: 5\n")
+    assert split_config(["lr=0.1/x.txt", "lr=0.1/y.yaml", "a.yaml", "b.c=d", "lr=0.1"]) == (
+        ["lr=0.1/x.txt", "lr=0.1/y.yaml", "a.yaml"], ["b.c=d", "lr=0.1"])  # fmt: skip
+    assert mistake("plan", "lr=0.1/y.yaml")[1] == (
+        "error: lr=0.1/y.yaml: there is no such configuration file; "
+        """to set a key to this text, put quotes around the value: lr='"0.1/y.yaml"'"""
+    )
 
 
 def test_keys_may_stand_before_and_behind_options(mistake, tiny_words):

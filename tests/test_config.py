@@ -57,6 +57,84 @@ def test_the_resolved_file_is_itself_a_valid_input(tmp_path):
     assert run.log.wandb.tags[1:] == ("true", "1e3")
 
 
+@pytest.mark.parametrize(
+    "text",
+    ["2024_11_25", "20241125_103000", "0012", "1e5", "12e5678", "0123", "12:30:45", "2024-11-25", "no", "True", ".inf", "x=y",
+     "run #3", "#3", "@home", "a: b: c", "!x", "*x", "%x", "a[/b]", "---"],
+)  # fmt: skip
+def test_a_text_key_takes_the_word_as_it_was_typed(text, tmp_path):
+    run = load(f"run_dir={text}", f"log.wandb.name={text}", f"data.sources.a.path={text}")
+    assert (run.run_dir, run.log.wandb.name, run.data.sources["a"].path) == (text, text, text)
+    file = write(tmp_path, "config.yaml", config.dump(run))
+    assert config.load(TrainConfig, [file]) == run
+    assert config.decoded(config.read([file])) == config.to_dict(run) | {"run_dir": text}
+
+
+def test_a_text_key_of_a_file_takes_its_scalar_as_it_was_typed(tmp_path):
+    sources = "data: {sources: {no: {path: 20240101_00}, on: {path: [0012, 1.10]}, 1: {path: '3'}, null: {path: x}}}"
+    text = f"run_dir: 12e5678\n{sources}\nlog: {{wandb: {{tags: [1.10, 007, yes], name: 12:30:45, group: null}}}}\n"
+    run = config.load(TrainConfig, [write(tmp_path, "a.yaml", text)])
+    assert (run.run_dir, run.log.wandb.name, run.log.wandb.group) == ("12e5678", "12:30:45", None)
+    assert run.log.wandb.tags == ("1.10", "007", "yes")
+    paths = {name: source.path for name, source in run.data.sources.items()}
+    assert paths == {"no": "20240101_00", "on": ("0012", "1.10"), "1": "3", "null": "x"}
+    assert config.load(TrainConfig, [write(tmp_path, "b.yaml", config.dump(run))]) == run
+
+
+def test_only_null_and_a_leading_tilde_and_the_mark_of_a_missing_value_are_more_than_text(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", "/home/me")
+    run = load("run_dir=~/r", "init_from=~/c", "data.sources.a.path=[~/a,b~]", "log.wandb.name=~/n", "data.deny=[~/d.txt]")
+    assert (run.run_dir, run.init_from, run.log.wandb.name) == ("/home/me/r", "/home/me/c", "~/n")
+    assert (run.data.deny, run.data.sources["a"].path) == (("/home/me/d.txt",), ("/home/me/a", "b~"))
+    for word in ("null", "~", "Null", ""):
+        assert load("log.wandb.name=x", f"log.wandb.name={word}").log.wandb.name is None
+    assert load("log.wandb.name='null'").log.wandb.name == "null"
+    assert refusal("run_dir=???") == "run_dir: is missing (???); set it"
+    file = write(tmp_path, "a.yaml", "seed: ???\noptim: ???\n")
+    assert refusal("optim.peak_lr=1", files=[file]) == "seed: is missing (???); set it"
+    assert load("optim.peak_lr=1", "seed=3", files=[file]).seed == 3
+
+
+def test_interpolations_take_the_type_of_their_key(monkeypatch, tmp_path):
+    monkeypatch.setenv("STEPS", "1e3")
+    file = write(tmp_path, "a.yaml", "seed: 7\nlog: {wandb: {name: 'run-${seed}', group: '${oc.env:STEPS}'}}\n")
+    words = ("total_steps=${oc.env:STEPS}", "data.validation=${data.sources}", "data.sources.a.weight=0.5")
+    run = load(*words, "run_dir=${oc.env:NONE,runs}/${seed}", "init_from=\\${seed}", files=[file])
+    assert (run.total_steps, run.log.wandb.name, run.log.wandb.group, run.run_dir) == (1000, "run-7", "1e3", "runs/7")
+    assert run.init_from == "${seed}" and run.data.validation == run.data.sources
+    assert config.load(TrainConfig, [write(tmp_path, "b.yaml", config.dump(run))]) == run
+
+
+def test_null_takes_back_what_an_earlier_file_named(tmp_path):
+    first = write(tmp_path, "a.yaml", "data: {sources: {wiki: {path: w}, code: {path: c}}, validation: {wiki: {path: v}}}\n")
+    second = write(tmp_path, "b.yaml", "data: {sources: {wiki: null}, validation: {wiki: }}\n")
+    for run in (load(files=[first, second]), load("data.sources.wiki=null", "data.validation.wiki=", files=[first])):
+        assert list(run.data.sources) == ["code", "a"] and run.data.validation == {}
+    assert load("data.sources.wiki=null", "data.sources.wiki.path=x", files=[first]).data.sources["wiki"].path == "x"
+
+
+def test_relative_paths_of_a_run_are_found_from_another_folder(tmp_path, monkeypatch):
+    project, other = tmp_path / "project[1]", tmp_path / "other"
+    (project / "runs/r").mkdir(parents=True)
+    other.mkdir()
+    (project / "a0.npy").touch()
+    monkeypatch.chdir(project)
+    run = load("run_dir=runs/r", "data.sources.a.path=a0.npy", "data.sources.b.path=a*.npy", "data.validation.v.path=[a0.npy,x]")
+    file = write(project / "runs/r", "config.yaml", config.dump(run, str(project)))
+    assert config.load(TrainConfig, [file]) == run
+    copy = write(other, "copy.yaml", file.read_text())
+    monkeypatch.chdir(other)
+    found = config.load(TrainConfig, [file])
+    assert found.run_dir == str(project / "runs/r")
+    assert [source.path for source in found.data.sources.values()] == [f"{project}/a0.npy", f"{tmp_path}/project[[]1]/a*.npy"]
+    assert found.data.validation["v"].path == (f"{project}/a0.npy", "x")
+    assert config.load(TrainConfig, [copy]).run_dir == "runs/r"  # another run, which takes the same data
+    assert config.build(TrainConfig, config.words(config.to_dict(run), str(project))).data == found.data
+    project.rename(tmp_path / "moved")
+    monkeypatch.chdir(tmp_path / "moved")
+    assert config.load(TrainConfig, ["runs/r/config.yaml"]) == run
+
+
 def test_a_config_is_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         load().optim.peak_lr = 1.0
@@ -97,7 +175,7 @@ def test_an_unknown_key_or_choice_is_refused_with_the_nearest_known_one(word, to
         ("parallel.compile=1", "parallel.compile: must be true or false, got 1"),
         ("model=olmo-7b", "model: must be a mapping of keys, got 'olmo-7b'"),
         ("data.sources=wiki", "data.sources: must be a mapping of names, got 'wiki'"),
-        ("data.sources.a=null", "data.sources.a: must be a mapping of keys, got None"),
+        ("data.sources.a=null", "data.sources: names no data; set data.sources.NAME.path to a prepared folder or token file"),
         ("data.sources.b.weight=1", "data.sources.b.path: is missing and has no default; set it"),
         ("run_dir=", "run_dir: must be text, got None"),
     ],
@@ -164,6 +242,9 @@ def test_numbers_may_be_written_as_people_write_them():
     assert run.global_batch_size == 2000 and isinstance(run.global_batch_size, int)
     assert run.optim.peak_lr == 1.0 and isinstance(run.optim.peak_lr, float)
     assert run.micro_batch_size == 8
+    assert load("total_steps=010").total_steps == 10  # as `seq -w` writes them, and not octal
+    assert load("micro_batch_size=1_000").micro_batch_size == 1000
+    assert "between -2^63 and 2^63 - 1" in refusal("seed=" + "9" * 20) and "whole number" in refusal("seed=" + "9" * 5000)
 
 
 def test_a_path_may_be_one_text_or_a_list():
@@ -176,6 +257,11 @@ def test_a_path_may_be_one_text_or_a_list():
     [
         ("a: [1", "is not valid YAML"),
         ("- 1\n- 2\n", "must hold a mapping"),
+        ("a: &a {b: *a}", "an alias refers to itself"),
+        ("? [a, b]\n: 1\n", "line 1: a key must be text"),
+        ("a: !!python/object:os.system {}", "the tag 'tag:yaml.org,2002:python/object:os.system' is not known"),
+        ("[" * 9999, "nested too deeply"),
+        ("a: 1\n---\na: 2\n", "is not valid YAML"),
         ("seed: 1\nseed: 2\n", "is not valid YAML"),
         ("\x00\x01", "is not valid YAML"),
     ],

@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> None:
         raise ConfigError("--batch-size", f"must be at least 1, got {args.batch_size}")
     folder, model = open_model(args.checkpoint, args.device)
     values = configuration.read([folder / "config.yaml"])
-    rows = args.batch_size or values.get("micro_batch_size", 4)
+    rows = args.batch_size or configuration.decoded(values).get("micro_batch_size", 4)
     view = configuration.build(RunView, values, partial=True) if values.get("data") else None  # an imported one has no data
     result: dict[str, Any] = {"checkpoint": str(folder), "step": read_state(folder)["step"]}
     if args.tasks is not None:

@@ -44,9 +44,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from olmo_train.provenance import Run
 
-    files, overrides = split_config(args.config)
-    is_folder = len(files) == 1 and Path(files[0]).is_dir()
-    inspected = Run.of_folder(Path(files[0]), overrides) if is_folder else Run(files, overrides)
+    folders = [w for w in args.config if Path(w).is_dir() and ("=" not in w or (Path(w) / "config.yaml").is_file())]
+    files, overrides = split_config([word for word in args.config if word not in folders])
+    is_folder = len(folders) == 1 and not files
+    inspected = Run.of_folder(Path(folders[0]), overrides) if is_folder else Run(folders + files, overrides)
     show = _show_step if args.step is not None else _show_document
     show(inspected, args)
 

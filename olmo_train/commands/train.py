@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,8 +18,9 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def split_config(words: list[str]) -> tuple[list[str], list[str]]:
-    """(YAML files, key=value words)."""
-    return [word for word in words if "=" not in word], [word for word in words if "=" in word]
+    """(YAML files, key=value words). A name with `=` in it is a file's when there is one, or when it ends as one."""
+    files = [word for word in words if "=" not in word or word.endswith((".yaml", ".yml")) or Path(word).is_file()]
+    return files, [word for word in words if word not in files]
 
 
 def run(arguments: argparse.Namespace) -> None:

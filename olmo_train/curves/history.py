@@ -72,7 +72,7 @@ def read_run(run_dir: Path) -> Run:
     config: dict[str, Any] = {}
     if (run_dir / "config.yaml").is_file():
         try:
-            config = yaml_config.flatten(yaml_config.read([run_dir / "config.yaml"]))
+            config = yaml_config.flatten(yaml_config.decoded(yaml_config.read([run_dir / "config.yaml"])))
         except ConfigError as problem:
             notes.append(str(problem))
     name = run_dir.resolve().name

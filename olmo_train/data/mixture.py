@@ -18,6 +18,7 @@ from olmo_train.data.order import ORDERS, PERIOD, BatchSizes, Mixed, OlmoOrder, 
 from olmo_train.data.shards import SourceConfig, TokenSource, open_source
 from olmo_train.data.tokenizer import TokenizerRecord, check_same_tokenizer
 from olmo_train.errors import ConfigError, DataError, check_choice
+from olmo_train.storage import FilePath
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class DataConfig:
     eos_id: int | None = None  # end of a document in raw files; prepared folders know theirs
     document_mask: bool = False  # attention stays within a document, positions start again with each
     stages: tuple[StageConfig, ...] = ()
-    deny: tuple[str, ...] = ()  # documents that are never a label in training: SOURCE:ID, or files of one such word a line
+    deny: tuple[FilePath, ...] = ()  # documents that are never a label in training: SOURCE:ID, or files of one such word a line
     validation: dict[str, SourceConfig] = field(default_factory=dict)
     check_tokenizer: bool = True  # refuse sources, validation data or a checkpoint made with different tokenizers
 

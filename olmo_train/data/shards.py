@@ -23,7 +23,7 @@ from olmo_train.data.documents import Document, DocumentTable, scan_documents
 from olmo_train.data.meta import DTYPES, META_FILE, Meta, hash_blocks, hash_file, read_meta
 from olmo_train.data.tokenizer import TokenizerRecord
 from olmo_train.errors import ConfigError, DataError, check_choice
-from olmo_train.storage import cache_folder
+from olmo_train.storage import FilePath, cache_folder
 
 WHOLE_BYTES = 64 * 2**20  # a source of at most this size is hashed whole when it is opened; a larger one in blocks
 RAW_BLOCKS = 4096  # blocks of 4 KiB hashed over all raw files of a source, evenly spread, the first and the last included
@@ -33,7 +33,7 @@ CHECKED_SHARDS = 256  # of a large prepared source, so many shards, evenly sprea
 @dataclass(frozen=True)
 class SourceConfig:
     path: (
-        str | tuple[str, ...]
+        FilePath | tuple[FilePath, ...]
     )  # a folder written by prepare-data, or raw .npy/.bin token files: a file, a list, a glob; also scheme://
     weight: float = 1.0  # share of the instances, relative to the other sources; without meaning for validation
     dtype: str | None = None  # of raw files: uint16 or uint32; null: from the vocabulary (<= 65536 -> uint16)
