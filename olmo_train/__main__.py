@@ -43,6 +43,16 @@ class Parser(argparse.ArgumentParser):
 
     verb = ""  # the first word of the command line, also for the parsers of single verbs
 
+    def parse_known_args(self, args=None, namespace=None):
+        """An option that takes a TEXT takes the next word as it is: argparse reads `--prompt -x` as two options."""
+        words = iter(sys.argv[1:] if args is None else args)
+        joined = []
+        for word in words:
+            action = self._option_string_actions.get(word)
+            text = next(words, None) if action and action.metavar == "TEXT" else None
+            joined.append(word if text is None else f"{word}={text}")
+        return super().parse_known_args(joined, namespace)
+
     def error(self, message: str) -> NoReturn:
         if not _is_silent(self.verb):
             self.print_usage(sys.stderr)

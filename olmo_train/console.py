@@ -21,6 +21,13 @@ def has_color() -> bool:
     return bool(os.environ.get("FORCE_COLOR")) or is_terminal(sys.stdout)
 
 
+def rich_console(**options: Any) -> Any:
+    """rich's Console for text that may be a user's: brackets and :codes: are shown as they are, and bold is a style."""
+    from rich.console import Console
+
+    return Console(markup=False, emoji=False, highlight=False, **options)
+
+
 class Console:
     """Shows each logged line. Made on rank 0 only."""
 
@@ -31,20 +38,20 @@ class Console:
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
             columns = [
-                TextColumn("[bold]{task.description}"),
+                TextColumn("{task.description}", style="bold", markup=False),
                 BarColumn(),
                 MofNCompleteColumn(),
                 TimeRemainingColumn(),
-                TextColumn("{task.fields[now]}"),
+                TextColumn("{task.fields[now]}", markup=False),
             ]
-            self.progress = Progress(*columns)
+            self.progress = Progress(*columns, console=rich_console())
             self.task = self.progress.add_task(run_dir, completed=first_step, total=total_steps, now="")
             self.progress.start()
 
     def say(self, text: str) -> None:
         """A line above the bar."""
         if self.progress is not None:
-            self.progress.console.print(text, highlight=False)
+            self.progress.console.print(text)
         else:
             self._print(text)
 
@@ -67,7 +74,7 @@ class Console:
             else:
                 self._print(f"step {step:>{len(str(self.total_steps))}}/{self.total_steps}  {line}  left {duration(left)}")
         losses = {
-            key.split("/")[1]: value
+            key.removeprefix("eval/").removesuffix("/CrossEntropyLoss"): value
             for key, value in metrics.items()
             if key.startswith("eval/") and key.endswith("/CrossEntropyLoss")
         }

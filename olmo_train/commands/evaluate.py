@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -92,7 +93,10 @@ def _sources(vocab_size: int, folder: Path, view: RunView | None, args: argparse
         for word in args.data:
             if not all(word.partition("=")):
                 raise ConfigError("--data", f"'{word}' is not NAME=PATH")
-        named = {word.partition("=")[0]: SourceConfig(word.partition("=")[2]) for word in args.data}
+        words = [word.partition("=") for word in args.data]
+        named = {name: SourceConfig(os.path.expanduser(path)) for name, _, path in words}
+        if len(named) < len(words):
+            raise ConfigError("--data", f"names a source twice: {' '.join(args.data)}; give each its own name")
     if not named:
         raise ConfigError("data.validation", "names no held-out source in this run; give one with --data NAME=PATH, or --tasks")
     eos_id = view.data.eos_id if view else None
@@ -105,12 +109,16 @@ def _sources(vocab_size: int, folder: Path, view: RunView | None, args: argparse
 
 def _watch(items, what: str, total: int):
     """A progress bar on stderr where somebody sees it."""
-    from rich.console import Console
-    from rich.progress import track
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from olmo_train.console import is_terminal
+    from olmo_train.console import is_terminal, rich_console
 
-    return track(items, what, total, console=Console(stderr=True), transient=True) if is_terminal(sys.stderr) else items
+    def watched():
+        columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=rich_console(stderr=True), transient=True) as progress:
+            yield from progress.track(items, total, description=what)
+
+    return watched() if is_terminal(sys.stderr) else items
 
 
 def _report(result: dict[str, Any], args: argparse.Namespace) -> None:
@@ -144,13 +152,14 @@ def _number(value: float | None, digits: int = 4) -> str:
 def print_table(columns: tuple[str, ...], rows: list[tuple[str, ...]], left: tuple[str, ...] | None = None) -> None:
     """Columns named in `left`, or else the first, to the left, the others to the right; unwrapped where it is no terminal."""
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(width=None if sys.stdout.isatty() else 200)
+    from olmo_train.console import rich_console
+
+    console = rich_console(width=None if sys.stdout.isatty() else 200)
     table = Table(box=box.SIMPLE_HEAD)
     for column in columns:
         table.add_column(column, justify="left" if column in (left or columns[:1]) else "right", no_wrap=True)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*("".join(c if c.isprintable() else "\ufffd" for c in cell) for cell in row))  # no codes for the terminal
     console.print(table)

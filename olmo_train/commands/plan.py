@@ -240,9 +240,9 @@ def schedule(config: TrainConfig, cost: dict | None, mixture: Mixture | None, wh
 
 def show(plan: dict[str, Any], config: TrainConfig) -> None:
     """Print the plan as tables that fit 80 columns."""
-    from rich.console import Console
+    from olmo_train.console import rich_console
 
-    console = Console(highlight=False, soft_wrap=False)
+    console = rich_console(soft_wrap=False)
     gpu = plan["gpu"]
     kind = f"{plan['gpus']} x {gpu['name']}" if gpu else f"{plan['gpus']} GPU{'s' * (plan['gpus'] > 1)}, kind not named"
     console.print(f"{'' if config.run_dir == UNNAMED else config.run_dir + ': '}{kind}", style="bold")
@@ -266,7 +266,7 @@ def table(
         made.add_row(*row)
     if total:
         made.add_row(*total, style="bold")
-    console.print(f"\n[bold]{title}[/bold]")
+    console.print(f"\n{title}", style="bold")
     console.print(made)
 
 
@@ -281,6 +281,8 @@ def show_parameters(console: Console, plan: dict[str, Any]) -> None:
 
 
 def show_memory(console: Console, plan: dict[str, Any]) -> None:
+    from rich.text import Text
+
     from olmo_train import planner
 
     moments, layout, gpu = plan["memory_bytes"], plan["layout"], plan["gpu"]
@@ -301,8 +303,8 @@ def show_memory(console: Console, plan: dict[str, Any]) -> None:
     if not gpu:
         console.print(f"A GPU needs {gigabytes(needed)}, {assumed}; name one with --gpu to see whether it fits.")
         return
-    verdict = "[green]Fits[/green]" if plan["fits"] else "[red]Does not fit[/red]"
-    console.print(f"{verdict}: {gigabytes(needed)} of {gpu['memory_gb']:g} GB, {assumed}.")
+    verdict = ("Fits", "green") if plan["fits"] else ("Does not fit", "red")
+    console.print(Text.assemble(verdict, f": {gigabytes(needed)} of {gpu['memory_gb']:g} GB, {assumed}."))
     share = layout["micro_batch_size"] * layout["micro_batches"]
     for checkpointing, largest in plan["largest_micro_batch_size"].items():
         fits = f"{largest} of a GPU's {share:,} sequences" if largest else "none, take more GPUs"
@@ -356,7 +358,7 @@ def show_schedule(console: Console, plan: dict[str, Any]) -> None:
         ]
         table(console, "Sources", ["name", "weight", "tokens", "epochs"], rows)
     if plan["sources_unknown"]:
-        console.print(f"Epochs are unknown: {plan['sources_unknown']}", markup=False)
+        console.print(f"Epochs are unknown: {plan['sources_unknown']}")
     console.print(f"Evaluations: {plan['evaluations']:,}{'' if plan['evaluations'] else ', no data.validation is named'}.")
     console.print(f"Checkpoints: {plan['checkpoints_saved']:,} saved, {plan['checkpoints_kept']:,} kept, "
                   f"{gigabytes(plan['checkpoint_bytes'])} each; at most "

@@ -90,12 +90,11 @@ class _ProgressLine:
     """A bar on a terminal, a plain line every ten seconds elsewhere; both on stderr."""
 
     def __init__(self):
-        from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-        from olmo_train.console import is_terminal
+        from olmo_train.console import is_terminal, rich_console
 
-        self.console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self.console = rich_console(stderr=True, soft_wrap=True)
         columns = ("{task.percentage:>3.0f}%", "{task.fields[tokens]:,} tokens", "{task.fields[speed]:,.0f} tokens/s")
         parts = (BarColumn(), *map(TextColumn, columns), TimeRemainingColumn())
         self.bar = Progress(*parts, console=self.console, disable=not is_terminal(sys.stderr))
@@ -111,7 +110,7 @@ class _ProgressLine:
         self.bar.stop()
 
     def warn(self, text: str) -> None:
-        self.console.print(f"warning: {text}", markup=False)
+        self.console.print(f"warning: {text}")
 
     def update(self, progress) -> None:
         now = time.monotonic()

@@ -81,7 +81,8 @@ def choose(logits: Tensor, sampling: Sampling, draws: Tensor) -> Tensor:
     """
     if sampling.temperature == 0:
         return logits.argmax(dim=-1)
-    probabilities, tokens = (logits.double() / sampling.temperature).softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
+    logits = logits.double() - logits.max(dim=-1, keepdim=True).values  # else a tiny temperature makes them infinite
+    probabilities, tokens = (logits / sampling.temperature).softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
     if sampling.top_k is not None:
         probabilities[:, sampling.top_k :] = 0
         probabilities /= probabilities.sum(dim=-1, keepdim=True)

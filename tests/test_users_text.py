@@ -1,0 +1,105 @@
+"""Text of the user (data, names, paths, prompts) is shown and taken as it is, whatever a library would read in it."""
+
+import io
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import olmo_train
+from olmo_train.__main__ import main
+from olmo_train.commands.evaluate import _watch, print_table
+from olmo_train.console import Console
+from olmo_train.model.generate import Sampling, choose
+
+ODD = ("[/INST] [link] :smile:", "a[/b]", "lr[red]", "[bold]x[/bold]")
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def shown(terminal: Terminal) -> str:
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", terminal.getvalue())
+
+
+@pytest.mark.parametrize("text", ODD)
+def test_tables_and_the_bars_show_the_users_text_as_it_is(monkeypatch, text):
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(sys, "stdout", terminal := Terminal())
+    print_table((text, "b"), [(text, "1"), ("x\x1b[31my", "2")])
+    console = Console(text, 0, 3)
+    console.say(f"says {text}")
+    console.log(1, {f"eval/{text}/CrossEntropyLoss": 1.0})
+    console.step(2)
+    console.close()
+    out = shown(terminal)
+    assert out.count(text) >= 5 and "x\ufffd[31my" in out
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    assert list(_watch([1, 2], text, 2)) == [1, 2] and text in shown(terminal)
+
+
+def test_a_plan_shows_its_run_dir_and_sources_as_they_are(tiny_words, tiny_tokens, capsys):
+    words = tiny_words(**{"run_dir": "runs/a[/b]", "data.sources.s[/b].path": tiny_tokens})
+    assert main(["plan", *words, "--gpu", "h100"]) == 0
+    out = capsys.readouterr().out
+    assert "runs/a[/b]: 1 x" in out and "s[/b]" in out and "Fits: " in out and "[bold]" not in out
+
+
+def test_only_console_makes_a_console_of_rich():
+    for file in Path(olmo_train.__file__).parent.rglob("*.py"):
+        makers = re.findall(r"\b(?:rich import print|rich\.print|track\(|(?<!rich_)Console\()", file.read_text())
+        allowed = {"console.py": ["Console("], "records.py": ["Console("], "evaluate.py": ["track("]}
+        assert makers in ([], allowed.get(file.name)), file
+
+
+def parsed(monkeypatch, *words):
+    """What the module of a verb is called with."""
+    from olmo_train.commands import generate
+
+    seen = []
+    monkeypatch.setattr(generate, "run", seen.append)
+    assert main(["generate", "r", *words]) == 0
+    return seen[0]
+
+
+def test_an_option_that_takes_text_takes_the_next_word_as_it_is(monkeypatch):
+    args = parsed(monkeypatch, "--prompt", "-x", "--prompt", "--json", "--stop", "--x", "--prompt", "", "--json", "--seed", "-1")
+    assert (args.prompt, args.stop, args.json, args.seed) == (["-x", "--json", ""], ["--x"], True, -1)
+
+
+@pytest.mark.parametrize(
+    "words, told",
+    [
+        (["--stop", ""], "error: --stop: is empty"),
+        (["--seed", "9" * 20], "error: --seed: must lie between -2^63 and 2^63 - 1, got 9"),
+        (["--prompt", "a\udcff"], "error: --prompt: 'a\\udcff' is not UTF-8"),
+        (["--prompt"], "error: olmo-train generate: argument --prompt: expected one argument"),
+    ],
+)
+def test_what_generate_cannot_use_is_refused(capsys, words, told):
+    try:
+        code = main(["generate", "nowhere", *words])
+    except SystemExit as exit:
+        code = exit.code
+    assert code == 2 and capsys.readouterr().err.splitlines()[-1].startswith(told)
+
+
+def test_a_tiny_temperature_is_greedy():
+    logits = torch.tensor([[1.0, 3.0, 2.0], [-5e3, -4e3, -6e3]])
+    for temperature in (1e-320, 1e-12):
+        assert choose(logits, Sampling(temperature), torch.tensor([0.0, 0.999])).tolist() == [1, 1]
+
+
+def test_a_source_is_measured_under_one_name():
+    from argparse import Namespace
+
+    from olmo_train.commands.evaluate import _sources
+    from olmo_train.errors import ConfigError
+
+    with pytest.raises(ConfigError, match="--data: names a source twice: m=a m=b"):
+        _sources(512, None, Namespace(data=["m=a", "m=b"]))
