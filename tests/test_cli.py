@@ -147,12 +147,13 @@ def test_the_address_that_a_cluster_sets_alone_means_one_process(monkeypatch):
     assert announced() == Processes(rank=1, size=2, local_rank=0, launched=True)
 
 
-def test_two_ranks_tell_a_mistake_once(run_cli, tiny_words):
+def test_two_ranks_tell_a_mistake_once(run_cli, tiny_words, tmp_path):
     """torchrun exits with 1 whatever its workers did, so the line is what tells."""
     done = run_cli("train", *tiny_words(), "data.sources.a.path=gone.npy", nproc=2)
     assert done.returncode == 1
     assert [line for line in done.stderr.splitlines() if line.startswith("error: ")] == [
-        "error: gone.npy: cannot be opened: No such file or directory; name an existing shard or prepare the source again"
+        f"error: gone.npy: cannot be opened: No such file or directory ({tmp_path}/gone.npy); "
+        "name an existing shard or prepare the source again"
     ]
 
 

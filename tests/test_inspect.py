@@ -171,6 +171,27 @@ def test_a_documents_past_and_future_are_the_steps_that_read_it(tiny_words, prep
     assert main(["inspect-data", str(tmp_path / "run"), "--document", "a:d99"]) == 3
 
 
+def test_an_id_that_occurs_many_times_names_all_its_documents(tiny_words, prepared, tmp_path, capsys):
+    lines = [json.dumps({"id": "dup" if i % 3 == 0 else f"d{i}", "text": f"w{i} " * (i + 1)}) for i in range(12)]
+    (tmp_path / "in.jsonl").write_text("\n".join(lines) + "\n")
+    data = ["prepare-data", tmp_path / "in.jsonl", "--output", tmp_path / "dups", "--tokenizer", prepared, "--workers", 1]
+    assert main([str(word) for word in data]) == 0
+    words = run_words(tiny_words, tmp_path / "dups", total_steps=9)
+    told = inspect(capsys, *words, "--document", "a:dup")
+    assert [d["origin"].rpartition(":")[2] for d in told["documents"]] == ["1", "4", "7", "10"]
+    assert told["document"] == told["documents"][0] and told["visits"] == sorted(
+        told["visits"], key=lambda visit: (visit["step"], visit["row"]))  # fmt: skip
+    for d in told["documents"]:
+        alone = inspect(capsys, *words, "--document", f"a:@{d['start']}")
+        assert alone["visits"] == [visit for visit in told["visits"] if visit["start"] == d["start"]]
+        assert len(alone["visits"]) == d["reads"] > 0
+    assert main(["inspect-data", *words, "--document", "a:dup"]) == 0
+    assert "a:dup is the id of 4 documents" in capsys.readouterr().out
+    for id, told in (("d100", "did you mean 'd10'"), ("Dup", "did you mean 'dup'?"), ("quite another", "an id of it is 'dup'")):
+        assert main(["inspect-data", *words, "--document", f"a:{id}"]) == 3
+        assert f"knows no document '{id}'; {told}" in capsys.readouterr().err
+
+
 def events(run_dir: Path, words: list[str], *attempts) -> None:
     """A run_dir as a run leaves it: attempts are (step that it went on from, world size, changed keys)."""
     run_dir.mkdir()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -112,23 +113,32 @@ def _names(row: Row) -> str:
 
 
 def _show_document(inspected: Run, args: argparse.Namespace) -> None:
-    from olmo_train.data.inspect import find_document
+    from olmo_train.data.inspect import find_documents
 
     if args.rank is not None:
         from olmo_train.errors import ConfigError
 
         raise ConfigError("--rank", "goes with --step; --document tells the rank of every visit")
     mixture = inspected.attempts[-1].mixture()
-    source, document = find_document(mixture, args.document)
+    source, found = find_documents(mixture, args.document)
     done, visits = inspected.last_step(), []
-    for visit, rank in _visits(inspected, mixture, args):
-        visits.append({**asdict(visit), "rank": rank, "done": visit.step <= done})
-    about = {"source": mixture.names[source], **asdict(document)}
+    for start, visit, rank in _visits(inspected, mixture, args):
+        visits.append({**asdict(visit), "rank": rank, "done": visit.step <= done, "start": start})
+    visits.sort(key=lambda visit: (visit["step"], visit["row"]))
+    reads = Counter(visit["start"] for visit in visits)
+    documents = [{"source": mixture.names[source], **asdict(d), "reads": reads[d.start]} for d in found]
     if args.json:
-        print(json.dumps({"document": about, "done_steps": done, "total_steps": inspected.steps, "visits": visits}))
+        about = {"document": documents[0], "documents": documents}  # the first, and all of this id
+        print(json.dumps(about | {"done_steps": done, "total_steps": inspected.steps, "visits": visits}))
         return
-    print(f"{args.document} from {document.origin}: {document.end - document.start:,} tokens at {document.start:,} of its source")
-    if document.denied:
+    if len(found) > 1:
+        print(f"{args.document} is the id of {len(found):,} documents")
+    for d in found[:SHOWN_ROWS]:
+        read = f", {reads[d.start]:,} reads" if len(found) > 1 else ""
+        print(f"{args.document} from {d.origin}: {d.end - d.start:,} tokens at {d.start:,} of its source{read}")
+    if len(found) > SHOWN_ROWS:
+        print(f"... and {len(found) - SHOWN_ROWS:,} more; --json lists all")
+    if found[0].denied:
         print("data.deny denies it: its tokens are read as context, and nothing is learned from predicting them")
     past = sum(visit["done"] for visit in visits)
     print(f"{past} reads in the {done:,} steps done, {len(visits) - past} in those to come, up to step {inspected.steps:,}")
@@ -136,8 +146,8 @@ def _show_document(inspected: Run, args: argparse.Namespace) -> None:
 
 
 def _visits(inspected: Run, newest: Mixture, args: argparse.Namespace):
-    """(visit, rank) of the document, attempt by attempt, each with its own order and processes."""
-    from olmo_train.data.inspect import find_document, rows_a_rank, visits_of
+    """(start of the document, visit, rank), attempt by attempt, each with its own order and processes."""
+    from olmo_train.data.inspect import find_documents, rows_a_rank, visits_of
 
     ends = [attempt.first_step - 1 for attempt in inspected.attempts[1:]] + [inspected.steps]
     for i, (attempt, end) in enumerate(zip(inspected.attempts, ends, strict=True)):
@@ -145,8 +155,10 @@ def _visits(inspected: Run, newest: Mixture, args: argparse.Namespace):
         mixture = newest if same else attempt.mixture()
         rank_size = rows_a_rank(mixture.batches.at(end), _world_size(attempt, args))
         first = attempt.first_step if i else 1  # a run that branched off read the same data before
-        for visit in visits_of(mixture, *find_document(mixture, args.document), first, end):
-            yield visit, visit.row // rank_size
+        source, documents = find_documents(mixture, args.document)
+        for document in documents:
+            for visit in visits_of(mixture, source, document, first, end):
+                yield document.start, visit, visit.row // rank_size
 
 
 def _print_visits(visits: list[dict[str, Any]]) -> None:

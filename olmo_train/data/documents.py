@@ -7,6 +7,7 @@ an array of (hash of the id, position) sorted by hash. pyarrow is imported only 
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import os
 from bisect import bisect_left, bisect_right
@@ -28,6 +29,7 @@ IDS_FILE = "documents.ids"
 ID_DTYPE = np.dtype([("hash", "<u8"), ("start", "<i8")])  # start: position in the stream
 COLUMNS = ("id", "shard", "start", "end", "origin", "record")
 GROUP_ROWS = 2**18  # most rows of a row group: what one lookup reads
+LIKE_ROWS, LIKE_GROUPS = 20_000, 16  # an unknown id is compared with at most this many ids of this many row groups
 SORT_ROWS = 2**22  # ids that are sorted in memory at once
 SCAN_TOKENS = 2**22  # how far a raw file is scanned for an EOS before and after a span
 
@@ -167,8 +169,16 @@ class DocumentTable:
             base = shard_starts[self._group_key(group)[0]]
             found += [d.shifted(base) for d in self._at(group, sorted(starts)) if starts.get(d.start) == d.id]
         if missing := ids - {document.id for document in found}:
-            raise DataError(self.file, f"knows no document '{min(missing)}'; ids stand in its column id")
+            raise DataError(self.file, f"knows no document '{min(missing)}'; {self._nearest(min(missing))}")
         return found
+
+    def _nearest(self, id: str) -> str:
+        """The known ids that are like this one, among at most LIKE_ROWS of the source."""
+        groups = range(0, self._parquet.num_row_groups, -(-self._parquet.num_row_groups // LIKE_GROUPS))
+        columns = [self._parquet.read_row_group(group, columns=["id"])["id"][: LIKE_ROWS // len(groups)] for group in groups]
+        known = [known for column in columns for known in column.to_pylist()]
+        near = difflib.get_close_matches(id, known, n=3, cutoff=0.6)
+        return f"did you mean {' or '.join(map(repr, dict.fromkeys(near)))}?" if near else f"an id of it is {known[0]!r}"
 
     def _starts_of(self, id: str) -> Iterator[int]:
         """Positions in the stream of the documents whose id has this one's hash."""

@@ -76,7 +76,14 @@ def rows_of_step(
 
 
 def find_document(mixture: Mixture, word: str) -> tuple[int, Document]:
-    """(source index, document) of `SOURCE:ID`, or of `SOURCE:@POSITION`, the document that holds this token of the stream.
+    """The first of `find_documents`."""
+    index, documents = find_documents(mixture, word)
+    return index, documents[0]
+
+
+def find_documents(mixture: Mixture, word: str) -> tuple[int, list[Document]]:
+    """(source index, documents in order) of `SOURCE:ID`: an id may occur many times. `SOURCE:@POSITION` is the document that
+    holds this token of the stream.
 
     Raises ConfigError and DataError.
     """
@@ -87,8 +94,8 @@ def find_document(mixture: Mixture, word: str) -> tuple[int, Document]:
     index = mixture.names.index(name)
     source = mixture.sources[index]
     if not (id.startswith("@") and id[1:].isdigit()):
-        return index, mixture.marked(index, [source.find_document(id)])[0]
-    return index, mixture.marked(index, [source.document_at(int(id[1:]))])[0]
+        return index, mixture.marked(index, sorted(source.find_documents({id}), key=lambda document: document.start))
+    return index, mixture.marked(index, [source.document_at(int(id[1:]))])
 
 
 def visits_of(mixture: Mixture, source: int, document: Document, first_step: int, last_step: int) -> list[Visit]:

@@ -276,9 +276,11 @@ def _expand(path: str | tuple[str, ...]) -> list[Path]:
     """The files that a path, list or glob names, in the order of the list; those of a glob by name."""
     files = []
     for word in [path] if isinstance(path, str) else path:
-        matches = [word] if Path(word).exists() or not glob.has_magic(word) else sorted(glob.glob(word, recursive=True))
+        matches = [word]
+        if glob.has_magic(word) and not Path(word).exists():  # or [ is a bracket of a folder's name
+            matches = sorted(glob.glob(word, recursive=True) or glob.glob(word.replace("[", "[[]"), recursive=True))
         if not matches:
-            raise DataError(word, "matches no file")
+            raise DataError(word, f"matches no file{_looked_for(word)}")
         if folders := [match for match in matches if Path(match).is_dir()]:
             why = f"names the folder {folders[0]}" if folders[0] != word else "is a folder inside a list"
             raise DataError(word, f"{why}; name raw token files, or one prepared folder for one source")
@@ -325,8 +327,14 @@ def _size(file: Path) -> int:
         return file.stat().st_size
     except OSError as problem:
         raise DataError(
-            file, f"cannot be opened: {problem.strerror}; name an existing shard or prepare the source again"
+            file,
+            f"cannot be opened: {problem.strerror}{_looked_for(file)}; name an existing shard or prepare the source again",
         ) from problem
+
+
+def _looked_for(path: str | Path) -> str:
+    """Where a relative path leads."""
+    return "" if Path(path).is_absolute() else f" ({Path.cwd() / path})"
 
 
 def _map(file: Path, dtype: np.dtype, offset: int) -> np.ndarray:
