@@ -147,7 +147,7 @@ def _parse(content: str | bytes) -> Any:
     try:
         loader = yaml.SafeLoader(content)  # which looks for bytes that are no text
         return _tree(loader, loader.get_single_node(), {})
-    except yaml.YAMLError as problem:
+    except (yaml.YAMLError, OverflowError) as problem:  # "\\UFFFFFFFF", which is no character
         raise ValueError(str(problem)) from problem
     except RecursionError as problem:
         raise ValueError("it is nested too deeply, or an alias refers to itself") from problem
