@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -368,3 +369,38 @@ def test_a_locale_without_the_characters_of_a_name_changes_neither_files_nor_the
     assert done.returncode == 0, done.stderr
     assert "l\\xe4ufe starts: " in done.stdout
     assert "läufe" in (tmp_path / "läufe/config.yaml").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "environment, terminal, color, redraws",
+    [
+        ({}, True, True, True),
+        ({}, False, False, False),
+        ({"NO_COLOR": "1"}, True, False, True),
+        ({"NO_COLOR": ""}, True, True, True),
+        ({"FORCE_COLOR": "1"}, False, True, False),
+        ({"FORCE_COLOR": "1", "NO_COLOR": "1"}, True, False, True),
+        ({"TERM": "dumb"}, True, False, False),
+    ],
+)
+def test_colours_and_redrawn_lines_follow_the_environment(environment, terminal, color, redraws, monkeypatch):
+    from olmo_train import console
+
+    for name in ("NO_COLOR", "FORCE_COLOR", "TERM"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal, raising=False)
+    assert (console.has_color(), console.is_terminal(sys.stdout)) == (color, redraws)
+
+
+def test_a_conversion_into_the_working_directory_is_refused(tmp_path, monkeypatch):
+    from olmo_train.convert import new_folder
+    from olmo_train.errors import ConfigError
+
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=r"^\.: is the working directory; name a new folder"), new_folder(Path(".")):
+        pass
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="file/x: cannot be written: .*; name another place"), new_folder(Path("file/x")):
+        pass

@@ -38,6 +38,16 @@ def test_a_batch_that_does_not_fit_the_processes_is_a_problem(tiny_args, monkeyp
     assert problem.check == "global_batch_size" and "use 12" in problem.finding
 
 
+def test_the_cache_and_a_launchers_environment_that_is_incomplete_are_reported(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    (cache,) = doctor.cache()
+    assert (cache.status, cache.finding) == ("ok", f"{tmp_path}/olmo_train")
+    assert [f.finding for f in doctor.launcher()] == ["none: one process"]
+    monkeypatch.setenv("RANK", "0")
+    (launcher,) = doctor.launcher()
+    assert launcher.status == "warning" and "has RANK=0, but not WORLD_SIZE" in launcher.finding
+
+
 def test_the_verb_prints_json_and_exits_by_the_findings(run_cli, tiny_words):
     done = run_cli("doctor", *tiny_words(), "--json")
     assert done.returncode == 0 and {"environment", "gpus", "network"} <= {f["check"] for f in json.loads(done.stdout)}
