@@ -108,9 +108,6 @@ def _check(args: argparse.Namespace) -> None:
         raise ConfigError("--stop", "is empty, and an empty text is everywhere; name the text that ends a continuation")
     if not -(2**63) <= args.seed < 2**63:
         raise ConfigError("--seed", f"must lie between -2^63 and 2^63 - 1, got {args.seed}")
-    for prompt in args.prompt or ():
-        if any("\ud800" <= character <= "\udfff" for character in prompt):
-            raise ConfigError("--prompt", f"{prompt!r} is not UTF-8")
 
 
 def _continue(model: Transformer, tokenizer: Tokenizer, prompts: list[str], sampling, args) -> list[list[int]]:
