@@ -101,4 +101,4 @@ def test_a_source_is_measured_under_one_name():
     from olmo_train.errors import ConfigError
 
     with pytest.raises(ConfigError, match="--data: names a source twice: m=a m=b"):
-        _sources(512, None, Namespace(data=["m=a", "m=b"]))
+        _sources(512, Path("r"), None, Namespace(data=["m=a", "m=b"]))
