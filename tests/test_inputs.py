@@ -4,6 +4,7 @@ import io
 import json
 import os
 import socket
+import struct
 import threading
 import zlib
 
@@ -122,6 +123,7 @@ def test_an_output_inside_the_input_is_no_input(tmp_path):
     _, second = prepare_source(tmp_path, folder, name="in/second")
     assert second.meta.account["in"] == result.meta.account["in"]
     (folder / "half/.unfinished").mkdir(parents=True)
+    (folder / "half/tokens-00000.bin").write_bytes(b"an unfinished output")
     assert texts(folder) == ["sun", "moon"]
     with pytest.raises(ConfigError, match="is a folder that prepare-data wrote"):
         read(folder / "out")
@@ -382,6 +384,18 @@ def test_a_bad_row_of_a_table_is_left_out_alone(tmp_path):
     assert skipped(tmp_path / "b.parquet") == [("is not UTF-8", 1)]
     with pytest.raises(DataError, match=r"a.parquet:2: cannot be read"):
         prepare_source(tmp_path, tmp_path / "a.parquet", on_error="stop")
+
+
+def test_an_arrow_file_with_wrong_offsets_breaks_off_where_they_are(tmp_path):
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, pa.schema([("text", pa.string())])) as writer:
+        for texts_ in (["aaaa", "bbbb"], ["ccccc", "ddddd"]):
+            writer.write_batch(pa.record_batch({"text": texts_}))
+    data, offsets = sink.getvalue().to_pybytes(), struct.pack("<3i", 0, 5, 10)
+    assert data.count(offsets) == 1
+    (tmp_path / "a.arrow").write_bytes(data.replace(offsets, struct.pack("<3i", 0, 2**30, 10)))
+    assert texts(tmp_path / "a.arrow") == ["aaaa", "bbbb"]
+    assert skipped(tmp_path / "a.arrow") == [("the file breaks off", 1)]
 
 
 def test_a_lone_surrogate_in_an_id_is_left_out_alone(tmp_path):

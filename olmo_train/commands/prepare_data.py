@@ -71,8 +71,8 @@ def _print_account(meta) -> None:
     if not meta.account:  # written by an earlier version
         return
     read, written = meta.account["in"], meta.account["out"]
-    print(f"in: {read['files']:,} files, {read['records']:,} records, {read['bytes']:,} bytes")
-    print(f"out: {written['tokens']:,} tokens from {written['documents']:,} records, {written['bytes']:,} bytes")
+    print(f"read: {read['files']:,} files, {read['records']:,} records, {read['bytes']:,} bytes")
+    print(f"tokenized: {written['documents']:,} records, {written['bytes']:,} bytes, into {written['tokens']:,} tokens")
     for reason, n in meta.account["left_out"].items():
         print(f"left out: {n['records']:,} records, {n['bytes']:,} bytes: {reason}")
     if meta.skipped["first"]:

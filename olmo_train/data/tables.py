@@ -25,13 +25,15 @@ def cut(format: str, path: Path, origin: str, size: int, columns: tuple[str, ...
     try:
         total, batches, position = READERS[format](path, columns)
         for batch in batches:
+            if format == "arrow":
+                _validate(batch)
             rows = max(1, batch.num_rows * CHUNK_BYTES // max(batch.nbytes, 1))
             for start in range(0, batch.num_rows, rows):
                 piece = batch.slice(start, rows)
                 done = size * (first + piece.num_rows - 1) // total if total else min(max(position(), told), size)
                 yield Chunk(format, origin, first, _pack(piece), piece.num_rows, done - told)
                 first, told = first + piece.num_rows, done
-    except (pa.ArrowException, OSError, EOFError) as problem:
+    except (pa.ArrowException, OSError, EOFError, ValueError) as problem:
         broken = BreaksOff(problem, size, FILE_BREAKS_OFF)
         broken.records = max(total - first + 1, 1)
         yield broken.chunk(format, origin, first)
@@ -53,6 +55,18 @@ def _row(table: pa.Table) -> dict[str, Any] | Exception:
         return table.to_pylist()[0]
     except Exception as problem:
         return problem
+
+
+def _validate(batch: pa.RecordBatch) -> None:
+    """Raises ArrowInvalid on offsets and indices that point outside: reading on would end the process."""
+    import pyarrow as pa
+
+    for column in batch.columns:
+        try:
+            column.validate(full=True)
+        except pa.ArrowInvalid as problem:
+            if "UTF8" not in str(problem):  # such a row is left out alone
+                raise
 
 
 def _pack(batch: pa.RecordBatch) -> bytes:
