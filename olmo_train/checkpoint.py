@@ -138,7 +138,11 @@ def resolve(path: Path) -> Path:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    """The state.json of a checkpoint. Raises CheckpointError when it cannot be read."""
+    try:
+        return json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as problem:
+        raise CheckpointError(folder, f"state.json cannot be read: {problem}; all processes must see the same files") from problem
 
 
 def load_model(folder: str | Path) -> Transformer:

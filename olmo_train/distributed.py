@@ -7,6 +7,7 @@ port. A World is passed explicitly; there are no globals.
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -21,6 +22,8 @@ from olmo_train.errors import ConfigError, PeerError, UserError
 from olmo_train.processes import announced
 
 T = TypeVar("T")
+# gloo reports a closed connection or a timeout as a plain RuntimeError
+GLOO_ERRORS = ("gloo/transport", "Connection closed by peer", "Application timeout caused pair closure")
 
 
 @dataclass(frozen=True)
@@ -99,13 +102,18 @@ def peers_named() -> Iterator[None]:
     """Turn what torch raises when another process is gone or silent into a PeerError."""
     try:
         yield
-    except (dist.DistNetworkError, dist.DistBackendError) as problem:
-        raise PeerError("peers", f"another process of the run is gone: {problem}; run the same command again") from problem
     except RuntimeError as problem:
-        # gloo tells of a closed connection or a timeout in a plain RuntimeError that names its own source file
-        if "gloo/transport" not in str(problem) and "Connection closed by peer" not in str(problem):
+        is_torchs = isinstance(problem, (dist.DistNetworkError, dist.DistBackendError))
+        if not is_torchs and not any(words in str(problem) for words in GLOO_ERRORS):
             raise
-        raise PeerError("peers", f"another process of the run is gone: {problem}; run the same command again") from problem
+        reason = _reason(str(problem))
+        raise PeerError("peers", f"another process of the run is gone: {reason}; run the same command again") from problem
+
+
+def _reason(text: str) -> str:
+    """The first sentence of an error of torch, gloo or NCCL, without their source files."""
+    line = next(iter(text.strip().splitlines()), "")
+    return re.sub(r"\[?\S*/\S+:\d+[\],]*\s*", "", line).split(". ")[0].rstrip(". ")
 
 
 @contextlib.contextmanager
@@ -113,7 +121,8 @@ def join_world(replicas: int = 1, timeout_seconds: float = 600) -> Iterator[Worl
     """Join the processes that torchrun started, or be a world of one; leaves the group at the end.
 
     `replicas` cuts the world into as many groups that each hold a whole copy of the sharded state (HSDP); 1 is plain FSDP.
-    Raises ConfigError when it does not divide the number of processes.
+    A collective fails when a rank does not join it within `timeout_seconds`.
+    Raises ConfigError when `replicas` does not divide the number of processes.
     """
     processes = announced()
     size = processes.size
@@ -136,11 +145,14 @@ def join_world(replicas: int = 1, timeout_seconds: float = 600) -> Iterator[Worl
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)  # no port needed
         stack.callback(dist.destroy_process_group)
         shape, names = ((replicas, size // replicas), ("replicate", "shard")) if replicas > 1 else ((size,), ("shard",))
+        mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
+        for group in mesh.get_all_groups():  # which torch makes with its own default, on a GPU 600 s
+            dist.distributed_c10d._set_pg_timeout(timeout, group)
         yield World(
             rank=dist.get_rank(),
             size=size,
             device=device,
-            mesh=init_device_mesh(device.type, shape, mesh_dim_names=names),
+            mesh=mesh,
             background_group=dist.new_group(backend="gloo", timeout=timeout),
             control_group=dist.new_group(backend="gloo", timeout=timeout),
         )

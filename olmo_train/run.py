@@ -8,12 +8,10 @@ import gc
 import logging
 import math
 import os
-import shutil
 import signal
 import socket
 import statistics
 import time
-import uuid
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +30,7 @@ from olmo_train.distributed import World, peers_named
 from olmo_train.errors import ConfigError, DataError, ReplicaError, Stopped
 from olmo_train.evaluation import Evaluation
 from olmo_train.forensics import Forensics
-from olmo_train.guards import (
-    StopSignals,
-    name_checkpoint,
-    too_slow_to_stop,
-)
+from olmo_train.guards import StopSignals, name_checkpoint, too_slow_to_stop
 from olmo_train.metrics import attempts, is_logged
 from olmo_train.model.cost import flops_per_token
 from olmo_train.model.transformer import Transformer
@@ -49,7 +43,7 @@ from olmo_train.spikes import SpikeDetector
 from olmo_train.stats import Clock, Interval, StepStats, slow_ranks, throughput_metrics
 from olmo_train.storage import RunLock, replace_file
 from olmo_train.verdicts import Verdicts
-from olmo_train.watchdog import Watchdog
+from olmo_train.watchdog import Watchdog, new_heartbeats
 
 log = logging.getLogger(__name__)
 GARBAGE_STEPS = 100  # Python's cyclic garbage is collected every so many, on all ranks at the same one
@@ -82,7 +76,7 @@ class Run:
         config, world, shape = self.config, self.world, self.config.model
         batch_size = config.global_batch_size
         self.mixture = world.together(lambda: Mixture(config.data, config.seed, batch_size, shape.seq_len, shape.vocab_size))
-        self.evaluation = Evaluation(config, world, self.mixture)
+        self.evaluation = world.together(lambda: Evaluation(config, world, self.mixture))
         world.on_main(lambda: self.mixture.check_tokenizers(self.evaluation.sources, self.evaluation.tokenizer))
         world.on_main(self._check_ids)
         world.on_main(self._take_run_dir)
@@ -90,7 +84,7 @@ class Run:
         self.is_branch = self.folder is None and config.resume_from is not None
         if self.is_branch:
             self.folder = world.on_main(lambda: checkpoints.resolve(Path(config.resume_from)))
-        self.state = self._resumed_state() if self.folder else {"step": 0}
+        self.state = world.together(self._resumed_state) if self.folder else {"step": 0}
         self.last_step: int = self.state["step"]
         self.batches = self._batch_sizes()
         self.mixture.set_batches(self.batches)
@@ -117,8 +111,9 @@ class Run:
         self.clock = Clock()
         self.meter, self.energy_before = hardware.open_energy_meter(), self.state.get("energy_kwh") or 0.0
         self.records = self.stack.enter_context(contextlib.closing(Records(config, world, self.last_step, self.resolved)))
+        files = world.on_main_only(self._checkpoint_files) or {}  # rank 0 alone writes them
         resumed = self.last_step if self.folder and not self.is_branch else None
-        checkpointer = Checkpointer(self.run_dir, config.checkpoint, world, self._checkpoint_files(), resumed)
+        checkpointer = Checkpointer(self.run_dir, config.checkpoint, world, files, resumed)
         self.checkpointer = self.stack.enter_context(contextlib.closing(checkpointer))
         self.noted_step = checkpointer.committed_step  # of the last event "save"
         in_a_row = self.interval.skipped_in_a_row()
@@ -131,15 +126,13 @@ class Run:
 
     def _open_watchdog(self) -> None:
         """From here on a rank that is silent or fails is named to the user."""
+        folder = self.world.on_main(lambda: new_heartbeats(self.run_dir))
 
-        def new_folder() -> Path:
-            heartbeats = self.run_dir / ".heartbeats"
-            shutil.rmtree(heartbeats, ignore_errors=True)  # of a run that was killed
-            return heartbeats / uuid.uuid4().hex[:8]
+        def start() -> None:
+            self.watchdog = Watchdog(self.config.guards.hang_seconds, self.run_dir, folder, self.world.rank, self.world.size)
+            self.stack.callback(self.watchdog.close)
 
-        folder = self.world.on_main(new_folder)
-        self.watchdog = Watchdog(self.config.guards.hang_seconds, self.run_dir, folder, self.world.rank, self.world.size)
-        self.stack.callback(self.watchdog.close)
+        self.world.together(start)
         self.stack.enter_context(self.watchdog.last_words())
         self.stack.enter_context(peers_named())
 

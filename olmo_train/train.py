@@ -30,6 +30,7 @@ from olmo_train.recipe import TrainConfig
 from olmo_train.run import Run
 from olmo_train.spikes import SpikeDetector
 from olmo_train.stats import StepStats, has_no_scored_token, mean_loss
+from olmo_train.watchdog import group_timeout
 
 
 def train_step(
@@ -101,7 +102,7 @@ def train(config: TrainConfig) -> Iterator[StepStats]:
         left = Path(config.run_dir) / "forensics" / "out-of-memory"
         stack.enter_context(out_of_memory_told(left, config.micro_batch_size, config.parallel.activation_checkpointing))
         signals = stack.enter_context(StopSignals().installed())
-        world = stack.enter_context(join_world(config.parallel.replicas))
+        world = stack.enter_context(join_world(config.parallel.replicas, group_timeout(config.guards.hang_seconds)))
         going_on = True
         while going_on:
             going_on = False

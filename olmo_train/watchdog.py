@@ -16,23 +16,43 @@ import socket
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from olmo_train.errors import PeerError, UserError
+from olmo_train.errors import ConfigError, PeerError, UserError
 
 PATIENCE = 1800  # seconds without progress while loading, compiling or saving, at least
+NEVER = 365 * 86400.0  # seconds
 GRACE = 5.0  # seconds for all ranks to write their stacks before the first one ends
 SEARCH = 15.0  # seconds in which the reason for a lost connection is looked for
 STATES = {"T": "its process is stopped", "Z": "its process is dead", "X": "its process is gone"}  # of /proc/PID/stat
+
+
+def group_timeout(hang_seconds: float) -> float:
+    """Seconds after which a collective fails: later than the watchdog ends the run, which knows the rank and the reason.
+
+    Where the watchdog never ends a run, neither does a collective.
+    """
+    return max(hang_seconds, PATIENCE) + 120 if hang_seconds else NEVER
+
+
+def new_heartbeats(run_dir: Path) -> Path:
+    """The folder for the heartbeats of one start of a run; those of a run that was killed are removed."""
+    heartbeats = run_dir / ".heartbeats"
+    shutil.rmtree(heartbeats, ignore_errors=True)
+    return heartbeats / uuid.uuid4().hex[:8]
 
 
 class Watchdog:
     """Ends the process with exit code 6 when `beat` was not called for `seconds`, or another rank did the same."""
 
     def __init__(self, seconds: float, run_dir: Path, folder: Path, rank: int, size: int = 1):
-        """`folder` holds the heartbeats of this start of the run, and of no other. seconds = 0: never ends it."""
+        """`folder` holds the heartbeats of this start of the run, and of no other. seconds = 0: never ends it.
+
+        Raises ConfigError when it cannot be written.
+        """
         self.seconds, self.rank, self.size, self.folder = seconds, rank, size, folder
         self.stacks = run_dir / "forensics" / "hang"
         self._last, self._patience = time.monotonic(), max(seconds, PATIENCE)
@@ -40,7 +60,10 @@ class Watchdog:
         self._pulse, self._closed = 0, threading.Event()
         self._interval = min(max(seconds / 8, 0.05), 5.0)
         self._seen: dict[int, tuple[int, float]] = {}  # rank: its pulse, and since when it is that
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as problem:
+            raise ConfigError("run_dir", f"{run_dir} cannot be written: {problem}") from problem
         self._write()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         if seconds:

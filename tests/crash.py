@@ -173,7 +173,7 @@ def _child(words, run_dir, rank, world, port, death, counter) -> None:
         disk = Disk(run_dir, death)
         if rank == death.rank:
             disk.install()
-        code = _run(lambda _: _train(words), type("Arguments", (), {"debug": False}))
+        code = _run(lambda _: _train(words), type("Arguments", (), {"debug": False, "verb": "train"}))
         if rank == death.rank:
             counter.write_text(str(disk.count))
     finally:

@@ -76,7 +76,7 @@ def test_a_poisoned_document_is_named_first(poisoned_args, ranks):
     assert ids
 
     def run(world):
-        module.join_world = lambda replicas: nullcontext(world)
+        module.join_world = lambda *_: nullcontext(world)
         spoil_tokens(ids)
         return [stats.step for stats in train(config) if stats.skipped]
 
@@ -117,7 +117,7 @@ def test_what_a_spike_leaves_agrees_with_the_record(spiking, read_metrics):  # n
 @pytest.mark.parametrize("determinism", [None, "world"])
 def test_the_norms_of_two_ranks_are_those_of_the_whole_gradients(tiny_args, determinism):
     def run(world):
-        module.join_world = lambda replicas: nullcontext(world)
+        module.join_world = lambda *_: nullcontext(world)
         changes = {"micro_batch_size": 1} if determinism == "world" else {}
         config = tiny_args(f"run-{world.size}", total_steps=2, determinism=determinism, **changes)
         return [module.parallel.whole(stats.norms).tolist() for stats in train(config)]

@@ -93,7 +93,7 @@ def test_a_nan_on_one_of_two_ranks_is_skipped_on_both(tiny_args, read_metrics):
     config = tiny_args("run", **EVERY)
 
     def run(world):
-        module.join_world = lambda replicas: nullcontext(world)
+        module.join_world = lambda *_: nullcontext(world)
         poison(4, math.nan, rank=1, world=world)
         return [[stats.skipped.item(), stats.grad_norm.isfinite().item()] for stats in train(config)]
 
@@ -139,7 +139,7 @@ def test_two_ranks_agree_on_a_batch_without_a_scored_token_and_step_when_one_has
     """Rank 1 has none in step 4, neither rank in step 3."""
 
     def run(world):
-        module.join_world = lambda replicas: nullcontext(world)
+        module.join_world = lambda *_: nullcontext(world)
         loader.read_batch = mask_steps((3, 4) if world.rank else (3,))
         return [stats.skipped.item() for stats in train(tiny_args("run", **EVERY))]
 
@@ -236,7 +236,7 @@ def test_a_signal_to_one_rank_stops_both_after_the_same_step(tiny_args):
     config = tiny_args("run", total_steps=100, **{"checkpoint.interval_steps": 1000})
 
     def run(world):
-        module.join_world = lambda replicas: nullcontext(world)
+        module.join_world = lambda *_: nullcontext(world)
         try:
             for stats in train(config):
                 if stats.step == 4 and world.rank == 1:

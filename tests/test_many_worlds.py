@@ -57,7 +57,7 @@ def late_run(tiny_args, name: str, seed: int) -> list:
         return real(*args)
 
     def train(world):
-        module.join_world = lambda replicas: nullcontext(world)
+        module.join_world = lambda *_: nullcontext(world)
         if world.rank == seed % 2:
             checkpoints.write_file = late
         return [stats.step for stats in module.train(config)]

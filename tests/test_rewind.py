@@ -184,7 +184,7 @@ def test_two_ranks_rewind_together(spiking, read_metrics):
     def run(world):
         from contextlib import nullcontext
 
-        module.join_world = lambda replicas: nullcontext(world)
+        module.join_world = lambda *_: nullcontext(world)
         return [s.step for s in trained(config)]
 
     assert on_ranks(2, run) == [[*range(1, 8), *range(7, 13)]] * 2

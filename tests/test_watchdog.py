@@ -12,15 +12,21 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import ranks
+import torch
 from ranks import on_ranks
 
+from olmo_train import checkpoint as checkpoints
 from olmo_train import config as configuration
 from olmo_train import train as module
 from olmo_train.__main__ import _run
 from olmo_train.checkpoint import Checkpointer
 from olmo_train.data.loader import Loader
-from olmo_train.errors import DataError
+from olmo_train.data.mixture import Mixture
+from olmo_train.distributed import join_world, peers_named
+from olmo_train.errors import CheckpointError, DataError, PeerError, UserError
 from olmo_train.stats import slow_ranks
+from olmo_train.watchdog import group_timeout
 
 HANG_SECONDS = 2
 
@@ -66,7 +72,7 @@ def child(rank, port, words, stderr, prepare):
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         prepare(rank)
         config = configuration.load(module.TrainConfig, [], words)
-        code = _run(lambda _: [None for _ in module.train(config)] and 0, SimpleNamespace(debug=False))
+        code = _run(lambda _: [None for _ in module.train(config)] and 0, SimpleNamespace(debug=False, verb="train"))
     finally:
         sys.stderr.flush()
         os._exit(code)
@@ -168,12 +174,92 @@ def test_an_error_of_one_rank_before_the_run_is_raised_on_all():
     assert on_ranks(2, lambda world: world.together(lambda: world.rank)) == [0, 1]
 
 
+HELD_OUT = (Mixture, "open_validation", DataError("v.npy", "cannot be opened"), 3, "v.npy: on rank 1: cannot be opened")
+STATE = (checkpoints, "read_state", CheckpointError("step-0000002", "is gone"), 4, "step-0000002: on rank 1: is gone")
+HEARTBEATS = (
+    Path,
+    "mkdir",
+    OSError(30, "Read-only file system"),
+    2,
+    "on rank 1: {} cannot be written: [Errno 30] Read-only file",
+)
+
+
+@pytest.mark.parametrize("owner, name, problem, code, told", [HELD_OUT, STATE, HEARTBEATS])
+def test_what_one_rank_alone_cannot_open_ends_all_ranks_with_its_reason(tiny_args, tiny_tokens, owner, name, problem, code, told):
+    config = tiny_args("run", total_steps=2, **{"data.validation.v.path": tiny_tokens})
+    list(module.train(config))
+    config = tiny_args("run", total_steps=4, **{"data.validation.v.path": tiny_tokens})
+    real = getattr(owner, name)
+
+    def fails(*args, **options):
+        if owner is Path and ".heartbeats" not in args[0].parts:
+            return real(*args, **options)
+        raise problem
+
+    def run(world):
+        module.join_world = lambda *_: nullcontext(world)
+        if world.rank == 1:
+            setattr(owner, name, fails)
+        try:
+            list(module.train(config))
+        except UserError as error:
+            return [error.exit_code, str(error)]
+
+    first, second = on_ranks(2, run)
+    assert first == second and first[0] == code and told.format(config.run_dir) in first[1], first
+
+
+GLOO = "[/__w/pytorch/third_party/gloo/gloo/transport/tcp/"
+LOST = [
+    (GLOO + "pair.cc:537] Read error [10.0.0.2]:372: Connection reset by peer. Check the logs of the remote worker. GLHF!",
+     "Read error [10.0.0.2]:372: Connection reset by peer"),
+    (GLOO + "unbound_buffer.cc:78] Timed out waiting 1000ms for recv operation to complete",
+     "Timed out waiting 1000ms for recv operation to complete"),
+    ("Application timeout caused pair closure", "Application timeout caused pair closure"),
+    ("[1] Connection closed by peer [fe80::1]:4. GLHF!", "[1] Connection closed by peer [fe80::1]:4"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text, reason", LOST)
+def test_a_lost_peer_is_one_sentence_without_files_of_torch(text, reason):
+    with pytest.raises(PeerError) as lost, peers_named():
+        raise RuntimeError(text)
+    assert str(lost.value) == f"peers: another process of the run is gone: {reason}; run the same command again"
+    nccl = "NCCL error in: /pytorch/csrc/ProcessGroupNCCL.cpp:21, unhandled system error (run with NCCL_DEBUG=INFO)\nLast error:"
+    with (
+        pytest.raises(PeerError, match="gone: NCCL error in: unhandled system error .run with NCCL_DEBUG=INFO.; run"),
+        peers_named(),
+    ):
+        raise torch.distributed.DistBackendError(nccl)
+    with pytest.raises(RuntimeError, match="shapes differ"), peers_named():
+        raise RuntimeError("shapes differ")
+
+
+def test_the_watchdog_speaks_before_any_process_group_does(tiny_args, monkeypatch):
+    """Also in its patience for saves and the first step, and in the groups of a mesh with replicas."""
+    assert group_timeout(600) == group_timeout(1) == 1800 + 120 and group_timeout(3600) == 3720
+    assert group_timeout(0) > 300 * 86400  # 0 is never
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(module, "join_world", lambda *args: seen.append(args) or 1 / 0)
+        seen = []
+        next(module.train(tiny_args("run", **{"guards.hang_seconds": 5000})))
+    assert seen == [(1, 5120)]
+
+    def timeouts(world):
+        groups = [torch.distributed.group.WORLD, world.background_group, world.control_group, *world.mesh.get_all_groups()]
+        return [group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups]
+
+    monkeypatch.setattr(ranks, "join_world", lambda: join_world(2, 5120))
+    assert on_ranks(4, timeouts) == [[5120.0] * 5] * 4
+
+
 @pytest.mark.parametrize("late", [0.05, 0])
 def test_a_rank_that_needs_three_times_the_median_is_told_and_an_equal_one_is_not(tiny_args, late):
     config = tiny_args("run", total_steps=12, **{"log.interval_steps": 4})
 
     def train(world):
-        module.join_world = lambda replicas: nullcontext(world)
+        module.join_world = lambda *_: nullcontext(world)
         real = Loader.get
 
         def get(self, give_up):
