@@ -26,7 +26,16 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from olmo_train import checkpoint as checkpoints
 from olmo_train import config as configuration
-from olmo_train.data.tokenizer import OTHER_TOKENIZER, PAD_TEXT, Tokenizer, check_same_tokenizer, load_tokenizer, record_of_folder
+from olmo_train.data.tokenizer import (
+    CONFIG_FILE,
+    OTHER_TOKENIZER,
+    PAD_TEXT,
+    Tokenizer,
+    check_same_tokenizer,
+    config_file,
+    load_tokenizer,
+    record_of_folder,
+)
 from olmo_train.errors import CheckpointError, ConfigError, DataError, check_choice
 from olmo_train.model import hf, olmo
 from olmo_train.model.config import ModelConfig
@@ -118,7 +127,7 @@ def import_hf(source: Path, dest: Path) -> Agreement:
     def read(name: str) -> Tensor:
         return mappings[name].join([theirs(part) for part in mappings[name].theirs]).float()
 
-    files = {"tokenizer.json": tokenizer.json.encode()} if tokenizer else {}
+    files = {"tokenizer.json": tokenizer.json.encode(), CONFIG_FILE: config_file(tokenizer.eos_text)} if tokenizer else {}
     with new_folder(dest) as temporary:
         entries = write_checkpoint(temporary, config, {"model": configuration.to_dict(config)}, read, files)
         agreement = compare(config, checkpoints.WeightReader(temporary), source)
@@ -340,16 +349,23 @@ def _text_files(
     pad_id = eos_id if pad_id is None else pad_id
     settings = hf.to_settings(family, config, eos_id, pad_id, str(dtype).removeprefix("torch."))
     generation = {"bos_token_id": None, "eos_token_id": eos_id, "pad_token_id": pad_id}
-    if config.vocab_rows > config.vocab_size:  # rows of padding are no tokens
-        generation["suppress_tokens"] = list(range(config.vocab_size, config.vocab_rows))
+    n_tokens = tokenizer.vocab_size if tokenizer else config.vocab_size
+    if config.vocab_rows > n_tokens:  # ids without a token, and rows of padding
+        generation["suppress_tokens"] = list(range(n_tokens, config.vocab_rows))
     files = {"config.json": settings, "generation_config.json": generation}
     texts = {name: json.dumps(values, indent=1).encode() for name, values in files.items()}
     if tokenizer is None:
         return texts
-    special = {"eos_token": tokenizer.eos_text, "pad_token": tokenizer.inner.id_to_token(pad_id)}
-    about = {"tokenizer_class": "PreTrainedTokenizerFast", **special, "model_max_length": config.seq_len}
-    about |= {"clean_up_tokenization_spaces": False, "add_prefix_space": False}
-    return texts | {"tokenizer.json": tokenizer.json.encode(), "tokenizer_config.json": json.dumps(about, indent=1).encode()}
+    about = config_file(
+        tokenizer.eos_text,
+        tokenizer_class="PreTrainedTokenizerFast",
+        pad_token=tokenizer.inner.id_to_token(pad_id),
+        padding_side="left",  # text is continued at its right end
+        model_max_length=config.seq_len,
+        clean_up_tokenization_spaces=False,
+        add_prefix_space=False,
+    )
+    return texts | {"tokenizer.json": tokenizer.json.encode(), CONFIG_FILE: about}
 
 
 def _their_tokenizer(folder: Path) -> Tokenizer | None:

@@ -25,7 +25,7 @@ from olmo_train.data.loader import Batch, Loader
 from olmo_train.data.mixture import Mixture
 from olmo_train.data.order import BatchSizes
 from olmo_train.data.shards import check_ids
-from olmo_train.data.tokenizer import record_of_folder
+from olmo_train.data.tokenizer import CONFIG_FILE, config_file, record_of_folder
 from olmo_train.distributed import World, peers_named
 from olmo_train.errors import ConfigError, DataError, ReplicaError, Stopped
 from olmo_train.evaluation import Evaluation
@@ -191,12 +191,14 @@ class Run:
 
     def _checkpoint_files(self) -> dict[str, bytes]:
         files = {"config.yaml": configuration.dump(self.resolved, os.getcwd()).encode()}
-        folders = [source.folder for source in self.mixture.sources if source.folder]
-        if folders:
+        prepared = next((source for source in self.mixture.sources if source.folder), None)
+        if prepared:
+            files[CONFIG_FILE] = config_file(prepared.meta.eos_text)
             try:
-                files["tokenizer.json"] = (folders[0] / "tokenizer.json").read_bytes()
+                files["tokenizer.json"] = (prepared.folder / "tokenizer.json").read_bytes()
             except OSError as problem:
-                raise DataError(folders[0] / "tokenizer.json", f"cannot be read: {problem}; prepare the data again") from problem
+                file = prepared.folder / "tokenizer.json"
+                raise DataError(file, f"cannot be read: {problem}; prepare the data again") from problem
         return files
 
     def build(self) -> tuple[Transformer, torch.optim.Optimizer]:

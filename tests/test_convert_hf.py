@@ -254,7 +254,8 @@ def test_greedy_text_of_transformers_is_ours_over_64_tokens(tmp_path, tokenizer_
     their_tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "theirs")
     text = "the quick brown dog's box, naïve\n  and  more"
     prompt = tokenizer.encode(text)
-    assert their_tokenizer(text)["input_ids"] == prompt
+    assert their_tokenizer(text)["input_ids"] == prompt and their_tokenizer.padding_side == "left"
+    assert theirs.generation_config.suppress_tokens == list(range(tokenizer.vocab_size, 384))
     assert (their_tokenizer.eos_token_id, theirs.generation_config.eos_token_id) == (tokenizer.eos_id, tokenizer.eos_id)
     assert theirs.generation_config.pad_token_id == tokenizer.inner.token_to_id("<|padding|>")
     expected = generate(checkpoint.load_model(tmp_path / "ours"), [prompt[:16]], 64, eos_id=tokenizer.eos_id)[0]
@@ -263,6 +264,18 @@ def test_greedy_text_of_transformers_is_ours_over_64_tokens(tmp_path, tokenizer_
     back = convert.import_hf(tmp_path / "theirs", tmp_path / "back") and checkpoint.load_model(tmp_path / "back")
     assert back.config.vocab_size == tokenizer.vocab_size
     assert (tmp_path / "back/tokenizer.json").read_bytes() == tokenizer_file.read_bytes()
+
+
+def test_the_exported_folder_generates_no_id_without_a_token_and_the_eos_comes_back(tmp_path, tokenizer_file):
+    config = ModelConfig(**(OLMO | {"vocab_size": 350, "padded_vocab_size": 384}))
+    write_random_checkpoint(tmp_path / "ours", config)
+    tokenizer = load_tokenizer(tokenizer_file, eos="<|padding|>")
+    convert.export_hf(tmp_path / "ours", tmp_path / "theirs", tokenizer=tokenizer)
+    generation = json.loads((tmp_path / "theirs/generation_config.json").read_text())
+    assert generation["suppress_tokens"] == list(range(tokenizer.vocab_size, 384))
+    assert load_tokenizer(tmp_path / "theirs").eos_text == "<|padding|>"
+    convert.import_hf(tmp_path / "theirs", tmp_path / "back")
+    assert load_tokenizer(tmp_path / "back").eos_text == "<|padding|>"
 
 
 def test_a_tokenizer_that_is_too_large_is_refused(tmp_path, tokenizer_file):

@@ -258,6 +258,15 @@ def test_with_a_key_wandb_goes_online_only_where_the_environment_allows_it(monke
     assert wandb_mode(WandbConfig(mode="offline")) == "offline"
 
 
+def test_what_the_configuration_sets_wins_over_the_environment(tmp_path, wandb, monkeypatch):
+    for name in ("PROJECT", "NAME", "TAGS"):
+        monkeypatch.setenv(f"WANDB_{name}", "theirs")
+    recorder(tmp_path, config=LogConfig(wandb=WandbConfig("online", "p", name="n", tags=("t",)))).close()
+    recorder(tmp_path, config=LogConfig(wandb=WandbConfig("online"))).close()
+    told = [(call["project"], call["name"], call["tags"]) for call in wandb.calls]
+    assert told == [("p", "n", ["t"]), ("theirs", "theirs", None)]  # None: the client reads WANDB_TAGS
+
+
 def copy_of_run(tmp_path, host=None):
     """A run_dir with a W&B id, and a copy of it; with `host` the original is on that one."""
     recorder(tmp_path / "run", config=ONLINE).close()

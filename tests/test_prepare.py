@@ -11,7 +11,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import tokenizers
 from data_sources import contents, prepare_source, texts, write_jsonl, write_tokenizer
+from tokenizers import models
 
 from olmo_train.data import chunks, readers
 from olmo_train.data import documents as documents_module
@@ -310,4 +312,37 @@ def test_a_shard_without_instructions_has_no_mask_file(tmp_path):
 
 def test_two_runs_into_one_folder_are_refused(tmp_path):
     with prepare_module._locked(tmp_path / "source"), pytest.raises(ConfigError, match="another prepare-data is writing here"):
+        prepare_source(tmp_path)
+
+
+def test_text_that_the_tokenizer_does_not_know_or_takes_for_the_eos_is_a_counted_loss(tmp_path, monkeypatch):
+    lines = [json.dumps({"text": text}) + "\n" for text in ("abba", "\u6771\u4eac", "ab</s>a", "ba")]
+    (tmp_path / "d.jsonl").write_text("".join(lines))
+    model = models.BPE({"a": 0, "b": 1, "</s>": 2, "<": 3, "/": 4, "s": 5, ">": 6}, [])  # no byte, and no unknown token
+    tokenizers.Tokenizer(model).save(str(tmp_path / "tokenizer.json"))
+    folder, result = prepare_source(tmp_path, tmp_path / "d.jsonl")
+    left_out = {"has no character that the tokenizer knows": {"records": 1, "bytes": len(lines[1])}}
+    assert result.meta.account["left_out"] == left_out
+    assert result.meta.documents == 3 and result.meta.bytes == len("abbaab</s>aba")
+    assert verify(folder)[1] == []
+    source = open_source("test", SourceConfig(str(folder)), 280)
+    tokens = np.zeros(source.n_tokens, np.int64)
+    source.read(0, tokens)
+    assert tokens.tolist() == [0, 1, 1, 0, 2, 0, 1, 3, 4, 5, 6, 0, 2, 1, 0, 2]
+
+    values = json.loads((tmp_path / "tokenizer.json").read_text())
+    values["model"]["unk_token"] = "</s>"  # now what it does not know becomes the EOS
+    (tmp_path / "tokenizer.json").write_text(json.dumps(values))
+    folder, result = prepare_source(tmp_path, tmp_path / "d.jsonl", name="unknown")
+    reason = "has text that the tokenizer encodes as the end of a document"
+    assert result.meta.account["left_out"] == {reason: {"records": 1, "bytes": len(lines[1])}}
+    assert result.meta.skipped["first"] == [{"where": f"{tmp_path / 'd.jsonl'}:2", "why": reason}]
+    assert verify(folder)[1] == []
+
+
+def test_the_eos_that_is_named_ends_the_documents_and_is_a_part_of_the_recipe(tmp_path):
+    folder, result = prepare_source(tmp_path, eos="<|padding|>", workers=2)
+    assert (result.meta.eos_text, result.meta.eos_id) == ("<|padding|>", 1)
+    assert verify(folder)[1] == [] and load_tokenizer(folder).eos_id == 1
+    with pytest.raises(ConfigError, match="eos_text '<|padding|>', now it is '<|endoftext|>'"):
         prepare_source(tmp_path)

@@ -1,7 +1,9 @@
 import json
 
 import pytest
+import tokenizers
 from data_sources import texts, write_tokenizer
+from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from olmo_train.data import tokenizer as tokenizer_module
 from olmo_train.data.tokenizer import from_json, load_tokenizer, save_tokenizer, train_tokenizer
@@ -95,3 +97,80 @@ def test_an_olmo_tokenizer_is_read_from_the_files_of_its_package(tmp_path, monke
     save_tokenizer(inner, package / "tokenizers" / f"{name}.json")
     with pytest.raises(DataError, match="id 50279"):  # found, and its EOS is checked against the published id
         load_tokenizer(name)
+
+
+def unigram_tokenizer():
+    inner = tokenizers.Tokenizer(models.Unigram())
+    inner.pre_tokenizer, inner.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    special = ["<pad>", "</s>", "<unk>"]
+    trainer = trainers.UnigramTrainer(vocab_size=100, special_tokens=special, unk_token="<unk>", show_progress=False)
+    inner.train_from_iterator(texts(200), trainer)
+    return inner.to_str()
+
+
+def word_level_tokenizer():
+    inner = tokenizers.Tokenizer(models.WordLevel(unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    inner.train_from_iterator(texts(50), trainers.WordLevelTrainer(special_tokens=["<unk>", "</s>"], show_progress=False))
+    return inner.to_str()
+
+
+def not_special_tokenizer():
+    """A byte-level BPE whose added tokens are matched in any text."""
+    values = json.loads(train_tokenizer(texts(50), 280).to_str())
+    for token in values["added_tokens"]:
+        token["special"] = False
+    return json.dumps(values)
+
+
+def gpt2_like_tokenizer():
+    """The EOS is an added token behind the vocabulary, with another one behind it, and no text is matched before the model."""
+    values = json.loads(train_tokenizer(texts(50), 280).to_str())
+    first = values["added_tokens"][0]
+    del values["model"]["vocab"]["<|endoftext|>"], values["model"]["vocab"]["<|padding|>"]
+    values["model"]["vocab"] = {piece: id - 2 for piece, id in values["model"]["vocab"].items()}
+    values["added_tokens"] = [first | {"id": 278, "special": False}, first | {"id": 279, "content": "<|x|>", "special": False}]
+    return json.dumps(values)
+
+
+MAKERS = [unigram_tokenizer, word_level_tokenizer, not_special_tokenizer, gpt2_like_tokenizer]
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_with_every_kind_of_tokenizer_text_that_spells_the_eos_does_not_become_it(make):
+    tokenizer = from_json(make(), "test")
+    assert tokenizer.inner.token_to_id(tokenizer.eos_text) == tokenizer.eos_id
+    plain = tokenizer.inner.encode("the cat sat", add_special_tokens=False).ids
+    assert tokenizer.encode("the cat sat") == plain  # nothing else is encoded in another way
+    for text in (tokenizer.eos_text, f"the {tokenizer.eos_text} cat", f"a{tokenizer.eos_text}b"):
+        assert tokenizer.eos_id in tokenizer.inner.encode(text).ids or "a" in text  # what would go wrong
+        assert tokenizer.eos_id not in tokenizer.encode(text) + tokenizer.encode_batch([text])[0].tolist()
+        assert len(tokenizer.encode(text)) > 0
+    if make in (not_special_tokenizer, gpt2_like_tokenizer):  # bytes lose nothing
+        assert tokenizer.decode(tokenizer.encode(f"a {tokenizer.eos_text}b")) == f"a {tokenizer.eos_text}b"
+    if make is gpt2_like_tokenizer:
+        assert tokenizer.encode("<|x|>") == [279]  # the ids of other added tokens stay
+
+
+def test_the_eos_is_the_one_that_is_named_or_that_the_folder_names(tmp_path):
+    values = train_tokenizer(texts(50), 280).to_str().replace("<|padding|>", "<|eot_id|>")
+    file = tmp_path / "tokenizer.json"
+    file.write_text(values)
+    assert load_tokenizer(file).eos_text == "<|endoftext|>"
+    assert load_tokenizer(file, eos="<|eot_id|>").eos_id == 1
+    for name, content in (
+        ("tokenizer_config.json", {"eos_token": {"content": "<|eot_id|>"}}),
+        ("meta.json", {"eos_text": "<|eot_id|>"}),
+    ):
+        (tmp_path / name).write_text(json.dumps(content))
+        assert load_tokenizer(tmp_path).eos_id == load_tokenizer(file).eos_id == 1
+        assert load_tokenizer(file, eos="<|endoftext|>").eos_id == 0
+        (tmp_path / name).unlink()
+    with pytest.raises(DataError, match=r"has no token '\[SEP\]' to end a document"):
+        load_tokenizer(file, eos="[SEP]")
+
+
+def test_a_sentencepiece_model_is_refused_with_the_fix(tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02\xff\xfe")
+    with pytest.raises(DataError, match="SentencePiece model with transformers.AutoTokenizer.*save_pretrained"):
+        load_tokenizer(tmp_path / "tokenizer.model")

@@ -11,7 +11,7 @@ from olmo_train.__main__ import main
 from olmo_train.commands.plan import open_data
 from olmo_train.data.mixture import DataConfig, Mixture
 from olmo_train.data.shards import SourceConfig
-from olmo_train.data.tokenizer import save_tokenizer, train_tokenizer
+from olmo_train.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 from olmo_train.errors import DataError
 from olmo_train.train import train
 
@@ -115,3 +115,11 @@ def test_the_tokenizer_of_a_checkpoint_is_compared_by_its_contents(two, tiny_arg
     copy.write_bytes(two[1][0].read_bytes())
     assert json.loads(copy.read_text())["model"]["type"] == "BPE"
     assert main(["generate", str(tmp_path / "run"), "--max-new-tokens", "2", "--tokenizer", str(copy)]) == 0
+
+
+def test_a_checkpoint_keeps_the_eos_of_its_data(tiny_args, tmp_path, capsys):
+    source, _ = prepare_source(tmp_path, eos="<|padding|>")
+    list(train(run_words(tiny_args, source)))
+    assert load_tokenizer(next((tmp_path / "run/checkpoints").glob("step-*"))).eos_text == "<|padding|>"
+    assert main(["generate", str(tmp_path / "run"), "--max-new-tokens", "2", "--eos", "nothing"]) == 3
+    assert "has no token 'nothing' to end a document" in capsys.readouterr().err

@@ -28,6 +28,7 @@ def run(args: argparse.Namespace) -> None:
     for option, direction in (
         ("dtype", "export-hf"),
         ("tokenizer", "export-hf"),
+        ("eos", "export-hf"),
         ("allow_other_tokenizer", "export-hf"),
         ("leave_out", "import-olmo"),
         ("step", "import-olmo"),
@@ -39,7 +40,9 @@ def run(args: argparse.Namespace) -> None:
         print(f"{args.dest}: {f'resume_from goes on after step {step}' if args.dest.is_dir() else 'written'}")
         return
     if args.direction == "export-hf":
-        tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None
+        tokenizer = load_tokenizer(args.tokenizer, eos=args.eos) if args.tokenizer else None
+        if args.eos and not tokenizer:
+            raise ConfigError("--eos", "goes with --tokenizer; without it the checkpoint's own tokenizer and EOS are taken")
         check = not args.allow_other_tokenizer
         proof = convert.export_hf(args.source, args.dest, args.dtype or "fp32", tokenizer, check)
     else:

@@ -36,6 +36,7 @@ def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_allow_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--eos", metavar="TOKEN", help="the token that ends a document (default: as the tokenizer's folder says)")
     what = "go on, with a warning, when another tokenizer than the checkpoint's is used"
     parser.add_argument("--allow-other-tokenizer", action="store_true", help=what)
 
@@ -67,7 +68,7 @@ def open_tokenizer(folder: Path, args: argparse.Namespace, vocab_size: int) -> T
     named, own = args.tokenizer, folder / "tokenizer.json"
     if named is None and not own.is_file():
         raise ConfigError("--tokenizer", f"{folder} holds no tokenizer.json, since its data were raw token files; name the file")
-    tokenizer = load_tokenizer(named or own)
+    tokenizer = load_tokenizer(named or own, eos=args.eos)
     records = [record_of_folder(folder), tokenizer.record("--tokenizer")]
     check_same_tokenizer(records, not args.allow_other_tokenizer, OTHER_TOKENIZER)
     if tokenizer.vocab_size > vocab_size:

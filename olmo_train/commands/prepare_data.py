@@ -23,6 +23,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tokenizer", required=True, metavar="NAME_OR_FILE",
         help="a tokenizer.json, or an OLMo tokenizer by name: allenai_gpt-neox-olmo-dolma-v1_5",
     )  # fmt: skip
+    what = "the token that ends a document, such as <|eot_id|> (default: as the tokenizer's folder says)"
+    parser.add_argument("--eos", metavar="TOKEN", help=what)
     parser.add_argument("--text-field", default="text", help="field of a record that holds its text (default: text)")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: one a core)")
     parser.add_argument("--max-shard-tokens", type=int, default=2**28, help="most tokens of a shard (default: 2^28)")
@@ -43,6 +45,7 @@ def run(args: argparse.Namespace) -> int | None:
         inputs=tuple(args.inputs),
         output=args.output,
         tokenizer=args.tokenizer,
+        eos=args.eos,
         text_field=args.text_field,
         workers=args.workers,
         max_shard_tokens=args.max_shard_tokens,

@@ -31,4 +31,4 @@ def run(args: argparse.Namespace) -> int | None:
         print(f"problem: {problem.file}: {problem.what}", file=sys.stderr)
     if problems:
         more = f" (and {len(problems) - 1} more, above)" if len(problems) > 1 else ""
-        raise DataError(problems[0].file, f"{problems[0].what}; prepare or copy it again{more}")
+        raise DataError(problems[0].file, f"{problems[0].what}; copy it again, or prepare it into a new folder{more}")

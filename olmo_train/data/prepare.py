@@ -39,6 +39,7 @@ class PrepareOptions:
     inputs: tuple[str, ...]
     output: Path
     tokenizer: str  # a tokenizer.json or the name of an OLMo tokenizer
+    eos: str | None = None  # the token that ends a document; null: as load_tokenizer finds it
     text_field: str = "text"
     workers: int = 1
     max_shard_tokens: int = 2**28  # 512 MiB as uint16
@@ -103,7 +104,7 @@ def prepare(
     Raises ConfigError for wrong options or an output that belongs to another recipe, DataError for inputs that give no
     documents, and for the first corrupt record with on_error 'stop'; after a DataError the output folder is as before.
     """
-    tokenizer = load_tokenizer(options.tokenizer)
+    tokenizer = load_tokenizer(options.tokenizer, eos=options.eos)
     unread: dict[str, dict[str, int]] = {}
 
     def on_left_out(skipped: Skipped) -> None:
@@ -287,6 +288,7 @@ def _recipe(options: PrepareOptions, tokenizer: Tokenizer, units: list[Unit]) ->
         "input_bytes": size,
         "input_sha256": digest.hexdigest(),
         "tokenizer_sha256": tokenizer.sha256,
+        "eos_text": tokenizer.eos_text,
         "text_field": options.text_field,
         "max_shard_tokens": options.max_shard_tokens,
         "validation_fraction": options.validation_fraction,
@@ -295,7 +297,7 @@ def _recipe(options: PrepareOptions, tokenizer: Tokenizer, units: list[Unit]) ->
 
 def _same_recipe(output: Path, before: dict, now: dict) -> None:
     for key in now:
-        if before.get(key) != now[key]:
+        if before.get(key, now[key]) != now[key]:  # an earlier version may not have recorded it
             was, is_now = (reprlib.repr(recipe.get(key)) for recipe in (before, now))
             raise ConfigError(output, f"was prepared with {key} {was}, now it is {is_now}; choose another --output")
 

@@ -27,6 +27,8 @@ from olmo_train.errors import DataError
 
 BATCH_BYTES = 2**18  # text that the tokenizer is given at once: more costs memory and gains no speed
 NO_TEXT = "has no text"  # reason
+UNKNOWN_TEXT = "has no character that the tokenizer knows"  # reason
+EOS_INSIDE = "has text that the tokenizer encodes as the end of a document"  # reason
 HARMLESS = {NO_TEXT, TRAILING}  # reasons that do not stop with --on-error stop
 
 
@@ -46,7 +48,7 @@ def tokenize_chunks(chunks: Iterable[Chunk], tokenizer: Tokenizer, text_field: s
                 yield tokenize_chunk(chunk, tokenizer, text_field)
         return
     context = get_context("spawn")  # a fork would copy pyarrow's threads in an unusable state
-    pool = ProcessPoolExecutor(workers, context, _start_worker, (tokenizer.json, tokenizer.name, text_field))
+    pool = ProcessPoolExecutor(workers, context, _start_worker, (tokenizer.json, tokenizer.name, tokenizer.eos_text, text_field))
     under_way: deque = deque()
     try:
         for chunk in chunks:
@@ -61,12 +63,12 @@ def tokenize_chunks(chunks: Iterable[Chunk], tokenizer: Tokenizer, text_field: s
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _start_worker(tokenizer_json: str, name: str, text_field: str) -> None:
+def _start_worker(tokenizer_json: str, name: str, eos: str, text_field: str) -> None:
     global _worker  # the one tokenizer of this process
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one worker, one core
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal; the main one decides
     threading.Thread(target=_die_with_parent, daemon=True).start()
-    _worker = (from_json(tokenizer_json, name), text_field)
+    _worker = (from_json(tokenizer_json, name, eos=eos), text_field)
 
 
 def _die_with_parent() -> None:
@@ -109,8 +111,16 @@ def tokenize_chunk(chunk: Chunk, tokenizer: Tokenizer, text_field: str) -> Chunk
             kept.append(record)
         else:
             leave_out(NO_TEXT, 1, record.size)
-    pieces = list(_encode([text for record in kept for text, _ in record.segments], tokenizer))
-    documents = _join(kept, pieces, tokenizer)
+    pieces = iter(list(_encode([text for record in kept for text, _ in record.segments], tokenizer)))
+    encoded: list[tuple[Record, list[np.ndarray]]] = []
+    for record in kept:
+        arrays = [next(pieces) for _ in record.segments]
+        if reason := _why_unusable(arrays, tokenizer):
+            skipped.append(Skipped(_place(record), reason, size=record.size))
+            leave_out(reason, 1, record.size)
+        else:
+            encoded.append((record, arrays))
+    documents = _join(encoded, tokenizer)
     rest = chunk.input_bytes - sum(counts["bytes"] for counts in left_out.values())
     if rest and not len(documents):  # blank lines and the like have no document to be counted with
         count_left_out(left_out, next(reversed(left_out), "holds no records"), 0, rest)
@@ -136,14 +146,20 @@ def _encode(texts: list[str], tokenizer: Tokenizer) -> Iterator[np.ndarray]:
         yield from tokenizer.encode_batch(batch)
 
 
-def _join(kept: list[Record], pieces: list[np.ndarray], tokenizer: Tokenizer) -> Tokenized:
+def _why_unusable(arrays: list[np.ndarray], tokenizer: Tokenizer) -> str | None:
+    """Why these tokens of a record are no document; None when they are one. An EOS inside would end it there."""
+    if not any(map(len, arrays)):
+        return UNKNOWN_TEXT
+    return EOS_INSIDE if any((ids == tokenizer.eos_id).any() for ids in arrays) else None
+
+
+def _join(encoded: list[tuple[Record, list[np.ndarray]]], tokenizer: Tokenizer) -> Tokenized:
     """Put the segments of each record together, EOS behind it. EOS is scored: to end is a part of the answer."""
     eos = np.array([tokenizer.eos_id], tokenizer.dtype)
+    kept = [record for record, _ in encoded]
     arrays, scored, lengths = [], [], np.zeros(len(kept), np.int64)
-    piece = iter(pieces)
-    for i, record in enumerate(kept):
-        for _, is_scored in record.segments:
-            ids = next(piece)
+    for i, (record, pieces) in enumerate(encoded):
+        for ids, (_, is_scored) in zip(pieces, record.segments, strict=True):
             arrays.append(ids)
             scored.append(is_scored)
             lengths[i] += len(ids)

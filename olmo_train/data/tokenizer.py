@@ -1,8 +1,8 @@
 """Tokenizers: any tokenizer.json, the OLMo ones by name, or one trained on the user's own text.
 
 The one idea: special tokens are ours to place. Text is encoded as text, so a document that spells `<|endoftext|>` does
-not end there, and the only EOS in the shards is the one behind each document. (Markers of personal data such as
-`|||EMAIL_ADDRESS|||`, which Dolma's text holds, are no special tokens, and keep their ids.)
+not end there, with any kind of model, and the only EOS in the shards is the one behind each document.
+(Markers of personal data such as `|||EMAIL_ADDRESS|||`, which Dolma's text holds, are no special tokens, and keep their ids.)
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import tokenizers
 
 log = logging.getLogger(__name__)
+CONFIG_FILE = "tokenizer_config.json"
 EOS_TEXT = "<|endoftext|>"
 PAD_TEXT = "<|padding|>"
 EOS_TEXTS = (
@@ -87,6 +88,7 @@ class Tokenizer:
     eos_id: int
     eos_text: str
     inner: tokenizers.Tokenizer
+    encoder: tokenizers.Tokenizer  # `inner`, or a copy of it in which no text becomes the EOS
 
     @property
     def dtype(self) -> np.dtype:
@@ -96,20 +98,21 @@ class Tokenizer:
         return TokenizerRecord(where, self.name, self.sha256)
 
     def encode(self, text: str) -> list[int]:
-        return self.inner.encode(text, add_special_tokens=False).ids
+        return self.encoder.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         """One array of ids a text, without EOS. Runs on all cores unless TOKENIZERS_PARALLELISM=false."""
-        encodings = self.inner.encode_batch_fast(texts, add_special_tokens=False)
+        encodings = self.encoder.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array(encoding.ids, dtype=self.dtype) for encoding in encodings]
 
     def decode(self, ids: Iterable[int]) -> str:
         return self.inner.decode(list(map(int, ids)), skip_special_tokens=False)
 
 
-def load_tokenizer(name_or_file: str | Path, eos_id: int | None = None) -> Tokenizer:
+def load_tokenizer(name_or_file: str | Path, eos_id: int | None = None, eos: str | None = None) -> Tokenizer:
     """A tokenizer.json file, or an OLMo tokenizer by name. With `eos_id`, the id must be that of the EOS's text.
 
+    The EOS is `eos`, else the one that the folder of the file names, else the first of EOS_TEXTS that it has.
     Raises ConfigError when there is no such file or name, and DataError when its contents will not do.
     """
     name = str(name_or_file)
@@ -123,13 +126,42 @@ def load_tokenizer(name_or_file: str | Path, eos_id: int | None = None) -> Token
         eos_id = OLMO_FILES[name] if eos_id is None else eos_id
     try:
         text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as problem:
+    except UnicodeDecodeError as problem:
+        fix = "transformers.AutoTokenizer.from_pretrained(FOLDER).save_pretrained(NEW), then name NEW/tokenizer.json"
+        raise DataError(file, f"is no tokenizer.json; convert a SentencePiece model with {fix}") from problem
+    except OSError as problem:
         raise DataError(file, f"cannot be read: {problem}") from problem
-    return from_json(text, name, eos_id)
+    return from_json(text, name, eos_id, eos or _eos_beside(file))
 
 
-def from_json(text: str, name: str, eos_id: int | None = None) -> Tokenizer:
+def _eos_beside(file: Path) -> str | None:
+    """The EOS that prepared data, or a checkpoint or a transformers folder, name beside their tokenizer.json."""
+    for name, key in (("meta.json", "eos_text"), (CONFIG_FILE, "eos_token")):
+        try:
+            eos = json.loads((file.parent / name).read_bytes())[key]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        return eos["content"] if isinstance(eos, dict) else eos
+    return None
+
+
+def config_file(eos_text: str, **more: object) -> bytes:
+    """The tokenizer_config.json beside a tokenizer.json, which does not itself say which token is the EOS."""
+    return json.dumps({"eos_token": eos_text, **more}, indent=1).encode()
+
+
+def from_json(text: str, name: str, eos_id: int | None = None, eos: str | None = None) -> Tokenizer:
     """The tokenizer of the contents of a tokenizer.json. Raises DataError when they will not do."""
+    inner = _open(text, name)
+    vocabulary = inner.get_vocab(with_added_tokens=True)
+    if eos is not None and eos not in vocabulary:
+        raise DataError(name, f"has no token {eos!r} to end a document (--eos, or {CONFIG_FILE} beside it)")
+    eos_text = eos or _eos_text(inner, vocabulary, name, eos_id)
+    digest, encoder = hashlib.sha256(text.encode()).hexdigest(), _encoder(inner, text, name, eos_text)
+    return Tokenizer(name, text, digest, max(vocabulary.values()) + 1, vocabulary[eos_text], eos_text, inner, encoder)
+
+
+def _open(text: str, name: str) -> tokenizers.Tokenizer:
     import tokenizers
 
     try:
@@ -139,16 +171,37 @@ def from_json(text: str, name: str, eos_id: int | None = None) -> Tokenizer:
     inner.no_truncation()  # a tokenizer.json may ask for both, and text would be lost or padding trained on
     inner.no_padding()
     inner.encode_special_tokens = True
-    vocabulary = inner.get_vocab(with_added_tokens=True)
-    eos_text = _eos_text(inner, vocabulary, name, eos_id)
-    digest = hashlib.sha256(text.encode()).hexdigest()
-    return Tokenizer(name, text, digest, max(vocabulary.values()) + 1, vocabulary[eos_text], eos_text, inner)
+    return inner
+
+
+def _encoder(inner: tokenizers.Tokenizer, text: str, name: str, eos: str) -> tokenizers.Tokenizer:
+    """`inner` where text that spells the EOS does not become it, as with a byte-level BPE.
+
+    Unigram and WordLevel models find it in their vocabulary, and an added token with `special: false` is always matched. For
+    those, a copy in which the EOS keeps its id under a name that no text has; its spelling is then encoded like other text.
+    """
+    if inner.token_to_id(eos) not in inner.encode(f"{eos} a{eos}a {eos}", add_special_tokens=False).ids:
+        return inner
+    values, hidden = json.loads(text), f"\0{eos}\0"
+    model, vocab = values["model"], values["model"]["vocab"]
+    if isinstance(vocab, dict):
+        model["vocab"] = {hidden if piece == eos else piece: id for piece, id in vocab.items()}
+    else:  # Unigram: pairs of a piece and its score
+        model["vocab"] = [[hidden if piece == eos else piece, score] for piece, score in vocab]
+    if model.get("unk_token") == eos:
+        model["unk_token"] = hidden
+    for token in values["added_tokens"]:
+        token["content"] = hidden if token["content"] == eos else token["content"]
+    try:
+        return _open(json.dumps(values), name)
+    except DataError:  # merges make the EOS: documents that spell it are left out, and counted
+        return inner
 
 
 def _eos_text(inner: tokenizers.Tokenizer, vocabulary: dict[str, int], name: str, eos_id: int | None) -> str:
     known = [text for text in EOS_TEXTS if text in vocabulary]
     if not known:
-        raise DataError(name, f"has no token that ends a document; looked for {', '.join(EOS_TEXTS)}")
+        raise DataError(name, f"has no token that ends a document; looked for {', '.join(EOS_TEXTS)}; name it with --eos TOKEN")
     if eos_id is not None and vocabulary[known[0]] != eos_id:
         raise DataError(
             name,

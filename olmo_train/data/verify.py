@@ -60,7 +60,10 @@ def _tokenizer(folder: Path, meta: Meta) -> Iterator[Problem]:
         found = hashlib.sha256(text).hexdigest()
         if found != meta.tokenizer_sha256:
             yield Problem(file, f"expected sha256 {meta.tokenizer_sha256}, found {found}")
-        tokenizer = from_json(text.decode(), str(file))
+        try:
+            tokenizer = from_json(text.decode(), str(file), eos=meta.eos_text)
+        except DataError:  # it has no such token: compare with the one that it has
+            tokenizer = from_json(text.decode(), str(file))
     except (OSError, UnicodeDecodeError, DataError) as problem:
         yield Problem(file, f"cannot be read: {problem}")
         return
