@@ -210,6 +210,8 @@ def test_a_wrong_type_is_refused_by_its_key(word, told):
         ("micro_batch_size=-4", "micro_batch_size"),
         ("total_steps=0", "total_steps"),
         ("total_tokens=-5", "total_tokens"),
+        ("total_tokens=1e999", "total_tokens"),
+        ("total_tokens=.nan", "total_tokens"),
         ("parallel.replicas=0", "parallel.replicas"),
         ("checkpoint.keep_last=0", "checkpoint.keep_last"),
         ("checkpoint.interval_steps=0", "checkpoint.interval_steps"),

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from olmo_train.errors import ConfigError
+
 PERIOD = 10_000  # places in which shares are exact, so weights are kept to four decimals
 KEPT_TABLES = 8  # periods whose mix is kept computed: a global batch lies in one or two
 ROUNDS = 8  # of the Feistel network; four already pass for random, eight cost microseconds
@@ -99,7 +101,9 @@ class BatchSizes:
         return first + step, row
 
     def steps_for(self, tokens: float, seq_len: int) -> int:
-        """The first step at whose end at least this many tokens have been read."""
+        """The first step at whose end at least this many tokens have been read. Raises ConfigError."""
+        if not math.isfinite(tokens):
+            raise ConfigError("total_tokens", f"must be finite, got {tokens}")
         first, size = next((f, size) for f, size in reversed(self.changes) if self.places_before(f) * seq_len < tokens or f == 1)
         return first - 1 + math.ceil((tokens - self.places_before(first) * seq_len) / (size * seq_len))
 
