@@ -7,7 +7,8 @@
 # Everything is made once; the same command again resumes an unfinished run, and a finished one has nothing left to do.
 #   make test    the tests
 #   make slow    the longer ones: a run killed at every file operation, storms, many worlds
-#   make check   style and the plan of imports
+#   make check   style, types and the import rules
+#   make test-tools   a browser and other tools; without them a few tests are skipped
 #   make bench   throughput of the first run's model on this machine
 # All that is written lies under .venv/, data/ and runs/.
 
@@ -36,7 +37,7 @@ else
   PROMPTS := $(if $(PROMPT),--prompt '$(PROMPT)',--prompt '**HAMLET**' --prompt 'class ')
 endif
 
-.PHONY: train prepare-text test slow check bench
+.PHONY: train test-tools prepare-text test slow check bench
 .DELETE_ON_ERROR:
 
 ifdef TEXT
@@ -55,6 +56,9 @@ test: $(INSTALLED)
 
 slow: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 -m slow
+
+test-tools: $(INSTALLED)
+	launch/test_tools.sh
 
 check: $(INSTALLED)
 	$(BIN)/ruff check

@@ -100,7 +100,7 @@ def test_names_from_a_run_cannot_become_markup(tmp_path):
     assert data_of(text)["panels"][0]["title"] == "</script><img src=x>"
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed; run make test-tools")
 def test_a_browser_draws_the_logged_values_and_links_the_zoom_of_all_panels(runs, tmp_path):
     text = write_page(runs, tmp_path / "page.html")
     probe = """<script>

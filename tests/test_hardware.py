@@ -56,13 +56,15 @@ def test_the_peaks_that_published_utilizations_rest_on():
 
 
 def test_a_cpu_has_no_peak(monkeypatch):
-    torch = pytest.importorskip("torch")
+    import torch
+
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert detect() is None
 
 
 def test_the_current_gpu_is_found_by_the_name_that_torch_reports(monkeypatch):
-    torch = pytest.importorskip("torch")
+    import torch
+
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
     assert detect() is GPUS["h100"]
@@ -88,7 +90,8 @@ class FakeNvml:
 
 
 def fake_gpu(monkeypatch, name: str, uuid: str) -> None:
-    torch = pytest.importorskip("torch")
+    import torch
+
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)

@@ -1,14 +1,13 @@
 """lm-evaluation-harness loads an exported folder and scores it as our own model does.
 
-Runs where its command is found: on the path, or at LM_EVAL, since it is best installed in an environment of its own:
-    python -m venv lm-eval && lm-eval/bin/pip install "lm-eval[hf]" torch
-    LM_EVAL=lm-eval/bin/lm_eval pytest tests/test_lm_eval.py
+`make test-tools` installs its command in a separate environment, .venv/lm-eval; LM_EVAL names another one.
 """
 
 import json
 import os
 import shutil
 import subprocess
+import sys
 
 import pytest
 import torch
@@ -18,7 +17,7 @@ from olmo_train import checkpoint, convert
 from olmo_train.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 from olmo_train.model.config import ModelConfig
 
-COMMAND = os.environ.get("LM_EVAL") or shutil.which("lm_eval")
+COMMAND = os.environ.get("LM_EVAL") or shutil.which("lm_eval", path=f"{sys.prefix}/lm-eval/bin")
 DOCUMENTS = [
     {"text": "the quick brown", "choices": [" fox", " dog"], "gold": 0},
     {"text": "jumps over the", "choices": [" lazy", " box"], "gold": 0},
@@ -38,7 +37,7 @@ metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
 """
 
 
-@pytest.mark.skipif(COMMAND is None, reason="lm_eval is not installed; see the top of the file")
+@pytest.mark.skipif(COMMAND is None, reason="lm_eval is not installed; run make test-tools")
 def test_lm_eval_scores_an_exported_folder_as_our_model_does(tmp_path):
     save_tokenizer(train_tokenizer(["the quick brown fox jumps over the lazy dog " * 20], 300), tmp_path / "tokenizer.json")
     tokenizer = load_tokenizer(tmp_path / "tokenizer.json")

@@ -5,12 +5,11 @@ OLMo's bar: max |difference| <= 2e-5 and <= 5e-6 of the largest logit. A swapped
 
 import pytest
 import torch
+import transformers
 
-transformers = pytest.importorskip("transformers")
-
-from olmo_train.model import transformer as ours  # noqa: E402
-from olmo_train.model.config import ModelConfig  # noqa: E402
-from olmo_train.model.transformer import Transformer  # noqa: E402
+from olmo_train.model import transformer as ours
+from olmo_train.model.config import ModelConfig
+from olmo_train.model.transformer import Transformer
 
 SMALL = dict(d_model=64, n_layers=2, n_heads=4, mlp_hidden=176, vocab_size=500, padded_vocab_size=512, seq_len=64)
 THEIRS = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=176, vocab_size=512, pad_token_id=1,

