@@ -45,6 +45,15 @@ def folder_of(run_dir: Path, step: int) -> Path:
     return run_dir / "forensics" / f"step-{step:07d}"
 
 
+def scored_tokens(mixture: Mixture, step: int) -> list[int]:
+    """How many tokens of each sequence of the global batch are scored."""
+    batch = mixture.global_batch(step)
+    mask = mixture.read_label_mask(batch)
+    if mask is None:
+        return [mixture.seq_len - mixture.shifted] * len(batch)
+    return mask[:, 1:].sum(axis=1, dtype=np.int64).tolist()
+
+
 class Forensics:
     """Writes run_dir/forensics/step-N. Made and called on every rank; rank 0 writes."""
 
@@ -109,7 +118,7 @@ class Forensics:
     def _sequences(self, step: int, losses: list[float]) -> list[dict[str, Any]]:
         """The sequences of the global batch, the worst first; documents are known of the first MOST_DOCUMENTED."""
         rows = rows_of_step(self.mixture, step, self.world.size, documents=False)
-        means = [loss / scored for loss, scored in zip(losses, self._scored(step), strict=True)]
+        means = [loss / max(scored, 1) for loss, scored in zip(losses, scored_tokens(self.mixture, step), strict=True)]
         order = sorted(range(len(rows)), key=lambda i: (math.isfinite(means[i]), -means[i] if math.isfinite(means[i]) else 0.0))
         texts, sequences = Texts(self.mixture), []
         for place, i in enumerate(order):
@@ -119,14 +128,6 @@ class Forensics:
                 sequence["documents"] = self._documents(rows[i], texts)
             sequences.append(sequence)
         return sequences
-
-    def _scored(self, step: int) -> list[int]:
-        """How many tokens of each sequence of the global batch are scored; at least 1."""
-        batch, mixture = self.mixture.global_batch(step), self.mixture
-        mask = mixture.read_label_mask(batch)
-        if mask is None:
-            return [mixture.seq_len - mixture.shifted] * len(batch)
-        return np.maximum(mask[:, 1:].sum(axis=1, dtype=np.int64), 1).tolist()
 
     def _documents(self, row: Row, texts: Texts) -> list[dict[str, Any]]:
         """What of each document lies in the row; of raw files without an EOS id, the whole row as one."""

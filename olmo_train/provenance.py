@@ -65,6 +65,7 @@ class Attempt:
     world_size: int | None  # None when it is not known
     skip_steps: tuple[int, ...]  # of guards.skip_steps
     batches: BatchSizes  # of the whole run, as this attempt reads it
+    event: dict[str, Any] = field(default_factory=dict)  # its start, resume or branch, with its whole configuration
 
     def mixture(self) -> Mixture:
         """The data, opened. Raises DataError."""
@@ -133,7 +134,8 @@ class Run:
                 batches = BatchSizes(tuple(map(tuple, event.get("batches") or [(1, view.global_batch_size)])))
                 # The data may have been moved since; where the order is the same, today's paths are taken.
                 view = self.view if view.order == self.view.order else view
-                attempts.append(Attempt(event["step"] + 1, view, event["world_size"], _skip_steps(event["config"]), batches))
+                skip_steps = _skip_steps(event["config"])
+                attempts.append(Attempt(event["step"] + 1, view, event["world_size"], skip_steps, batches, event))
         return attempts or [Attempt(1, self.view, None, self.skip_steps, BatchSizes(((1, self.view.global_batch_size),)))]
 
 

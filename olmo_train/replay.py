@@ -1,14 +1,18 @@
 """Compute a step of a finished or running run again, and compare it with what was logged.
 
-It is the run itself: `train` starts in a folder that is thrown away, from the nearest checkpoint before the step, and goes
-as far as the step's line of metrics.
+It is the run itself: `train` starts in a temporary folder from the nearest checkpoint before the step and ends at the step's
+line of metrics. Each step is computed with the configuration of the attempt that logged it: a run may have been lengthened, or
+changed otherwise, since that checkpoint.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import statistics
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +20,16 @@ from typing import Any
 from olmo_train import checkpoint as checkpoints
 from olmo_train import config as configuration
 from olmo_train.checkpoint import CheckpointConfig
+from olmo_train.console import duration
 from olmo_train.data.mixture import Mixture
 from olmo_train.errors import ConfigError
+from olmo_train.forensics import scored_tokens
 from olmo_train.guards import GuardConfig, rewound
 from olmo_train.metrics import LogConfig, WandbConfig
+from olmo_train.profiling import ProfileConfig
+from olmo_train.provenance import Attempt, Run
 from olmo_train.recipe import EvalConfig, TrainConfig
+from olmo_train.stats import StepStats
 from olmo_train.train import train
 
 COMPARED = ("train/CrossEntropyLoss", "optim/total_grad_norm", "optim/learning_rate_group0", "sample_hash", "skipped")
@@ -34,7 +43,7 @@ class Replay:
     checkpoint: Path | None  # from which it was computed; None: from the first weights
     logged: dict[str, Any]
     replayed: dict[str, Any]
-    sequences: list[tuple[str, int, float]]  # (source, instance, mean loss in nats) of each row, the dearest first
+    sequences: list[tuple[str, int, float]]  # (source, instance, mean loss in nats; 0 without a scored token), largest first
 
     @property
     def differing(self) -> list[str]:
@@ -51,38 +60,102 @@ def logged_lines(run_dir: Path) -> dict[int, dict[str, Any]]:
     return {line["step"]: line for line in lines if "train/CrossEntropyLoss" in line}
 
 
-def replay(run_dir: Path, step: int) -> Replay:
-    """Recompute up to the first logged step from `step` on. Raises ConfigError when that step was not logged."""
+def replay(run_dir: Path, step: int, announce: Callable[[str], None] = lambda text: None) -> Replay:
+    """Recompute up to the first logged step from `step` on; `announce` gets a line about the work before it starts.
+
+    Raises ConfigError when that step was not logged or its configuration is not known, and CheckpointError.
+    """
     lines = logged_lines(run_dir)
     target = min((logged for logged in lines if logged >= step), default=None)
     if target is None or step < 1:
         raise ConfigError("--step", f"{step} is not among the {len(lines)} logged steps, up to {max(lines, default=0)}")
-    earlier = [folder for saved, folder in checkpoints.committed(run_dir).items() if saved < step]
-    folder = checkpoints.resolve(earlier[-1]) if earlier else None
-    config = configuration.build(TrainConfig, _config_of(run_dir, lines[target]["attempt"]))
+    attempts = Run.of_folder(run_dir, []).attempts
+    folder = _start(run_dir, attempts[0], target)
+    first = 1 + (checkpoints.read_state(folder)["step"] if folder else 0)
+    stretches = _stretches(run_dir, attempts, first, target)
+    announce(_about(lines, folder, first, target, stretches))
     with tempfile.TemporaryDirectory(prefix="olmo-train-replay-") as scratch:
-        config = dataclasses.replace(
-            config,
-            run_dir=scratch,
-            resume_from=str(folder) if folder else config.resume_from,
-            log=LogConfig(interval_steps=config.log.interval_steps, wandb=WandbConfig(mode="disabled")),
-            eval=EvalConfig(interval_steps=10**9),
-            guards=_guards(config.guards, run_dir),
-            checkpoint=CheckpointConfig(interval_steps=10**9),
-        )
-        run = train(config)
-        stats = next(stats for stats in run if stats.step == target)
-        run.close()
-        replayed = logged_lines(Path(scratch))[target]
-    return Replay(target, folder, lines[target], replayed, _sequences(config, target, stats.losses.tolist()))
+        newest = folder
+        for number, (config, last, _) in enumerate(stretches):
+            place = Path(scratch) / str(number)
+            saves = CheckpointConfig(10**9, save_steps=() if last == target else (last,), async_save=False)
+            config = dataclasses.replace(config, run_dir=str(place), checkpoint=saves, resume_from=newest and str(newest))
+            stats = _train_to(config, last)
+            newest = checkpoints.folder_of(place, last)
+        replayed = logged_lines(place)[target]
+    return Replay(target, folder, lines[target], replayed, _sequences(stretches[-1], stats))
 
 
-def _config_of(run_dir: Path, attempt: int) -> dict[str, Any]:
-    """The resolved configuration with which an attempt trained: it may differ from the last one, such as in its length."""
-    lines = (run_dir / "events.jsonl").read_text(encoding="utf-8").splitlines()
-    events = (json.loads(line) for line in lines if line.endswith("}"))
-    event = next(event for event in events if event.get("attempt") == attempt)
-    return configuration.words(event["config"], event.get("started_in"))
+def _start(run_dir: Path, first: Attempt, target: int) -> Path | None:
+    """The newest checkpoint before the target; None when the run begins with first weights. Raises CheckpointError."""
+    if not first.event:
+        raise ConfigError(run_dir, "has no events.jsonl, which holds the configuration of each attempt; restore it")
+    earlier = [folder for saved, folder in checkpoints.committed(run_dir).items() if saved < target]
+    if earlier:
+        return checkpoints.resolve(earlier[-1])
+    origin = first.event["checkpoint"]  # of a branch: the checkpoint that it started from
+    return checkpoints.resolve(Path(origin)) if origin else None
+
+
+# (configuration, last step, attempt) of steps in a row
+Stretch = tuple[TrainConfig, int, Attempt]
+
+
+def _stretches(run_dir: Path, attempts: list[Attempt], first: int, target: int) -> list[Stretch]:
+    """The configurations with which steps `first` to `target` were made, in order."""
+    stretches: list[Stretch] = []
+    ends = [attempt.first_step - 1 for attempt in attempts[1:]] + [target]
+    for attempt, end in zip(attempts, ends, strict=True):
+        last = min(end, target)
+        if last < max(first, attempt.first_step):
+            continue
+        config = _config_of(run_dir, attempt)
+        if stretches and stretches[-1][0] == config:  # resumed as it was
+            stretches.pop()
+        stretches.append((config, last, attempt))
+    return stretches
+
+
+def _config_of(run_dir: Path, attempt: Attempt) -> TrainConfig:
+    """The configuration of an attempt without all that does not change what a step computes or when it is logged."""
+    config = configuration.build(TrainConfig, configuration.words(attempt.event["config"], attempt.event.get("started_in")))
+    return dataclasses.replace(
+        config,
+        run_dir=str(run_dir),
+        resume="auto",
+        resume_from=None,
+        init_from=config.init_from if attempt.first_step == 1 else None,
+        allow_changes=(),
+        data=dataclasses.replace(config.data, validation={}),
+        log=LogConfig(interval_steps=config.log.interval_steps, wandb=WandbConfig(mode="disabled")),
+        eval=EvalConfig(interval_steps=10**9),
+        profile=ProfileConfig(),
+        guards=_guards(config.guards, run_dir),
+        checkpoint=CheckpointConfig(interval_steps=10**9),
+    )
+
+
+def _about(lines: dict[int, dict[str, Any]], folder: Path | None, first: int, target: int, stretches: list[Stretch]) -> str:
+    """From where, how far and about how long."""
+    count = target - first + 1
+    text = f"computing {count} step{'s' * (count > 1)}, {first} to {target}, from {folder or 'the first weights'}"
+    logged = [line.get("throughput/step_seconds") for step, line in lines.items() if first <= step <= target]
+    if logged := [seconds for seconds in logged if seconds]:
+        text += f": about {duration(math.ceil(count * statistics.mean(logged)))} at the speed of the run"
+    if len(stretches) > 1:
+        ends = ", ".join(str(last) for _, last, _ in stretches[:-1])
+        text += f"; the configuration changed after step {ends}, and each step gets its own"
+    config, _, attempt = stretches[-1]
+    if attempt.world_size != 1 and config.determinism != "world":
+        text += f"; the run had {attempt.world_size} processes, and on one the last digits differ unless determinism is 'world'"
+    return text
+
+
+def _train_to(config: TrainConfig, step: int) -> StepStats:
+    run = train(config)
+    stats = next(stats for stats in run if stats.step == step)
+    run.close()
+    return stats
 
 
 def _guards(config: GuardConfig, run_dir: Path) -> GuardConfig:
@@ -92,10 +165,12 @@ def _guards(config: GuardConfig, run_dir: Path) -> GuardConfig:
     return dataclasses.replace(config, spike=policy, skip_steps=tuple(sorted(left.union(config.skip_steps))))
 
 
-def _sequences(config: TrainConfig, step: int, losses: list[float]) -> list[tuple[str, int, float]]:
+def _sequences(stretch: Stretch, stats: StepStats) -> list[tuple[str, int, float]]:
+    config, step, attempt = stretch
     shape = config.model
     mixture = Mixture(config.data, config.seed, config.global_batch_size, shape.seq_len, shape.vocab_size)
-    batch = mixture.global_batch(step)
-    rows = zip(batch.source.tolist(), batch.instance.tolist(), losses, strict=True)
-    means = [(mixture.names[source], instance, loss / shape.seq_len) for source, instance, loss in rows]
+    mixture.set_batches(attempt.batches)
+    batch, scored = mixture.global_batch(step), scored_tokens(mixture, step)
+    rows = zip(batch.source.tolist(), batch.instance.tolist(), stats.losses.tolist(), scored, strict=True)
+    means = [(mixture.names[source], instance, loss / max(n, 1)) for source, instance, loss, n in rows]
     return sorted(means, key=lambda row: -row[2])

@@ -10,7 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from olmo_train.checkpoint import committed
+from olmo_train.data.loader import IGNORE, read_batch
+from olmo_train.forensics import scored_tokens
+from olmo_train.provenance import Run
 from olmo_train.replay import logged_lines, replay
+from olmo_train.train import train
 
 STEPS, AUDITED = 60, 20
 ENDS = ((13, signal.SIGKILL), (29, signal.SIGTERM), (44, signal.SIGKILL))  # (logged lines, what comes then)
@@ -28,6 +33,36 @@ def train_until(words: list[str], run_dir: Path, lines: int, number: int) -> int
     finally:
         process.kill()
         process.wait()
+
+
+def test_a_lengthened_run_is_computed_again_with_the_configuration_of_each_attempt(tiny_args):
+    once = {"checkpoint.interval_steps": 100, "checkpoint.keep_last": 1}
+    list(train(tiny_args("run", total_steps=6, **{**once, "log.interval_steps": 4})))
+    smaller = {"global_batch_size": 4, "allow_changes": "[global_batch_size]", "log.interval_steps": 3}
+    list(train(tiny_args("run", total_steps=12, **{**once, **smaller})))
+    run_dir = Path(tiny_args("run").run_dir)
+    assert list(committed(run_dir)) == [12]  # so that a replay begins with the first weights
+    said = []
+    result = replay(run_dir, 9, said.append)
+    assert result.step == 9 and result.differing == [] and len(result.sequences) == 4
+    assert "computing 9 steps, 1 to 9, from the first weights: about" in said[0] and "changed after step 6" in said[0]
+    assert replay(run_dir, 5).differing == []
+
+
+@pytest.mark.parametrize("order", ["permute", "olmo"])
+def test_the_losses_of_the_sequences_are_means_over_their_scored_tokens(tiny_args, order):
+    words = {"data.order": order, "data.eos_id": 511, "data.deny": "[a:@100,a:@7000,a:@15000,a:@30000]", "total_steps": 3}
+    config = tiny_args("run", **words, micro_batch_size=8, global_batch_size=160)
+    *_, last = train(config)
+    mixture = Run([f"{config.run_dir}/config.yaml"]).attempt_of(3).mixture()
+    scored = (read_batch(mixture, 3, 0, 1).labels != IGNORE).sum(dim=1).tolist()
+    assert scored_tokens(mixture, 3) == scored and min(scored) < 64
+    batch, result = mixture.global_batch(3), replay(Path(config.run_dir), 3)
+    tokens = {("a", instance): n for instance, n in zip(batch.instance.tolist(), scored, strict=True)}
+    total = sum(loss * tokens[source, instance] for source, instance, loss in result.sequences)
+    assert total / sum(scored) == pytest.approx(last.loss.item(), rel=1e-6)
+    losses = [loss for *_, loss in result.sequences]
+    assert losses == sorted(losses, reverse=True)
 
 
 @pytest.mark.slow

@@ -27,7 +27,7 @@ def run(arguments: argparse.Namespace) -> int:
         if not 1 <= arguments.audit <= len(known):
             raise ConfigError("--audit", f"{arguments.audit} steps, but {len(known)} are logged")
         steps = sorted(random.Random(arguments.seed).sample(known, arguments.audit))
-    results = [replay.replay(run_dir, step) for step in steps]
+    results = [replay.replay(run_dir, step, announce=lambda text: print(text, flush=True)) for step in steps]
     for result in results:
         show(result, sequences=arguments.audit is None)
     differing = [result.step for result in results if result.differing]
@@ -43,4 +43,5 @@ def show(result, sequences: bool) -> None:
         print(f"  {name}: logged {result.logged.get(name)!r}, now {result.replayed.get(name)!r}")
     if sequences:
         for source, instance, loss in result.sequences:
-            print(f"  {loss:9.4f} nats a token  {source} {instance}")
+            mean = "no scored token       " if loss == 0 else f"{loss:9.4f} nats a token"
+            print(f"  {mean}  {source} {instance}")
