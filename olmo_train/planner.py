@@ -8,8 +8,9 @@ against the live tensors of a real step.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
+from fractions import Fraction
+from typing import Any
 
 from olmo_train.errors import ConfigError, check_choice
 from olmo_train.hardware import Hardware
@@ -274,16 +275,18 @@ def co2_kg(gpu_kwh: float, pue: float = PAPER_PUE, carbon: float = PAPER_CARBON)
     return gpu_kwh * pue * carbon
 
 
-def checkpoint_steps(
-    total_steps: int, keep_last: int, is_due: Callable[[int], bool], is_permanent: Callable[[int], bool]
-) -> tuple[list[int], list[int]]:
-    """(steps at which a run saves, those whose checkpoints are still there at its end)."""
-    saved = [step for step in range(1, total_steps + 1) if is_due(step) or step == total_steps]
-    passing = [step for step in saved if not is_permanent(step)]
-    return saved, sorted({*passing[-keep_last:], *(step for step in saved if is_permanent(step))})
+def checkpoint_counts(total_steps: int, config: Any) -> tuple[int, int]:
+    """(checkpoints that a run saves, those still there at its end), from a CheckpointConfig (its module needs torch)."""
+    every, forever = config.interval_steps, config.permanent_interval_steps
+    named = {step for step in config.save_steps if 1 <= step <= total_steps and not (forever and step % forever == 0)}
+    permanent = len(named) + (total_steps // forever if forever else 0)
+    passing = total_steps // every - (total_steps // math.lcm(every, forever) if forever else 0)
+    passing -= sum(step % every == 0 for step in named)
+    passing += total_steps % every != 0 and not config.is_permanent(total_steps)  # the last step
+    return permanent + passing, permanent + min(passing, config.keep_last)
 
 
 def milestones(total_steps: int, warmup_steps: int) -> list[int]:
     """Steps at which a schedule is worth reading: the first, the end of the warmup, each tenth, the last."""
-    tenths = {round(total_steps * tenth / 10) for tenth in range(1, 11)}
+    tenths = {round(Fraction(total_steps * tenth, 10)) for tenth in range(1, 11)}
     return sorted(step for step in {1, warmup_steps, *tenths} if 1 <= step <= total_steps)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from olmo_train.checkpoint import CheckpointConfig
+from olmo_train.config import build
 from olmo_train.data.mixture import DataConfig
 from olmo_train.data.order import BatchSizes
 from olmo_train.errors import ConfigError, check_choice
 from olmo_train.guards import GuardConfig
 from olmo_train.metrics import LogConfig
 from olmo_train.model.config import ModelConfig
-from olmo_train.optim import OptimConfig
+from olmo_train.optim import OptimConfig, lr_at
 from olmo_train.parallel import ParallelConfig
 from olmo_train.profiling import ProfileConfig
 from olmo_train.storage import FilePath
@@ -96,6 +98,13 @@ class TrainConfig:
         return batches.steps_for(self.total_tokens or 2e12, self.model.seq_len)
 
     @property
+    def warmup_warning(self) -> str | None:
+        """What is wrong with a warmup that the run does not outlast; with total_tokens it is refused."""
+        if self.optim.warmup_steps < self.steps:
+            return None
+        return f"optim.warmup_steps {self.optim.warmup_steps} fills all {self.steps} steps: the schedule never starts; use fewer"
+
+    @property
     def rows_per_forward(self) -> int:
         """Sequences that one process puts through the model at once."""
         return 1 if self.determinism == "world" else self.micro_batch_size
@@ -115,3 +124,22 @@ class TrainConfig:
                 f"{self.global_batch_size} is not a multiple of world_size {size} x micro_batch_size "
                 f"{self.micro_batch_size} = {unit}; use {way_out}",
             )
+
+
+def schedule_warnings(config: TrainConfig, saved: dict[str, Any] | None, batches: BatchSizes, last_step: int) -> list[str]:
+    """A warmup that fills the run, and a jump of the learning rate in a run that was lengthened after step `last_step`.
+
+    `saved`: the configuration of the checkpoint that is resumed, if any.
+    """
+    warnings = [config.warmup_warning] if config.warmup_warning else []
+    if saved is not None:
+        was = build(TrainConfig, saved)
+        steps = was.steps_with(batches)
+        before, after = lr_at(last_step, was.optim, steps), lr_at(last_step + 1, config.optim, config.steps)
+        if abs(after - lr_at(last_step + 1, was.optim, steps)) > 0.1 * before:
+            warnings.append(
+                f"the learning rate jumps from {before:.3g} at step {last_step} to {after:.3g} at step {last_step + 1}: the run "
+                f"had {steps} steps when it was saved and has {config.steps} now; to keep the schedule: "
+                f"optim.schedule_steps={was.optim.schedule_steps or steps} allow_changes=[optim.schedule_steps]"
+            )
+    return warnings

@@ -35,7 +35,7 @@ from olmo_train.metrics import attempts, is_logged
 from olmo_train.model.cost import flops_per_token
 from olmo_train.model.transformer import Transformer
 from olmo_train.profiling import StepProfiler
-from olmo_train.recipe import TrainConfig
+from olmo_train.recipe import TrainConfig, schedule_warnings
 from olmo_train.records import Records
 from olmo_train.replicas import divergence
 from olmo_train.resume import check_changes, check_data, check_denied, check_skip_steps
@@ -119,9 +119,14 @@ class Run:
         in_a_row = self.interval.skipped_in_a_row()
         self.forensics = Forensics(self.run_dir, self.mixture, world, self.attempt, self.watchdog)
         self.verdicts = Verdicts(config, world, self.records, checkpointer, self.forensics, self.first_step, in_a_row)
+        if world.is_main:
+            saved = configuration.read([self.folder / "config.yaml"]) if self.folder and not self.is_branch else None
+            for warning in schedule_warnings(config, saved, self.batches, self.last_step):
+                log.warning(warning)
         how = "branch" if self.is_branch else "resume" if self.folder else "start"
         about = {"attempt": self.attempt, "world_size": world.size, "checkpoint": str(self.folder or "")}
-        about |= {"batches": self.batches.changes, "config": self.resolved, "started_in": os.getcwd()}
+        about |= {"batches": self.batches.changes, "total_steps": config.steps, "config": self.resolved}
+        about["started_in"] = os.getcwd()
         self.records.event(how, self.last_step, **about)
 
     def _open_watchdog(self) -> None:

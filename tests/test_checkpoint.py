@@ -13,9 +13,11 @@ import torch
 from data_sources import prepare_source
 
 from olmo_train import checkpoint as checkpoints
+from olmo_train import config as configuration
+from olmo_train.__main__ import main
 from olmo_train.checkpoint import CheckpointConfig, load_model
 from olmo_train.errors import CheckpointError, SaveError, Stopped
-from olmo_train.storage import MANIFEST, hash_file, problems_of
+from olmo_train.storage import MANIFEST, RunLock, hash_file, problems_of
 from olmo_train.train import train
 
 
@@ -363,3 +365,13 @@ def test_the_stall_and_the_bandwidth_of_saves_are_metrics(finished, read_metrics
     lines = read_metrics(finished)
     assert any("throughput/checkpoint_stall_seconds" in line for line in lines)
     assert any(line.get("throughput/checkpoint_bytes_per_second", 0) > 0 for line in lines)
+
+
+def test_a_dry_run_of_prune_needs_no_lock(tiny_args, capsys):
+    config = tiny_args("run")
+    for step in (1, 2):
+        (Path(config.run_dir) / f"checkpoints/step-000000{step}").mkdir(parents=True)
+    (Path(config.run_dir) / "config.yaml").write_text(configuration.dump(config))
+    with RunLock(Path(config.run_dir)):
+        assert main(["checkpoints", config.run_dir, "--prune", "--dry-run"]) == 0
+        assert main(["checkpoints", config.run_dir, "--prune"]) == 2

@@ -10,8 +10,8 @@ import pytest
 from curves_runs import PAUSE_SECONDS, STEP_SECONDS, make_run
 
 from olmo_train.commands import curves as command
-from olmo_train.curves import exports, panels, thin
-from olmo_train.curves.history import Run, Series, read_run
+from olmo_train.curves import exports, panels, terminal, thin
+from olmo_train.curves.history import Run, Series, elapsed_seconds, read_run
 from olmo_train.errors import ConfigError, DataError
 
 
@@ -70,6 +70,44 @@ def test_time_does_not_count_the_pause_before_a_resume(run_dir):
     elapsed = read_run(run_dir).elapsed
     assert elapsed.values[-1] == pytest.approx(400 * STEP_SECONDS, rel=1e-6)
     assert elapsed.values[-1] < PAUSE_SECONDS
+
+
+def test_the_time_of_a_branch_begins_at_its_start():
+    clock, start = [(10, 100.0, 1), (20, 110.0, 1)], {"step": 5, "time": 90.0}
+    for event in ("start", "resume", "branch"):
+        assert elapsed_seconds(clock, [{"event": event, **start}]).values.tolist() == [10.0, 20.0]
+
+
+def test_a_run_given_in_tokens_ends_at_the_step_that_its_start_logged(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 4, "train/CrossEntropyLoss": 7.0}\n')
+    (tmp_path / "config.yaml").write_text("total_steps: null\ntotal_tokens: 2048\n")
+    event = {"event": "start", "step": 0, "time": 1.0, "total_steps": 8}
+    (tmp_path / "events.jsonl").write_text(json.dumps(event) + "\n")
+    run = read_run(tmp_path)
+    assert not run.ended and "step 4 of 8," in terminal.headline(run)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 8, "train/CrossEntropyLoss": 7.0}\n')
+    assert read_run(tmp_path).ended
+    (tmp_path / "events.jsonl").write_text('{"event": "finish", "step": 8, "time": 1.0}\n')  # of an older version
+    assert read_run(tmp_path).ended
+
+
+def test_numbers_and_words_that_nothing_can_hold_end_no_curve(tmp_path):
+    rows = [{"step": 1, "train/CrossEntropyLoss": 7.0, "throughput/total_flops": 10**400, "attempt": "first", "time": 10**400},
+            {"step": 1e30, "train/CrossEntropyLoss": 6.0}, {"step": 10**400, "train/CrossEntropyLoss": 6.0},
+            {"step": 2, "train/CrossEntropyLoss": 5.0, "time": 3.0}]  # fmt: skip
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = read_run(tmp_path)
+    assert run.series["train/CrossEntropyLoss"].values.tolist() == [7.0, 5.0] and run.last_step == 2
+    assert run.series["throughput/total_flops"].values.tolist() == [np.inf]
+
+
+def test_a_figure_shows_names_as_they_are(tmp_path):
+    rows = [{"step": s, "train/source/_b/CrossEntropyLoss": 7.0 - s, "train/source/$x_{$/CrossEntropyLoss": 6.0, "$x_{$": 1.0}
+            for s in (1, 2)]  # fmt: skip
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    draw(tmp_path, "--output", tmp_path / "f.svg", "--metric", "*x*", "--metric", "*_b*", "--label", "$x_{$")
+    text = (tmp_path / "f.svg").read_text()
+    assert "<!--  _b -->" in text and "<!-- $x_{$ -->" in text
 
 
 def test_evaluations_between_logged_steps_find_their_tokens(run_dir):

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from olmo_train import metrics as recording
+from olmo_train.console import Console
 from olmo_train.errors import DataError
 from olmo_train.metrics import JsonLines, LogConfig, Recorder, WandbConfig, attempts, wandb_mode
 from olmo_train.stats import Interval, loss_metrics, throughput_metrics
@@ -402,3 +403,8 @@ def test_an_infinite_number_of_the_configuration_is_json_in_the_events_and_reads
     events = [json.loads(line, parse_constant=refuse) for line in lines]
     assert events[0]["config"]["optim"]["max_grad_norm"] == ".inf"
     assert configuration.build(TrainConfig, events[0]["config"]) == config
+
+
+def test_the_console_names_a_validation_source_with_its_whole_name(capsys):
+    Console("run", 0, 10).log(5, {"eval/web/en/CrossEntropyLoss": 1.5, "eval/web/de/CrossEntropyLoss": 2.5})
+    assert "web/en 1.5000  web/de 2.5000" in capsys.readouterr().out

@@ -1,6 +1,7 @@
 """`plan` as a user meets it: readable at 80 columns, honest about what it does not know, the same numbers as JSON."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,25 @@ def test_json_holds_the_learning_rates_and_epochs_of_the_run(plan, tiny_words):
     }
     assert told["sources"]["a"]["epochs"] == 12 * 8 / ((40_000 - 1) // 64)
     assert told["checkpoints_saved"] == 3 and told["evaluations"] == 1
+
+
+LENGTHS = [{"total_steps": "1e9"}, {"total_steps": "1e18"}, {"total_steps": None, "total_tokens": "1e30"}]
+
+
+@pytest.mark.parametrize("words", LENGTHS)
+def test_a_plan_of_any_length_is_arithmetic(plan, tiny_words, words):
+    code, text, _ = plan(*tiny_words(**words, **{"eval.downstream": "[piqa]"}), "--json")
+    told = json.loads(text)
+    steps = told["total_steps"]
+    assert code == 0 and steps == (math.ceil(1e30 / 512) if "total_tokens" in words else int(float(words["total_steps"])))
+    assert told["checkpoints_saved"] == -(-steps // 5) and told["evaluations"] == -(-steps // 1000)
+    assert told["milestones"][-1]["step"] == steps
+    assert told["sources"]["a"]["epochs"] == pytest.approx(steps * 8 / ((40_000 - 1) // 64))
+
+
+def test_a_warmup_that_fills_the_run_is_a_warning(plan, tiny_words):
+    assert "optim.warmup_steps 4 fills all 3 steps" in " ".join(plan(*tiny_words(total_steps=3))[1].split())
+    assert "fills all" not in plan(*tiny_words(total_steps=5))[1]
 
 
 def test_missing_data_leave_epochs_unknown_and_name_the_reason(plan, tiny_words):

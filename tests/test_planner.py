@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from olmo_train import optim, parallel, planner
+from olmo_train.checkpoint import CheckpointConfig
 from olmo_train.errors import ConfigError
 from olmo_train.hardware import lookup
 from olmo_train.model.config import ModelConfig
@@ -213,10 +214,19 @@ def test_more_gpus_take_less_time_for_the_same_money():
 
 
 def test_checkpoints_that_stay_are_the_permanent_ones_and_the_last_of_the_others():
-    permanent = lambda step: step % 40 == 0 or step == 2  # noqa: E731
-    saved, kept = planner.checkpoint_steps(85, 2, lambda step: step % 10 == 0 or permanent(step), permanent)
-    assert saved == [2, 10, 20, 30, 40, 50, 60, 70, 80, 85]
-    assert kept == [2, 40, 70, 80, 85]
+    config = CheckpointConfig(interval_steps=10, keep_last=2, permanent_interval_steps=40, save_steps=(2,))
+    assert planner.checkpoint_counts(85, config) == (10, 5)  # 2, 10, 20, ..., 80, 85, of which 2, 40, 70, 80, 85 stay
+    assert planner.checkpoint_counts(10**18, CheckpointConfig()) == (10**15, 3)
+
+
+@pytest.mark.parametrize("every, forever, named, keep", [(10, 40, (2, 20, 80), 2), (6, 4, (5, 12), 1), (7, None, (14, 99), 3)])
+def test_checkpoints_are_counted_as_a_run_would_save_them(every, forever, named, keep):
+    config = CheckpointConfig(interval_steps=every, keep_last=keep, permanent_interval_steps=forever, save_steps=named)
+    for total in range(1, 100):
+        saved = [step for step in range(1, total + 1) if config.is_due(step) or step == total]
+        passing = [step for step in saved if not config.is_permanent(step)]
+        kept = len(saved) - len(passing) + len(passing[-keep:])
+        assert planner.checkpoint_counts(total, config) == (len(saved), kept)
 
 
 def test_milestones_hold_the_first_step_the_end_of_the_warmup_and_the_last():

@@ -109,6 +109,14 @@ def test_a_longer_run_goes_on_with_the_same_batches(tiny_args, read_metrics, tmp
     assert hashes[0] == hashes[1] and len(hashes[0]) == 9
 
 
+def test_a_warmup_that_fills_the_run_and_a_jump_of_the_learning_rate_are_warnings(tiny_args, caplog):
+    trained(tiny_args("run", total_steps=4))
+    assert "optim.warmup_steps 4 fills all 4 steps" in caplog.text and "jumps" not in caplog.text
+    caplog.clear()
+    trained(tiny_args("run", total_steps=10))
+    assert "the learning rate jumps from 0.0003 at step 4 to 0.00255 at step 5" in caplog.text and "fills all" not in caplog.text
+
+
 @pytest.mark.parametrize("order", ["permute", "olmo"])
 def test_after_a_change_of_the_batch_every_figure_counts_the_instances_that_were_read(tiny_args, read_metrics, order):
     words = {"total_tokens": (5 * 8 + 7 * 4) * 64, "total_steps": None, "log.interval_steps": 3, "data.order": order}

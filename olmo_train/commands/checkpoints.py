@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,7 +37,7 @@ def run(arguments: argparse.Namespace) -> None:
             damaged[folder] = problems
         print(describe(step, folder, retention.is_permanent(step), problems if arguments.verify else None))
     if arguments.prune:
-        with RunLock(run_dir):
+        with contextlib.nullcontext() if arguments.dry_run else RunLock(run_dir):  # a run may be going on
             for folder in checkpoint.superfluous(run_dir, retention):
                 print(f"{'would delete' if arguments.dry_run else 'deleted'} {folder}")
                 if not arguments.dry_run:

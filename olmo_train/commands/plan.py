@@ -17,6 +17,7 @@ from olmo_train.commands.train import add_config_arguments, split_config
 from olmo_train.errors import ConfigError, DataError, nearest
 
 if TYPE_CHECKING:
+    import numpy as np
     from rich.console import Console
 
     from olmo_train.data.mixture import Mixture
@@ -200,14 +201,13 @@ def schedule(config: TrainConfig, cost: dict | None, mixture: Mixture | None, wh
     from olmo_train.optim import lr_at
 
     steps, every = config.steps, config.eval.interval_steps
-    saved, kept = planner.checkpoint_steps(
-        steps, config.checkpoint.keep_last, config.checkpoint.is_due, config.checkpoint.is_permanent
-    )
+    saved, kept = planner.checkpoint_counts(steps, config.checkpoint)
     bytes_each = planner.checkpoint_bytes(config.model, config.optim.name)
     weights = {name: source.weight for name, source in config.data.sources.items() if name != UNNAMED}
-    visits = mixture and mixture.order.visits_before(steps * config.global_batch_size)
+    visits = mixture and visits_before(mixture, steps * config.global_batch_size)
     return {
         "total_steps": steps,
+        "warning": config.warmup_warning,
         "total_tokens": steps * config.tokens_per_step,
         "global_batch_size": config.global_batch_size,
         "tokens_per_step": config.tokens_per_step,
@@ -230,12 +230,18 @@ def schedule(config: TrainConfig, cost: dict | None, mixture: Mixture | None, wh
             for i, (name, weight) in enumerate(weights.items())
         },
         "sources_unknown": why_not,
-        "evaluations": -(-steps // every) if config.data.validation else 0,
-        "checkpoints_saved": len(saved),
-        "checkpoints_kept": len(kept),
+        "evaluations": -(-steps // every) if config.data.validation or config.eval.downstream else 0,
+        "checkpoints_saved": saved,
+        "checkpoints_kept": kept,
         "checkpoint_bytes": bytes_each,
-        "checkpoints_disk_bytes": (len(kept) + 1) * bytes_each,  # one more while a new one is written
+        "checkpoints_disk_bytes": (kept + 1) * bytes_each,  # one more while a new one is written
     }
+
+
+def visits_before(mixture: Mixture, places: int) -> np.ndarray:
+    """Visits of each source, (sources,) fp64; in proportion where a run has more places than an int64 can count."""
+    most = 2**60
+    return mixture.order.visits_before(min(places, most)) * max(1.0, places / most)
 
 
 def show(plan: dict[str, Any], config: TrainConfig) -> None:
@@ -359,7 +365,10 @@ def show_schedule(console: Console, plan: dict[str, Any]) -> None:
         table(console, "Sources", ["name", "weight", "tokens", "epochs"], rows)
     if plan["sources_unknown"]:
         console.print(f"Epochs are unknown: {plan['sources_unknown']}")
-    console.print(f"Evaluations: {plan['evaluations']:,}{'' if plan['evaluations'] else ', no data.validation is named'}.")
+    missing = "" if plan["evaluations"] else ", neither data.validation nor eval.downstream is set"
+    console.print(f"Evaluations: {plan['evaluations']:,}{missing}.")
+    if plan["warning"]:
+        console.print(f"Warning: {plan['warning']}")
     console.print(f"Checkpoints: {plan['checkpoints_saved']:,} saved, {plan['checkpoints_kept']:,} kept, "
                   f"{gigabytes(plan['checkpoint_bytes'])} each; at most "
                   f"{gigabytes(plan['checkpoints_disk_bytes'])} of disk.")  # fmt: skip
@@ -402,10 +411,12 @@ def draw(config: TrainConfig, mixture: Mixture | None, file: Path) -> None:
         return
     from matplotlib.figure import Figure
 
+    from olmo_train.curves.figure import plain
+
     figure = Figure(figsize=(7, 2.6 * len(panels)), layout="constrained")
     for axes, (label, lines) in zip(figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0], panels.items(), strict=True):
         for name, (x, y) in lines.items():
-            axes.plot(x, y, label=name)
+            axes.plot(x, y, label=plain(name))
         axes.set_ylabel(label)
         axes.set_ylim(bottom=0)
         axes.ticklabel_format(axis="y", scilimits=(-3, 4))
@@ -425,7 +436,7 @@ def curves(config: TrainConfig, mixture: Mixture | None) -> dict[str, dict[str, 
     tokens = [float(step * config.tokens_per_step) for step in steps]
     panels = {"learning rate": {"learning rate": (tokens, [lr_at(step, config.optim, config.steps) for step in steps])}}
     if mixture:
-        visits = [mixture.order.visits_before(step * config.global_batch_size) for step in steps]
+        visits = [visits_before(mixture, step * config.global_batch_size) for step in steps]
         panels["epochs"] = {
             name: (tokens, [float(v[i] / mixture.sizes[i]) for v in visits]) for i, name in enumerate(mixture.names)
         }

@@ -83,6 +83,11 @@ def write_figure(runs: list[Run], chosen: list[Curves], path: Path, look: Look) 
         figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
+def plain(text: str | None) -> str | None:
+    """Text that matplotlib shows as it is: dollars begin no mathematics, and a leading underscore hides no legend entry."""
+    return text and (" " if text.startswith("_") else "") + text.replace("$", r"\$")
+
+
 def _draw_panel(axes: Axes, runs: list[Run], curves: Curves, look: Look) -> None:
     names = panels.legend_names(runs, curves)
     kinds = list(dict.fromkeys(curves.metrics.values()))
@@ -104,9 +109,9 @@ def _draw_panel(axes: Axes, runs: list[Run], curves: Curves, look: Look) -> None
                       textcoords="offset points", ha="right", va="bottom", fontsize=7, color="#6c757d")  # fmt: skip
     if len(runs) == 1:
         _mark_events(axes, runs[0], look.axis, with_words=len(kinds) == 1)  # a legend needs their place
-    axes.set_xlabel(look.axis.label)
-    axes.set_ylabel(curves.panel.unit)
-    axes.set_title(curves.panel.title, loc="left", fontweight="bold")
+    axes.set_xlabel(plain(look.axis.label))
+    axes.set_ylabel(plain(curves.panel.unit))
+    axes.set_title(plain(curves.panel.title), loc="left", fontweight="bold")
     if look.log_x:
         axes.set_xscale("log")
     if curves.panel.log:
@@ -125,10 +130,10 @@ def _draw_curve(axes: Axes, run: Run, metric: str, name: str | None, style: dict
     raw = thin.thin(series, MAX_POINTS)
     if window:
         _plot(axes, run, raw, axis, alpha=0.25, linewidth=0.5, color=style["color"])
-        _plot(axes, run, thin.smooth(thin.means(series, MAX_POINTS), window), axis, label=name, **style)
+        _plot(axes, run, thin.smooth(thin.means(series, MAX_POINTS), window), axis, label=plain(name), **style)
     else:
         few = panels.is_evaluation(metric) and len(series) <= 60
-        _plot(axes, run, raw, axis, label=name, marker="o" if few else None, markersize=2.2, **style)
+        _plot(axes, run, raw, axis, label=plain(name), marker="o" if few else None, markersize=2.2, **style)
 
 
 def _plot(axes: Axes, run: Run, series: Series, axis: Axis, **style) -> None:
@@ -193,6 +198,7 @@ def _runs_legend(figure: Figure, runs: list[Run]) -> None:
     from matplotlib.lines import Line2D
 
     handles = [
-        Line2D([], [], color=panels.COLORS[i % len(panels.COLORS)], linewidth=1.6, label=run.name) for i, run in enumerate(runs)
+        Line2D([], [], color=panels.COLORS[i % len(panels.COLORS)], linewidth=1.6, label=plain(run.name))
+        for i, run in enumerate(runs)
     ]
     figure.legend(handles=handles, loc="outside upper center", ncols=min(len(runs), 5))

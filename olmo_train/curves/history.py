@@ -21,6 +21,7 @@ from olmo_train.errors import ConfigError, DataError
 # Bookkeeping of a line, no metrics: they are drawn only when --metric asks for them.
 BOOKKEEPING = ("step", "time", "attempt", "world_size", "sample_hash", "_step", "_timestamp", "_runtime")
 STEP_KEYS = ("step", "_step", "Step", "trainer/global_step")  # the first that a line has; "_step" is W&B's
+MAX_STEP = 2**62  # a step beyond it is no step: int64 would not hold it
 TIME_KEYS = ("time", "_timestamp")  # unix seconds
 
 
@@ -51,8 +52,17 @@ class Run:
 
     @property
     def ended(self) -> bool:
+        if self.total_steps is not None:
+            return self.last_step >= self.total_steps
+        return any(event["event"] == "finish" and event["step"] >= self.last_step for event in self.events)
+
+    @property
+    def total_steps(self) -> int | None:
+        """Steps of the whole run; of a run that is given in tokens, as its newest start logged them."""
         total = self.config.get("total_steps")
-        return isinstance(total, int) and self.last_step >= total
+        if total is None:
+            total = next((e["total_steps"] for e in reversed(self.events) if "total_steps" in e), None)
+        return total if isinstance(total, int) else None
 
 
 def read_run(run_dir: Path) -> Run:
@@ -108,7 +118,7 @@ def collect(rows: Iterable[dict[str, Any]]) -> tuple[dict[str, Series], list[tup
     clock = []
     for row in rows:
         step = _first_number(row, STEP_KEYS)
-        if step is None:
+        if step is None or abs(step) > MAX_STEP:
             continue
         for key, value in row.items():
             if value is None:
@@ -119,10 +129,11 @@ def collect(rows: Iterable[dict[str, Any]]) -> tuple[dict[str, Series], list[tup
             if column is None:
                 column = columns[key] = ([], [])
             column[0].append(int(step))
-            column[1].append(value)
+            column[1].append(_float(value))
         time = _first_number(row, TIME_KEYS)
         if time is not None:
-            clock.append((int(step), float(time), int(row.get("attempt") or 0)))
+            attempt = row.get("attempt")
+            clock.append((int(step), _float(time), attempt if type(attempt) is int else 0))
     for key in STEP_KEYS:
         columns.pop(key, None)
     series = {name: _series(*column) for name, column in columns.items()}
@@ -133,7 +144,8 @@ def elapsed_seconds(clock: list[tuple[int, float, int]], events: list[dict[str, 
     """Seconds of running at each step. An attempt begins at its start or resume event, so that pauses do not count."""
     if not clock:
         return None
-    starts = sorted(float(e["time"]) for e in events if e["event"] in ("start", "resume") and _is_number(e.get("time")))
+    starts = [e.get("time") for e in events if e["event"] in ("start", "resume", "branch")]
+    starts = sorted(_float(time) for time in starts if _is_number(time))
     total, steps, values = 0.0, [], []
     previous_time, previous_attempt = None, None
     for step, time, attempt in clock:
@@ -159,9 +171,17 @@ def _series(steps: list[int], values: list[float]) -> Series:
 
 def _first_number(row: dict[str, Any], keys: tuple[str, ...]) -> float | None:
     for key in keys:
-        if _is_number(row.get(key)) and math.isfinite(row[key]):
+        if _is_number(row.get(key)) and math.isfinite(_float(row[key])):
             return row[key]
     return None
+
+
+def _float(value: float) -> float:
+    """A number of JSON, which has integers of any length, as a float."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
 
 
 def _is_number(value: Any) -> bool:

@@ -38,8 +38,8 @@ def draw_terminal(runs: list[Run], chosen: list[Curves], look: Look) -> str:
 
 def headline(run: Run) -> str:
     """`tiny: step 200 of 200, training 4.3012, validation web 4.4100, 1 resume`."""
-    total = run.config.get("total_steps")
-    told = [f"step {run.last_step:,}" + (f" of {total:,}" if isinstance(total, int) else "")]
+    total = run.total_steps
+    told = [f"step {run.last_step:,}" + (f" of {total:,}" if total is not None else "")]
     for metric, series in run.series.items():
         panel, name = panels.place(metric)
         if panel.title == "Loss":

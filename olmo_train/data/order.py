@@ -252,8 +252,8 @@ class OlmoOrder:
 
     def visits_before(self, place: int) -> np.ndarray:
         """Mean visits of each source before this place: exact at an epoch's end."""
-        sizes = np.diff(self.ends, prepend=0)
-        return sizes * place // int(self.ends[-1])
+        sizes = np.diff(self.ends, prepend=0).tolist()  # Python's integers: the products may not fit in int64
+        return np.array([size * place // int(self.ends[-1]) for size in sizes], dtype=np.int64)
 
     def _change(self, place: int, size: int) -> None:
         """From this place on, `size` instances a step. The current epoch goes on for as many whole batches as it holds."""
