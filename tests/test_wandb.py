@@ -113,7 +113,7 @@ def test_name_group_tags_configuration_and_code_are_told(start, tmp_path):
 
 
 def test_the_environment_fills_in_what_the_configuration_leaves_open(start, tmp_path):
-    words = {"PROJECT": "p", "NAME": "n", "RUN_GROUP": "g", "TAGS": "a,b", "ENTITY": "e", "MODE": "OFFLINE", "API_KEY": "a" * 40}
+    words = {"PROJECT": "p", "NAME": "n", "RUN_GROUP": "g", "TAGS": "a,b", "ENTITY": "e", "MODE": "OFFLINE"}
     assert finished(start(wandb=words, total_steps=1)) == []
     runs = [record["run"] for record in records(tmp_path / "run") if record["type"] == "run"]
     told = [(r["project"], r["display_name"], r["run_group"], r["tags"], r["entity"]) for r in runs]
