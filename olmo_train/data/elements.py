@@ -54,8 +54,7 @@ def json_elements(path: Path) -> Iterator[tuple[bytes, int]]:
 def _element_end(text: str, at: int, complete: bool) -> tuple[int | None, bool]:
     """(where the element that begins at `at` ends, whether it is JSON); None when that depends on text still to be read."""
     try:
-        stop = DECODER.raw_decode(text, at)[1]
-        return (stop if complete or stop < len(text) else None), True
+        return DECODER.raw_decode(text, at)[1], True
     except (ValueError, RecursionError) as problem:
         flaw = getattr(problem, "pos", at)
         if not complete and (len(text) - flaw < 20 or "Unterminated" in str(problem)):

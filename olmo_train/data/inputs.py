@@ -121,7 +121,7 @@ def _format(path: Path) -> str:
     except OSError as problem:
         raise DataError(path, f"cannot be read: {problem.strerror}; {READABLE}") from problem
     encoding = json.detect_encoding(head[:4])
-    begins = head.decode(encoding, "ignore").lstrip("\ufeff \t\r\n")[:1]
+    begins = head[:64].decode(encoding, "ignore").lstrip("\ufeff \t\r\n")[:1]
     if format in ("json", "jsonl") and not encoding.startswith("utf-8") and begins in ("{", "["):
         encoding = encoding.upper()
         raise DataError(path, f"is {encoding}, not UTF-8; convert it: iconv -f {encoding} -t UTF-8 {path}")
