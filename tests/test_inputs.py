@@ -303,9 +303,14 @@ def zst(data):
     return sink.getvalue().to_pybytes()
 
 
+@pytest.mark.parametrize("chunk_bytes", [200, 2**20])
 @pytest.mark.parametrize("suffix, compress", [("gz", gzip.compress), ("zst", zst)])
 @pytest.mark.parametrize("tail", [b"\0" * 512, b"\0", b"hello"])
-def test_what_lies_behind_a_whole_compressed_file_is_the_end_with_a_warning(tmp_path, suffix, compress, tail):
+def test_what_lies_behind_a_whole_compressed_file_is_the_end_with_a_warning(
+    tmp_path, monkeypatch, suffix, compress, tail, chunk_bytes
+):
+    for module in (chunks_module, readers):
+        monkeypatch.setattr(module, "CHUNK_BYTES", chunk_bytes)
     write(tmp_path, **{f"a.jsonl.{suffix}": compress(LINES) + compress(LINES) + tail})
     _, result = prepare_source(tmp_path, tmp_path / f"a.jsonl.{suffix}", on_error="stop")
     assert result.meta.documents == 40

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 CHUNK_BYTES = 2**20
+SIP_BYTES = 2**12
 INPUT_BYTES = 2**14  # of a compressed file, read at once
 BREAKS_OFF = "the compressed stream breaks off"  # reasons
 OTHER = "zero padding, or something else"
@@ -118,7 +119,7 @@ def _read_zstd(path: Path, raw: BinaryIO) -> Iterator[tuple[bytes, int]]:
     try:
         stream = pa.CompressedInputStream(_Sips(raw), "zstd")
         while contents := stream.read(CHUNK_BYTES):
-            done, end = done + len(contents), raw.tell()
+            done, end = done + len(contents), max(end, raw.tell() - SIP_BYTES)  # at least: more was read than decompressed
             yield contents, end
         return
     except OSError as problem:
@@ -153,7 +154,7 @@ class _Sips(io.RawIOBase):
         return True
 
     def read(self, size: int = -1) -> bytes:
-        return self.raw.read(max(1, min(size, 4096, int(min(self.single_from - self.raw.tell(), size)))))
+        return self.raw.read(max(1, min(size, SIP_BYTES, int(min(self.single_from - self.raw.tell(), size)))))
 
 
 DECOMPRESSORS = {".gz": _read_gzip, ".zst": _read_zstd}
