@@ -26,13 +26,14 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from olmo_train import config as configuration
+from olmo_train.checkpoint_format import open_reader
 from olmo_train.distributed import World
 from olmo_train.errors import CheckpointError, ConfigError, NonFiniteError, SaveError
 from olmo_train.model.config import ModelConfig
@@ -185,7 +186,7 @@ class WeightReader:
     """Reads the weights of a checkpoint folder one at a time, whole, on the CPU: for what must not hold a model at once."""
 
     def __init__(self, folder: Path):
-        self._storage = HuggingFaceStorageReader(str(folder))
+        self._storage = open_reader(folder)
         metadata = self._storage.read_metadata()
         self._storage.read_metadata = lambda: metadata  # the files' headers, read once
         self._entries = metadata.state_dict_metadata
@@ -213,7 +214,7 @@ def state_tensors(model: Transformer, optimizer: torch.optim.Optimizer) -> dict[
 
 def _read_tensors(folder: Path, wanted: dict[str, Tensor], prefix: str, group: Any) -> None:
     """Read tensors in place. Names and shapes must match both ways among those that start with `prefix`."""
-    reader = HuggingFaceStorageReader(str(folder))
+    reader = open_reader(folder)
     stored = {
         name: tuple(entry.size) for name, entry in reader.read_metadata().state_dict_metadata.items() if name.startswith(prefix)
     }
@@ -226,7 +227,7 @@ def _read_tensors(folder: Path, wanted: dict[str, Tensor], prefix: str, group: A
             )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # which is what no_dist asks for
-        dcp.load(wanted, storage_reader=HuggingFaceStorageReader(str(folder)), process_group=group, no_dist=group is None)
+        dcp.load(wanted, storage_reader=reader, process_group=group, no_dist=group is None)
 
 
 class Checkpointer:

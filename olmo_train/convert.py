@@ -14,7 +14,6 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from olmo_train import checkpoint as checkpoints
 from olmo_train import config as configuration
+from olmo_train.checkpoint_format import FORMAT
 from olmo_train.data.tokenizer import (
     CONFIG_FILE,
     OTHER_TOKENIZER,
@@ -120,12 +120,13 @@ def import_hf(source: Path, dest: Path) -> Agreement:
     settings = transformers().AutoConfig.from_pretrained(source).to_dict()
     tokenizer = _their_tokenizer(source)
     config = hf.to_config(settings, tokenizer.vocab_size if tokenizer else None)
-    mappings = {mapping.ours: mapping for mapping in hf.mappings(settings["model_type"], config)}
+    mappings = hf.mappings(settings["model_type"], config)
     theirs = TheirWeights(source)
-    theirs.check(mappings.values(), config)
+    theirs.check(mappings, config)
+    holders = {name: mapping for mapping in mappings for name in mapping.ours}
 
     def read(name: str) -> Tensor:
-        return mappings[name].join([theirs(part) for part in mappings[name].theirs]).float()
+        return holders[name].split(theirs(holders[name].theirs))[name].float()
 
     files = {"tokenizer.json": tokenizer.json.encode(), CONFIG_FILE: config_file(tokenizer.eos_text)} if tokenizer else {}
     with new_folder(dest) as temporary:
@@ -148,24 +149,29 @@ def import_olmo(source: Path, dest: Path, left_out: tuple[str, ...] = (), step: 
         return 0
     config = configuration.build(ModelConfig, settings["model"], "model")
     weights = _load_pt(source / "model.pt")
-    names = olmo.our_names(weights)
-    for name, parameter in _on_meta(config).named_parameters():
-        found = tuple(weights[names[name]].shape) if name in names else "absent"
-        if found != tuple(parameter.shape):
-            raise CheckpointError(source / "model.pt", f"{name} is {found}, expected {tuple(parameter.shape)}")
+    shapes = {name: parameter.shape for name, parameter in _on_meta(config).named_parameters()}
+    holders = olmo.mappings(weights, shapes)
+    if missing := sorted(shapes.keys() - holders.keys()):
+        raise CheckpointError(source / "model.pt", f"{missing[0]} is absent, expected {tuple(shapes[missing[0]])}")
+    for mapping in holders.values():
+        if (found := weights[mapping.theirs].shape) != mapping.shape:
+            raise CheckpointError(source / "model.pt", f"{mapping.theirs} is {tuple(found)}, expected {tuple(mapping.shape)}")
     moments = _moments(source / "optim.pt") if (source / "optim.pt").is_file() else None
     updates = None if moments is None else int(next(iter(moments.values()))["step"])
+    moment_holders = olmo.mappings(moments or (), shapes)
     if step is None:
         named = re.match(r"step(\d+)", source.resolve().name)
         step = int(named[1]) if named else updates or 0
 
+    def read(name: str) -> Tensor:
+        return holders[name].split(weights[holders[name].theirs])[name].float()
+
     def read_moment(name: str, key: str) -> Tensor:
-        return moments[name][key].float()
+        mapping = moment_holders[name]
+        return mapping.split(moments[mapping.theirs][key])[name].float()
 
     with new_folder(dest) as temporary:
-        entries = write_checkpoint(
-            temporary, config, settings, lambda name: weights[names[name]].float(), {}, step, updates, read_moment
-        )
+        entries = write_checkpoint(temporary, config, settings, read, {}, step, updates, read_moment)
         commit_folder(temporary, dest, entries)
     return step
 
@@ -186,11 +192,10 @@ def _load_pt(file: Path) -> dict[str, Any]:
 
 
 def _moments(file: Path) -> dict[str, dict[str, Tensor]]:
-    """{our name: AdamW's state} of an optim.pt, whether it is keyed by names (FSDP) or by numbers (DDP)."""
+    """{their name: AdamW's state} of an optim.pt, whether it is keyed by names (FSDP) or by numbers (DDP)."""
     stored = _load_pt(file)
     numbered = {n: name for g in stored["param_groups"] for n, name in zip(g["params"], g["param_names"], strict=True)}
-    named = {numbered.get(key, key): value for key, value in stored["state"].items()}
-    return {ours: named[theirs] for ours, theirs in olmo.our_names(named).items()}
+    return {numbered.get(key, key): value for key, value in stored["state"].items()}
 
 
 def transformers() -> Any:
@@ -254,7 +259,7 @@ def write_checkpoint(
         return read(rest) if kind == "model" else read_moment(*rest.rsplit(".", 1))
 
     entries, _ = _write_shards(folder, sizes, read_any)
-    state = {"format": 1, "attempt": 0, "world_size": 1, "data": {}, "interval": None, "pending_line": None}
+    state = {"format": FORMAT, "attempt": 0, "world_size": 1, "data": {}, "interval": None, "pending_line": None}
     state |= {"total_tokens": 0, "step": step, "optimizer_steps": updates}
     texts = {"config.yaml": configuration.dump(values).encode(), "state.json": json.dumps(state, indent=1).encode(), **files}
     return entries | {name: write_file(folder / name, content) for name, content in texts.items()}
@@ -284,15 +289,9 @@ def _write_shards(folder: Path, sizes: dict[str, int], read: Read) -> tuple[dict
 
 
 def _write_their_weights(folder: Path, family: str, config: ModelConfig, read: Read, dtype: torch.dtype) -> None:
-    shapes = {name: parameter.shape for name, parameter in _on_meta(config).named_parameters()}
-    parts, sizes = {}, {}
-    for mapping in hf.mappings(family, config):
-        rows = mapping.rows or (shapes[mapping.ours][0],)
-        for i, name in enumerate(mapping.theirs):
-            parts[name] = (mapping, i)
-            sizes[name] = rows[i] * shapes[mapping.ours][1:].numel() * dtype.itemsize
-    whole = lru_cache(1)(read)  # q, k and v come one after the other out of one tensor
-    entries, where = _write_shards(folder, sizes, lambda name: parts[name][0].split(whole(parts[name][0].ours))[parts[name][1]])
+    mappings = {mapping.theirs: mapping for mapping in hf.mappings(family, config)}
+    sizes = {name: mapping.shape.numel() * dtype.itemsize for name, mapping in mappings.items()}
+    entries, where = _write_shards(folder, sizes, lambda name: mappings[name].join([read(part) for part in mappings[name].ours]))
     if len(entries) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where}
         write_file(folder / "model.safetensors.index.json", json.dumps(index, indent=1).encode())
@@ -318,11 +317,7 @@ class TheirWeights:
 
     def check(self, mappings: list[hf.Mapping], config: ModelConfig) -> None:
         """Raises CheckpointError unless exactly the tensors of this model are there, in their shapes."""
-        shapes = {name: parameter.shape for name, parameter in _on_meta(config).named_parameters()}
-        wanted = {}
-        for mapping in mappings:
-            first, *rest = shapes[mapping.ours]
-            wanted |= {name: [rows, *rest] for name, rows in zip(mapping.theirs, mapping.rows or (first,), strict=True)}
+        wanted = {mapping.theirs: list(mapping.shape) for mapping in mappings}
         for name in sorted(wanted.keys() | {name for name in self.files if not self._is_derived(name, config)}):
             found = self._shape(name)
             if found != wanted.get(name):

@@ -149,7 +149,7 @@ def state_bytes(model: ModelConfig, optimizer: str) -> int:
 
 def matrix_working_bytes(model: ModelConfig, optimizer: str) -> int:
     """Bytes of the copies of the largest matrix that Muon's update makes; each rank has it whole. 0 with AdamW."""
-    columns = max((2 if model.gated else 1) * model.mlp_hidden, (model.n_heads + 2 * model.kv_heads) * model.head_size)
+    columns = max(model.mlp_hidden, model.n_heads * model.head_size)
     return MATRIX_COPIES * 4 * model.d_model * columns if optimizer == "muon" else 0
 
 
@@ -184,12 +184,12 @@ def block_activation_bytes(model: ModelConfig, precision: str) -> int:
     queries, keys = model.n_heads * model.head_size, model.kv_heads * model.head_size
     norms = 1 if model.block == "parallel" else 2
     kept = norms * (norm_activation_bytes(model, model.d_model, precision) + width * model.d_model)  # and matrix inputs
-    kept += width * (queries + 2 * keys) * (2 if model.clip_qkv is not None else 1)  # v keeps all of q, k, v; clamp its input
-    kept += width * (queries + keys)  # q and k after their rotation
+    kept += width * (queries + 2 * keys)  # v, and q and k after their rotation
+    if model.clip_qkv is not None:
+        kept += width * (queries + 2 * keys)  # what is clamped
     kept += width * queries + 4 * model.n_heads  # what attention gives, and its log-sum-exp in fp32
     if model.qk_norm:
-        for size in (queries, keys):  # LayerNorm keeps its input, which is there already; RMSNorm keeps fp32 copies
-            kept += norm_activation_bytes(model, size, precision) - width * size * (model.norm.startswith("layer") or width == 4)
+        kept += sum(norm_activation_bytes(model, size, precision) for size in (queries, keys))
     kept += width * model.mlp_hidden * (4 if model.gated else 2)  # up and gate, act(gate), the product; or in and out
     return kept
 

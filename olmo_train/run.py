@@ -21,6 +21,7 @@ from olmo_train import checkpoint as checkpoints
 from olmo_train import config as configuration
 from olmo_train import hardware, kernels, optim, parallel
 from olmo_train.checkpoint import Checkpointer
+from olmo_train.checkpoint_format import FORMAT
 from olmo_train.data.loader import Batch, Loader
 from olmo_train.data.mixture import Mixture
 from olmo_train.data.order import BatchSizes
@@ -392,7 +393,7 @@ class Run:
             self.check_replicas(step, model, optimizer)
             self.records.sync()
             state = {
-                "format": 1,
+                "format": FORMAT,
                 "attempt": self.attempt,
                 "world_size": self.world.size,
                 "data": self.mixture.fingerprint,

@@ -5,6 +5,7 @@ The oracle is transformers itself, loaded by its own from_pretrained.
 
 import dataclasses
 import json
+import re
 
 import pytest
 import safetensors.torch
@@ -56,15 +57,15 @@ def test_export_and_import_keep_logits_and_weights(tmp_path, shape):
 
 
 def swap_up_and_gate(mapping: hf.Mapping) -> hf.Mapping:
-    is_input = mapping.ours.endswith("w_in.weight")
-    return dataclasses.replace(mapping, theirs=mapping.theirs[::-1]) if is_input else mapping
+    other = {"w_gate": "w_up", "w_up": "w_gate"}
+    return dataclasses.replace(mapping, ours=tuple(re.sub("w_gate|w_up", lambda m: other[m[0]], name) for name in mapping.ours))
 
 
 def interleave_rope(mapping: hf.Mapping) -> hf.Mapping:
     """The layout of rows in which dimension 2i turns with 2i + 1."""
-    if not mapping.ours.endswith("wqkv.weight"):
+    if not mapping.ours[0].endswith("wq.weight"):
         return mapping
-    rows = torch.arange(sum(mapping.rows or [len(mapping.order)]))
+    rows = torch.arange(mapping.shape[0])
     rows[:16] = rows[:16].view(2, 8).T.flatten()  # within the first head
     return dataclasses.replace(mapping, order=rows)
 

@@ -13,7 +13,7 @@ FLOORS = (
     "errors",
     "storage allocator exact processes",
     "config console hardware optim distributed stats spikes model data",
-    "kernels",
+    "kernels checkpoint_format",
     "parallel checkpoint metrics guards replicas watchdog planner profiling curves eval provenance",
     "recipe resume forensics scaling",
     "evaluation records",
@@ -29,7 +29,7 @@ LIBRARIES = {  # library: the rooms that may import it
     "omegaconf": {"config"},
     "wandb": {"metrics"},
     "pyarrow": {"data", "commands"},
-    "torch.distributed": {"distributed", "parallel", "checkpoint"},
+    "torch.distributed": {"distributed", "parallel", "checkpoint", "checkpoint_format"},
     "pickle": set(),
 }
 

@@ -135,9 +135,9 @@ def test_a_gradient_alone_that_is_not_finite_is_named(tiny_args, monkeypatch):
         pass
     (folder,) = folders(config)
     norms = read(folder, "gradients.json")["parameters"]
-    assert [name for name, norm in norms.items() if norm == "inf"] == ["blocks.1.mlp.w_out.weight"]
+    assert [name for name, norm in norms.items() if norm == "inf"] == ["blocks.1.mlp.w_down.weight"]
     readme = (folder / "README.txt").read_text()
-    assert "not finite: 1 of" in readme and re.search(r"inf +blocks\.1\.mlp\.w_out\.weight", readme)
+    assert "not finite: 1 of" in readme and re.search(r"inf +blocks\.1\.mlp\.w_down\.weight", readme)
     assert "has a gradient that is not finite" in readme and "of 8, all of them finite" in readme
 
 

@@ -31,7 +31,7 @@ def poison(step: int, value: float, monkeypatch=None, rank: int = 0, world=None)
     def poisoned(model, max_norm, **options):
         seen.append(1)
         if len(seen) in (step if isinstance(step, tuple) else (step,)) and (world is None or world.rank == rank):
-            gradient = model.blocks[1].mlp.w_out.weight.grad
+            gradient = model.blocks[1].mlp.w_down.weight.grad
             getattr(gradient, "_local_tensor", gradient)[0, 0] = value
         return real(model, max_norm, **options)
 
@@ -43,12 +43,12 @@ def poison(step: int, value: float, monkeypatch=None, rank: int = 0, world=None)
 
 def states_of(run_dir, step) -> dict:
     """The tensors of a checkpoint, whole, and its count of updates."""
-    from olmo_train.checkpoint import HuggingFaceStorageReader, dcp
+    from olmo_train.checkpoint import dcp, open_reader
 
     folder = Path(run_dir) / "checkpoints" / f"step-{step:07d}"
-    entries = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    entries = open_reader(folder).read_metadata().state_dict_metadata
     tensors = {name: torch.empty(entry.size) for name, entry in entries.items()}
-    dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
+    dcp.load(tensors, storage_reader=open_reader(folder), no_dist=True)
     return tensors | {"updates": torch.tensor(read_state(folder)["optimizer_steps"])}
 
 

@@ -63,11 +63,9 @@ def reference_rope(x, config):
 def reference_attention(x, weights, layer, config):
     """One sequence x (T, C)."""
     D, groups = config.head_size, config.n_heads // config.kv_heads
-    projected = x @ weights[f"{layer}.wqkv.weight"].T
+    q, k, v = (x @ weights[f"{layer}.w{name}.weight"].T for name in "qkv")
     if config.clip_qkv is not None:
-        projected = projected.clamp(-config.clip_qkv, config.clip_qkv)
-    q_end, k_end = config.n_heads * D, (config.n_heads + config.kv_heads) * D
-    q, k, v = projected[:, :q_end], projected[:, q_end:k_end], projected[:, k_end:]
+        q, k, v = (y.clamp(-config.clip_qkv, config.clip_qkv) for y in (q, k, v))
     if config.qk_norm:
         q, k = reference_norm(q, weights, f"{layer}.q_norm", config), reference_norm(k, weights, f"{layer}.k_norm", config)
     heads = []
@@ -83,16 +81,16 @@ def reference_attention(x, weights, layer, config):
 
 
 def reference_mlp(x, weights, layer, config):
-    y = x @ weights[f"{layer}.w_in.weight"].T
+    y = x @ weights[f"{layer}.w_up.weight"].T
     if config.activation == "gelu":
         y = y * 0.5 * (1 + torch.erf(y / math.sqrt(2)))
     else:
-        up, gate = y[:, : config.mlp_hidden], y[:, config.mlp_hidden :]
+        up, gate = y, x @ weights[f"{layer}.w_gate.weight"].T
         if config.activation == "swiglu":
             y = gate / (1 + torch.exp(-gate)) * up
         else:
             y = 0.5 * gate * (1 + torch.tanh(math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3))) * up
-    return y @ weights[f"{layer}.w_out.weight"].T
+    return y @ weights[f"{layer}.w_down.weight"].T
 
 
 def reference_logits(model: Transformer, sequence: torch.Tensor) -> torch.Tensor:
@@ -160,7 +158,7 @@ def test_every_row_of_the_tables_is_named_in_the_configuration_and_used_above():
 # ---- shapes and first values
 
 
-@pytest.mark.parametrize("config, parameters, tensors", [(OLMO_1B, 1_176_764_416, 65), (OLMO_7B, 6_888_095_744, 130)])
+@pytest.mark.parametrize("config, parameters, tensors", [(OLMO_1B, 1_176_764_416, 113), (OLMO_7B, 6_888_095_744, 226)])
 def test_the_models_of_the_paper_have_their_parameters(config, parameters, tensors):
     with torch.device("meta"):
         model = Transformer(config)
@@ -171,7 +169,7 @@ def test_the_models_of_the_paper_have_their_parameters(config, parameters, tenso
 def mitchell(kind: str, layer: int, config: ModelConfig) -> float:
     if kind == "attn.wo":
         return 1 / math.sqrt(2 * config.d_model * (layer + 1))
-    if kind == "mlp.w_out":
+    if kind == "mlp.w_down":
         return 1 / math.sqrt(2 * config.mlp_hidden * (layer + 1))
     return 1 / math.sqrt(config.d_model)
 
@@ -197,7 +195,7 @@ def test_first_values_have_the_deviation_of_each_kind_and_layer_and_are_cut_at_t
 
 def test_normal_init_has_one_deviation_and_offset_norms_start_as_the_identity():
     config = ModelConfig(**SMALL, init="normal", init_std=0.05, norm="rms_norm_offset")
-    for name in ("embed.weight", "head.weight", "blocks.1.attn.wo.weight", "blocks.1.mlp.w_out.weight"):
+    for name in ("embed.weight", "head.weight", "blocks.1.attn.wo.weight", "blocks.1.mlp.w_down.weight"):
         assert init_std(name, config) == 0.05
     assert not initial_value("blocks.0.attn_norm.weight", torch.Size([16]), config, 0).any()
 
@@ -223,7 +221,7 @@ def test_first_values_depend_on_seed_and_name_and_on_nothing_else():
     torch.manual_seed(2)
     assert torch.equal(first, draw("blocks.0.attn.wo.weight", 1))
     assert not torch.equal(first, draw("blocks.0.attn.wo.weight", 2))
-    assert not torch.equal(draw("blocks.0.attn.wqkv.weight", 1), draw("blocks.1.attn.wqkv.weight", 1))
+    assert not torch.equal(draw("blocks.0.attn.wq.weight", 1), draw("blocks.1.attn.wq.weight", 1))
     assert param_seed(11, "a") != param_seed(1, "1:a")
 
 

@@ -11,7 +11,7 @@ from olmo_train.train import train
 SHAPES = {
     "embed.weight": (32, 16),
     "blocks.0.attn.wo.weight": (16, 16),
-    "blocks.0.mlp.w_in.weight": (64, 16),
+    "blocks.0.mlp.w_up.weight": (64, 16),
     "norm.weight": (16,),
 }
 MATRICES = [name for name in SHAPES if name.startswith("blocks.")]
@@ -51,6 +51,20 @@ def test_orthogonalizing_keeps_singular_vectors_and_brings_values_near_one():
     seen = u.T @ optim.orthogonalize(matrix) @ v.T
     assert (seen - seen.diagonal().diag()).abs().max() < 1e-4
     assert seen.diagonal().min() > 0.6 and seen.diagonal().max() < 1.3
+
+
+def test_the_updates_of_q_k_and_v_are_as_large_whatever_the_scales_of_their_gradients():
+    generator = torch.Generator().manual_seed(0)
+    parameters = {f"blocks.0.attn.w{name}.weight": nn.Parameter(torch.zeros(64, 64)) for name in "qkv"}
+    parameters["norm.weight"] = nn.Parameter(torch.zeros(64))
+    optimizer = optim.build_optimizer(parameters, CONFIG)
+    optim.set_lr(optimizer, 1 / (0.2 * 8))  # times 0.2 * sqrt(64)
+    for scale, parameter in zip((1.0, 0.1, 0.01, 0.0), parameters.values(), strict=True):
+        parameter.grad = scale * torch.randn(parameter.shape, generator=generator)
+    optimizer.found_inf = torch.zeros(())
+    optimizer.step()
+    norms = [parameter.norm().item() for parameter in parameters.values()]
+    assert norms[:3] == pytest.approx([7.0] * 3, abs=0.2)
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])

@@ -69,9 +69,9 @@ def test_first_weights_have_the_deviations_of_olmos(folder, name):
     shape = parity.our_config(name, folder).model
     weights = parity.their_names(parity.first_weights(shape, seed=1))
     assert set(GOLDEN["deviations"][name]) == {key for key, value in weights.items() if value.ndim > 1}
-    names = olmo.our_names(weights)
     cut = 0.98658  # the deviation of a normal distribution that is cut at 3
-    for ours, theirs in names.items():
+    shapes = {ours: value.shape for ours, value in parity.first_weights(shape, seed=1).items()}
+    for ours, theirs in ((ours, mapping.theirs) for ours, mapping in olmo.mappings(weights, shapes).items()):
         if weights[theirs].ndim > 1:
             of_the_sample = 4 / math.sqrt(2 * weights[theirs].numel())
             expected = cut * init_std(ours, shape)

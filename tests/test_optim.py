@@ -143,7 +143,8 @@ def decayed(model_config: ModelConfig, **options) -> set[str]:
 
 
 SMALL = dict(d_model=16, n_layers=1, n_heads=2, mlp_hidden=24, vocab_size=30, seq_len=8)
-MATRICES = {f"blocks.0.{name}.weight" for name in ("attn.wqkv", "attn.wo", "mlp.w_in", "mlp.w_out")}
+MATRICES = {f"blocks.0.attn.{name}.weight" for name in ("wq", "wk", "wv", "wo")}
+MATRICES |= {f"blocks.0.mlp.{name}.weight" for name in ("w_gate", "w_up", "w_down")}
 
 
 def test_weight_decay_is_on_linear_weights_only():

@@ -159,7 +159,8 @@ def test_in_bf16_loss_and_gradients_are_close_to_those_in_fp32(way, results, ref
 def test_in_float8_loss_and_gradients_are_near_those_in_fp32_and_not_those_of_bf16(way, results, reference):
     loss, grad_norm, gradients = reference
     for rank in results[way]:
-        assert rank["loss"] == pytest.approx(loss, rel=5e-3) and rank["loss"] != results["bf16"][0]["loss"]
+        # Over seven seeds the loss differs by up to 9e-3, either way.
+        assert rank["loss"] == pytest.approx(loss, rel=1e-2) and rank["loss"] != results["bf16"][0]["loss"]
         assert rank["grad_norm"] == pytest.approx(grad_norm, rel=5e-2)
         for found, expected in zip(rank["gradients"], gradients, strict=True):
             found = torch.tensor(found)
@@ -170,7 +171,7 @@ def test_in_float8_loss_and_gradients_are_near_those_in_fp32_and_not_those_of_bf
 
 def test_float8_is_refused_where_it_cannot_be(monkeypatch):
     with join_world() as world:
-        with pytest.raises(ConfigError, match="parallel.float8: sizes must be multiples of 16, and 0.attn.wqkv.weight is"):
+        with pytest.raises(ConfigError, match="parallel.float8: sizes must be multiples of 16, and 0.attn.wq.weight is"):
             one_step(world, ["parallel.float8=true", "model.d_model=24"])
         monkeypatch.setitem(sys.modules, "torchao.float8", None)
         with pytest.raises(ConfigError, match=r"parallel.float8: needs torchao: pip install 'olmo-train\[float8\]'"):
@@ -236,14 +237,14 @@ class Operations(TorchDispatchMode):
     "kernels", ["false", pytest.param("true", marks=pytest.mark.skipif(not HAS_COMPILER, reason="no C++ compiler"))]
 )
 def test_blocks_are_computed_again_on_the_way_back_as_asked(kernels, way, activations, attentions):
-    """Of a block's four products the last need not be computed again: nothing is saved behind it."""
+    """Of a block's seven products the last need not be computed again: nothing is saved behind it."""
     with join_world() as world, Operations() as operations:
         one_step(world, [f"parallel.activation_checkpointing={way}", f"parallel.cpu_kernels={kernels}", "micro_batch_size=8"])
     layers, counts = run_config().model.n_layers, operations.counts
     assert counts["aten.silu.default"] == activations * layers
     attention = {"false": "aten._scaled_dot_product_flash_attention_for_cpu", "true": "olmo_train.cpu_attention"}[kernels]
     assert counts[f"{attention}.default"] == attentions * layers
-    assert counts["aten.mm.default"] == 3 * (4 * layers + 1) + (3 * layers if way == "full" else 0)
+    assert counts["aten.mm.default"] == 3 * (7 * layers + 1) + (6 * layers if way == "full" else 0)
 
 
 def test_first_weights_do_not_depend_on_the_number_of_ranks():

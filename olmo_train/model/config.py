@@ -24,7 +24,7 @@ class ModelConfig:
     n_heads: int = 32  # query heads
     n_kv_heads: int | None = None  # key and value heads; null: as many as n_heads, 1: multi-query attention
     head_dim: int | None = None  # null: d_model / n_heads (Gemma-7B has 256 with d_model 3072)
-    mlp_hidden: int = 11008  # width of one half of the gated MLP
+    mlp_hidden: int = 11008  # width of the MLP: rows of w_up, and of w_gate
     vocab_size: int = 50280  # ids that the tokenizer can give
     padded_vocab_size: int | None = 50304  # rows of the embedding; null: vocab_size rounded up to a multiple of 128
     seq_len: int = 2048  # tokens of one training instance

@@ -42,13 +42,13 @@ def count_parameters(config: ModelConfig) -> ParameterCount:
 
 
 def attention_parameters(config: ModelConfig) -> int:
-    """Matrix parameters of one block's attention: the fused q, k, v projection and the output projection."""
+    """Matrix parameters of one block's attention: the q, k, v and output projections."""
     queries, keys = config.n_heads * config.head_size, config.kv_heads * config.head_size
     return config.d_model * (queries + 2 * keys) + queries * config.d_model
 
 
 def mlp_parameters(config: ModelConfig) -> int:
-    """Matrix parameters of one block's MLP: a gated one has two input halves."""
+    """Matrix parameters of one block's MLP: a gated one has two input matrices."""
     return (3 if config.gated else 2) * config.d_model * config.mlp_hidden
 
 

@@ -1,8 +1,7 @@
 """The model families of `transformers` that we convert to and from: rows of FAMILIES.
 
-The one idea: a family is a table of names and a table of settings. Each of our tensors is one tensor of theirs, or
-several, one below the other (q, k, v; up, gate), at times with the rows in another order. So one list of mappings serves
-both directions, and reads and writes one tensor at a time.
+A family is a table of names and a table of settings. Tensors are renamed; Falcon alone keeps q, k and v as one, with the
+rows in another order. One list of mappings serves both directions, and reads and writes one tensor at a time.
 
 Sources of the names and of what each family computes: transformers' models/{olmo,olmo2,llama,gemma,falcon}/modeling_*.py.
 """
@@ -24,22 +23,27 @@ from olmo_train.model.transformer import Transformer
 
 @dataclass(frozen=True)
 class Mapping:
-    """One tensor of ours and where its rows are in theirs."""
+    """One tensor of theirs and the tensors of ours that it holds, one below the other."""
 
-    ours: str
-    theirs: tuple[str, ...]
-    rows: tuple[int, ...] | None = None  # of each of theirs; None: there is one, as it is
-    order: Tensor | None = None  # their row r is our row order[r]; None: the same order
+    theirs: str
+    ours: tuple[str, ...]
+    shapes: tuple[torch.Size, ...]  # of each of ours
+    order: Tensor | None = None  # their row r is row order[r] of ours, joined; None: the same order
 
-    def split(self, ours: Tensor) -> list[Tensor]:
-        """Their tensors."""
-        ours = ours if self.order is None else ours[self.order]
-        return [ours] if self.rows is None else list(ours.split(self.rows))
+    @property
+    def shape(self) -> torch.Size:
+        """Of their tensor."""
+        return torch.Size((sum(shape[0] for shape in self.shapes), *self.shapes[0][1:]))
 
-    def join(self, theirs: list[Tensor]) -> Tensor:
-        """Our tensor."""
-        joined = theirs[0] if len(theirs) == 1 else torch.cat(theirs)
-        return joined if self.order is None else joined[self.order.argsort()]
+    def join(self, ours: list[Tensor]) -> Tensor:
+        """Their tensor."""
+        joined = ours[0] if len(ours) == 1 else torch.cat(ours)
+        return joined if self.order is None else joined[self.order]
+
+    def split(self, theirs: Tensor) -> dict[str, Tensor]:
+        """{name: tensor} of ours."""
+        theirs = theirs if self.order is None else theirs[self.order.argsort()]
+        return dict(zip(self.ours, theirs.split([shape[0] for shape in self.shapes]), strict=True))
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,7 @@ class Family:
     """One architecture of transformers."""
 
     architecture: str  # the class that loads it
-    names: dict[str, str]  # our name, with {i} for the layer -> their names, separated by blanks
+    names: dict[str, str]  # our name, with {i} for the layer -> theirs; several of ours may be one of theirs
     settings: dict[str, str]  # their key -> the field or property of ModelConfig that has the same meaning
     constants: dict[str, Any]  # their keys that must have this value, and get it
     shape: dict[str, tuple]  # our fields of which the family knows these values only
@@ -55,7 +59,7 @@ class Family:
     own_head_dim: bool = False  # the head size may differ from d_model / n_heads
     more_settings: Callable[[ModelConfig], dict[str, Any]] = lambda config: {}
     more_fields: Callable[[dict[str, Any]], dict[str, Any]] = lambda theirs: {}
-    row_order: Callable[[ModelConfig], Tensor | None] = lambda config: None  # of the fused q, k, v
+    row_order: Callable[[ModelConfig], Tensor | None] = lambda config: None  # of a tensor that holds q, k and v
 
 
 # ---- names
@@ -63,12 +67,14 @@ class Family:
 LLAMA_NAMES = {
     "embed.weight": "model.embed_tokens.weight",
     "blocks.{i}.attn_norm.weight": "model.layers.{i}.input_layernorm.weight",
-    "blocks.{i}.attn.wqkv.weight": "model.layers.{i}.self_attn.q_proj.weight model.layers.{i}.self_attn.k_proj.weight "
-    "model.layers.{i}.self_attn.v_proj.weight",
+    "blocks.{i}.attn.wq.weight": "model.layers.{i}.self_attn.q_proj.weight",
+    "blocks.{i}.attn.wk.weight": "model.layers.{i}.self_attn.k_proj.weight",
+    "blocks.{i}.attn.wv.weight": "model.layers.{i}.self_attn.v_proj.weight",
     "blocks.{i}.attn.wo.weight": "model.layers.{i}.self_attn.o_proj.weight",
     "blocks.{i}.mlp_norm.weight": "model.layers.{i}.post_attention_layernorm.weight",
-    "blocks.{i}.mlp.w_in.weight": "model.layers.{i}.mlp.up_proj.weight model.layers.{i}.mlp.gate_proj.weight",
-    "blocks.{i}.mlp.w_out.weight": "model.layers.{i}.mlp.down_proj.weight",
+    "blocks.{i}.mlp.w_gate.weight": "model.layers.{i}.mlp.gate_proj.weight",
+    "blocks.{i}.mlp.w_up.weight": "model.layers.{i}.mlp.up_proj.weight",
+    "blocks.{i}.mlp.w_down.weight": "model.layers.{i}.mlp.down_proj.weight",
     "norm.weight": "model.norm.weight",
     "head.weight": "lm_head.weight",
 }
@@ -84,12 +90,14 @@ FALCON_NAMES = {
     "blocks.{i}.norm.bias": "transformer.h.{i}.input_layernorm.bias",
     "blocks.{i}.attn_norm.weight": "transformer.h.{i}.input_layernorm.weight",
     "blocks.{i}.attn_norm.bias": "transformer.h.{i}.input_layernorm.bias",
-    "blocks.{i}.attn.wqkv.weight": "transformer.h.{i}.self_attention.query_key_value.weight",
+    "blocks.{i}.attn.wq.weight": "transformer.h.{i}.self_attention.query_key_value.weight",
+    "blocks.{i}.attn.wk.weight": "transformer.h.{i}.self_attention.query_key_value.weight",
+    "blocks.{i}.attn.wv.weight": "transformer.h.{i}.self_attention.query_key_value.weight",
     "blocks.{i}.attn.wo.weight": "transformer.h.{i}.self_attention.dense.weight",
     "blocks.{i}.mlp_norm.weight": "transformer.h.{i}.post_attention_layernorm.weight",
     "blocks.{i}.mlp_norm.bias": "transformer.h.{i}.post_attention_layernorm.bias",
-    "blocks.{i}.mlp.w_in.weight": "transformer.h.{i}.mlp.dense_h_to_4h.weight",
-    "blocks.{i}.mlp.w_out.weight": "transformer.h.{i}.mlp.dense_4h_to_h.weight",
+    "blocks.{i}.mlp.w_up.weight": "transformer.h.{i}.mlp.dense_h_to_4h.weight",
+    "blocks.{i}.mlp.w_down.weight": "transformer.h.{i}.mlp.dense_4h_to_h.weight",
     "norm.weight": "transformer.ln_f.weight",
     "norm.bias": "transformer.ln_f.bias",
     "head.weight": "lm_head.weight",
@@ -265,15 +273,15 @@ def _rope_theta(theirs: dict[str, Any]) -> float:
 
 
 def mappings(name: str, config: ModelConfig) -> list[Mapping]:
-    """Every parameter of the model, in the model's order."""
-    family, found = FAMILIES[name], []
+    """Every tensor of theirs, in the model's order."""
+    family, parts = FAMILIES[name], {}
     with torch.device("meta"):
-        ours = [key for key, _ in Transformer(config).named_parameters()]
-    q, kv, hidden = config.n_heads * config.head_size, config.kv_heads * config.head_size, config.mlp_hidden
+        ours = {key: parameter.shape for key, parameter in Transformer(config).named_parameters()}
     for key in ours:
         layer = re.search(r"\.(\d+)\.", key)
-        template = family.names[re.sub(r"\.\d+\.", ".{i}.", key)]
-        theirs = tuple(template.replace("{i}", layer[1] if layer else "").split())
-        rows = {1: None, 2: (hidden, hidden), 3: (q, kv, kv)}[len(theirs)]
-        found.append(Mapping(key, theirs, rows, family.row_order(config) if key.endswith("wqkv.weight") else None))
-    return found
+        theirs = family.names[re.sub(r"\.\d+\.", ".{i}.", key)].replace("{i}", layer[1] if layer else "")
+        parts.setdefault(theirs, []).append(key)
+    return [
+        Mapping(theirs, tuple(keys), tuple(ours[key] for key in keys), family.row_order(config) if len(keys) > 1 else None)
+        for theirs, keys in parts.items()
+    ]

@@ -23,7 +23,7 @@ def mitchell_std(kind: str, layer: int, config: ModelConfig) -> float:
     residual stream also 1/sqrt(2 * (layer + 1))."""
     if kind == "attn.wo":
         return (2 * config.d_model * (layer + 1)) ** -0.5
-    if kind == "mlp.w_out":
+    if kind == "mlp.w_down":
         return (2 * config.mlp_hidden * (layer + 1)) ** -0.5
     return config.d_model**-0.5
 
@@ -38,7 +38,7 @@ INITS = {"mitchell": mitchell_std, "normal": normal_std}
 
 def init_std(name: str, config: ModelConfig) -> float | None:
     """Standard deviation of the parameter called `name`; None for norms, whose first values are constants."""
-    match = re.fullmatch(r"(?:blocks\.(\d+)\.)?(attn\.wqkv|attn\.wo|mlp\.w_in|mlp\.w_out|embed|head)\.weight", name)
+    match = re.fullmatch(r"(?:blocks\.(\d+)\.)?(attn\.w[qkvo]|mlp\.w_(?:gate|up|down)|embed|head)\.weight", name)
     return INITS[config.init](match[2], int(match[1] or 0), config) if match else None
 
 

@@ -13,22 +13,25 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+import torch
+
 from olmo_train.errors import ConfigError, nearest
+from olmo_train.model.hf import Mapping
 
 # ---- names of weights
 
-NAMES = {
+NAMES = {  # theirs -> ours; a tensor of theirs may hold several of ours, one below the other
     "transformer.wte.weight": "embed.weight",
     "transformer.blocks.{i}.attn_norm.weight": "blocks.{i}.attn_norm.weight",
     "transformer.blocks.{i}.attn_norm.bias": "blocks.{i}.attn_norm.bias",
-    "transformer.blocks.{i}.att_proj.weight": "blocks.{i}.attn.wqkv.weight",  # rows: q, k, v
+    "transformer.blocks.{i}.att_proj.weight": "blocks.{i}.attn.wq.weight blocks.{i}.attn.wk.weight blocks.{i}.attn.wv.weight",
     "transformer.blocks.{i}.q_norm.weight": "blocks.{i}.attn.q_norm.weight",
     "transformer.blocks.{i}.k_norm.weight": "blocks.{i}.attn.k_norm.weight",
     "transformer.blocks.{i}.attn_out.weight": "blocks.{i}.attn.wo.weight",
     "transformer.blocks.{i}.ff_norm.weight": "blocks.{i}.mlp_norm.weight",
     "transformer.blocks.{i}.ff_norm.bias": "blocks.{i}.mlp_norm.bias",
-    "transformer.blocks.{i}.ff_proj.weight": "blocks.{i}.mlp.w_in.weight",  # rows: up, gate
-    "transformer.blocks.{i}.ff_out.weight": "blocks.{i}.mlp.w_out.weight",
+    "transformer.blocks.{i}.ff_proj.weight": "blocks.{i}.mlp.w_up.weight blocks.{i}.mlp.w_gate.weight",
+    "transformer.blocks.{i}.ff_out.weight": "blocks.{i}.mlp.w_down.weight",
     "transformer.ln_f.weight": "norm.weight",
     "transformer.ln_f.bias": "norm.bias",
     "transformer.ff_out.weight": "head.weight",
@@ -36,8 +39,9 @@ NAMES = {
 WRAPPERS = re.compile(r"(_fsdp_wrapped_module|_orig_mod|_checkpoint_wrapped_module)\.|^(module|model)\.")
 
 
-def our_names(theirs: Iterable[str]) -> dict[str, str]:
-    """{our name: their name} of the keys of a state dict, whatever wrapped the model when it was saved.
+def mappings(theirs: Iterable[str], shapes: dict[str, torch.Size]) -> dict[str, Mapping]:
+    """{our name: the tensor of theirs that holds it} for the keys of a state dict, whatever wrapped the model when it was
+    saved. `shapes` are those of our model; what it does not have is left out.
 
     Blocks in groups are counted through. Raises ConfigError on a key that belongs to no weight of ours.
     """
@@ -51,7 +55,8 @@ def our_names(theirs: Iterable[str]) -> dict[str, str]:
         ours = NAMES.get(re.sub(r"\.\d+\.", ".{i}.", flat))
         if ours is None:
             raise ConfigError(original, "is no weight that we have; known: " + ", ".join(NAMES))
-        found[ours.replace("{i}", layer[1] if layer else "")] = original
+        names = [name for name in ours.replace("{i}", layer[1] if layer else "").split() if name in shapes]
+        found |= dict.fromkeys(names, Mapping(original, tuple(names), tuple(shapes[name] for name in names)))
     return found
 
 

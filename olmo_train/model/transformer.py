@@ -78,7 +78,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Causal attention with one matrix for q, k and v, whose rows lie in this order."""
+    """Causal attention: H query heads, which share K key and value heads."""
 
     attend = staticmethod(attend)  # kernels.py may set another implementation
 
@@ -86,8 +86,9 @@ class Attention(nn.Module):
         super().__init__()
         self.config = config
         q, kv = config.n_heads * config.head_size, config.kv_heads * config.head_size
-        self.sizes = [q, kv, kv]
-        self.wqkv = nn.Linear(config.d_model, q + 2 * kv, bias=False)
+        self.wq = nn.Linear(config.d_model, q, bias=False)
+        self.wk = nn.Linear(config.d_model, kv, bias=False)
+        self.wv = nn.Linear(config.d_model, kv, bias=False)
         self.wo = nn.Linear(q, config.d_model, bias=False)
         norm = NORMS[config.norm]
         self.q_norm = norm(q, config.norm_eps, config.bias == "norm") if config.qk_norm else nn.Identity()
@@ -95,10 +96,9 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Mask, cache: KVCache | None) -> Tensor:
         B, T, _ = x.shape
-        qkv = self.wqkv(x)  # (B, T, (H + 2K) * D)
-        if self.config.clip_qkv is not None:
-            qkv = qkv.clamp(-self.config.clip_qkv, self.config.clip_qkv)
-        q, k, v = qkv.split(self.sizes, dim=-1)
+        q, k, v = self.wq(x), self.wk(x), self.wv(x)  # (B, T, H * D), (B, T, K * D), (B, T, K * D)
+        if (limit := self.config.clip_qkv) is not None:
+            q, k, v = (y.clamp(-limit, limit) for y in (q, k, v))
         q = self.q_norm(q).view(B, T, -1, self.config.head_size).transpose(1, 2)  # (B, H, T, D)
         k = self.k_norm(k).view(B, T, -1, self.config.head_size).transpose(1, 2)  # (B, K, T, D)
         v = v.view(B, T, -1, self.config.head_size).transpose(1, 2)  # (B, K, T, D)
@@ -110,29 +110,23 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """down(act(gate) * up), or down(act(up)); up and gate are one matrix, up in its first rows, as in OLMo."""
+    """w_down(act(w_gate(x)) * w_up(x)), or w_down(act(w_up(x))) without a gate."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.activation = ACTIVATIONS[config.activation]
-        self.w_in = nn.Linear(config.d_model, (2 if config.gated else 1) * config.mlp_hidden, bias=False)
-        self.w_out = nn.Linear(config.mlp_hidden, config.d_model, bias=False)
+        self.w_gate = nn.Linear(config.d_model, config.mlp_hidden, bias=False) if config.gated else None
+        self.w_up = nn.Linear(config.d_model, config.mlp_hidden, bias=False)
+        self.w_down = nn.Linear(config.mlp_hidden, config.d_model, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.w_out(self.activation(self.w_in(x)))  # (B, T, C)
+        if self.w_gate is None:
+            return self.w_down(self.activation(self.w_up(x)))  # (B, T, C)
+        return self.w_down(self.activation(self.w_gate(x)) * self.w_up(x))  # (B, T, C)
 
 
-def swiglu(x: Tensor) -> Tensor:
-    up, gate = x.chunk(2, dim=-1)  # each (B, T, M)
-    return F.silu(gate) * up
-
-
-def geglu(x: Tensor) -> Tensor:
-    up, gate = x.chunk(2, dim=-1)  # each (B, T, M)
-    return F.gelu(gate, approximate="tanh") * up
-
-
-ACTIVATIONS = {"swiglu": swiglu, "geglu": geglu, "gelu": F.gelu}
+# Applied to the gate where there is one (ModelConfig.gated).
+ACTIVATIONS = {"swiglu": F.silu, "geglu": functools.partial(F.gelu, approximate="tanh"), "gelu": F.gelu}
 
 
 class SequentialBlock(nn.Module):
