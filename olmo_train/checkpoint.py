@@ -206,7 +206,7 @@ def state_tensors(model: Transformer, optimizer: torch.optim.Optimizer) -> dict[
     for name, parameter in model.named_parameters():
         assert isinstance(parameter, DTensor), f"{name} is gathered, and would be saved whole and without its moments"
         tensors[f"model.{name}"] = parameter.detach()
-        for key, value in optimizer.state[parameter].items():
+        for key, value in optimizer.state.get(parameter, {}).items():  # a frozen one has no state
             if key != "step":
                 tensors[f"optim.{name}.{key}"] = value
     return tensors

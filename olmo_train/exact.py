@@ -68,7 +68,7 @@ def round_gradients(module: nn.Module, parameters: Callable[[], list[nn.Paramete
 
     def begin(*_: object) -> None:
         for parameter in parameters():
-            if id(parameter) not in known:
+            if parameter.requires_grad and id(parameter) not in known:
                 known[id(parameter)] = parameter
                 parameter.register_hook(rounded)
 

@@ -59,16 +59,15 @@ class Forensics:
 
     def __init__(self, run_dir: Path, mixture: Mixture, world: World, attempt: int, watchdog: Watchdog):
         self.run_dir, self.mixture, self.world, self.attempt, self.watchdog = run_dir, mixture, world, attempt, watchdog
-        self.parameters: list[str] = []  # names, in the order of a step's norms; known when the model is
         self._told = False  # that there are enough folders
 
     def write(self, stats: StepStats, why: str, done: str) -> Path | None:
         """The folder, on every rank once it is whole; None where it was not written. `why`: skip or spike; `done`: a row of
         DONE. Never raises for what fails in here: it must not end a run."""
-        norms = whole(stats.norms).tolist()
+        names, norms = stats.norms
         device = torch.cuda.get_device_name(stats.loss.device) if stats.loss.is_cuda else stats.loss.device.type
         ranks = self.world.gather({"host": socket.gethostname(), "device": device, "losses": stats.losses.tolist()})
-        by_name = dict(zip(self.parameters, norms, strict=True))
+        by_name = dict(zip(names, whole(norms).tolist(), strict=True))
         with self.watchdog.patient("writes forensics"):
             return self.world.on_main(lambda: self._try_to_write(stats, {"why": why, "done": done}, ranks, by_name))
 

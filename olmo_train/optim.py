@@ -112,14 +112,30 @@ def wsd(step: int, config: OptimConfig, total_steps: int) -> float:
 SCHEDULES = {"linear": linear, "cosine": cosine, "constant": constant, "inverse_sqrt": inverse_sqrt, "wsd": wsd}
 
 
-def is_decayed(name: str, config: OptimConfig) -> bool:
-    """Whether weight decay applies to the parameter called `name`. A tied head is the embedding, so it is not decayed
-    unless embeddings are."""
+@dataclass(frozen=True)
+class Group:
+    """What the optimizer does alike for all parameters of a group."""
+
+    decay: bool  # whether weight decay applies
+    lr_scale: float = 1.0  # times the learning rate of the schedule
+
+
+def group_of(name: str, shape: tuple[int, ...], config: OptimConfig) -> Group:
+    """The group of the parameter called `name`. A tied head is the embedding, so it is decayed only if embeddings are."""
     if name == "embed.weight":
-        return config.decay_embeddings
-    if "norm" in name:
-        return config.decay_norms
-    return True
+        return Group(config.decay_embeddings)
+    return Group(config.decay_norms if "norm" in name else True)
+
+
+def param_groups(parameters: Mapping[str, nn.Parameter], config: OptimConfig) -> list[dict]:
+    """torch's parameter groups of {name: parameter}."""
+    groups: dict[Group, list[nn.Parameter]] = {}
+    for name, parameter in parameters.items():
+        groups.setdefault(group_of(name, tuple(parameter.shape), config), []).append(parameter)
+    return [
+        {"params": params, "weight_decay": config.weight_decay * group.decay, "lr_scale": group.lr_scale}
+        for group, params in groups.items()
+    ]
 
 
 # f(whole matrix) of a tensor that may be sharded, sharded likewise; here: of one that is not. See parallel.on_whole.
@@ -133,10 +149,11 @@ def on_plain(function: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
 def build_optimizer(
     parameters: Mapping[str, nn.Parameter], config: OptimConfig, on_whole: OnWhole = on_plain, exactly: bool = False
 ) -> torch.optim.Optimizer:
-    """The optimizer over {name: parameter}; weight decay on Linear weights only, unless the configuration says more.
+    """The optimizer over {name: parameter}, frozen ones left out; group_of says which are decayed.
 
     `exactly`: the bits of an update do not depend on how a parameter is sharded.
     """
+    parameters = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
     return OPTIMIZERS[config.name](parameters, config, on_whole, ExactAdamW if exactly else torch.optim.AdamW)
 
 
@@ -147,20 +164,14 @@ def adamw(
     kind: type[torch.optim.AdamW] = torch.optim.AdamW,
 ) -> torch.optim.AdamW:
     """torch's fused AdamW. Its `found_inf` makes a step an exact no-op without a host sync (see guards.py)."""
-    groups = [
-        {"params": [p for name, p in parameters.items() if is_decayed(name, config) == decayed],
-         "weight_decay": config.weight_decay if decayed else 0.0}
-        for decayed in (True, False)
-    ]  # fmt: skip
-    groups = [group for group in groups if group["params"]]
-    return kind(groups, lr=config.peak_lr, betas=config.betas, eps=config.eps, fused=True)
+    return kind(param_groups(parameters, config), lr=config.peak_lr, betas=config.betas, eps=config.eps, fused=True)
 
 
 def muon(parameters: Mapping[str, nn.Parameter], config: OptimConfig, on_whole: OnWhole, kind: type[torch.optim.AdamW]) -> Muon:
     """Muon for the matrices of the blocks, AdamW for embedding, head and norms."""
     matrices = {name: p for name, p in parameters.items() if name.startswith("blocks.") and p.ndim == 2}
     rest = {name: p for name, p in parameters.items() if name not in matrices}
-    return Muon(list(matrices.values()), adamw(rest, config, kind=kind), config, on_whole)
+    return Muon(param_groups(matrices, config), adamw(rest, config, kind=kind), config, on_whole)
 
 
 OPTIMIZERS = {"adamw": adamw, "muon": muon}
@@ -201,9 +212,8 @@ class Muon(torch.optim.Muon):
     torch's fused AdamW it reads `found_inf`, and a step with 1.0 there is an exact no-op without a host sync.
     """
 
-    def __init__(self, matrices: list[nn.Parameter], rest: torch.optim.AdamW, config: OptimConfig, on_whole: OnWhole):
-        options = {"momentum": config.muon_momentum, "adjust_lr_fn": "match_rms_adamw"}
-        super().__init__(matrices, lr=config.peak_lr, weight_decay=config.weight_decay, **options)
+    def __init__(self, matrices: list[dict], rest: torch.optim.AdamW, config: OptimConfig, on_whole: OnWhole):
+        super().__init__(matrices, lr=config.peak_lr, momentum=config.muon_momentum, adjust_lr_fn="match_rms_adamw")
         self.matrices, self.rest, self.on_whole = list(self.param_groups), rest, on_whole
         self.param_groups += rest.param_groups  # one list, so that set_lr and zero_grad reach all
         rest.state = self.state  # one table too: what a checkpoint keeps
@@ -262,5 +272,6 @@ def allocate_state(optimizer: torch.optim.Optimizer) -> None:
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set the learning rate of every group: `lr` times the group's scale."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_scale", 1.0)

@@ -7,7 +7,7 @@ optimizer state are fp32; what is computed inside a block is in `precision`.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -142,27 +142,27 @@ def on_whole(function: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def clip_gradients(model: nn.Module, max_norm: float, exactly: bool = False) -> tuple[Tensor, Tensor]:
+def clip_gradients(model: nn.Module, max_norm: float, exactly: bool = False) -> tuple[Tensor, tuple[list[str], Tensor]]:
     """Scale all gradients so that their global L2 norm is at most `max_norm`; no host sync.
 
-    Gives the norm before, fp32, and, (parameters,), that of each gradient: a DTensor, of which every rank has its part
-    until `whole` reduces it, so that it costs nothing when nobody asks.
+    Returns the norm before, fp32, and the names of the parameters that have a gradient with the norm of each: a DTensor, of
+    which every rank has its part until `whole` reduces it, so that it costs nothing when nobody asks.
 
     The coefficient is min(1, max_norm / (norm + 1e-6)), as in torch.nn.utils.clip_grad_norm_ and OLMo. It is applied
     to a non-finite norm too: such a step is skipped as a whole. `exactly`: its bits do not depend on the sharding.
     """
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    names, gradients = zip(*((name, p.grad) for name, p in model.named_parameters() if p.grad is not None), strict=True)
     if exactly:
         norm, norms = exact_norm(gradients)
     else:
         norms = torch.stack(torch._foreach_norm(gradients))
         norm = whole(torch.linalg.vector_norm(norms))
     torch.nn.utils.clip_grads_with_norm_(model.parameters(), max_norm, norm)
-    return norm, norms
+    return norm, (list(names), norms)
 
 
 @torch.no_grad()
-def exact_norm(gradients: list[DTensor]) -> tuple[Tensor, Tensor]:
+def exact_norm(gradients: Sequence[DTensor]) -> tuple[Tensor, Tensor]:
     """The global L2 norm of sharded gradients and, (gradients,), that of each, fp32: infinite when one is not finite.
 
     Squares are added as integers, scaled for each tensor by its largest element so that their sum fits in 63 bits.

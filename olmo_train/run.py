@@ -212,7 +212,6 @@ class Run:
         config, world = self.config, self.world
         with torch.device("meta"):
             model = Transformer(config.model)
-        self.forensics.parameters = [name for name, _ in model.named_parameters()]
         exactly = config.determinism == "world"
         parallel.shard(model, config.parallel, world, config.global_batch_size if exactly else None)
         optimizer = optim.build_optimizer(dict(model.named_parameters()), config.optim, parallel.on_whole, exactly)

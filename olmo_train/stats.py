@@ -26,7 +26,7 @@ class StepStats:
     losses: Tensor  # (rows of this rank,) fp32: summed loss of each sequence
     spike: Tensor  # 1.0 when loss or norm stand out from those of the steps before
     passed_over: bool = False  # on purpose: nothing was computed
-    norms: Tensor | None = None  # (parameters,) of each gradient before clipping, see parallel.clip_gradients
+    norms: tuple[list[str], Tensor] | None = None  # names, and the norm of each gradient, see parallel.clip_gradients
 
     @property
     def loss(self) -> Tensor:

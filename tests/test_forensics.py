@@ -15,7 +15,9 @@ from test_rewind import SPIKE, spiking  # noqa: F401, a fixture
 
 from olmo_train import forensics
 from olmo_train import train as module
+from olmo_train.checkpoint import load_model
 from olmo_train.errors import NonFiniteError
+from olmo_train.model.init import initial_value
 from olmo_train.model.transformer import Transformer
 from olmo_train.train import train
 
@@ -120,12 +122,35 @@ def test_the_norms_of_two_ranks_are_those_of_the_whole_gradients(tiny_args, dete
         module.join_world = lambda *_: nullcontext(world)
         changes = {"micro_batch_size": 1} if determinism == "world" else {}
         config = tiny_args(f"run-{world.size}", total_steps=2, determinism=determinism, **changes)
-        return [module.parallel.whole(stats.norms).tolist() for stats in train(config)]
+        return [module.parallel.whole(stats.norms[1]).tolist() for stats in train(config)]
 
     (one,), (two, same) = on_ranks(1, run), on_ranks(2, run)
     assert two == same
     for mine, other in zip(one, two, strict=True):
         assert mine == other if determinism == "world" else mine == pytest.approx(other, rel=1e-4)
+
+
+@pytest.mark.parametrize("determinism", [None, "world"])
+def test_a_frozen_parameter_ends_no_run(tiny_args, monkeypatch, determinism):
+    """Through a skipped step, a save and a resume; it keeps its first values."""
+    shard = module.parallel.shard
+
+    def frozen_shard(model, *args):
+        model.embed.weight.requires_grad_(False)
+        return shard(model, *args)
+
+    monkeypatch.setattr(module.parallel, "shard", frozen_shard)
+    poison(2, math.nan, monkeypatch)
+    changes = EVERY | {"checkpoint.interval_steps": 3, "determinism": determinism, "micro_batch_size": 1}
+    config = tiny_args("run", **changes | {"total_steps": 3})
+    losses = [stats.loss.item() for stats in train(config)]
+    (folder,) = folders(config)
+    norms = read(folder, "gradients.json")["parameters"]
+    assert "embed.weight" not in norms and norms["blocks.1.mlp.w_down.weight"] == ("inf" if determinism else "nan")
+    losses += [stats.loss.item() for stats in train(tiny_args("run", **changes))]
+    assert losses[-1] < losses[0]
+    embed = load_model(config.run_dir).embed.weight
+    assert torch.equal(embed, initial_value("embed.weight", embed.shape, config.model, config.seed))
 
 
 def test_a_gradient_alone_that_is_not_finite_is_named(tiny_args, monkeypatch):

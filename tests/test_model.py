@@ -213,6 +213,12 @@ def test_first_values_are_the_same_with_every_torch_and_fill_the_normal_distribu
     assert (share - expected).abs().max() < 1.63 / len(drawn) ** 0.5  # Kolmogorov and Smirnov, at 1%
 
 
+def test_a_parameter_without_a_rule_has_no_first_value():
+    for name in ("blocks.0.attn.wqkv.weight", "blocks.0.attn.wq.bias", "blocks.0.attn.lora_a.weight", "head.bias"):
+        with pytest.raises(AssertionError, match=f"no first value is known for {name}"):
+            initial_value(name, torch.Size([4, 4]), ModelConfig(**SMALL), seed=0)
+
+
 def test_first_values_depend_on_seed_and_name_and_on_nothing_else():
     config, shape = ModelConfig(**SMALL), torch.Size([16, 16])
     draw = lambda name, seed: initial_value(name, shape, config, seed)  # noqa: E731

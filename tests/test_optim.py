@@ -1,6 +1,7 @@
 """Learning rates equal OLMo's to the last bit; AdamW with clipping equals torch's own; decay goes where OLMo puts it."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -164,6 +165,25 @@ def test_norms_are_decayed_when_asked():
     config = ModelConfig(**SMALL, norm="rms_norm", qk_norm=True)
     norms = {"norm.weight", *(f"blocks.0.{n}.weight" for n in ("attn_norm", "mlp_norm", "attn.q_norm", "attn.k_norm"))}
     assert decayed(config, decay_norms=True) == MATRICES | {"head.weight"} | norms
+
+
+def test_a_group_scales_the_learning_rate_and_a_frozen_parameter_has_none(monkeypatch):
+    rule = optim.group_of
+    scaled = lambda name, shape, config: replace(rule(name, shape, config), lr_scale=0.25 if shape == (11, 8) else 1.0)  # noqa: E731
+    monkeypatch.setattr(optim, "group_of", scaled)
+    model, _ = model_and_twin()
+    model["embed"].weight.requires_grad_(False)
+    optimizer = build_optimizer(dict(model.named_parameters()), OptimConfig(weight_decay=0.0))
+    allocate_state(optimizer)
+    assert model["embed"].weight not in optimizer.state and len(optimizer.state) == 3
+    set_lr(optimizer, 1e-2)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for parameter in (p for p in model.parameters() if p.requires_grad):
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.found_inf = torch.zeros(())
+    optimizer.step()
+    moved = {name: (before[name] - p).abs().max().item() for name, p in model.named_parameters()}
+    assert moved == pytest.approx({"embed.weight": 0, "norm.weight": 1e-2, "norm.bias": 1e-2, "head.weight": 2.5e-3}, rel=1e-3)
 
 
 def test_allocating_the_state_changes_no_weight_and_counts_no_step():

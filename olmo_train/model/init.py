@@ -39,6 +39,7 @@ INITS = {"mitchell": mitchell_std, "normal": normal_std}
 def init_std(name: str, config: ModelConfig) -> float | None:
     """Standard deviation of the parameter called `name`; None for norms, whose first values are constants."""
     match = re.fullmatch(r"(?:blocks\.(\d+)\.)?(attn\.w[qkvo]|mlp\.w_(?:gate|up|down)|embed|head)\.weight", name)
+    assert match or re.search(r"norm\.(weight|bias)$", name), f"no first value is known for {name}"
     return INITS[config.init](match[2], int(match[1] or 0), config) if match else None
 
 
