@@ -7,7 +7,7 @@
 # Everything is made once; the same command again resumes an unfinished run, and a finished one has nothing left to do.
 #   make test    the tests
 #   make slow    the longer ones: a run killed at every file operation, storms, many worlds
-#   make check   style and the import rules
+#   make check   style, types and the import rules
 #   make test-tools   a browser and other tools; without them a few tests are skipped
 #   make bench   throughput of the first run's model on this machine
 # All that is written lies under .venv/, data/ and runs/.
@@ -63,6 +63,7 @@ test-tools: $(INSTALLED)
 check: $(INSTALLED)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_floors.py
 
 bench: $(INSTALLED)

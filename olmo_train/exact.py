@@ -11,9 +11,12 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+DETERMINISTIC: Any = torch.utils.deterministic  # its flag is a property that type checkers do not see
 
 # Gradients of one sequence, already divided by the tokens of the global batch: fp64 adds multiples of 2^-42 exactly up to
 # 2^-42 x 2^53 = 2048.
@@ -35,15 +38,15 @@ def determinism(mode: str) -> Iterator[None]:
         return
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as torch.use_deterministic_algorithms asks for
     threads = torch.get_num_threads()
-    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    before = torch.are_deterministic_algorithms_enabled(), DETERMINISTIC.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # costs time and finds bugs of another kind
+    DETERMINISTIC.fill_uninitialized_memory = False  # costs time and finds bugs of another kind
     torch.set_num_threads(1 if mode == "world" else threads)
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before[0])
-        torch.utils.deterministic.fill_uninitialized_memory = before[1]
+        DETERMINISTIC.fill_uninitialized_memory = before[1]
         torch.set_num_threads(threads)
 
 

@@ -51,7 +51,7 @@ def skip_if_not_finite(
     skipped = 1.0 - (torch.isfinite(loss) & torch.isfinite(grad_norm)).float()
     if unwanted is not None:
         skipped = torch.maximum(skipped, unwanted)
-    optimizer.found_inf = skipped  # read by torch's fused optimizers
+    optimizer.found_inf = skipped  # type: ignore[attr-defined]  # read by torch's fused optimizers
     return skipped
 
 

@@ -114,7 +114,7 @@ def open_energy_meter(nvml: Any = None) -> EnergyMeter | None:
         return None
     try:
         if nvml is None:
-            import pynvml as nvml
+            import pynvml as nvml  # type: ignore[no-redef]
         uuid = torch.cuda.get_device_properties(torch.cuda.current_device()).uuid
         return EnergyMeter(nvml, f"GPU-{uuid}")  # by its id: CUDA_VISIBLE_DEVICES changes the numbers
     except Exception as problem:  # no package, no driver, an old or another GPU: there is no figure then

@@ -192,7 +192,7 @@ class ExactAdamW(torch.optim.AdamW):
         if not state:
             state["step"] = torch.zeros((), device=parameter.device)
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
-        skipped = torch.zeros_like(state["step"]) if self.found_inf is None else self.found_inf
+        skipped = torch.zeros_like(state["step"]) if self.found_inf is None else self.found_inf  # type: ignore[attr-defined]
         count = (state["step"] + 1).double()
         mean = (state["exp_avg"] * beta1).add_(gradient * (1 - beta1))
         square = (state["exp_avg_sq"] * beta2).add_(gradient.square().mul_(1 - beta2))
@@ -224,7 +224,7 @@ class Muon(torch.optim.Muon):
         for group in self.matrices:
             for parameter in group["params"]:
                 self._step_matrix(parameter, group)
-        self.rest.found_inf = self.found_inf
+        self.rest.found_inf = self.found_inf  # type: ignore[attr-defined]
         self.rest.step()
 
     def _step_matrix(self, parameter: nn.Parameter, group: dict) -> None:
@@ -266,7 +266,8 @@ def allocate_state(optimizer: torch.optim.Optimizer) -> None:
     set_lr(optimizer, 0.0)
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
-    optimizer.found_inf = torch.ones((), device=parameters[0].device)  # an exact no-op, which allocates all the same
+    # An exact no-op, which allocates all the same.
+    optimizer.found_inf = torch.ones((), device=parameters[0].device)  # type: ignore[attr-defined]
     optimizer.step()
     optimizer.zero_grad()
 

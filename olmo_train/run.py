@@ -185,7 +185,7 @@ class Run:
         The checkpoint on the disk keeps it, so metrics.jsonl decides. A branch does not log a step of its parent.
         """
         line = self.state.get("pending_line")
-        return None if self.is_branch or line is None or is_logged(self.run_dir, self.last_step) else line
+        return None if self.is_branch or line is None or is_logged(self.run_dir, self.last_step) else line  # type: ignore[return-value]
 
     def _batch_sizes(self) -> BatchSizes:
         """Those of the checkpoint that the run goes on from, and this configuration's from there on."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import torch
@@ -88,7 +88,7 @@ def pass_over(batch: Batch, step: int, config: TrainConfig, sources: int) -> Ste
     return StepStats(step, lr, sums, none + torch.nan, none + 1, losses, none, passed_over=True)
 
 
-def train(config: TrainConfig) -> Iterator[StepStats]:
+def train(config: TrainConfig) -> Generator[StepStats, None, None]:
     """Train to config.steps, from the newest checkpoint of run_dir if there is one; yields after every update.
 
     After a rewind (guards.spike) the steps since the checkpoint are done and yielded again. Raises ConfigError, DataError,

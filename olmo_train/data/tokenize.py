@@ -63,8 +63,11 @@ def tokenize_chunks(chunks: Iterable[Chunk], tokenizer: Tokenizer, text_field: s
         pool.shutdown(wait=True, cancel_futures=True)
 
 
+_worker: tuple[Tokenizer, str]  # set once in each worker; the second is the field that holds the text
+
+
 def _start_worker(tokenizer_json: str, name: str, eos: str, text_field: str) -> None:
-    global _worker  # the one tokenizer of this process
+    global _worker
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one worker, one core
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal; the main one decides
     threading.Thread(target=_die_with_parent, daemon=True).start()

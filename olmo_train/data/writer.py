@@ -45,7 +45,7 @@ class Tokenized:
         span = slice(int(ends[low]), int(ends[high]))
         mask = None if self.mask is None else self.mask[span]
         lists = [values[low:high] for values in (self.ids, self.origins, self.records)]
-        return Tokenized(self.tokens[span], self.lengths[low:high], mask, *lists, self.bytes[low:high])
+        return Tokenized(self.tokens[span], self.lengths[low:high], mask, *lists, self.bytes[low:high])  # type: ignore[call-arg]
 
 
 @dataclass
