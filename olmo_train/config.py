@@ -29,6 +29,8 @@ MISSING = "???"  # OmegaConf's mark of a value that must be set
 NULLS = ("", "~", "null", "Null", "NULL")
 BOOLS = {"true": True, "false": False, "yes": True, "no": False, "on": True, "off": False}
 NUMBER = re.compile(r"[-+]?(\d[\d_]*(\.[\d_]*)?|\.\d[\d_]*)([eE][-+]?\d+)?", re.ASCII)
+# Keys of earlier versions, which stand in configurations that they saved, and the value that still means the same.
+REMOVED = {"model.position": "rope", "log.wandb.artifacts": "false"}
 STARTED_IN = "# Relative paths start from "  # the first line of a run's config.yaml, then the folder as a JSON string
 
 
@@ -236,8 +238,10 @@ def build(cls: type[T], values: dict[str, Any], where: str = "", partial: bool =
     for key, value in values.items():
         dotted = f"{where}.{key}" if where else str(key)
         if key not in fields:
-            if partial:
+            if partial or str(value).lower() == REMOVED.get(dotted):
                 continue
+            if dotted in REMOVED:
+                raise ConfigError(dotted, f"was removed, and only {REMOVED[dotted]} is still accepted, got {value}; leave it out")
             raise ConfigError(dotted, f"is not a known key; {nearest(str(key), fields)}")
         made[key] = _convert(hints[key], value, dotted)
     for name, field in fields.items():

@@ -37,7 +37,6 @@ class WandbConfig:
     group: str | None = None  # null: WANDB_RUN_GROUP
     name: str | None = None  # null: WANDB_NAME, else the run_dir's last part
     tags: tuple[str, ...] = ()  # none: WANDB_TAGS, by commas
-    artifacts: bool = False  # at the end of the run, send the page of curves and the list of checkpoints
 
     def __post_init__(self) -> None:
         check_choice("log.wandb.mode", self.mode, ("auto", "online", "offline", "disabled"))
@@ -135,11 +134,6 @@ class Recorder:
         """The checkpoint of this step is committed: no resume will compute the steps up to it again."""
         for mirror in list(self._mirrors):
             self._try(mirror, step, lambda mirror=mirror: mirror.settle(step))
-
-    def attach(self, files: Callable[[], list[Path]], step: int) -> None:
-        """Hand files over to the mirrors that keep some."""
-        for mirror in list(self._mirrors):
-            self._try(mirror, step, lambda mirror=mirror: mirror.attach(files))
 
     def _catch_up(self, mirror: WandbMirror | TensorboardMirror, lines: list[dict[str, Any]], last_step: int) -> None:
         for line in lines:
@@ -362,14 +356,6 @@ class WandbMirror:
             self.sent, metrics = self._waiting.pop(0)
             self._run.log(metrics, step=self.sent, commit=True)
 
-    def attach(self, files: Callable[[], list[Path]]) -> None:
-        import wandb
-
-        artifact = wandb.Artifact(f"run-{self._run.id}-curves", "report")
-        for file in files():
-            artifact.add_file(str(file))
-        self._run.log_artifact(artifact)
-
     def close(self) -> None:
         self._run.finish()
         replace_file(self._sent_file, str(self.sent).encode())
@@ -399,9 +385,6 @@ class TensorboardMirror:
 
     def settle(self, step: int) -> None:
         """Nothing waits."""
-
-    def attach(self, files: Callable[[], list[Path]]) -> None:
-        """It keeps no files."""
 
     def close(self) -> None:
         self._writer.close()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -51,10 +50,6 @@ class Records:
         """No resume will compute the steps up to this one again: mirrors may have them."""
         if not self._is_silent:
             self._recorder.settle(committed_step)
-
-    def attach(self, files: Callable[[], list[Path]], step: int) -> None:
-        if not self._is_silent:
-            self._recorder.attach(files, step)
 
     def close(self) -> None:
         if not self._is_silent:

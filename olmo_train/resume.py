@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 from typing import Any
 
-from olmo_train.config import flatten
+from olmo_train.config import REMOVED, flatten
 from olmo_train.errors import ConfigError
 
 # Keys whose change does not alter which weights a step gives (up to the rounding of sums).
@@ -28,7 +28,7 @@ def check_changes(saved: dict[str, Any], now: dict[str, Any], allowed: tuple[str
     before, after = flatten(saved), flatten(now)
     for flat, config in ((before, saved), (after, now)):
         flat["data.sources"] = list(config["data"]["sources"])  # the order of the sources decides which place is whose
-    for key in sorted(before.keys() | after.keys()):
+    for key in sorted((before.keys() | after.keys()) - REMOVED.keys()):
         was, wanted = before.get(key), after.get(key)
         named = any(key == name or key.startswith(name + ".") for name in allowed)
         if was != wanted and not named and not any(fnmatch.fnmatchcase(key, pattern) for pattern in HARMLESS):

@@ -433,8 +433,6 @@ class Run:
     def finish(self) -> None:
         self._settle(leaving=True)
         self.records.event("finish", self.config.steps)
-        if self.config.log.wandb.artifacts:
-            self.records.attach(self._summary_files, self.config.steps)
 
     def _settle(self, leaving: bool = False) -> None:
         """Wait for the last save. `leaving`: no later save can make up for one that failed, see Checkpointer.wait."""
@@ -449,16 +447,3 @@ class Run:
             self.noted_step = step
             self.records.event("save", step)
         self.records.settle(step)
-
-    def _summary_files(self) -> list[Path]:
-        """The page of curves and the list of checkpoints, written into the run_dir."""
-        from olmo_train.curves import page, panels  # heavy, and needed here only
-        from olmo_train.curves.history import read_run
-
-        run = read_run(self.run_dir)
-        curves, listing = self.run_dir / "curves.html", self.run_dir / "checkpoints.txt"
-        curves.write_text(
-            page.page_text([run], panels.choose([run], []), page.Look(panels.axis_of([run], "step"))), encoding="utf-8"
-        )
-        listing.write_text("".join(f"{folder}\n" for folder in checkpoints.committed(self.run_dir).values()), encoding="utf-8")
-        return [curves, listing]

@@ -31,7 +31,7 @@ def test_a_config_that_names_only_data_and_run_dir_is_the_papers_recipe():
     model, optim = run.model, run.optim
     assert (model.d_model, model.n_layers, model.n_heads, model.mlp_hidden, model.seq_len) == (4096, 32, 32, 11008, 2048)
     assert (model.norm, model.norm_eps, model.activation, model.bias) == ("layer_norm_nonparametric", 1e-5, "swiglu", "none")
-    assert (model.position, model.rope_theta, model.init, model.tie_embeddings) == ("rope", 10_000.0, "mitchell", False)
+    assert (model.rope_theta, model.init, model.tie_embeddings) == (10_000.0, "mitchell", False)
     assert (model.vocab_size, model.padded_vocab_size) == (50280, 50304)
     assert (optim.name, optim.peak_lr, optim.betas, optim.eps) == ("adamw", 3e-4, (0.9, 0.95), 1e-5)
     assert (optim.weight_decay, optim.decay_embeddings, optim.decay_norms) == (0.1, False, False)
@@ -297,3 +297,8 @@ def test_a_batch_that_cannot_be_divided_is_told_with_the_way_out():
 def test_flatten_names_every_leaf():
     values = {"a": 1, "b": {"c": [1, {"d": 2}], "e": {}, "f": {"g": None}}}
     assert config.flatten(values) == {"a": 1, "b.c": [1, {"d": 2}], "b.e": {}, "b.f.g": None}
+
+
+def test_a_removed_key_of_a_saved_configuration_is_read_back_but_has_no_other_value():
+    assert load("model.position=rope", "log.wandb.artifacts=false") == load()
+    assert refusal("model.position=learned").startswith("model.position: was removed")

@@ -120,15 +120,6 @@ def test_the_environment_fills_in_what_the_configuration_leaves_open(start, tmp_
     assert told == [("p", "n", "g", ["a", "b"], "e")]
 
 
-def test_curves_and_the_list_of_checkpoints_are_an_artifact_by_choice(start, tmp_path):
-    assert finished(start(total_steps=6, **{"log.wandb.artifacts": True})) == []
-    (artifact,) = [record["artifact"] for record in records(tmp_path / "run") if record["type"] == "artifact"]
-    assert {Path(entry["path"]).name for entry in artifact["manifest"]["contents"]} == {"curves.html", "checkpoints.txt"}
-    assert (tmp_path / "run/checkpoints.txt").read_text().count("step-000000") == 2
-    outside = {path.name for path in tmp_path.iterdir()} - {"run", ".config", ".cache", ".netrc"}
-    assert not {name for name in outside if "wandb" in name or name == ".local"}  # all of it lies under the run_dir
-
-
 def test_a_server_gets_each_step_once_over_a_kill_and_a_resume(start, tmp_path):
     run_dir = tmp_path / "run"
     changes = {"total_steps": 16, "log.interval_steps": 1, "checkpoint.interval_steps": 5}

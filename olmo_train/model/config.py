@@ -34,7 +34,6 @@ class ModelConfig:
     activation: str = "swiglu"
     block: str = "sequential"  # parallel: attention and MLP read one norm, as PaLM; reordered_norm: norms on outputs, as OLMo2
     bias: str = "none"  # none: no Linear and no norm has a bias; norm: the norms with weights have one
-    position: str = "rope"
     rope_theta: float = 10_000.0
     tie_embeddings: bool = False  # the head is the embedding
     embedding_scale: bool = False  # multiply embeddings by sqrt(d_model), as Gemma
@@ -45,7 +44,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for key, known in (("norm", NORM_NAMES), ("activation", ACTIVATION_NAMES), ("block", BLOCK_NAMES), ("init", INIT_NAMES),
-                           ("bias", ("none", "norm")), ("position", ("rope",))):  # fmt: skip
+                           ("bias", ("none", "norm"))):  # fmt: skip
             check_choice(f"model.{key}", getattr(self, key), known)
         for key in ("d_model", "n_layers", "n_heads", "mlp_hidden", "vocab_size", "seq_len"):
             if getattr(self, key) < 1:

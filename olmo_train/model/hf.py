@@ -114,7 +114,7 @@ COMMON_SETTINGS = {
     "tie_word_embeddings": "tie_embeddings",
 }
 LLAMA_SETTINGS = COMMON_SETTINGS | {"num_key_value_heads": "kv_heads", "intermediate_size": "mlp_hidden"}
-COMMON_SHAPE = {"position": ("rope",), "bias": ("none",), "qk_norm": (False,), "embedding_scale": (False,)}
+COMMON_SHAPE = {"bias": ("none",), "qk_norm": (False,), "embedding_scale": (False,)}
 
 
 def falcon_settings(config: ModelConfig) -> dict[str, Any]:
