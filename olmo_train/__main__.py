@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from olmo_train.errors import ConfigError, DataError, UserError
-from olmo_train.processes import rank
+from olmo_train.parallel.processes import rank
 
 VERBS = {
     "train": "train a model, or go on with a run",

@@ -6,12 +6,8 @@ a guessed peak would give a wrong one that looks right.
 
 from __future__ import annotations
 
-import logging
 import re
 from dataclasses import dataclass
-from typing import Any
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -88,35 +84,3 @@ def detect() -> Hardware | None:
     import torch
 
     return lookup(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
-
-
-class EnergyMeter:
-    """What one NVIDIA GPU has used since the meter was opened, by the GPU's own counter."""
-
-    def __init__(self, nvml: Any, uuid: str):
-        """`nvml` is the module pynvml. Raises its NVMLError where the GPU or its driver cannot tell."""
-        nvml.nvmlInit()
-        self._nvml, self._handle = nvml, nvml.nvmlDeviceGetHandleByUUID(uuid)
-        self._start = self._millijoules()
-
-    def kwh(self) -> float:
-        return (self._millijoules() - self._start) / 3.6e9
-
-    def _millijoules(self) -> int:
-        return self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle)
-
-
-def open_energy_meter(nvml: Any = None) -> EnergyMeter | None:
-    """The meter of this process's GPU; None on a CPU, for a part of a GPU (MIG), and where no counter can be read."""
-    import torch
-
-    if not torch.cuda.is_available() or "MIG" in torch.cuda.get_device_name():
-        return None
-    try:
-        if nvml is None:
-            import pynvml as nvml  # type: ignore[no-redef]
-        uuid = torch.cuda.get_device_properties(torch.cuda.current_device()).uuid
-        return EnergyMeter(nvml, f"GPU-{uuid}")  # by its id: CUDA_VISIBLE_DEVICES changes the numbers
-    except Exception as problem:  # no package, no driver, an old or another GPU: there is no figure then
-        log.info("no throughput/energy_kwh, since the GPU's energy cannot be read: %s", problem)
-        return None

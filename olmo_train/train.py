@@ -16,21 +16,21 @@ from pathlib import Path
 import torch
 from torch.profiler import record_function
 
-from olmo_train import allocator, exact, optim, parallel
 from olmo_train.data.loader import IGNORE, Batch
-from olmo_train.distributed import World, join_world, peers_named
-from olmo_train.guards import (
-    Rewind,
-    StopSignals,
-    skip_if_not_finite,
-)
+from olmo_train.guards.nonfinite import skip_if_not_finite
+from olmo_train.guards.rewind import Rewind
+from olmo_train.guards.signals import StopSignals
+from olmo_train.guards.spikes import SpikeDetector
+from olmo_train.guards.watchdog import group_timeout
+from olmo_train.log.interval import StepStats, has_no_scored_token, mean_loss
 from olmo_train.model.transformer import Transformer
-from olmo_train.profiling import out_of_memory_told
-from olmo_train.recipe import TrainConfig
-from olmo_train.run import Run
-from olmo_train.spikes import SpikeDetector
-from olmo_train.stats import StepStats, has_no_scored_token, mean_loss
-from olmo_train.watchdog import group_timeout
+from olmo_train.optim import build, schedules
+from olmo_train.parallel import determinism, gradients
+from olmo_train.parallel.world import World, join_world, peers_named
+from olmo_train.run import allocator
+from olmo_train.run.out_of_memory import out_of_memory_told
+from olmo_train.run.run import Run
+from olmo_train.train_config import TrainConfig
 
 
 def train_step(
@@ -44,7 +44,7 @@ def train_step(
     spikes: SpikeDetector,
 ) -> StepStats:
     """One update: the loss summed over tokens, divided once by the number of counted tokens of the global batch."""
-    lr = optim.lr_at(step, config.optim, config.steps)
+    lr = schedules.lr_at(step, config.optim, config.steps)
     counted = batch.labels != IGNORE
     divisor = world.sum(counted.sum())  # 0: no token of the global batch is scored, and the optimizer skips this step
     if config.loss_divisor == "all_tokens":
@@ -54,25 +54,25 @@ def train_step(
     losses = []
     micro_batches = list(batch.micro_batches(config.rows_per_forward))
     for i, micro in enumerate(micro_batches):
-        parallel.last_micro_batch(model, i == len(micro_batches) - 1)
+        gradients.last_micro_batch(model, i == len(micro_batches) - 1)
         with record_function("forward"):
             loss = model(micro.input_ids, micro.labels, micro.documents)  # (rows,) fp32
         with record_function("backward"):
             (loss.sum() / divisor.clamp(min=1)).backward()
         losses.append(loss.detach())
     losses = torch.cat(losses)
-    sums[0].index_add_(0, batch.sources, exact.loss_terms(losses))
+    sums[0].index_add_(0, batch.sources, determinism.loss_terms(losses))
     sums[1].index_add_(0, batch.sources, counted.sum(dim=1).double())
     world.sum(sums)
     with record_function("clip"):
-        max_norm = optim.max_grad_norm_at(step, config.optim)
-        grad_norm, norms = parallel.clip_gradients(model, max_norm, exactly=config.determinism == "world")
+        max_norm = schedules.max_grad_norm_at(step, config.optim)
+        grad_norm, norms = gradients.clip_gradients(model, max_norm, exactly=config.determinism == "world")
     spike = spikes.judge(mean_loss(sums), grad_norm)
     unscored = has_no_scored_token(sums)
     unwanted = torch.maximum(spike, unscored) if config.guards.spike == "skip" else unscored
     skipped = skip_if_not_finite(optimizer, sums.sum(), grad_norm, unwanted)
     with record_function("optimizer"):
-        optim.set_lr(optimizer, lr)
+        build.set_lr(optimizer, lr)
         optimizer.step()
         optimizer.zero_grad()
     return StepStats(step, lr, sums, grad_norm, skipped, losses, spike, norms=norms)
@@ -84,7 +84,7 @@ def pass_over(batch: Batch, step: int, config: TrainConfig, sources: int) -> Ste
     none = torch.zeros((), device=batch.labels.device)
     sums = torch.zeros(2, sources, dtype=torch.float64, device=none.device)
     losses = torch.full((len(batch.labels),), torch.nan, device=none.device)
-    lr = optim.lr_at(step, config.optim, config.steps)
+    lr = schedules.lr_at(step, config.optim, config.steps)
     return StepStats(step, lr, sums, none + torch.nan, none + 1, losses, none, passed_over=True)
 
 
@@ -98,7 +98,7 @@ def train(config: TrainConfig) -> Generator[StepStats, None, None]:
     allocator.grow_gpu_segments()
     with contextlib.ExitStack() as stack:
         stack.enter_context(peers_named())
-        stack.enter_context(exact.determinism(config.determinism))
+        stack.enter_context(determinism.determinism(config.determinism))
         left = Path(config.run_dir) / "forensics" / "out-of-memory"
         stack.enter_context(out_of_memory_told(left, config.micro_batch_size, config.parallel.activation_checkpointing))
         signals = stack.enter_context(StopSignals().installed())

@@ -95,7 +95,7 @@ def tiny_args(tiny_words):
 
     def args(name: str = "run", **changes):
         from olmo_train import config
-        from olmo_train.recipe import TrainConfig
+        from olmo_train.train_config import TrainConfig
 
         return config.load(TrainConfig, [], tiny_words(name, **changes))
 

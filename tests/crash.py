@@ -21,7 +21,7 @@ from pathlib import Path
 
 from olmo_train import config
 from olmo_train.__main__ import _run
-from olmo_train.recipe import TrainConfig
+from olmo_train.train_config import TrainConfig
 
 PATIENCE = 120  # seconds for a run of a few steps on a busy machine
 
@@ -127,9 +127,9 @@ class Written:
 
 def signal_in_evaluation(number: int, setattr=setattr) -> None:
     """From now on this process gets SIGTERM in the middle of its evaluation `number`, counted from 1."""
-    from olmo_train import evaluation
+    from olmo_train.eval import during_run
 
-    real, seen = evaluation.loss_sums, []
+    real, seen = during_run.loss_sums, []
 
     def interrupted(model, batches, stop):
         def signalled():
@@ -141,7 +141,7 @@ def signal_in_evaluation(number: int, setattr=setattr) -> None:
         seen.append(1)
         return real(model, signalled(), stop)
 
-    setattr(evaluation, "loss_sums", interrupted)
+    setattr(during_run, "loss_sums", interrupted)
 
 
 def run(words: list[str], run_dir: Path, world: int = 1, die: Death | None = None) -> tuple[list[int], int]:

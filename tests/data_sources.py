@@ -4,7 +4,7 @@ import json
 import random
 from pathlib import Path
 
-from olmo_train.data.prepare import PrepareOptions, PrepareResult, prepare
+from olmo_train.data.prepare.prepare import PrepareOptions, PrepareResult, prepare
 from olmo_train.data.tokenizer import save_tokenizer, train_tokenizer
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "ran", "to", "his", "über", "naïve", "東京", "1234", ":=", "\n\n\t"]

@@ -16,7 +16,7 @@ import time
 import traceback
 from pathlib import Path
 
-from olmo_train.distributed import join_world
+from olmo_train.parallel.world import join_world
 
 PATIENCE = 90  # seconds; a test takes one or two on a quiet machine
 

@@ -9,7 +9,7 @@ import pytest
 PROGRAM = """
 import json, resource
 import torch
-from olmo_train import allocator
+from olmo_train.run import allocator
 
 def faults():  # of ten rounds of taking and freeing 64 MB, after some in which the heap finds its size
     for round in range(40):
@@ -33,7 +33,7 @@ def test_a_buffer_that_is_taken_again_costs_no_page_faults():
 
 
 def test_other_systems_are_left_alone(monkeypatch):
-    from olmo_train import allocator
+    from olmo_train.run import allocator
 
     monkeypatch.setattr(sys, "platform", "darwin")
     assert not allocator.keep_freed_memory()

@@ -12,10 +12,12 @@ import pytest
 import torch
 from data_sources import prepare_source
 
-from olmo_train import checkpoint as checkpoints
 from olmo_train import config as configuration
 from olmo_train.__main__ import main
-from olmo_train.checkpoint import CheckpointConfig, load_model
+from olmo_train.checkpoint import folders, load
+from olmo_train.checkpoint import save as checkpoint_save
+from olmo_train.checkpoint.config import CheckpointConfig
+from olmo_train.checkpoint.load import load_model
 from olmo_train.errors import CheckpointError, SaveError, Stopped
 from olmo_train.storage import MANIFEST, RunLock, hash_file, problems_of
 from olmo_train.train import train
@@ -36,11 +38,11 @@ def trained(config):
 
 
 def steps_of(run_dir):
-    return list(checkpoints.committed(run_dir))
+    return list(folders.committed(run_dir))
 
 
 def test_a_checkpoint_is_safetensors_and_json_with_hashes_of_what_was_written(finished):
-    for folder in checkpoints.committed(finished).values():
+    for folder in folders.committed(finished).values():
         names = {path.name for path in folder.iterdir()}
         assert {Path(name).suffix for name in names} == {".safetensors", ".json", ".yaml"}
         files = json.loads((folder / MANIFEST).read_text())["files"]
@@ -72,7 +74,7 @@ def test_the_saved_model_is_the_trained_one(tiny_args):
 
 def test_any_flipped_byte_is_found(finished):
     """A hundred bytes, anywhere in any file, one at a time."""
-    folder = checkpoints.newest(finished)
+    folder = folders.newest(finished)
     files = [path for path in sorted(folder.iterdir())]
     rng = random.Random(0)
     for _ in range(100):
@@ -92,11 +94,11 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_taken(finish
     content = bytearray(shard.read_bytes())
     content[-5] ^= 1
     shard.write_bytes(content)
-    assert checkpoints.newest(finished).name == "step-0000004"
+    assert folders.newest(finished).name == "step-0000004"
     assert "step-0000006" in caplog.text and shard.name in caplog.text
     assert shard.read_bytes() == content  # left alone
     with pytest.raises(CheckpointError, match="step-0000006"):
-        checkpoints.newest(finished, strict=True)
+        folders.newest(finished, strict=True)
 
 
 @pytest.mark.parametrize("harm", ["missing file", "missing manifest", "truncated", "extra file", "symlink"])
@@ -115,25 +117,25 @@ def test_every_kind_of_damage_is_passed_over(finished, harm, tmp_path):
         shutil.copy(finished / "checkpoints/step-0000004" / shard.name, tmp_path / "outside")
         shard.unlink()
         shard.symlink_to(tmp_path / "outside")
-    assert checkpoints.newest(finished).name == "step-0000004"
+    assert folders.newest(finished).name == "step-0000004"
 
 
 def test_a_foreign_file_and_linked_shards_load_the_same_weights(finished, tmp_path, caplog):
     folder = finished / "checkpoints/step-0000006"
-    before = checkpoints.load_model(folder).state_dict()
+    before = load.load_model(folder).state_dict()
     (folder / "model.pt").write_bytes(b"cos\nsystem\n(S'true'\ntR.")  # never opened
     for file in list(folder.glob("*.safetensors")):
         shutil.move(file, tmp_path / file.name)
         file.symlink_to(tmp_path / file.name)
-    assert checkpoints.newest(finished) == folder
+    assert folders.newest(finished) == folder
     (record,) = [record for record in caplog.records if record.name == "olmo_train.storage"]
     assert "ignored: model.pt" in record.getMessage() and "links" in record.getMessage()
-    after = checkpoints.load_model(folder).state_dict()
+    after = load.load_model(folder).state_dict()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
 
 def test_none_that_verifies_is_an_error_with_exit_code_4_and_no_fresh_start(finished, tiny_words, run_cli):
-    for folder in checkpoints.committed(finished).values():
+    for folder in folders.committed(finished).values():
         (folder / "state.json").write_text("{}")
     lines = (finished / "metrics.jsonl").read_bytes()
     done = run_cli("train", *tiny_words("run", total_steps=8, **{"checkpoint.interval_steps": 2}))
@@ -165,7 +167,7 @@ def test_damaged_checkpoints_do_not_push_out_the_good_one_that_is_written_after_
     (folder / "step-0000006/state.json").write_text("{}")
     shutil.copytree(folder / "step-0000006", folder / "step-0000005")
     trained(tiny_args("run", total_steps=4, **{"checkpoint.interval_steps": 3, "checkpoint.keep_last": 1}))
-    assert checkpoints.newest(Path(config.run_dir)).name == "step-0000004"
+    assert folders.newest(Path(config.run_dir)).name == "step-0000004"
     assert steps_of(Path(config.run_dir)) == [4, 5, 6]  # the damaged ones are left alone
 
 
@@ -176,7 +178,7 @@ def test_a_cut_checkpoint_neither_counts_as_kept_nor_is_deleted(tiny_args):
         if stats.step == 6:
             os.truncate(Path(config.run_dir) / "checkpoints/step-0000006/state.json", 3)
     assert steps_of(Path(config.run_dir)) == [4, 6, 8]
-    assert checkpoints.newest(Path(config.run_dir)).name == "step-0000008"
+    assert folders.newest(Path(config.run_dir)).name == "step-0000008"
 
 
 def test_permanent_intervals_are_kept(tiny_args):
@@ -238,7 +240,7 @@ def test_a_full_disk_ends_the_run_with_path_and_need_and_older_checkpoints_stay(
     with pytest.raises(SaveError, match=r"step-0000010.*No space left.*needs .* GB") as told:
         trained(config)
     assert told.value.exit_code == 1
-    assert checkpoints.newest(Path(config.run_dir)).name == "step-0000005"
+    assert folders.newest(Path(config.run_dir)).name == "step-0000005"
 
 
 def test_where_a_save_is_not_required_training_goes_on(tiny_args, disk_fills, caplog, read_metrics):
@@ -282,16 +284,16 @@ def test_a_stop_tries_a_failed_save_of_the_same_step_again(tiny_args, disk_fills
 
 
 def test_a_kill_while_a_checkpoint_is_replaced_does_not_lose_it(finished, tiny_args, monkeypatch):
-    folder = checkpoints.newest(finished)
+    folder = folders.newest(finished)
     temporary = folder.with_name(f".{folder.name}.tmp")
     temporary.mkdir()
     saver = SimpleNamespace(run_dir=finished, config=CheckpointConfig(), files={})
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(checkpoints, "commit_folder", lambda *about: signal.raise_signal(signal.SIGINT))
-        checkpoints.Checkpointer._commit(saver, temporary, folder, {"step": 6}, {})
-    assert checkpoints.newest(finished).name == "step-0000004"  # what `evaluate` does beside a live run: it moves nothing
+        patch.setattr(checkpoint_save, "commit_folder", lambda *about: signal.raise_signal(signal.SIGINT))
+        checkpoint_save.Checkpointer._commit(saver, temporary, folder, {"step": 6}, {})
+    assert folders.newest(finished).name == "step-0000004"  # what `evaluate` does beside a live run: it moves nothing
     trained(tiny_args("run", total_steps=6))
-    assert checkpoints.newest(finished).name == "step-0000006" and events_of(finished)[-1] == ("finish", 6)
+    assert folders.newest(finished).name == "step-0000006" and events_of(finished)[-1] == ("finish", 6)
     assert not list(folder.parent.glob(".*.old"))
 
 
@@ -322,7 +324,7 @@ def test_an_unknown_format_is_not_taken_for_a_whole_checkpoint(finished):
     manifest = finished / "checkpoints/step-0000006" / MANIFEST
     manifest.write_text(manifest.read_text().replace('"format": 1', '"format": 2'))
     assert problems_of(manifest.parent) == ["MANIFEST.json has format 2, and 1 is known"]
-    assert checkpoints.newest(finished).name == "step-0000004"
+    assert folders.newest(finished).name == "step-0000004"
 
 
 def test_the_shards_are_safetensors_files_that_the_library_reads(finished):

@@ -15,14 +15,17 @@ import safetensors.torch
 import torch
 from ranks import on_ranks
 from references.random_models import FALCON, write_random_checkpoint
+from torch.distributed.checkpoint import load as dcp_load
 
 from olmo_train import config as configuration
 from olmo_train import train as module
-from olmo_train.checkpoint import dcp, load_model, open_reader, read_state
+from olmo_train.checkpoint.folders import read_state
+from olmo_train.checkpoint.format import open_reader
+from olmo_train.checkpoint.load import load_model
 from olmo_train.errors import CheckpointError
 from olmo_train.model.config import ModelConfig
-from olmo_train.recipe import TrainConfig
 from olmo_train.storage import MANIFEST, commit_folder, write_file
+from olmo_train.train_config import TrainConfig
 
 REFERENCE = Path(__file__).parent / "references/format-1"
 FOLDER = REFERENCE / "step-0000004"
@@ -39,7 +42,7 @@ def stored_whole(folder: Path) -> dict[str, torch.Tensor]:
 def test_every_weight_and_moment_is_the_rows_of_its_part():
     entries = open_reader(FOLDER).read_metadata().state_dict_metadata
     read = {name: torch.full(entry.size, torch.nan) for name, entry in entries.items()}
-    dcp.load(read, storage_reader=open_reader(FOLDER), no_dist=True)
+    dcp_load(read, storage_reader=open_reader(FOLDER), no_dist=True)
     expected = {}
     for name, value in stored_whole(FOLDER).items():
         rows = {"wqkv": {"wq": 12, "wk": 4, "wv": 4}, "w_in": {"w_up": 12, "w_gate": 12}, "w_out": {"w_down": 12}}

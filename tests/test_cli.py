@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from olmo_train.__main__ import VERBS, main
-from olmo_train.commands.train import split_config
+from olmo_train.commands.common import split_config
 
 
 @pytest.fixture
@@ -138,7 +138,7 @@ def test_a_launchers_environment_that_is_incomplete_is_one_error_on_every_rank(n
 
 
 def test_the_address_that_a_cluster_sets_alone_means_one_process(monkeypatch):
-    from olmo_train.processes import Processes, announced
+    from olmo_train.parallel.processes import Processes, announced
 
     monkeypatch.setenv("MASTER_ADDR", "node1")
     monkeypatch.setenv("MASTER_PORT", "1")
@@ -295,7 +295,7 @@ def test_an_output_that_cannot_be_written_is_a_mistake_with_exit_code_2(name, mi
 
 
 def test_an_input_that_cannot_be_opened_is_named_with_exit_code_3(mistake, in_the_way, tmp_path, monkeypatch):
-    from olmo_train.data import prepare
+    from olmo_train.data.prepare import prepare
 
     def refuse(options, *callbacks):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), "docs.jsonl")
@@ -319,7 +319,7 @@ def test_a_name_that_is_no_text_is_one_error(mistake, tmp_path):
 
 
 def test_ctrl_c_is_one_line_and_130(mistake, in_the_way, monkeypatch):
-    from olmo_train.data import prepare
+    from olmo_train.data.prepare import prepare
 
     def interrupt(options, *callbacks):
         raise KeyboardInterrupt
@@ -384,7 +384,7 @@ def test_a_locale_without_the_characters_of_a_name_changes_neither_files_nor_the
     ],
 )
 def test_colours_and_redrawn_lines_follow_the_environment(environment, terminal, color, redraws, monkeypatch):
-    from olmo_train import console
+    from olmo_train.log import console
 
     for name in ("NO_COLOR", "FORCE_COLOR", "TERM"):
         monkeypatch.delenv(name, raising=False)
@@ -395,7 +395,7 @@ def test_colours_and_redrawn_lines_follow_the_environment(environment, terminal,
 
 
 def test_a_conversion_into_the_working_directory_is_refused(tmp_path, monkeypatch):
-    from olmo_train.convert import new_folder
+    from olmo_train.convert.folders import new_folder
     from olmo_train.errors import ConfigError
 
     monkeypatch.chdir(tmp_path)

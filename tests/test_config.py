@@ -6,7 +6,7 @@ import pytest
 
 from olmo_train import config
 from olmo_train.errors import ConfigError
-from olmo_train.recipe import TrainConfig
+from olmo_train.train_config import TrainConfig
 
 LEAST = ["run_dir=runs/a", "data.sources.a.path=a.npy"]
 

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from olmo_train import config
 from olmo_train.errors import ConfigError
-from olmo_train.recipe import TrainConfig
+from olmo_train.train_config import TrainConfig
 
 KEYS = sorted(config.flatten(config.to_dict(config.load(TrainConfig, [], ["run_dir=r", "data.sources.a.path=x"]))))
 KEYS += ["model", "data", "optim.betas", "data.sources", "data.sources.a", "data.stages", "log.wandb", "nothing", "a.b", ".", ""]

@@ -15,8 +15,8 @@ import torch
 from olmo_train import config
 from olmo_train.model.cost import count_parameters
 from olmo_train.model.transformer import Transformer
-from olmo_train.optim import lr_at
-from olmo_train.recipe import TrainConfig
+from olmo_train.optim.schedules import lr_at
+from olmo_train.train_config import TrainConfig
 
 ROOT = Path(__file__).parent.parent
 MODELS = sorted((ROOT / "configs/models").glob("*.yaml"))
@@ -96,7 +96,7 @@ def shrunk(file: Path) -> list[str]:
 START = """
 import json, sys
 from olmo_train import config
-from olmo_train.recipe import TrainConfig
+from olmo_train.train_config import TrainConfig
 from olmo_train.train import train
 for files, words in json.load(sys.stdin):
     losses = [float(stats.loss) for stats in train(config.load(TrainConfig, files, words))]
@@ -133,8 +133,6 @@ def fields(cls: type, where: str = ""):
         yield f"{where}{field.name}", field.name
         for nested in inner:
             yield from fields(nested, f"{where}{field.name}.")
-
-
 
 
 def test_every_configuration_key_has_a_reader():

@@ -13,10 +13,11 @@ import torch
 import transformers
 from references.random_models import FALCON, GEMMA, LLAMA, OLMO, OLMO2, VARIANTS, write_random_checkpoint
 
-from olmo_train import checkpoint, convert
+from olmo_train.checkpoint import load
+from olmo_train.convert import check, families, folders
+from olmo_train.convert import hf as convert_hf
 from olmo_train.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 from olmo_train.errors import CheckpointError, ConfigError
-from olmo_train.model import hf
 from olmo_train.model.config import ModelConfig
 from olmo_train.model.generate import generate
 
@@ -39,15 +40,15 @@ def differences(ours: torch.Tensor, theirs: torch.Tensor) -> tuple[float, float]
 def test_export_and_import_keep_logits_and_weights(tmp_path, shape):
     config = ModelConfig(**shape)
     weights = write_random_checkpoint(tmp_path / "ours", config)
-    proof = convert.export_hf(tmp_path / "ours", tmp_path / "theirs")
+    proof = convert_hf.export_hf(tmp_path / "ours", tmp_path / "theirs")
     assert proof.difference <= 2e-5 and proof.relative <= 5e-6
     theirs = load_theirs(tmp_path / "theirs")(TOKENS).logits
-    difference, relative = differences(checkpoint.load_model(tmp_path / "ours")(TOKENS), theirs)
+    difference, relative = differences(load.load_model(tmp_path / "ours")(TOKENS), theirs)
     assert difference <= 2e-5 and relative <= 5e-6
 
-    proof = convert.import_hf(tmp_path / "theirs", tmp_path / "back")
+    proof = convert_hf.import_hf(tmp_path / "theirs", tmp_path / "back")
     assert proof.difference <= 2e-5 and proof.relative <= 5e-6
-    back = checkpoint.load_model(tmp_path / "back")
+    back = load.load_model(tmp_path / "back")
     assert all(torch.equal(parameter, weights[name]) for name, parameter in back.named_parameters())
     known = dataclasses.replace(config, vocab_size=config.vocab_rows)  # without a tokenizer every row counts as an id
     assert (back.config, back.config.kv_heads) == (dataclasses.replace(known, n_kv_heads=back.config.n_kv_heads), config.kv_heads)
@@ -56,12 +57,12 @@ def test_export_and_import_keep_logits_and_weights(tmp_path, shape):
 # ---- the proof sees what it has to see
 
 
-def swap_up_and_gate(mapping: hf.Mapping) -> hf.Mapping:
+def swap_up_and_gate(mapping: families.Mapping) -> families.Mapping:
     other = {"w_gate": "w_up", "w_up": "w_gate"}
     return dataclasses.replace(mapping, ours=tuple(re.sub("w_gate|w_up", lambda m: other[m[0]], name) for name in mapping.ours))
 
 
-def interleave_rope(mapping: hf.Mapping) -> hf.Mapping:
+def interleave_rope(mapping: families.Mapping) -> families.Mapping:
     """The layout of rows in which dimension 2i turns with 2i + 1."""
     if not mapping.ours[0].endswith("wq.weight"):
         return mapping
@@ -74,36 +75,36 @@ def interleave_rope(mapping: hf.Mapping) -> hf.Mapping:
     "shape, fault",
     [
         pytest.param(shape, fault, id=f"{family}-{fault.__name__}")
-        for family, shape in zip(hf.FAMILIES, [OLMO, OLMO2, LLAMA, GEMMA, FALCON], strict=True)
+        for family, shape in zip(families.FAMILIES, [OLMO, OLMO2, LLAMA, GEMMA, FALCON], strict=True)
         for fault in (swap_up_and_gate, interleave_rope)
         if (family, fault) != ("falcon", swap_up_and_gate)  # its MLP has no gate
     ],
 )
 def test_a_wrong_layout_is_not_exported(tmp_path, monkeypatch, fault, shape):
     write_random_checkpoint(tmp_path / "ours", ModelConfig(**shape))
-    right = hf.mappings
-    monkeypatch.setattr(hf, "mappings", lambda name, config: [fault(mapping) for mapping in right(name, config)])
+    right = families.mappings
+    monkeypatch.setattr(families, "mappings", lambda name, config: [fault(mapping) for mapping in right(name, config)])
     with pytest.raises(CheckpointError, match="not converted: logits differ"):
-        convert.export_hf(tmp_path / "ours", tmp_path / "theirs")
+        convert_hf.export_hf(tmp_path / "ours", tmp_path / "theirs")
     assert [path.name for path in tmp_path.iterdir()] == ["ours"]
 
 
 @pytest.mark.parametrize("key, value", [("eps", None), ("rope_theta", 9000.0)])
-@pytest.mark.parametrize("shape", [OLMO, OLMO2, LLAMA, GEMMA, FALCON], ids=hf.FAMILIES.keys())
+@pytest.mark.parametrize("shape", [OLMO, OLMO2, LLAMA, GEMMA, FALCON], ids=families.FAMILIES.keys())
 def test_a_wrong_setting_is_not_exported(tmp_path, monkeypatch, key, value, shape):
     config = ModelConfig(**shape)
     write_random_checkpoint(tmp_path / "ours", config)
-    right = hf.to_settings
+    right = families.to_settings
     wrong = dataclasses.replace(config, norm_eps=1e-3) if key == "eps" else dataclasses.replace(config, rope_theta=value)
     if key == "eps" and shape is OLMO:  # which has no key for it: so say that any eps may be exported
-        fixed = {k: v for k, v in hf.FAMILIES["olmo"].shape.items() if k != "norm_eps"}
-        monkeypatch.setitem(hf.FAMILIES, "olmo", dataclasses.replace(hf.FAMILIES["olmo"], shape=fixed))
+        fixed = {k: v for k, v in families.FAMILIES["olmo"].shape.items() if k != "norm_eps"}
+        monkeypatch.setitem(families.FAMILIES, "olmo", dataclasses.replace(families.FAMILIES["olmo"], shape=fixed))
         write_random_checkpoint(tmp_path / "other", wrong)
         (tmp_path / "ours").rename(tmp_path / "first")
         (tmp_path / "other").rename(tmp_path / "ours")
-    monkeypatch.setattr(hf, "to_settings", lambda name, config, *rest: right(name, wrong, *rest))
+    monkeypatch.setattr(families, "to_settings", lambda name, config, *rest: right(name, wrong, *rest))
     with pytest.raises(CheckpointError, match="not converted: logits differ"):
-        convert.export_hf(tmp_path / "ours", tmp_path / "theirs")
+        convert_hf.export_hf(tmp_path / "ours", tmp_path / "theirs")
 
 
 # ---- what cannot be expressed
@@ -125,14 +126,14 @@ def test_a_wrong_setting_is_not_exported(tmp_path, monkeypatch, key, value, shap
 )
 def test_a_model_that_no_family_expresses_is_refused_by_key(shape, changes, key):
     with pytest.raises(ConfigError) as problem:
-        hf.family_of(ModelConfig(**(shape | changes)))
+        families.family_of(ModelConfig(**(shape | changes)))
     assert problem.value.where == key
 
 
 @pytest.fixture
 def exported(tmp_path):
     write_random_checkpoint(tmp_path / "ours", ModelConfig(**(LLAMA | {"n_kv_heads": 2})))
-    convert.export_hf(tmp_path / "ours", tmp_path / "theirs")
+    convert_hf.export_hf(tmp_path / "ours", tmp_path / "theirs")
     return tmp_path / "theirs"
 
 
@@ -150,7 +151,7 @@ def test_a_setting_that_we_cannot_express_is_refused_by_key(exported, changes, k
     settings = json.loads((exported / "config.json").read_text()) | changes
     (exported / "config.json").write_text(json.dumps(settings))
     with pytest.raises(ConfigError) as problem:
-        convert.import_hf(exported, exported.parent / "back")
+        convert_hf.import_hf(exported, exported.parent / "back")
     assert problem.value.where == key
     assert not (exported.parent / "back").exists()
 
@@ -162,7 +163,7 @@ def test_a_setting_that_we_cannot_express_is_refused_by_key(exported, changes, k
 def test_a_falcon_that_we_cannot_express_is_refused_by_key(theirs, where):
     settings = transformers.FalconConfig(hidden_size=64, num_attention_heads=4, **theirs).to_dict()
     with pytest.raises(ConfigError) as problem:
-        hf.to_config(settings)
+        families.to_config(settings)
     assert problem.value.where == where
 
 
@@ -176,34 +177,34 @@ def test_missing_foreign_and_misshapen_weights_are_named(exported):
     ):
         safetensors.torch.save_file(wrong, exported / "model.safetensors")
         with pytest.raises(CheckpointError, match=r"model\.layers\.1\.mlp\.up_proj"):
-            convert.import_hf(exported, exported.parent / "back")
+            convert_hf.import_hf(exported, exported.parent / "back")
 
 
 def test_pickled_weights_are_not_opened(exported):
     (exported / "model.safetensors").rename(exported / "pytorch_model.bin")
     with pytest.raises(CheckpointError, match="holds no model.safetensors"):
-        convert.import_hf(exported, exported.parent / "back")
+        convert_hf.import_hf(exported, exported.parent / "back")
 
 
 def test_a_folder_that_is_there_is_not_overwritten(exported):
     with pytest.raises(ConfigError, match="exists already"):
-        convert.export_hf(exported.parent / "ours", exported)
+        convert_hf.export_hf(exported.parent / "ours", exported)
 
 
 # ---- files
 
 
 def test_large_models_go_through_many_files_both_ways(tmp_path, monkeypatch):
-    monkeypatch.setattr(convert, "SHARD_BYTES", 50_000)
+    monkeypatch.setattr(folders, "SHARD_BYTES", 50_000)
     weights = write_random_checkpoint(tmp_path / "ours", ModelConfig(**OLMO))
     assert len(list((tmp_path / "ours").glob("*.safetensors"))) > 3
-    convert.export_hf(tmp_path / "ours", tmp_path / "theirs")
+    convert_hf.export_hf(tmp_path / "ours", tmp_path / "theirs")
     index = json.loads((tmp_path / "theirs/model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(4 * value.numel() for value in weights.values())
     assert set(index["weight_map"].values()) == {path.name for path in (tmp_path / "theirs").glob("*.safetensors")}
     load_theirs(tmp_path / "theirs")
-    convert.import_hf(tmp_path / "theirs", tmp_path / "back")
-    back = checkpoint.load_model(tmp_path / "back")
+    convert_hf.import_hf(tmp_path / "theirs", tmp_path / "back")
+    back = load.load_model(tmp_path / "back")
     assert all(torch.equal(parameter, weights[name]) for name, parameter in back.named_parameters())
 
 
@@ -212,15 +213,15 @@ def test_weights_saved_by_transformers_are_imported(exported, tmp_path):
     model = transformers.AutoModelForCausalLM.from_pretrained(exported).to(torch.bfloat16)
     model.save_pretrained(tmp_path / "saved", max_shard_size="50KB")
     assert len(list((tmp_path / "saved").glob("*.safetensors"))) > 1
-    convert.import_hf(tmp_path / "saved", tmp_path / "back")
-    ours, theirs = checkpoint.load_model(tmp_path / "back"), load_theirs(tmp_path / "saved", dtype=torch.float32)
+    convert_hf.import_hf(tmp_path / "saved", tmp_path / "back")
+    ours, theirs = load.load_model(tmp_path / "back"), load_theirs(tmp_path / "saved", dtype=torch.float32)
     with torch.no_grad():
         assert differences(ours(TOKENS), theirs(TOKENS).logits)[0] <= 2e-5
 
 
 def test_bf16_halves_the_file_and_is_proven_against_the_rounded_weights(tmp_path):
     weights = write_random_checkpoint(tmp_path / "ours", ModelConfig(**OLMO))
-    proof = convert.export_hf(tmp_path / "ours", tmp_path / "theirs", dtype="bf16")
+    proof = convert_hf.export_hf(tmp_path / "ours", tmp_path / "theirs", dtype="bf16")
     assert proof.relative <= 5e-6
     saved = safetensors.torch.load_file(tmp_path / "theirs/model.safetensors")
     assert torch.equal(saved["lm_head.weight"], weights["head.weight"].bfloat16())
@@ -230,12 +231,12 @@ def test_bf16_halves_the_file_and_is_proven_against_the_rounded_weights(tmp_path
 def test_only_the_block_that_computes_has_its_weights(tmp_path):
     config = ModelConfig(**(OLMO | {"n_layers": 3}))
     weights = write_random_checkpoint(tmp_path / "ours", config)
-    model, filled = convert._on_meta(config), []
+    model, filled = folders._on_meta(config), []
     for block in model.blocks:
         block.attn.register_forward_hook(
             lambda *_: filled.append([not next(block.parameters()).is_meta for block in model.blocks])
         )
-    with torch.no_grad(), convert._weights_when_needed(model, model.blocks, weights.__getitem__):
+    with torch.no_grad(), check._weights_when_needed(model, model.blocks, weights.__getitem__):
         model(TOKENS)
     assert filled == [[True, False, False], [False, True, False], [False, False, True]]
 
@@ -250,12 +251,12 @@ def tokenizer_file(tmp_path_factory):
     return file
 
 
-@pytest.mark.parametrize("shape", [OLMO, OLMO2, LLAMA, GEMMA, FALCON], ids=hf.FAMILIES.keys())
+@pytest.mark.parametrize("shape", [OLMO, OLMO2, LLAMA, GEMMA, FALCON], ids=families.FAMILIES.keys())
 def test_greedy_text_of_transformers_is_ours_over_64_tokens(tmp_path, tokenizer_file, shape):
     tokenizer = load_tokenizer(tokenizer_file)
     config = ModelConfig(**(shape | {"vocab_size": tokenizer.vocab_size, "padded_vocab_size": 384}))
     write_random_checkpoint(tmp_path / "ours", config, {"tokenizer.json": tokenizer_file.read_bytes()})
-    convert.export_hf(tmp_path / "ours", tmp_path / "theirs")
+    convert_hf.export_hf(tmp_path / "ours", tmp_path / "theirs")
     theirs = load_theirs(tmp_path / "theirs")
     their_tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "theirs")
     text = "the quick brown dog's box, naïve\n  and  more"
@@ -264,10 +265,10 @@ def test_greedy_text_of_transformers_is_ours_over_64_tokens(tmp_path, tokenizer_
     assert theirs.generation_config.suppress_tokens == list(range(tokenizer.vocab_size, 384))
     assert (their_tokenizer.eos_token_id, theirs.generation_config.eos_token_id) == (tokenizer.eos_id, tokenizer.eos_id)
     assert theirs.generation_config.pad_token_id == tokenizer.inner.token_to_id("<|padding|>")
-    expected = generate(checkpoint.load_model(tmp_path / "ours"), [prompt[:16]], 64, eos_id=tokenizer.eos_id)[0]
+    expected = generate(load.load_model(tmp_path / "ours"), [prompt[:16]], 64, eos_id=tokenizer.eos_id)[0]
     got = theirs.generate(torch.tensor([prompt[:16]]), do_sample=False, max_new_tokens=64)[0, 16:]
     assert got.tolist() == expected
-    back = convert.import_hf(tmp_path / "theirs", tmp_path / "back") and checkpoint.load_model(tmp_path / "back")
+    back = convert_hf.import_hf(tmp_path / "theirs", tmp_path / "back") and load.load_model(tmp_path / "back")
     assert back.config.vocab_size == tokenizer.vocab_size
     assert (tmp_path / "back/tokenizer.json").read_bytes() == tokenizer_file.read_bytes()
 
@@ -276,18 +277,18 @@ def test_the_exported_folder_generates_no_id_without_a_token_and_the_eos_comes_b
     config = ModelConfig(**(OLMO | {"vocab_size": 350, "padded_vocab_size": 384}))
     write_random_checkpoint(tmp_path / "ours", config)
     tokenizer = load_tokenizer(tokenizer_file, eos="<|padding|>")
-    convert.export_hf(tmp_path / "ours", tmp_path / "theirs", tokenizer=tokenizer)
+    convert_hf.export_hf(tmp_path / "ours", tmp_path / "theirs", tokenizer=tokenizer)
     generation = json.loads((tmp_path / "theirs/generation_config.json").read_text())
     assert generation["suppress_tokens"] == list(range(tokenizer.vocab_size, 384))
     assert load_tokenizer(tmp_path / "theirs").eos_text == "<|padding|>"
-    convert.import_hf(tmp_path / "theirs", tmp_path / "back")
+    convert_hf.import_hf(tmp_path / "theirs", tmp_path / "back")
     assert load_tokenizer(tmp_path / "back").eos_text == "<|padding|>"
 
 
 def test_a_tokenizer_that_is_too_large_is_refused(tmp_path, tokenizer_file):
     write_random_checkpoint(tmp_path / "ours", ModelConfig(**(OLMO | {"vocab_size": 256})))
     with pytest.raises(ConfigError, match="the model only 256"):
-        convert.export_hf(tmp_path / "ours", tmp_path / "theirs", tokenizer=load_tokenizer(tokenizer_file))
+        convert_hf.export_hf(tmp_path / "ours", tmp_path / "theirs", tokenizer=load_tokenizer(tokenizer_file))
 
 
 # ---- an imported folder is a checkpoint
@@ -312,5 +313,5 @@ def test_what_two_processes_saved_is_exported_whole(tmp_path, tiny_words, run_cl
     out = run_cli("convert", "export-hf", tmp_path / "run", tmp_path / "theirs", "--dtype", "fp32")
     assert out.returncode == 0, out.stderr
     with torch.no_grad():
-        ours, theirs = checkpoint.load_model(tmp_path / "run"), load_theirs(tmp_path / "theirs")
+        ours, theirs = load.load_model(tmp_path / "run"), load_theirs(tmp_path / "theirs")
         assert differences(ours(TOKENS), theirs(TOKENS).logits)[0] <= 2e-5

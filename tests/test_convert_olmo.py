@@ -9,11 +9,12 @@ import torch
 from references import olmo_parity as parity
 from references.random_models import OLMO, OLMO2, random_weights
 
-from olmo_train import checkpoint, config, convert
+from olmo_train import config
+from olmo_train.checkpoint import folders, load
+from olmo_train.convert import olmo
 from olmo_train.errors import CheckpointError, ConfigError
-from olmo_train.model import olmo
 from olmo_train.model.config import ModelConfig
-from olmo_train.recipe import TrainConfig
+from olmo_train.train_config import TrainConfig
 
 SEVEN_B = {
     "run_name": "7B", "seed": 6198, "wandb": {"name": "${run_name}"},
@@ -174,24 +175,24 @@ def in_groups_of_two(name: str) -> str:
 )
 def test_weights_arrive_whatever_wrapped_the_model(tmp_path, shape, model, rename):
     weights = their_checkpoint(tmp_path / "step50-unsharded", OLMO | shape, model, rename)
-    assert convert.import_olmo(tmp_path / "step50-unsharded", tmp_path / "ours") == 50
-    ours = dict(checkpoint.load_model(tmp_path / "ours").named_parameters())
+    assert olmo.import_olmo(tmp_path / "step50-unsharded", tmp_path / "ours") == 50
+    ours = dict(load.load_model(tmp_path / "ours").named_parameters())
     assert ours.keys() == weights.keys() and all(torch.equal(ours[name], weights[name]) for name in weights)
 
 
 def test_norms_of_olmo2_arrive_in_their_places(tmp_path):
     weights = their_checkpoint(tmp_path / "theirs", OLMO2, AFFINE | {"init_fn": "normal", "init_cutoff_factor": 3.0})
-    convert.import_olmo(tmp_path / "theirs", tmp_path / "ours")
-    model = checkpoint.load_model(tmp_path / "ours")
+    olmo.import_olmo(tmp_path / "theirs", tmp_path / "ours")
+    model = load.load_model(tmp_path / "ours")
     assert model.config == ModelConfig(**OLMO2)
     assert all(torch.equal(parameter, weights[name]) for name, parameter in model.named_parameters())
 
 
 def test_moments_and_step_come_along(tmp_path):
     weights = their_checkpoint(tmp_path / "theirs", OLMO, {}, moments=True)
-    assert convert.import_olmo(tmp_path / "theirs", tmp_path / "ours") == 70
-    assert checkpoint.read_state(tmp_path / "ours")["optimizer_steps"] == 70
-    assert convert.import_olmo(tmp_path / "theirs", tmp_path / "later", step=90) == 90
+    assert olmo.import_olmo(tmp_path / "theirs", tmp_path / "ours") == 70
+    assert folders.read_state(tmp_path / "ours")["optimizer_steps"] == 70
+    assert olmo.import_olmo(tmp_path / "theirs", tmp_path / "later", step=90) == 90
     from safetensors.torch import load_file
 
     stored = load_file(tmp_path / "ours/model.safetensors")
@@ -205,10 +206,10 @@ def test_a_pickle_that_runs_code_is_not_opened(tmp_path):
     for content in (pickle.dumps(Evil()), b"nothing of the kind"):
         (tmp_path / "theirs/model.pt").write_bytes(content)
         with pytest.raises(CheckpointError, match="cannot be opened"):
-            convert.import_olmo(tmp_path / "theirs", tmp_path / "ours")
+            olmo.import_olmo(tmp_path / "theirs", tmp_path / "ours")
     torch.save({"transformer.wte.weight": Evil()}, tmp_path / "theirs/model.pt")
     with pytest.raises(CheckpointError, match="cannot be opened"):
-        convert.import_olmo(tmp_path / "theirs", tmp_path / "ours")
+        olmo.import_olmo(tmp_path / "theirs", tmp_path / "ours")
     assert not Evil.ran
 
 
@@ -225,10 +226,10 @@ def test_weights_that_do_not_fit_are_named(tmp_path):
     settings["model"]["mlp_hidden_size"] = 200
     (tmp_path / "theirs/config.yaml").write_text(json.dumps(settings))
     with pytest.raises(CheckpointError, match=r"blocks.0.ff_proj.weight is \(192, 64\), expected \(200, 64\)"):
-        convert.import_olmo(tmp_path / "theirs", tmp_path / "ours")
+        olmo.import_olmo(tmp_path / "theirs", tmp_path / "ours")
     torch.save({"transformer.blocks.0.mixer.weight": torch.zeros(2)}, tmp_path / "theirs/model.pt")
     with pytest.raises(ConfigError, match=r"transformer.blocks.0.mixer.weight: is no weight that we have"):
-        convert.import_olmo(tmp_path / "theirs", tmp_path / "ours")
+        olmo.import_olmo(tmp_path / "theirs", tmp_path / "ours")
     (tmp_path / "theirs/model.pt").unlink()
     with pytest.raises(CheckpointError, match=r"holds no model.pt"):
-        convert.import_olmo(tmp_path / "theirs", tmp_path / "ours")
+        olmo.import_olmo(tmp_path / "theirs", tmp_path / "ours")

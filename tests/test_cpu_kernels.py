@@ -8,10 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from olmo_train import kernels
 from olmo_train.errors import ConfigError
-from olmo_train.model import cpu_kernels
 from olmo_train.model.loss import IGNORE, differentiate_
+from olmo_train.parallel import cpu_kernels, kernels
 from olmo_train.storage import cache_folder
 
 pytestmark = pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")

@@ -6,7 +6,7 @@ import random
 import pytest
 from crash import Death, run
 
-from olmo_train.checkpoint import committed
+from olmo_train.checkpoint.folders import committed
 
 COMPARED = ("step", "train/CrossEntropyLoss", "optim/total_grad_norm", "optim/learning_rate_group0", "sample_hash", "skipped")
 

@@ -13,14 +13,14 @@ from test_inspect import inspect, prepared, run_words  # noqa: F401
 from olmo_train import config
 from olmo_train import train as module
 from olmo_train.__main__ import main
-from olmo_train.checkpoint import newest_folder, read_state
-from olmo_train.data.documents import DocumentParts
+from olmo_train.checkpoint.folders import newest_folder, read_state
+from olmo_train.data.config import DataConfig, SourceConfig
 from olmo_train.data.loader import IGNORE, read_batch
-from olmo_train.data.mixture import DataConfig, Mixture
-from olmo_train.data.shards import SourceConfig
+from olmo_train.data.mixture import Mixture
+from olmo_train.data.prepare.documents import DocumentParts
 from olmo_train.errors import ConfigError, DataError
-from olmo_train.recipe import TrainConfig
 from olmo_train.train import train
+from olmo_train.train_config import TrainConfig
 
 T, BATCH = 16, 6
 EOS = 999

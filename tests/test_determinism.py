@@ -9,7 +9,7 @@ from crash import run
 from test_guards import states_of
 
 from olmo_train.errors import ConfigError
-from olmo_train.exact import QUANTUM, RANGE, loss_terms
+from olmo_train.parallel.determinism import QUANTUM, RANGE, loss_terms
 
 SAME = ("train/CrossEntropyLoss", "optim/total_grad_norm", "optim/clipping_rate", "eval/held/CrossEntropyLoss", "sample_hash")
 # 33 and 7 cannot be halved, so shards differ in size, and in what a vectorized loop leaves over.
@@ -87,29 +87,29 @@ def test_the_same_command_again_has_the_same_bits(bits):
 
 
 def test_gradients_too_large_to_be_added_exactly_skip_the_step(tiny_args, monkeypatch):
-    from olmo_train import exact
+    from olmo_train.parallel import determinism
     from olmo_train.train import train
 
-    monkeypatch.setattr(exact, "RANGE", 1e-9)
+    monkeypatch.setattr(determinism, "RANGE", 1e-9)
     stats = [stats.skipped.item() for stats in train(tiny_args("run", determinism="world", total_steps=2))]
     assert stats == [1, 1]
 
 
 def test_the_norm_is_the_norm():
-    from olmo_train import parallel
-    from olmo_train.distributed import join_world
+    from olmo_train.parallel import gradients, shard
+    from olmo_train.parallel.world import join_world
 
     torch.manual_seed(0)
     with join_world() as world:
         values = [torch.randn(40, 3), 1e-6 * torch.randn(7), torch.zeros(5), 1e4 * torch.randn(2, 2)]
-        sharded = [parallel.distribute_tensor(value, world.mesh) for value in values]
-        exactly = parallel.exact_norm(sharded)[0].item()
+        sharded = [shard.distribute_tensor(value, world.mesh) for value in values]
+        exactly = gradients.exact_norm(sharded)[0].item()
         assert exactly == pytest.approx(torch.cat([v.flatten() for v in values]).norm().item(), rel=1e-6)
-        small = [parallel.distribute_tensor(1e-6 * torch.randn(1000), world.mesh), sharded[0]]
-        assert parallel.exact_norm(small)[0].item() == pytest.approx(values[0].norm().item(), rel=1e-6)
+        small = [shard.distribute_tensor(1e-6 * torch.randn(1000), world.mesh), sharded[0]]
+        assert gradients.exact_norm(small)[0].item() == pytest.approx(values[0].norm().item(), rel=1e-6)
         for bad in (float("nan"), float("inf"), -float("inf")):
             sharded[1].to_local()[3] = bad
-            assert parallel.exact_norm(sharded)[0].item() == float("inf")
+            assert gradients.exact_norm(sharded)[0].item() == float("inf")
 
 
 def test_losses_add_up_exactly_in_any_order():

@@ -5,8 +5,8 @@ import shutil
 
 import pytest
 
-from olmo_train import doctor
-from olmo_train.model import cpu_kernels
+from olmo_train.parallel import cpu_kernels
+from olmo_train.tools import doctor
 
 
 def by_check(findings):

@@ -14,10 +14,10 @@ import torch
 from torch import nn
 
 from olmo_train.__main__ import main
-from olmo_train.data import tasks
-from olmo_train.data.tasks import Choice, Question, Task, read_task
 from olmo_train.errors import ConfigError, DataError
+from olmo_train.eval import tasks
 from olmo_train.eval.downstream import TokenizedTask, load_task, results_of, score
+from olmo_train.eval.tasks import Choice, Question, Task, read_task
 from olmo_train.model.config import ModelConfig
 from olmo_train.model.init import initial_value
 from olmo_train.model.transformer import Transformer

@@ -9,7 +9,8 @@ import torch
 from conftest import EOS_ID, markov_stream
 
 from olmo_train.__main__ import main
-from olmo_train.data.shards import SourceConfig, open_source
+from olmo_train.data.config import SourceConfig
+from olmo_train.data.shards import open_source
 from olmo_train.eval.perplexity import mixed_counts, token_counts, unigram_loss
 
 

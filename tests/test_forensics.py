@@ -13,12 +13,13 @@ from ranks import on_ranks
 from test_guards import EVERY, poison
 from test_rewind import SPIKE, spiking  # noqa: F401, a fixture
 
-from olmo_train import forensics
 from olmo_train import train as module
-from olmo_train.checkpoint import load_model
+from olmo_train.checkpoint.load import load_model
 from olmo_train.errors import NonFiniteError
+from olmo_train.guards import forensics
 from olmo_train.model.init import initial_value
 from olmo_train.model.transformer import Transformer
+from olmo_train.parallel import shard
 from olmo_train.train import train
 
 
@@ -122,7 +123,7 @@ def test_the_norms_of_two_ranks_are_those_of_the_whole_gradients(tiny_args, dete
         module.join_world = lambda *_: nullcontext(world)
         changes = {"micro_batch_size": 1} if determinism == "world" else {}
         config = tiny_args(f"run-{world.size}", total_steps=2, determinism=determinism, **changes)
-        return [module.parallel.whole(stats.norms[1]).tolist() for stats in train(config)]
+        return [shard.whole(stats.norms[1]).tolist() for stats in train(config)]
 
     (one,), (two, same) = on_ranks(1, run), on_ranks(2, run)
     assert two == same
@@ -133,13 +134,13 @@ def test_the_norms_of_two_ranks_are_those_of_the_whole_gradients(tiny_args, dete
 @pytest.mark.parametrize("determinism", [None, "world"])
 def test_a_frozen_parameter_ends_no_run(tiny_args, monkeypatch, determinism):
     """Through a skipped step, a save and a resume; it keeps its first values."""
-    shard = module.parallel.shard
+    real = shard.shard
 
     def frozen_shard(model, *args):
         model.embed.weight.requires_grad_(False)
-        return shard(model, *args)
+        return real(model, *args)
 
-    monkeypatch.setattr(module.parallel, "shard", frozen_shard)
+    monkeypatch.setattr(shard, "shard", frozen_shard)
     poison(2, math.nan, monkeypatch)
     changes = EVERY | {"checkpoint.interval_steps": 3, "determinism": determinism, "micro_batch_size": 1}
     config = tiny_args("run", **changes | {"total_steps": 3})

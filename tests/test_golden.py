@@ -17,8 +17,8 @@ def losses(folder: Path) -> list[float]:
     from conftest import markov_stream
 
     from olmo_train import config
-    from olmo_train.recipe import TrainConfig
     from olmo_train.train import train
+    from olmo_train.train_config import TrainConfig
 
     (folder / "tokens.npy").write_bytes(markov_stream(40_000).tobytes())
     shape = {

@@ -66,7 +66,7 @@ def test_a_run_resumes_bit_for_bit(tiny_args, read_metrics):
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing_and_is_not_waited_for(tiny_args, watched, monkeypatch):
-    clip, step, kept = module.parallel.clip_gradients, module.train_step, {}
+    clip, step, kept = module.gradients.clip_gradients, module.train_step, {}
 
     def poisoned(model, max_norm, **options):
         if len(kept) == 1:  # the step whose weights before it were just taken
@@ -83,7 +83,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_is_not_waited_for(tin
             kept["after"] = weights()
         return stats
 
-    monkeypatch.setattr(module.parallel, "clip_gradients", poisoned)
+    monkeypatch.setattr(module.gradients, "clip_gradients", poisoned)
     monkeypatch.setattr(module, "train_step", noting)
     skipped = [stats.skipped.item() for stats in train(tiny_args())]
     assert skipped == [float(number == 6) for number in range(1, 13)]

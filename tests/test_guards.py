@@ -17,16 +17,18 @@ import torch
 from ranks import on_ranks
 
 from olmo_train import train as module
-from olmo_train.checkpoint import committed, read_state
+from olmo_train.checkpoint.folders import committed, read_state
 from olmo_train.data import loader
 from olmo_train.errors import NonFiniteError, Stopped
-from olmo_train.guards import GuardConfig, StopSignals, check_skipped, too_slow_to_stop
+from olmo_train.guards.config import GuardConfig
+from olmo_train.guards.nonfinite import check_skipped
+from olmo_train.guards.signals import StopSignals, too_slow_to_stop
 from olmo_train.train import train
 
 
 def poison(step: int, value: float, monkeypatch=None, rank: int = 0, world=None):
     """From now on the gradient of update `step` holds `value`, in one element on one rank."""
-    real, seen = module.parallel.clip_gradients, []
+    real, seen = module.gradients.clip_gradients, []
 
     def poisoned(model, max_norm, **options):
         seen.append(1)
@@ -36,14 +38,16 @@ def poison(step: int, value: float, monkeypatch=None, rank: int = 0, world=None)
         return real(model, max_norm, **options)
 
     if monkeypatch:
-        monkeypatch.setattr(module.parallel, "clip_gradients", poisoned)
+        monkeypatch.setattr(module.gradients, "clip_gradients", poisoned)
     else:
-        module.parallel.clip_gradients = poisoned
+        module.gradients.clip_gradients = poisoned
 
 
 def states_of(run_dir, step) -> dict:
     """The tensors of a checkpoint, whole, and its count of updates."""
-    from olmo_train.checkpoint import dcp, open_reader
+    import torch.distributed.checkpoint as dcp
+
+    from olmo_train.checkpoint.format import open_reader
 
     folder = Path(run_dir) / "checkpoints" / f"step-{step:07d}"
     entries = open_reader(folder).read_metadata().state_dict_metadata
@@ -289,7 +293,7 @@ def test_a_run_says_so_once_when_its_saves_are_too_slow_for_torchrun(tiny_args, 
 
 def test_a_second_signal_ends_the_process_at_once():
     program = (
-        "import os, signal\nfrom olmo_train.guards import StopSignals\nwith StopSignals().installed():\n"
+        "import os, signal\nfrom olmo_train.guards.signals import StopSignals\nwith StopSignals().installed():\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n    os.kill(os.getpid(), signal.SIGINT)\n    print('still here')"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
@@ -298,7 +302,7 @@ def test_a_second_signal_ends_the_process_at_once():
 
 def test_a_run_that_hangs_ends_with_exit_code_6_and_leaves_its_stacks(tmp_path):
     program = (
-        "import sys, time, pathlib\nfrom olmo_train.watchdog import Watchdog\nfolder = pathlib.Path(sys.argv[1])\n"
+        "import sys, time, pathlib\nfrom olmo_train.guards.watchdog import Watchdog\nfolder = pathlib.Path(sys.argv[1])\n"
         "dog = Watchdog(0.4, folder, folder / 'beats', rank=0)\n"
         "for step in range(8):\n    time.sleep(0.1)\n    dog.beat(step)\n"
         "def stuck():\n    time.sleep(60)\nstuck()"

@@ -5,7 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from olmo_train.hardware import _ALIASES, GPUS, EnergyMeter, detect, lookup, open_energy_meter
+from olmo_train.hardware import _ALIASES, GPUS, detect, lookup
+from olmo_train.log.energy import EnergyMeter, open_energy_meter
 
 
 @pytest.mark.parametrize(
@@ -116,15 +117,15 @@ def test_a_part_of_a_gpu_and_one_that_nvml_does_not_know_have_no_meter(monkeypat
 def test_the_energy_of_a_run_is_that_of_all_ranks_and_goes_on_over_a_resume(tiny_args, read_metrics, monkeypatch):
     from ranks import on_ranks
 
-    from olmo_train import hardware
     from olmo_train import train as module
+    from olmo_train.log import energy
 
     config = {"total_steps": 3, "checkpoint.interval_steps": 2}
 
     def run(world, last):
         nvml = FakeNvml()
         module.join_world = lambda *_: nullcontext(world)
-        hardware.open_energy_meter = lambda: EnergyMeter(nvml, "GPU-1234")
+        energy.open_energy_meter = lambda: EnergyMeter(nvml, "GPU-1234")
         for _ in module.train(tiny_args("run", **config | {"total_steps": last})):
             nvml.used += 1 + world.rank  # the next line's step has used so much
 

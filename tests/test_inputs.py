@@ -14,11 +14,11 @@ import pytest
 import zstandard
 from data_sources import prepare_source, write_tokenizer
 
-from olmo_train.data import chunks as chunks_module
-from olmo_train.data import elements, inputs, readers, tables
-from olmo_train.data.chunks import BREAKS_OFF, TRAILING, Skipped
-from olmo_train.data.inputs import find_units
-from olmo_train.data.readers import Record, chunks, records
+from olmo_train.data.prepare import chunks as chunks_module
+from olmo_train.data.prepare import elements, inputs, readers, tables
+from olmo_train.data.prepare.chunks import BREAKS_OFF, TRAILING, Skipped
+from olmo_train.data.prepare.inputs import find_units
+from olmo_train.data.prepare.readers import Record, chunks, records
 from olmo_train.errors import ConfigError, DataError
 
 ROWS = [{"id": f"d{i}", "text": f"text {i}"} for i in range(20)]

@@ -12,11 +12,11 @@ from conftest import EOS_ID
 
 from olmo_train import config
 from olmo_train.__main__ import main
+from olmo_train.data.config import DataConfig, SourceConfig, StageConfig
 from olmo_train.data.inspect import find_document, rows_of_step, visits_of
-from olmo_train.data.mixture import DataConfig, Mixture, StageConfig
-from olmo_train.data.shards import SourceConfig
+from olmo_train.data.mixture import Mixture
 from olmo_train.errors import ConfigError, DataError
-from olmo_train.provenance import Run, RunView
+from olmo_train.history import Run, RunView
 
 T, B = 16, 6  # seq_len, global batch size
 
@@ -119,8 +119,8 @@ def run_words(tiny_words, prepared, **changes) -> list[str]:
 
 def train(words: list[str], steps: int | None = None) -> None:
     """Train, or be killed after `steps` steps."""
-    from olmo_train.recipe import TrainConfig
     from olmo_train.train import train
+    from olmo_train.train_config import TrainConfig
 
     for stats in train(config.load(TrainConfig, [], words)):
         if stats.step == steps:
@@ -243,7 +243,7 @@ def test_another_order_than_the_logged_one_is_told(tiny_words, tiny_tokens, tmp_
 
 
 def test_the_view_has_the_names_and_defaults_of_the_whole_configuration():
-    from olmo_train.recipe import TrainConfig
+    from olmo_train.train_config import TrainConfig
 
     data = DataConfig({"a": SourceConfig("a.npy")})
     view, whole = RunView(data), TrainConfig("run", data)

@@ -13,7 +13,8 @@ import pytest
 import torch
 from references.random_models import OLMO, write_random_checkpoint
 
-from olmo_train import checkpoint, convert
+from olmo_train.checkpoint import load
+from olmo_train.convert import hf
 from olmo_train.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 from olmo_train.model.config import ModelConfig
 
@@ -43,7 +44,7 @@ def test_lm_eval_scores_an_exported_folder_as_our_model_does(tmp_path):
     tokenizer = load_tokenizer(tmp_path / "tokenizer.json")
     shape = ModelConfig(**(OLMO | {"vocab_size": tokenizer.vocab_size, "padded_vocab_size": 384}))
     write_random_checkpoint(tmp_path / "ours", shape, {"tokenizer.json": tokenizer.json.encode()})
-    convert.export_hf(tmp_path / "ours", tmp_path / "theirs")
+    hf.export_hf(tmp_path / "ours", tmp_path / "theirs")
     (tmp_path / "tasks").mkdir()
     (tmp_path / "documents.jsonl").write_text("\n".join(map(json.dumps, DOCUMENTS)))
     (tmp_path / "tasks/local.yaml").write_text(TASK.format(file=tmp_path / "documents.jsonl"))
@@ -54,7 +55,7 @@ def test_lm_eval_scores_an_exported_folder_as_our_model_does(tmp_path):
     assert out.returncode == 0, out.stderr
     samples = [json.loads(line) for file in tmp_path.glob("out/**/samples*") for line in file.read_text().splitlines()]
     assert len(samples) == len(DOCUMENTS)
-    model = checkpoint.load_model(tmp_path / "ours")
+    model = load.load_model(tmp_path / "ours")
     for sample, document in zip(sorted(samples, key=lambda sample: sample["doc_id"]), DOCUMENTS, strict=True):
         ours = [log_likelihood(model, tokenizer, document["text"], choice) for choice in document["choices"]]
         assert [float(score) for score, _ in sample["filtered_resps"]] == pytest.approx(ours, abs=1e-4)

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from olmo_train.data import loader as loading
+from olmo_train.data.config import DataConfig, SourceConfig
 from olmo_train.data.loader import IGNORE, Loader, document_numbers, read_batch, split_labels, validation_batches
-from olmo_train.data.mixture import DataConfig, Mixture
-from olmo_train.data.shards import SourceConfig, open_source
+from olmo_train.data.mixture import Mixture
+from olmo_train.data.shards import open_source
 from olmo_train.errors import DataError
 
 T, BATCH, CPU = 8, 12, torch.device("cpu")

@@ -11,8 +11,9 @@ import pytest
 from crash import run
 from ranks import on_ranks
 
-from olmo_train import checkpoint as checkpoints
 from olmo_train import train as module
+from olmo_train.checkpoint import folders as checkpoint_folders
+from olmo_train.checkpoint import save
 
 COMPARED = ("train/CrossEntropyLoss", "optim/total_grad_norm", "sample_hash")
 
@@ -49,7 +50,7 @@ def test_every_number_of_processes_goes_on_with_what_every_other_saved(tiny_word
 def late_run(tiny_args, name: str, seed: int) -> list:
     """Two ranks train and save after every second step, while every write of one of them is late by up to 0.3 s."""
     config = tiny_args(name, total_steps=8, **{"checkpoint.interval_steps": 2, "checkpoint.keep_last": 2})
-    real = checkpoints.write_file
+    real = save.write_file
     rng = random.Random(seed)
 
     def late(*args):
@@ -59,12 +60,12 @@ def late_run(tiny_args, name: str, seed: int) -> list:
     def train(world):
         module.join_world = lambda *_: nullcontext(world)
         if world.rank == seed % 2:
-            checkpoints.write_file = late
+            save.write_file = late
         return [stats.step for stats in module.train(config)]
 
     steps = on_ranks(2, train)
-    folders = checkpoints.committed(Path(config.run_dir))
-    assert [checkpoints.problems_of(folder) for folder in folders.values()] == [[], []]
+    folders = checkpoint_folders.committed(Path(config.run_dir))
+    assert [save.problems_of(folder) for folder in folders.values()] == [[], []]
     return [steps, list(folders)]
 
 

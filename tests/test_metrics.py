@@ -11,11 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from olmo_train import metrics as recording
-from olmo_train.console import Console
 from olmo_train.errors import DataError
-from olmo_train.metrics import JsonLines, LogConfig, Recorder, WandbConfig, attempts, wandb_mode
-from olmo_train.stats import Interval, loss_metrics, throughput_metrics
+from olmo_train.history import attempts
+from olmo_train.log import version as log_version
+from olmo_train.log import wandb as log_wandb
+from olmo_train.log.config import LogConfig, WandbConfig
+from olmo_train.log.console import Console
+from olmo_train.log.interval import Interval, loss_metrics, throughput_metrics
+from olmo_train.log.recorder import JsonLines, Recorder
+from olmo_train.log.wandb import wandb_mode
 from olmo_train.train import train
 
 CPU = torch.device("cpu")
@@ -338,7 +342,7 @@ def wandb(monkeypatch):
 
     fake.init = init
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    monkeypatch.setattr(recording, "check_answers", lambda url: None)
+    monkeypatch.setattr(log_wandb, "check_answers", lambda url: None)
     return fake
 
 
@@ -384,14 +388,14 @@ def test_a_mirror_that_fails_in_the_middle_is_left_out_with_one_warning(tmp_path
 
 
 def test_the_commit_of_the_code_is_known_in_a_checkout():
-    version = recording.code_version()
+    version = log_version.code_version()
     assert version is None or len(version.removesuffix("+changes")) == 40
 
 
 def test_an_infinite_number_of_the_configuration_is_json_in_the_events_and_reads_back(tiny_args):
     from olmo_train import config as configuration
-    from olmo_train.recipe import TrainConfig
     from olmo_train.train import train
+    from olmo_train.train_config import TrainConfig
 
     config = tiny_args("run", total_steps=1, **{"optim.max_grad_norm": ".inf"})
     list(train(config))

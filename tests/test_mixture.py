@@ -5,8 +5,8 @@ import hashlib
 import numpy as np
 import pytest
 
-from olmo_train.data.mixture import DataConfig, Mixture, StageConfig
-from olmo_train.data.shards import SourceConfig
+from olmo_train.data.config import DataConfig, SourceConfig, StageConfig
+from olmo_train.data.mixture import Mixture
 from olmo_train.errors import ConfigError, DataError
 
 T = 8

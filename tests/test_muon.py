@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from olmo_train import optim
-from olmo_train.checkpoint import load_model
+from olmo_train.checkpoint.load import load_model
+from olmo_train.optim import adamw, build, config
+from olmo_train.optim import muon as optim_muon
 from olmo_train.train import train
 
 SHAPES = {
@@ -15,7 +16,7 @@ SHAPES = {
     "norm.weight": (16,),
 }
 MATRICES = [name for name in SHAPES if name.startswith("blocks.")]
-CONFIG = optim.OptimConfig(name="muon", peak_lr=1e-2)
+CONFIG = config.OptimConfig(name="muon", peak_lr=1e-2)
 
 
 def random_parameters() -> dict[str, nn.Parameter]:
@@ -25,13 +26,13 @@ def random_parameters() -> dict[str, nn.Parameter]:
 
 def test_steps_equal_those_of_torch_up_to_its_bf16():
     ours, theirs = random_parameters(), random_parameters()
-    optimizer = optim.build_optimizer(ours, CONFIG)
-    optim.allocate_state(optimizer)
+    optimizer = build.build_optimizer(ours, CONFIG)
+    build.allocate_state(optimizer)
     muon = torch.optim.Muon([theirs[name] for name in MATRICES], weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
-    rest = optim.adamw({name: theirs[name] for name in SHAPES if name not in MATRICES}, CONFIG)
+    rest = adamw.adamw({name: theirs[name] for name in SHAPES if name not in MATRICES}, CONFIG)
     for step in range(1, 6):
         for one in (optimizer, muon, rest):
-            optim.set_lr(one, 1e-3 * step)
+            build.set_lr(one, 1e-3 * step)
         for name in SHAPES:
             theirs[name].grad = torch.randn(SHAPES[name], generator=torch.Generator().manual_seed(step))
             ours[name].grad = theirs[name].grad.clone()
@@ -48,7 +49,7 @@ def test_steps_equal_those_of_torch_up_to_its_bf16():
 def test_orthogonalizing_keeps_singular_vectors_and_brings_values_near_one():
     matrix = torch.randn(48, 16, generator=torch.Generator().manual_seed(2))
     u, s, v = torch.linalg.svd(matrix, full_matrices=False)
-    seen = u.T @ optim.orthogonalize(matrix) @ v.T
+    seen = u.T @ optim_muon.orthogonalize(matrix) @ v.T
     assert (seen - seen.diagonal().diag()).abs().max() < 1e-4
     assert seen.diagonal().min() > 0.6 and seen.diagonal().max() < 1.3
 
@@ -57,8 +58,8 @@ def test_the_updates_of_q_k_and_v_are_as_large_whatever_the_scales_of_their_grad
     generator = torch.Generator().manual_seed(0)
     parameters = {f"blocks.0.attn.w{name}.weight": nn.Parameter(torch.zeros(64, 64)) for name in "qkv"}
     parameters["norm.weight"] = nn.Parameter(torch.zeros(64))
-    optimizer = optim.build_optimizer(parameters, CONFIG)
-    optim.set_lr(optimizer, 1 / (0.2 * 8))  # times 0.2 * sqrt(64)
+    optimizer = build.build_optimizer(parameters, CONFIG)
+    build.set_lr(optimizer, 1 / (0.2 * 8))  # times 0.2 * sqrt(64)
     for scale, parameter in zip((1.0, 0.1, 0.01, 0.0), parameters.values(), strict=True):
         parameter.grad = scale * torch.randn(parameter.shape, generator=generator)
     optimizer.found_inf = torch.zeros(())
@@ -70,9 +71,9 @@ def test_the_updates_of_q_k_and_v_are_as_large_whatever_the_scales_of_their_grad
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 def test_a_step_that_is_not_finite_changes_nothing(poison):
     parameters = random_parameters()
-    optimizer = optim.build_optimizer(parameters, CONFIG)
-    optim.allocate_state(optimizer)
-    optim.set_lr(optimizer, 1e-3)
+    optimizer = build.build_optimizer(parameters, CONFIG)
+    build.allocate_state(optimizer)
+    build.set_lr(optimizer, 1e-3)
     for value, skipped in ((0.5, 0.0), (poison, 1.0)):
         before = [tensor.detach().clone() for tensor in everything(parameters, optimizer)]
         for parameter in parameters.values():
@@ -89,8 +90,8 @@ def everything(parameters, optimizer) -> list[torch.Tensor]:
 
 def test_only_matrices_of_the_blocks_have_muons_state():
     parameters = random_parameters()
-    optimizer = optim.build_optimizer(parameters, CONFIG)
-    optim.allocate_state(optimizer)
+    optimizer = build.build_optimizer(parameters, CONFIG)
+    build.allocate_state(optimizer)
     kept = {name: set(optimizer.state[parameter]) for name, parameter in parameters.items()}
     assert {name for name, keys in kept.items() if "momentum_buffer" in keys} == set(MATRICES)
     assert kept["norm.weight"] == {"step", "exp_avg", "exp_avg_sq"}

@@ -10,10 +10,11 @@ import pytest
 import torch
 from references import olmo_parity as parity
 
-from olmo_train import optim
+from olmo_train.convert import olmo
 from olmo_train.data.mixture import Mixture
-from olmo_train.model import olmo
 from olmo_train.model.init import init_std
+from olmo_train.optim import config as optim_config
+from olmo_train.optim import schedules
 
 GOLDEN = json.loads(parity.GOLDEN.read_text())
 
@@ -32,7 +33,7 @@ def test_two_hundred_steps_are_those_of_olmos_trainer(folder, name):
     assert len(theirs["loss"]) == 200
     gap = parity.apart(ours, theirs)
     assert gap["loss"] < 1e-4 and gap["grad_norm"] < 1e-3 and gap["lr"] < 1e-15, gap
-    limits = [optim.max_grad_norm_at(step, run.optim) for step in range(1, 201)]
+    limits = [schedules.max_grad_norm_at(step, run.optim) for step in range(1, 201)]
     clipped = sum(norm > limit for norm, limit in zip(theirs["grad_norm"], limits, strict=True))
     assert 50 < clipped < 150, "some steps are clipped and some are not"
     assert parity.STEPS > 1004 // 8, "the run goes over the end of an epoch"
@@ -59,8 +60,8 @@ def test_learning_rates_are_those_of_olmos_scheduler(case):
     settings = {**parity.RUN, "model": parity.MODEL, "data": {"drop_last": True}, "scheduler": their["scheduler"]}
     settings |= {"max_duration": their["max_steps"], "optimizer": {"name": "adamw", "learning_rate": their["peak"]}}
     ours = olmo.read_settings(settings)
-    config = optim.OptimConfig(**{**ours["optim"], "betas": tuple(ours["optim"]["betas"])})
-    rates = [optim.lr_at(step, config, ours["total_steps"]) for step in their["steps"]]
+    config = optim_config.OptimConfig(**{**ours["optim"], "betas": tuple(ours["optim"]["betas"])})
+    rates = [schedules.lr_at(step, config, ours["total_steps"]) for step in their["steps"]]
     assert rates == pytest.approx(GOLDEN["learning_rates"][case], rel=1e-14)
 
 

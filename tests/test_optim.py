@@ -7,12 +7,15 @@ import pytest
 import torch
 from torch import nn
 
-from olmo_train import optim
-from olmo_train.guards import skip_if_not_finite
+from olmo_train.guards.nonfinite import skip_if_not_finite
 from olmo_train.model.config import ModelConfig
 from olmo_train.model.transformer import Transformer
-from olmo_train.optim import OptimConfig, allocate_state, build_optimizer, lr_at, set_lr
-from olmo_train.parallel import clip_gradients
+from olmo_train.optim import groups as optim_groups
+from olmo_train.optim import schedules
+from olmo_train.optim.build import allocate_state, build_optimizer, set_lr
+from olmo_train.optim.config import OptimConfig
+from olmo_train.optim.schedules import lr_at
+from olmo_train.parallel.gradients import clip_gradients
 
 # Computed by allenai/OLMo's own scheduler. 7B: linear, 5000 steps of warmup, 2e12 tokens of 4,194,304 a step.
 OLMO_7B_STEPS = math.ceil(2e12 / 4194304)
@@ -40,7 +43,7 @@ def test_the_warmup_starts_where_it_is_told_to():
     assert lr_at(1, OptimConfig(warmup_steps=0, schedule="constant"), 10) == 3e-4
 
 
-@pytest.mark.parametrize("schedule", optim.SCHEDULES)
+@pytest.mark.parametrize("schedule", schedules.SCHEDULES)
 def test_every_schedule_peaks_at_the_warmups_end_and_never_rises_after(schedule):
     config = OptimConfig(peak_lr=1.0, warmup_steps=10, schedule=schedule, final_lr_ratio=0.1)
     lrs = [lr_at(step, config, 100) for step in range(10, 131)]
@@ -168,9 +171,9 @@ def test_norms_are_decayed_when_asked():
 
 
 def test_a_group_scales_the_learning_rate_and_a_frozen_parameter_has_none(monkeypatch):
-    rule = optim.group_of
+    rule = optim_groups.group_of
     scaled = lambda name, shape, config: replace(rule(name, shape, config), lr_scale=0.25 if shape == (11, 8) else 1.0)  # noqa: E731
-    monkeypatch.setattr(optim, "group_of", scaled)
+    monkeypatch.setattr(optim_groups, "group_of", scaled)
     model, _ = model_and_twin()
     model["embed"].weight.requires_grad_(False)
     optimizer = build_optimizer(dict(model.named_parameters()), OptimConfig(weight_decay=0.0))

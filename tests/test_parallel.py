@@ -15,14 +15,15 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from olmo_train import config as configuration
-from olmo_train import parallel, train
+from olmo_train import train
 from olmo_train.data.loader import IGNORE, Batch
-from olmo_train.distributed import join_world
 from olmo_train.errors import ConfigError
 from olmo_train.model import transformer as transforming
 from olmo_train.model.init import initial_value
 from olmo_train.model.transformer import Transformer
-from olmo_train.recipe import TrainConfig
+from olmo_train.parallel import shard as parallel
+from olmo_train.parallel.world import join_world
+from olmo_train.train_config import TrainConfig
 
 ROWS, T, SEED = 8, 16, 3
 WORDS = ["run_dir=unused", "data.sources.a.path=unused", "total_steps=4", f"global_batch_size={ROWS}", "model.d_model=32",

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from olmo_train.__main__ import main
-from olmo_train.optim import OptimConfig, lr_at
+from olmo_train.optim.config import OptimConfig
+from olmo_train.optim.schedules import lr_at
 
 OLMO_1B = str(Path(__file__).parent.parent / "configs" / "models" / "olmo-1b.yaml")
 H100S = ("--gpus", "8", "--gpu", "h100")

@@ -13,14 +13,19 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from olmo_train import optim, parallel, planner
-from olmo_train.checkpoint import CheckpointConfig
+from olmo_train.checkpoint.config import CheckpointConfig
 from olmo_train.errors import ConfigError
 from olmo_train.hardware import lookup
 from olmo_train.model.config import ModelConfig
 from olmo_train.model.cost import count_parameters
 from olmo_train.model.transformer import Transformer
-from olmo_train.planner import Layout, memory_estimate, run_cost
+from olmo_train.optim import build
+from olmo_train.optim import config as optim_config
+from olmo_train.parallel import config as parallel_config
+from olmo_train.parallel import gradients, shard
+from olmo_train.plan import memory, time
+from olmo_train.plan.memory import Layout, memory_estimate
+from olmo_train.plan.time import run_cost
 
 OLMO_1B = ModelConfig(d_model=2048, n_layers=16, n_heads=16, mlp_hidden=8192, tie_embeddings=True)
 OLMO_7B = ModelConfig()
@@ -73,7 +78,7 @@ def measure_step(model_config: ModelConfig, layout: Layout) -> tuple[int, int]:
     try:
         mesh = init_device_mesh("cpu", (layout.replicas, layout.gpus // layout.replicas), mesh_dim_names=("replicate", "shard"))
         world = SimpleNamespace(mesh=mesh if layout.replicas > 1 else mesh["shard"], device=torch.device("cpu"))
-        choices = parallel.ParallelConfig(
+        choices = parallel_config.ParallelConfig(
             cpu_kernels=False,  # which would keep less than torch on a GPU does, of which the plan is
             shard=layout.shard,
             replicas=layout.replicas,
@@ -82,11 +87,11 @@ def measure_step(model_config: ModelConfig, layout: Layout) -> tuple[int, int]:
         )
         with torch.device("meta"):
             model = Transformer(model_config)
-        parallel.shard(model, choices, world)
+        shard.shard(model, choices, world)
         for parameter in model.parameters():
             torch.nn.init.zeros_(parameter)
-        recipe = optim.OptimConfig(name=layout.optimizer)
-        optimizer = optim.build_optimizer(dict(model.named_parameters()), recipe, parallel.on_whole)
+        recipe = optim_config.OptimConfig(name=layout.optimizer)
+        optimizer = build.build_optimizer(dict(model.named_parameters()), recipe, shard.on_whole)
         ids = torch.zeros(layout.micro_batch_size, model_config.seq_len, dtype=torch.int64)
         run_step(model, optimizer, ids, layout.micro_batches)  # the first step makes the moments
         live = LiveBytes()
@@ -102,9 +107,9 @@ def measure_step(model_config: ModelConfig, layout: Layout) -> tuple[int, int]:
 
 def run_step(model, optimizer, ids, micro_batches) -> None:
     for i in range(micro_batches):
-        parallel.last_micro_batch(model, i == micro_batches - 1)
+        gradients.last_micro_batch(model, i == micro_batches - 1)
         model(ids, ids).sum().backward()
-    parallel.clip_gradients(model, 1.0)
+    gradients.clip_gradients(model, 1.0)
     optimizer.step()
     optimizer.zero_grad()
 
@@ -134,7 +139,7 @@ def test_planned_peak_lies_within_a_tenth_of_the_live_tensors_of_a_real_step(sha
     model, layout = small(**SHAPES[shape]), replace(LAYOUTS[layout], precision=precision)
     state, peak = measure_step(model, layout)
     planned = memory_estimate(model, layout)
-    kept = planner.checkpoint_bytes(model, layout.optimizer)
+    kept = memory.checkpoint_bytes(model, layout.optimizer)
     assert kept == 12 * count_parameters(model).total or layout.optimizer == "muon"
     assert state == pytest.approx(kept / (layout.gpus // layout.replicas), rel=1e-3)
     assert planned.peak == pytest.approx(peak, rel=0.1)
@@ -158,8 +163,8 @@ def test_planned_activations_are_what_autograd_saves(shape, precision):
         loss = model(ids, ids).sum()
     assert loss.requires_grad
     tokens, layout = ids.numel(), Layout(precision=precision)
-    planned = config.n_layers * planner.kept_activation_bytes(config, layout) + planner.final_activation_bytes(config, precision)
-    logits = planner.BYTES[precision] * tokens * config.vocab_rows  # which are their own gradients by then
+    planned = config.n_layers * memory.kept_activation_bytes(config, layout) + memory.final_activation_bytes(config, precision)
+    logits = memory.BYTES[precision] * tokens * config.vocab_rows  # which are their own gradients by then
     assert sum(saved.values()) == pytest.approx(tokens * planned + logits, rel=0.02)
 
 
@@ -178,10 +183,10 @@ def test_gradients_are_whole_on_each_gpu_while_they_add_up_over_micro_batches():
 
 def test_largest_micro_batch_fits_and_the_next_divisor_does_not():
     layout = Layout(gpus=8, micro_batch_size=8, micro_batches=32)
-    size = planner.largest_micro_batch(OLMO_1B, layout, 80e9)
+    size = memory.largest_micro_batch(OLMO_1B, layout, 80e9)
     fits = lambda n: memory_estimate(OLMO_1B, Layout(gpus=8, micro_batch_size=n, micro_batches=256 // n)).fits(80e9)  # noqa: E731
     assert fits(size) and not fits(2 * size)
-    assert planner.largest_micro_batch(OLMO_7B, Layout(), 80e9) is None
+    assert memory.largest_micro_batch(OLMO_7B, Layout(), 80e9) is None
 
 
 def test_a_layout_that_no_run_can_have_is_refused():
@@ -192,8 +197,8 @@ def test_a_layout_that_no_run_can_have_is_refused():
 
 
 def test_the_papers_energy_gives_the_papers_carbon():
-    assert planner.co2_kg(104_000) == pytest.approx(70_000, rel=0.005)  # OLMo-7B on A100: 104 MWh, 70 t
-    assert planner.co2_kg(135_000, carbon=0) == 0  # on LUMI, which hydropower feeds
+    assert time.co2_kg(104_000) == pytest.approx(70_000, rel=0.005)  # OLMo-7B on A100: 104 MWh, 70 t
+    assert time.co2_kg(135_000, carbon=0) == 0  # on LUMI, which hydropower feeds
 
 
 def test_time_and_money_follow_from_the_tokens_per_second_of_the_assumed_mfu():
@@ -215,8 +220,8 @@ def test_more_gpus_take_less_time_for_the_same_money():
 
 def test_checkpoints_that_stay_are_the_permanent_ones_and_the_last_of_the_others():
     config = CheckpointConfig(interval_steps=10, keep_last=2, permanent_interval_steps=40, save_steps=(2,))
-    assert planner.checkpoint_counts(85, config) == (10, 5)  # 2, 10, 20, ..., 80, 85, of which 2, 40, 70, 80, 85 stay
-    assert planner.checkpoint_counts(10**18, CheckpointConfig()) == (10**15, 3)
+    assert time.checkpoint_counts(85, config) == (10, 5)  # 2, 10, 20, ..., 80, 85, of which 2, 40, 70, 80, 85 stay
+    assert time.checkpoint_counts(10**18, CheckpointConfig()) == (10**15, 3)
 
 
 @pytest.mark.parametrize("every, forever, named, keep", [(10, 40, (2, 20, 80), 2), (6, 4, (5, 12), 1), (7, None, (14, 99), 3)])
@@ -226,9 +231,9 @@ def test_checkpoints_are_counted_as_a_run_would_save_them(every, forever, named,
         saved = [step for step in range(1, total + 1) if config.is_due(step) or step == total]
         passing = [step for step in saved if not config.is_permanent(step)]
         kept = len(saved) - len(passing) + len(passing[-keep:])
-        assert planner.checkpoint_counts(total, config) == (len(saved), kept)
+        assert time.checkpoint_counts(total, config) == (len(saved), kept)
 
 
 def test_milestones_hold_the_first_step_the_end_of_the_warmup_and_the_last():
-    assert planner.milestones(100, 25) == [1, 10, 20, 25, 30, 40, 50, 60, 70, 80, 90, 100]
-    assert planner.milestones(3, 5000) == [1, 2, 3]
+    assert time.milestones(100, 25) == [1, 10, 20, 25, 30, 40, 50, 60, 70, 80, 90, 100]
+    assert time.milestones(3, 5000) == [1, 2, 3]

@@ -11,7 +11,7 @@ from ranks import on_ranks
 from test_guards import EVERY, states_of, unchanged
 
 from olmo_train import train as module
-from olmo_train.checkpoint import committed
+from olmo_train.checkpoint.folders import committed
 from olmo_train.train import train
 
 VALUES = (math.nan, math.inf, -math.inf, 1e30)
@@ -19,7 +19,7 @@ VALUES = (math.nan, math.inf, -math.inf, 1e30)
 
 def spoil(step: int, rank: int, value: float, choice: random.Random, world) -> None:
     """The gradient of update `step` holds `value` in some element of some tensor of one rank. Once in a process."""
-    real, seen = module.parallel.clip_gradients, []
+    real, seen = module.gradients.clip_gradients, []
 
     def spoiled(model, *args, **options):
         seen.append(1)
@@ -29,7 +29,7 @@ def spoil(step: int, rank: int, value: float, choice: random.Random, world) -> N
             shard.view(-1)[choice.randrange(shard.numel())] = value
         return real(model, *args, **options)
 
-    module.parallel.clip_gradients = spoiled
+    module.gradients.clip_gradients = spoiled
 
 
 def skipped_steps(config, ranks: int, step: int, rank: int, value: float, seed: int = 0) -> list[int]:

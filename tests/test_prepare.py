@@ -15,14 +15,12 @@ import tokenizers
 from data_sources import contents, prepare_source, texts, write_jsonl, write_tokenizer
 from tokenizers import models
 
-from olmo_train.data import chunks, readers
-from olmo_train.data import documents as documents_module
-from olmo_train.data import prepare as prepare_module
-from olmo_train.data import writer as writer_module
-from olmo_train.data.shards import SourceConfig, open_source
+from olmo_train.data.config import SourceConfig
+from olmo_train.data.prepare import chunks, documents, prepare, readers, writer
+from olmo_train.data.prepare.writer import SourceWriter
+from olmo_train.data.shards import open_source
 from olmo_train.data.tokenizer import load_tokenizer
 from olmo_train.data.verify import verify
-from olmo_train.data.writer import SourceWriter
 from olmo_train.errors import ConfigError, DataError
 
 
@@ -88,10 +86,10 @@ def test_the_output_is_the_same_bytes_for_any_number_of_workers(tmp_path, small_
 
 def test_the_output_does_not_depend_on_when_it_was_saved(tmp_path, small_chunks, monkeypatch):
     write_jsonl(tmp_path / "a.jsonl", 300)
-    monkeypatch.setattr(documents_module, "GROUP_ROWS", 16)
-    monkeypatch.setattr(documents_module, "SORT_ROWS", 64)
+    monkeypatch.setattr(documents, "GROUP_ROWS", 16)
+    monkeypatch.setattr(documents, "SORT_ROWS", 64)
     seldom, _ = prepare_source(tmp_path, tmp_path / "a.jsonl", name="seldom")
-    monkeypatch.setattr(prepare_module, "SAVE_SECONDS", 0)
+    monkeypatch.setattr(prepare, "SAVE_SECONDS", 0)
     often, _ = prepare_source(tmp_path, tmp_path / "a.jsonl", name="often")
     assert contents(seldom) == contents(often)
     assert verify(often)[1] == []
@@ -116,16 +114,16 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(tmp_path, small_chunks, mo
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     options = {"max_shard_tokens": 1500, "validation_fraction": 0.1}
     whole, _ = prepare_source(tmp_path, tmp_path / "a.jsonl", name="whole", **options)
-    monkeypatch.setattr(prepare_module, "SAVE_SECONDS", save_seconds)
+    monkeypatch.setattr(prepare, "SAVE_SECONDS", save_seconds)
     with monkeypatch.context() as patch:
         calls = iter(range(1000))
 
-        def take_then_stop(run, result, take=prepare_module._Run._take):
+        def take_then_stop(run, result, take=prepare._Run._take):
             take(run, result)
             if next(calls) == stop_after:
                 raise Interrupted
 
-        patch.setattr(prepare_module._Run, "_take", take_then_stop)
+        patch.setattr(prepare._Run, "_take", take_then_stop)
         with pytest.raises(Interrupted):
             prepare_source(tmp_path, tmp_path / "a.jsonl", name="stopped", **options)
     assert not (tmp_path / "stopped" / "meta.json").exists()
@@ -133,7 +131,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(tmp_path, small_chunks, mo
     assert contents(stopped) == contents(whole)
 
 
-@pytest.mark.parametrize("place", [(SourceWriter, "_close_shard"), (documents_module, "id_hash"), (writer_module, "write_meta")])
+@pytest.mark.parametrize("place", [(SourceWriter, "_close_shard"), (documents, "id_hash"), (writer, "write_meta")])
 def test_a_kill_while_finishing_goes_on_to_the_same_bytes(tmp_path, monkeypatch, place):
     whole, _ = prepare_source(tmp_path, write_jsonl(tmp_path / "a.jsonl", 60), name="whole")
     with monkeypatch.context() as patch:
@@ -311,7 +309,7 @@ def test_a_shard_without_instructions_has_no_mask_file(tmp_path):
 
 
 def test_two_runs_into_one_folder_are_refused(tmp_path):
-    with prepare_module._locked(tmp_path / "source"), pytest.raises(ConfigError, match="another prepare-data is writing here"):
+    with prepare._locked(tmp_path / "source"), pytest.raises(ConfigError, match="another prepare-data is writing here"):
         prepare_source(tmp_path)
 
 

@@ -14,8 +14,8 @@ from data_sources import write_tokenizer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from olmo_train.data import chunks, elements, inputs, readers, tables
-from olmo_train.data.prepare import PrepareOptions, prepare
+from olmo_train.data.prepare import chunks, elements, inputs, readers, tables
+from olmo_train.data.prepare.prepare import PrepareOptions, prepare
 from olmo_train.errors import UserError
 
 TEXTS = st.text(st.characters(codec="utf-8"), max_size=40) | st.sampled_from(["sun moon", "a\0b", "<|endoftext|>", "é" * 90])

@@ -8,9 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from olmo_train import allocator, profiling, train
+from olmo_train import train
 from olmo_train.errors import ConfigError
-from olmo_train.profiling import OutOfMemoryError, ProfileConfig
+from olmo_train.log import profiling
+from olmo_train.log.config import ProfileConfig
+from olmo_train.run import allocator, out_of_memory
+from olmo_train.run.out_of_memory import OutOfMemoryError
 
 
 def test_the_chosen_steps_are_traced_and_their_dearest_operations_told(tiny_args):
@@ -62,15 +65,15 @@ def test_running_out_of_memory_tells_what_to_change(tiny_args, monkeypatch):
 
 def test_a_cpu_that_runs_out_tells_it_too_and_other_errors_pass_through(tmp_path):
     with pytest.raises(OutOfMemoryError, match="^micro_batch_size: DefaultCPUAllocator: can't allocate memory"):  # noqa: SIM117
-        with profiling.out_of_memory_told(tmp_path, 4, "none"):
+        with out_of_memory.out_of_memory_told(tmp_path, 4, "none"):
             torch.empty(2**50)
-    with pytest.raises(RuntimeError, match="^another$"), profiling.out_of_memory_told(tmp_path, 4, "none"):
+    with pytest.raises(RuntimeError, match="^another$"), out_of_memory.out_of_memory_told(tmp_path, 4, "none"):
         raise RuntimeError("another")
 
 
 def test_a_micro_batch_of_one_that_is_recomputed_already_needs_more_processes():
-    assert profiling.ways_out(1, "full").startswith("use more processes;")
-    assert profiling.ways_out(1, "selective").startswith("use parallel.activation_checkpointing=full, or more processes;")
+    assert out_of_memory.ways_out(1, "full").startswith("use more processes;")
+    assert out_of_memory.ways_out(1, "selective").startswith("use parallel.activation_checkpointing=full, or more processes;")
 
 
 def test_garbage_is_held_during_a_run_and_let_go_after_it(tiny_args):

@@ -5,11 +5,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from olmo_train.data import chunks as chunks_module
-from olmo_train.data import elements, inputs, readers, tables
-from olmo_train.data.chunks import Skipped
-from olmo_train.data.inputs import find_units
-from olmo_train.data.readers import Record, chunks, records
+from olmo_train.data.prepare import chunks as chunks_module
+from olmo_train.data.prepare import elements, inputs, readers, tables
+from olmo_train.data.prepare.chunks import Skipped
+from olmo_train.data.prepare.inputs import find_units
+from olmo_train.data.prepare.readers import Record, chunks, records
 from olmo_train.errors import ConfigError
 
 ROWS = [{"id": f"d{i}", "text": f"text {i} " + "x" * (i % 7), "other": i} for i in range(50)]

@@ -8,7 +8,8 @@ import pytest
 from data_sources import prepare_source
 
 from olmo_train.data import remote
-from olmo_train.data.shards import SourceConfig, open_source
+from olmo_train.data.config import SourceConfig
+from olmo_train.data.shards import open_source
 from olmo_train.errors import ConfigError, DataError
 from olmo_train.storage import cache_folder
 

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from olmo_train.checkpoint import committed
+from olmo_train.checkpoint.folders import committed
 from olmo_train.data.loader import IGNORE, read_batch
-from olmo_train.forensics import scored_tokens
-from olmo_train.provenance import Run
-from olmo_train.replay import logged_lines, replay
+from olmo_train.guards.forensics import scored_tokens
+from olmo_train.history import Run
+from olmo_train.tools.replay import logged_lines, replay
 from olmo_train.train import train
 
 STEPS, AUDITED = 60, 20

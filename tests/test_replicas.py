@@ -10,10 +10,10 @@ from ranks import on_ranks
 from torch.distributed.device_mesh import init_device_mesh
 
 import olmo_train.train as module
-from olmo_train import replicas
-from olmo_train.checkpoint import committed
+from olmo_train.checkpoint.folders import committed
 from olmo_train.errors import ReplicaError
-from olmo_train.replicas import divergence, fingerprint, odd_ones
+from olmo_train.guards import replicas
+from olmo_train.guards.replicas import divergence, fingerprint, odd_ones
 from olmo_train.train import train
 
 SHORT = {"total_steps": 6, "checkpoint.interval_steps": 2, "micro_batch_size": 2}

@@ -8,13 +8,16 @@ import torch
 from ranks import on_ranks
 from torch.distributed.device_mesh import init_device_mesh
 
-from olmo_train import checkpoint as checkpoints
 from olmo_train import config as configuration
-from olmo_train import optim, parallel
-from olmo_train.checkpoint import CheckpointConfig, Checkpointer
-from olmo_train.distributed import join_world
+from olmo_train.checkpoint import folders
+from olmo_train.checkpoint import load as checkpoint_load
+from olmo_train.checkpoint.config import CheckpointConfig
+from olmo_train.checkpoint.save import Checkpointer
 from olmo_train.model.transformer import Transformer
-from olmo_train.recipe import TrainConfig
+from olmo_train.optim import build as optim
+from olmo_train.parallel import gradients, shard
+from olmo_train.parallel.world import join_world
+from olmo_train.train_config import TrainConfig
 
 # 33 and 7 cannot be halved, so that ranks have shards of different sizes; one norm has fewer elements than some have ranks.
 WORDS = ["run_dir=unused", "data.sources.a.path=unused", "model.d_model=6", "model.n_layers=2", "model.n_heads=1",
@@ -26,15 +29,15 @@ CONFIG = configuration.load(TrainConfig, [], WORDS)
 def build(world):
     with torch.device("meta"):
         model = Transformer(CONFIG.model)
-    parallel.shard(model, CONFIG.parallel, world)
+    shard.shard(model, CONFIG.parallel, world)
     optimizer = optim.build_optimizer(dict(model.named_parameters()), CONFIG.optim)
     optim.allocate_state(optimizer)
-    parallel.init_weights(model, seed=1)
+    shard.init_weights(model, seed=1)
     return model, optimizer
 
 
 def state(model, optimizer) -> dict:
-    tensors = checkpoints.state_tensors(model, optimizer)
+    tensors = checkpoint_load.state_tensors(model, optimizer)
     steps = {values["step"].item() for values in optimizer.state.values()}
     return {name: tensor.full_tensor().tolist() for name, tensor in tensors.items()} | {"steps": sorted(steps)}
 
@@ -45,7 +48,7 @@ def train_and_save(world, run_dir: Path) -> dict:
     optim.set_lr(optimizer, 1e-2)
     optimizer.found_inf = torch.zeros(())
     for _ in range(3):
-        parallel.last_micro_batch(model, True)
+        gradients.last_micro_batch(model, True)
         (model(ids, ids).sum() / 100).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -58,7 +61,7 @@ def train_and_save(world, run_dir: Path) -> dict:
 
 def load(world, run_dir: Path) -> dict:
     model, optimizer = build(world)
-    checkpoints.load(checkpoints.folder_of(run_dir, 3), model, optimizer, world)
+    checkpoint_load.load(folders.folder_of(run_dir, 3), model, optimizer, world)
     return state(model, optimizer)
 
 
@@ -101,12 +104,12 @@ def test_what_was_saved_is_loaded_exactly(of, to, saved, loaded):
 
 
 def test_every_rank_has_written_a_part_of_its_own(saved):
-    shards = {how: len(list(checkpoints.folder_of(folder, 3).glob("*.safetensors"))) for how, (folder, _) in saved.items()}
+    shards = {how: len(list(folders.folder_of(folder, 3).glob("*.safetensors"))) for how, (folder, _) in saved.items()}
     assert (shards["one"], shards["two"]) == (1, 2)
 
 
 def test_the_model_alone_is_read_without_any_group(saved):
     for folder, expected in saved.values():
-        model = checkpoints.load_model(folder)
+        model = checkpoint_load.load_model(folder)
         assert {f"model.{name}": p.tolist() for name, p in model.named_parameters()}.items() <= expected.items()
         assert not model.training and not torch.distributed.is_initialized()

@@ -14,7 +14,7 @@ import pytest
 from crash import signal_in_evaluation
 
 from olmo_train.errors import ConfigError, Stopped
-from olmo_train.provenance import Run
+from olmo_train.history import Run
 from olmo_train.train import train
 
 SAME = ("step", "train/CrossEntropyLoss", "optim/total_grad_norm", "optim/learning_rate_group0", "optim/clipping_rate",
@@ -153,7 +153,7 @@ def test_a_change_of_the_training_is_refused_with_both_values_unless_allowed(tin
 def test_sources_in_another_order_are_refused(tiny_args, tiny_words, tiny_tokens):
     """The order decides which place of the mix is whose."""
     from olmo_train import config
-    from olmo_train.recipe import TrainConfig
+    from olmo_train.train_config import TrainConfig
 
     other = f"data.sources.b.path={tiny_tokens}"
     words = tiny_words("run", total_steps=2)
@@ -163,7 +163,7 @@ def test_sources_in_another_order_are_refused(tiny_args, tiny_words, tiny_tokens
 
 
 def test_the_speed_after_a_resume_counts_the_steps_of_this_process_alone(tiny_args, monkeypatch):
-    from olmo_train import run as module
+    from olmo_train.run import run as module
 
     changes = {"log.interval_steps": 10, "checkpoint.interval_steps": 5}
     cut(tiny_args("run", **changes), steps=6)

@@ -11,14 +11,15 @@ import torch
 from ranks import on_ranks
 from test_guards import EVERY, states_of, unchanged
 
-from olmo_train import spikes, verdicts
 from olmo_train import train as module
-from olmo_train.checkpoint import committed, newest_folder, read_state
+from olmo_train.checkpoint.folders import committed, newest_folder, read_state
 from olmo_train.commands import inspect_data, replay
 from olmo_train.errors import ConfigError, NonFiniteError
-from olmo_train.guards import GuardConfig, plan_rewind
-from olmo_train.records import Records
-from olmo_train.replay import COMPARED
+from olmo_train.guards import spikes, verdicts
+from olmo_train.guards.config import GuardConfig
+from olmo_train.guards.rewind import plan_rewind
+from olmo_train.log.records import Records
+from olmo_train.tools.replay import COMPARED
 from olmo_train.train import train
 
 SPIKE = 8  # the step that stands out in these runs
@@ -40,7 +41,7 @@ def spiking(tiny_args, monkeypatch):
 
 def spoil(at, monkeypatch):
     """The gradient of these steps is a thousand times too long."""
-    real_step, real_clip, now = module.train_step, module.parallel.clip_gradients, []
+    real_step, real_clip, now = module.train_step, module.gradients.clip_gradients, []
 
     def step(model, optimizer, batch, step, *rest):
         now[:] = [step]
@@ -52,7 +53,7 @@ def spoil(at, monkeypatch):
         return real_clip(model, max_norm)
 
     monkeypatch.setattr(module, "train_step", step)
-    monkeypatch.setattr(module.parallel, "clip_gradients", clip)
+    monkeypatch.setattr(module.gradients, "clip_gradients", clip)
 
 
 def trained(config):

@@ -9,8 +9,8 @@ import pytest
 from olmo_train.hardware import lookup
 from olmo_train.model.config import ModelConfig
 from olmo_train.model.cost import block_parameters, count_parameters
-from olmo_train.planner import RUNTIME_BYTES, Layout, memory_estimate
-from olmo_train.scaling import LINKS, all_reduce_seconds, ring_seconds, step_estimate
+from olmo_train.plan.memory import RUNTIME_BYTES, Layout, memory_estimate
+from olmo_train.plan.scaling import LINKS, all_reduce_seconds, ring_seconds, step_estimate
 
 H100 = lookup("h100")
 DGX = LINKS[H100.name]

@@ -4,7 +4,8 @@ from data_sources import prepare_source, texts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from olmo_train.data.shards import SourceConfig, check_ids, open_source
+from olmo_train.data.config import SourceConfig
+from olmo_train.data.shards import check_ids, open_source
 from olmo_train.data.tokenizer import load_tokenizer
 from olmo_train.errors import ConfigError, DataError
 

@@ -5,11 +5,13 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from olmo_train import optim, parallel, train
+from olmo_train import train
 from olmo_train.data.loader import Batch
-from olmo_train.distributed import join_world
+from olmo_train.guards.spikes import SpikeDetector
 from olmo_train.model.transformer import Transformer
-from olmo_train.spikes import SpikeDetector
+from olmo_train.optim import build
+from olmo_train.parallel import shard
+from olmo_train.parallel.world import join_world
 
 on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -30,10 +32,10 @@ def a_step(config, world):
     """A function that does one whole update of a model that is made once."""
     with torch.device("meta"):
         model = Transformer(config.model)
-    parallel.shard(model, config.parallel, world)
-    parallel.init_weights(model, config.seed)
-    optimizer = optim.build_optimizer(dict(model.named_parameters()), config.optim, parallel.on_whole)
-    optim.allocate_state(optimizer)
+    shard.shard(model, config.parallel, world)
+    shard.init_weights(model, config.seed)
+    optimizer = build.build_optimizer(dict(model.named_parameters()), config.optim, shard.on_whole)
+    build.allocate_state(optimizer)
     tokens = torch.arange(config.global_batch_size * config.model.seq_len).view(config.global_batch_size, -1) % 512
     batch = Batch(tokens, tokens, torch.zeros(len(tokens), dtype=torch.int64)).to(world.device)
     spikes = SpikeDetector(world.device)

@@ -5,7 +5,7 @@ import math
 
 import torch
 
-from olmo_train.spikes import LEAST, WINDOW, SpikeDetector
+from olmo_train.guards.spikes import LEAST, WINDOW, SpikeDetector
 
 
 def judge(detector, loss, norm=1.0):

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 from ranks import on_ranks
 
-from olmo_train import evaluation
 from olmo_train import train as module
 from olmo_train.__main__ import main
 from olmo_train.data.tokenizer import save_tokenizer, train_tokenizer
 from olmo_train.errors import ConfigError, Stopped
+from olmo_train.eval import during_run
+from olmo_train.guards.watchdog import Watchdog
 from olmo_train.train import train
-from olmo_train.watchdog import Watchdog
 
 NAMES = ("acc", "len_norm", "bpb")
 
@@ -85,7 +85,7 @@ def test_two_processes_and_another_micro_batch_give_the_same_numbers(tiny_args, 
 
 def test_a_signal_within_a_task_stops_after_its_batch_and_the_line_stands_once(tiny_args, with_tasks, tmp_path, monkeypatch):
     run_through(tiny_args("whole", **with_tasks))
-    forwards, real = [], evaluation.score
+    forwards, real = [], during_run.score
 
     def interrupted(model, *arguments):
         def count(*_):
@@ -99,7 +99,7 @@ def test_a_signal_within_a_task_stops_after_its_batch_and_the_line_stands_once(t
         finally:
             hook.remove()
 
-    monkeypatch.setattr(evaluation, "score", interrupted)
+    monkeypatch.setattr(during_run, "score", interrupted)
     with pytest.raises(Stopped):
         run_through(tiny_args("run", **with_tasks))
     assert len(forwards) == 2 and results(tmp_path / "run") == []

@@ -6,13 +6,14 @@ import json
 import pytest
 from data_sources import WORDS, prepare_source, texts
 
-from olmo_train import doctor, evaluation
 from olmo_train.__main__ import main
-from olmo_train.commands.plan import open_data
-from olmo_train.data.mixture import DataConfig, Mixture
-from olmo_train.data.shards import SourceConfig
+from olmo_train.data.config import DataConfig, SourceConfig
+from olmo_train.data.mixture import Mixture
 from olmo_train.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 from olmo_train.errors import DataError
+from olmo_train.eval import during_run
+from olmo_train.plan.plan import open_data
+from olmo_train.tools import doctor
 from olmo_train.train import train
 
 
@@ -70,7 +71,7 @@ def test_a_run_refuses_them_before_it_makes_its_run_dir(two, tiny_args, tmp_path
     a, b = two[0]
     for key in ("data.sources.b.path", "data.validation.v.path"):
         refused(lambda key=key: list(train(run_words(tiny_args, a, **{key: b}))), two)
-    monkeypatch.setattr(evaluation, "load_task", lambda *_: None)
+    monkeypatch.setattr(during_run, "load_task", lambda *_: None)
     tasks = {"eval.downstream": "[piqa]", "eval.tokenizer": two[1][1]}
     refused(lambda: list(train(run_words(tiny_args, a, **tasks))), two)
     assert not (tmp_path / "run").exists()

@@ -10,8 +10,8 @@ import torch
 
 import olmo_train
 from olmo_train.__main__ import main
-from olmo_train.commands.evaluate import _watch, print_table
-from olmo_train.console import Console
+from olmo_train.commands.common import _watch, print_table
+from olmo_train.log.console import Console
 from olmo_train.model.generate import Sampling, choose
 
 ODD = ("[/INST] [link] :smile:", "a[/b]", "lr[red]", "[bold]x[/bold]")

@@ -19,8 +19,8 @@ REPOSITORY = Path(__file__).parent.parent
 # The run's patience with W&B is cut short, so that the tests are.
 PROGRAM = """
 import sys
-from olmo_train import metrics
-metrics.PATIENCE = 4
+from olmo_train.log import wandb
+wandb.PATIENCE = 4
 from olmo_train.__main__ import main
 sys.exit(main(sys.argv[1:]))
 """

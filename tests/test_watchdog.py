@@ -16,17 +16,17 @@ import ranks
 import torch
 from ranks import on_ranks
 
-from olmo_train import checkpoint as checkpoints
 from olmo_train import config as configuration
 from olmo_train import train as module
 from olmo_train.__main__ import _run
-from olmo_train.checkpoint import Checkpointer
+from olmo_train.checkpoint import folders
+from olmo_train.checkpoint.save import Checkpointer
 from olmo_train.data.loader import Loader
 from olmo_train.data.mixture import Mixture
-from olmo_train.distributed import join_world, peers_named
 from olmo_train.errors import CheckpointError, DataError, PeerError, UserError
-from olmo_train.stats import slow_ranks
-from olmo_train.watchdog import group_timeout
+from olmo_train.guards.watchdog import group_timeout
+from olmo_train.log.interval import slow_ranks
+from olmo_train.parallel.world import join_world, peers_named
 
 HANG_SECONDS = 2
 
@@ -175,7 +175,7 @@ def test_an_error_of_one_rank_before_the_run_is_raised_on_all():
 
 
 HELD_OUT = (Mixture, "open_validation", DataError("v.npy", "cannot be opened"), 3, "v.npy: on rank 1: cannot be opened")
-STATE = (checkpoints, "read_state", CheckpointError("step-0000002", "is gone"), 4, "step-0000002: on rank 1: is gone")
+STATE = (folders, "read_state", CheckpointError("step-0000002", "is gone"), 4, "step-0000002: on rank 1: is gone")
 HEARTBEATS = (
     Path,
     "mkdir",

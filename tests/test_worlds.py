@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from data_sources import prepare_source
 
-from olmo_train.data.shards import SourceConfig, open_source
+from olmo_train.data.config import SourceConfig
+from olmo_train.data.shards import open_source
 from olmo_train.train import train
 
 STEPS = 30
@@ -95,7 +96,7 @@ def mask_share(folder, start, stop):
 def test_a_world_of_one_leaves_nothing_behind_when_it_is_killed(tmp_path):
     """It needs neither a port nor a file to meet the other processes that it does not have."""
     program = (
-        "import os, signal\nfrom olmo_train.distributed import join_world\n"
+        "import os, signal\nfrom olmo_train.parallel.world import join_world\n"
         "with join_world() as world:\n    assert world.any(3) == 3\n    os.kill(os.getpid(), signal.SIGKILL)"
     )
     done = subprocess.run([sys.executable, "-c", program], env={**os.environ, "TMPDIR": str(tmp_path)})

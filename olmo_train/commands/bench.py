@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from olmo_train.commands.train import add_config_arguments, split_config
+from olmo_train.commands.common import add_config_arguments, split_config
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,8 +19,9 @@ def run(arguments: argparse.Namespace) -> None:
     import json
     import sys
 
-    from olmo_train import bench, processes
     from olmo_train.errors import ConfigError
+    from olmo_train.parallel import processes
+    from olmo_train.tools import bench
 
     for name in ("steps", "warmup"):
         if getattr(arguments, name) < 1:

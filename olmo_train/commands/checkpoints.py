@@ -18,10 +18,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     from pathlib import Path
 
-    from olmo_train import checkpoint, config
+    from olmo_train import config
+    from olmo_train.checkpoint import folders as checkpoint
     from olmo_train.errors import CheckpointError, ConfigError
-    from olmo_train.recipe import TrainConfig
     from olmo_train.storage import RunLock, problems_of, remove_folder
+    from olmo_train.train_config import TrainConfig
 
     run_dir = Path(arguments.run_dir)
     if arguments.dry_run and not arguments.prune:

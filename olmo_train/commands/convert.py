@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from olmo_train.commands.generate import add_allow_argument
+from olmo_train.commands.common import add_allow_argument
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from olmo_train import convert
+    from olmo_train.convert import hf, olmo
     from olmo_train.data.tokenizer import load_tokenizer
     from olmo_train.errors import ConfigError
 
@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> None:
         if getattr(args, option) not in (None, [], False) and args.direction != direction:
             raise ConfigError(f"--{option.replace('_', '-')}", f"goes with {direction}, not with {args.direction}")
     if args.direction == "import-olmo":
-        step = convert.import_olmo(args.source, args.dest, tuple(args.leave_out), args.step)
+        step = olmo.import_olmo(args.source, args.dest, tuple(args.leave_out), args.step)
         print(f"{args.dest}: {f'resume_from goes on after step {step}' if args.dest.is_dir() else 'written'}")
         return
     if args.direction == "export-hf":
@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> None:
         if args.eos and not tokenizer:
             raise ConfigError("--eos", "goes with --tokenizer; without it the checkpoint's own tokenizer and EOS are taken")
         check = not args.allow_other_tokenizer
-        proof = convert.export_hf(args.source, args.dest, args.dtype or "fp32", tokenizer, check)
+        proof = hf.export_hf(args.source, args.dest, args.dtype or "fp32", tokenizer, check)
     else:
-        proof = convert.import_hf(args.source, args.dest)
+        proof = hf.import_hf(args.source, args.dest)
     print(f"{args.dest}: {proof}")

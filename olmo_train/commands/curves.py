@@ -13,8 +13,8 @@ import sys
 import time
 from pathlib import Path
 
-from olmo_train.console import has_color, is_terminal
 from olmo_train.errors import ConfigError, DataError
+from olmo_train.log.console import has_color, is_terminal
 
 FIGURES = (".png", ".svg", ".pdf")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from olmo_train.commands.train import split_config
+from olmo_train.commands.common import split_config
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -15,8 +15,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     import json
 
-    from olmo_train import config, doctor
-    from olmo_train.recipe import TrainConfig
+    from olmo_train import config
+    from olmo_train.tools import doctor
+    from olmo_train.train_config import TrainConfig
 
     findings = doctor.examine(config.load(TrainConfig, *split_config(arguments.config)) if arguments.config else None)
     if arguments.json:

@@ -5,19 +5,18 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from olmo_train.commands.generate import add_checkpoint_arguments, open_model, open_tokenizer
+from olmo_train.commands.common import _number, _watch, add_checkpoint_arguments, open_model, open_tokenizer, print_table
 
 if TYPE_CHECKING:
     from olmo_train.data.shards import TokenSource
     from olmo_train.eval.downstream import Downstream
     from olmo_train.eval.heldout import HeldOut
+    from olmo_train.history import RunView
     from olmo_train.model.transformer import Transformer
-    from olmo_train.provenance import RunView
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,9 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from olmo_train import config as configuration
-    from olmo_train.checkpoint import read_state
+    from olmo_train.checkpoint.folders import read_state
     from olmo_train.errors import ConfigError
-    from olmo_train.provenance import RunView
+    from olmo_train.history import RunView
 
     if args.batch_size is not None and args.batch_size < 1:
         raise ConfigError("--batch-size", f"must be at least 1, got {args.batch_size}")
@@ -62,8 +61,8 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _downstream(model: Transformer, folder: Path, rows: int, args: argparse.Namespace) -> list[Downstream]:
-    from olmo_train.data.tasks import TASKS
     from olmo_train.eval.downstream import load_task, results_of, score
+    from olmo_train.eval.tasks import TASKS
 
     tokenizer = open_tokenizer(folder, args, model.config.vocab_size)
     words = list(TASKS) if args.tasks == "all" else args.tasks.split(",")
@@ -73,7 +72,7 @@ def _downstream(model: Transformer, folder: Path, rows: int, args: argparse.Name
 
 
 def _held_out(model: Transformer, folder: Path, view: RunView | None, rows: int, args: argparse.Namespace) -> list[HeldOut]:
-    from olmo_train.checkpoint import read_state
+    from olmo_train.checkpoint.folders import read_state
     from olmo_train.eval.heldout import measure, training_counts
 
     sources = _sources(model.config.vocab_size, folder, view, args)
@@ -84,7 +83,8 @@ def _held_out(model: Transformer, folder: Path, view: RunView | None, rows: int,
 
 
 def _sources(vocab_size: int, folder: Path, view: RunView | None, args: argparse.Namespace) -> list[TokenSource]:
-    from olmo_train.data.shards import SourceConfig, open_source
+    from olmo_train.data.config import SourceConfig
+    from olmo_train.data.shards import open_source
     from olmo_train.data.tokenizer import OTHER_TOKENIZER, check_same_tokenizer, record_of_folder
     from olmo_train.errors import ConfigError
 
@@ -105,20 +105,6 @@ def _sources(vocab_size: int, folder: Path, view: RunView | None, args: argparse
     records = [source.tokenizer_record(f"{'--data' if args.data else 'data.validation'} {source.name}") for source in sources]
     check_same_tokenizer([record_of_folder(folder), *records], not allowed, OTHER_TOKENIZER)
     return sources
-
-
-def _watch(items, what: str, total: int):
-    """A progress bar on stderr where somebody sees it."""
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    from olmo_train.console import is_terminal, rich_console
-
-    def watched():
-        columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=rich_console(stderr=True), transient=True) as progress:
-            yield from progress.track(items, total, description=what)
-
-    return watched() if is_terminal(sys.stderr) else items
 
 
 def _report(result: dict[str, Any], args: argparse.Namespace) -> None:
@@ -143,23 +129,3 @@ def _report(result: dict[str, Any], args: argparse.Namespace) -> None:
         rows = [(t.task, f"{t.questions:,}", *(_number(share and 100 * share, 1) for share in (t.acc, t.acc_error, t.len_norm,
                  t.chance)), _number(t.bits_per_byte)) for t in tasks]  # fmt: skip
         print_table(columns, rows)
-
-
-def _number(value: float | None, digits: int = 4) -> str:
-    return "-" if value is None else f"{value:,.{digits}f}"
-
-
-def print_table(columns: tuple[str, ...], rows: list[tuple[str, ...]], left: tuple[str, ...] | None = None) -> None:
-    """Columns named in `left`, or else the first, to the left, the others to the right; unwrapped where it is no terminal."""
-    from rich import box
-    from rich.table import Table
-
-    from olmo_train.console import rich_console
-
-    console = rich_console(width=None if sys.stdout.isatty() else 200)
-    table = Table(box=box.SIMPLE_HEAD)
-    for column in columns:
-        table.add_column(column, justify="left" if column in (left or columns[:1]) else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(*("".join(c if c.isprintable() else "\ufffd" for c in cell) for cell in row))  # no codes for the terminal
-    console.print(table)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING
+
+from olmo_train.commands.common import add_checkpoint_arguments, open_model, open_tokenizer
 
 if TYPE_CHECKING:
     from olmo_train.data.tokenizer import Tokenizer
@@ -25,55 +26,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; EOS always ends")
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="prompts at once; changes no text (default: 8)")
     parser.add_argument("--json", action="store_true", help="a list of {prompt, text, tokens} instead of text")
-
-
-def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
-    """CHECKPOINT, --tokenizer and --device: what verbs that run a trained model take."""
-    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a checkpoint folder, or a run_dir for its newest")
-    parser.add_argument("--tokenizer", metavar="NAME_OR_FILE", help="default: the checkpoint's own tokenizer.json")
-    add_allow_argument(parser)
-    parser.add_argument("--device", help="cpu, cuda, ... (default: a GPU when there is one)")
-
-
-def add_allow_argument(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--eos", metavar="TOKEN", help="the token that ends a document (default: as the tokenizer's folder says)")
-    what = "go on, with a warning, when another tokenizer than the checkpoint's is used"
-    parser.add_argument("--allow-other-tokenizer", action="store_true", help=what)
-
-
-def open_model(checkpoint: Path, device: str | None) -> tuple[Path, Transformer]:
-    """The checkpoint folder that is meant, and its model, fp32, on the device. Raises CheckpointError, ConfigError."""
-    import torch
-
-    from olmo_train import checkpoint as checkpoints
-    from olmo_train.errors import ConfigError
-
-    is_folder = (checkpoint / "MANIFEST.json").is_file()  # which load_model verifies by itself
-    folder = checkpoint if is_folder else checkpoints.resolve(checkpoint)
-    model = checkpoints.load_model(folder)
-    try:
-        return folder, model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except (RuntimeError, AssertionError) as problem:
-        raise ConfigError("--device", f"{device} cannot be used: {str(problem).splitlines()[0]}") from problem
-
-
-def open_tokenizer(folder: Path, args: argparse.Namespace, vocab_size: int) -> Tokenizer:
-    """The tokenizer of a checkpoint, or the one of --tokenizer instead.
-
-    Raises ConfigError when there is none or it does not fit, DataError when it is another one than the checkpoint's.
-    """
-    from olmo_train.data.tokenizer import OTHER_TOKENIZER, check_same_tokenizer, load_tokenizer, record_of_folder
-    from olmo_train.errors import ConfigError
-
-    named, own = args.tokenizer, folder / "tokenizer.json"
-    if named is None and not own.is_file():
-        raise ConfigError("--tokenizer", f"{folder} holds no tokenizer.json, since its data were raw token files; name the file")
-    tokenizer = load_tokenizer(named or own, eos=args.eos)
-    records = [record_of_folder(folder), tokenizer.record("--tokenizer")]
-    check_same_tokenizer(records, not args.allow_other_tokenizer, OTHER_TOKENIZER)
-    if tokenizer.vocab_size > vocab_size:
-        raise ConfigError("--tokenizer", f"{tokenizer.name} has {tokenizer.vocab_size} ids, the model only {vocab_size}")
-    return tokenizer
 
 
 def run(args: argparse.Namespace) -> None:

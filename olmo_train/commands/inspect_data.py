@@ -10,12 +10,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from olmo_train.commands.train import split_config
+from olmo_train.commands.common import split_config
 
 if TYPE_CHECKING:
     from olmo_train.data.inspect import Row
     from olmo_train.data.mixture import Mixture
-    from olmo_train.provenance import Attempt, Run
+    from olmo_train.history import Attempt, Run
 
 SHOWN_ROWS = 64  # of a step, or of a document's visits, in the table; --json gives all
 SHOWN_TOKENS = 24  # of each instance's text in the table
@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from olmo_train.provenance import Run
+    from olmo_train.history import Run
 
     folders = [w for w in args.config if Path(w).is_dir() and ("=" not in w or (Path(w) / "config.yaml").is_file())]
     files, overrides = split_config([word for word in args.config if word not in folders])
@@ -93,7 +93,7 @@ def _instance(row: Row, text: str | None) -> dict[str, Any]:
 
 
 def _print_rows(rows: list[Row], texts: list[str | None]) -> None:
-    from olmo_train.commands.evaluate import print_table
+    from olmo_train.commands.common import print_table
 
     columns = ("row", "rank", "source", "instance", "epoch", "documents", "text")
     print_table(columns, [
@@ -162,7 +162,7 @@ def _visits(inspected: Run, newest: Mixture, args: argparse.Namespace):
 
 
 def _print_visits(visits: list[dict[str, Any]]) -> None:
-    from olmo_train.commands.evaluate import print_table
+    from olmo_train.commands.common import print_table
 
     columns = ("step", "", "rank", "row", "instance")
     print_table(columns, [

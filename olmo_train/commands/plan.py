@@ -9,28 +9,25 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from olmo_train.commands.train import add_config_arguments, split_config
-from olmo_train.errors import ConfigError, DataError, nearest
+from olmo_train.commands.common import add_config_arguments, split_config
+from olmo_train.errors import ConfigError
 
 if TYPE_CHECKING:
-    import numpy as np
     from rich.console import Console
 
-    from olmo_train.data.mixture import Mixture
-    from olmo_train.hardware import Hardware
-    from olmo_train.recipe import TrainConfig
+    from olmo_train.train_config import TrainConfig
+from olmo_train.commands.common import duration, energy, gigabytes, mass, table
+from olmo_train.curves.schedule import draw
+from olmo_train.plan.plan import UNNAMED, choose_gpu, make_plan, open_data
 
-UNNAMED = "(not named)"
 FORMATS = (".png", ".svg", ".pdf", ".html")
-POINTS = 600  # of a drawn curve
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from olmo_train.planner import PAPER_CARBON, PAPER_PUE
+    from olmo_train.plan.time import PAPER_CARBON, PAPER_PUE
 
     add_config_arguments(parser)
     parser.add_argument("--gpus", type=int, default=1, metavar="N", help="GPUs of the whole run (default: 1)")
@@ -80,7 +77,7 @@ def check_arguments(arguments: argparse.Namespace) -> None:
 def load_config(words: list[str]) -> TrainConfig:
     """The configuration; a model's file alone is enough, since a plan needs neither run_dir nor data."""
     from olmo_train import config
-    from olmo_train.recipe import TrainConfig
+    from olmo_train.train_config import TrainConfig
 
     values = config.read(*split_config(words))
     values.setdefault("run_dir", UNNAMED)
@@ -88,165 +85,9 @@ def load_config(words: list[str]) -> TrainConfig:
     return config.build(TrainConfig, values)
 
 
-def choose_gpu(arguments: argparse.Namespace) -> Hardware | None:
-    """The named GPU's figures, or this machine's; what is given as an option goes before the table.
-
-    None when no GPU is named and there is none here. Raises ConfigError when figures are missing.
-    """
-    from olmo_train.hardware import GPUS, Hardware, detect, lookup
-
-    given = {
-        "memory_gb": arguments.gpu_memory,
-        "peak_flops": arguments.gpu_peak and arguments.gpu_peak * 1e12,
-        "power_watts": arguments.gpu_power,
-    }
-    known = lookup(arguments.gpu) if arguments.gpu else None
-    if known is None and arguments.gpu is None and not any(given.values()):
-        return detect()
-    figures = (asdict(known) if known else {}) | {key: value for key, value in given.items() if value}
-    if len(figures) < len(given):
-        name = (arguments.gpu or "").lower()
-        kinds = [key for key in GPUS if name and key.startswith(name)]
-        known_ones = f"one of {', '.join(kinds)}" if kinds else f"a known GPU: {nearest(name, GPUS)}"
-        what = f"'{arguments.gpu}' has no figures here" if arguments.gpu else "only some figures are given"
-        raise ConfigError("--gpu", f"{what}; give --gpu-memory, --gpu-peak and --gpu-power, or {known_ones}")
-    return Hardware(**({"name": arguments.gpu or "a GPU of your figures"} | figures))
-
-
-def open_data(config: TrainConfig) -> tuple[Mixture | None, str | None]:
-    """The sources, opened, or why they could not be; a plan goes on without them."""
-    from olmo_train.data.mixture import Mixture
-
-    if UNNAMED in config.data.sources:
-        return None, "no data are named"
-    try:
-        shape = config.model
-        mixture = Mixture(config.data, config.seed, config.global_batch_size, shape.seq_len, shape.vocab_size)
-        mixture.check_tokenizers()
-        return mixture, None
-    except DataError as problem:
-        return None, str(problem)
-
-
-def make_plan(
-    config: TrainConfig, gpu: Hardware | None, mixture: Mixture | None, why_not: str | None, arguments: argparse.Namespace
-) -> dict[str, Any]:
-    """The whole plan as plain data: what --json prints and what the tables show."""
-    from olmo_train import planner, scaling
-    from olmo_train.model.cost import FLOPS_CONVENTION, count_parameters, flops_per_token
-
-    config.check_world(arguments.gpus)
-    layout = layout_of(config, arguments.gpus)
-    estimate = planner.memory_estimate(config.model, layout)
-    count = count_parameters(config.model)
-    tokens = config.steps * config.tokens_per_step
-    plan = {
-        "gpus": arguments.gpus,
-        "gpu": gpu and asdict(gpu),
-        "parameters": asdict(count) | {"total": count.total},
-        "flops_per_token": flops_per_token(config.model),
-        "flops_convention": FLOPS_CONVENTION,
-        "layout": asdict(layout),
-        "memory_bytes": estimate.moments,
-        "memory_peak_bytes": estimate.peak,
-        "memory_peak_moment": estimate.moment,
-        "memory_runtime_bytes": planner.RUNTIME_BYTES,
-        "state_bytes": planner.state_bytes(config.model, config.optim.name),
-        "fits": None,
-        "largest_micro_batch_size": None,
-        "cost": None,
-        "step": None,
-        "assumptions": {"mfu": arguments.mfu, "price": arguments.price, "pue": arguments.pue, "carbon": arguments.carbon},
-    }
-    if gpu:
-        cost = planner.run_cost(
-            config.model, tokens, arguments.gpus, gpu, arguments.mfu, arguments.price, arguments.pue, arguments.carbon
-        )
-        plan |= {
-            "fits": estimate.fits(gpu.memory_bytes),
-            "largest_micro_batch_size": {
-                checkpointing: planner.largest_micro_batch(
-                    config.model, replace(layout, activation_checkpointing=checkpointing), gpu.memory_bytes
-                )
-                for checkpointing in planner.CHECKPOINTING
-            },
-            "cost": asdict(cost),
-        }
-    if gpu and gpu.name in scaling.LINKS:
-        step = scaling.step_estimate(config.model, layout, gpu, scaling.LINKS[gpu.name], arguments.mfu)
-        plan["step"] = asdict(step) | {"exposed_seconds": step.exposed_seconds}
-    return plan | schedule(config, plan["cost"], mixture, why_not)
-
-
-def layout_of(config: TrainConfig, gpus: int):
-    from olmo_train.planner import Layout
-
-    parallel = config.parallel
-    return Layout(
-        gpus=gpus,
-        replicas=parallel.replicas,
-        shard=parallel.shard,
-        precision=parallel.precision,
-        reduce_dtype=parallel.reduce_dtype,
-        activation_checkpointing=parallel.activation_checkpointing,
-        micro_batch_size=config.micro_batch_size,
-        micro_batches=config.global_batch_size // (gpus * config.micro_batch_size),
-        optimizer=config.optim.name,
-    )
-
-
-def schedule(config: TrainConfig, cost: dict | None, mixture: Mixture | None, why_not: str | None) -> dict[str, Any]:
-    """Learning rate, tokens and time at milestones; epochs of each source; evaluations; checkpoints and their size."""
-    from olmo_train import planner
-    from olmo_train.optim import lr_at
-
-    steps, every = config.steps, config.eval.interval_steps
-    saved, kept = planner.checkpoint_counts(steps, config.checkpoint)
-    bytes_each = planner.checkpoint_bytes(config.model, config.optim.name)
-    weights = {name: source.weight for name, source in config.data.sources.items() if name != UNNAMED}
-    visits = mixture and visits_before(mixture, steps * config.global_batch_size)
-    return {
-        "total_steps": steps,
-        "warning": config.warmup_warning,
-        "total_tokens": steps * config.tokens_per_step,
-        "global_batch_size": config.global_batch_size,
-        "tokens_per_step": config.tokens_per_step,
-        "milestones": [
-            {
-                "step": step,
-                "tokens": step * config.tokens_per_step,
-                "lr": lr_at(step, config.optim, steps),
-                "seconds": cost and cost["seconds"] * step / steps,
-            }
-            for step in planner.milestones(steps, config.optim.warmup_steps)
-        ],
-        "sources": {
-            name: {
-                "weight": weight,
-                "tokens": mixture.sources[i].n_tokens if mixture else None,
-                "instances": int(visits[i]) if mixture else None,
-                "epochs": float(visits[i] / mixture.sizes[i]) if mixture else None,
-            }
-            for i, (name, weight) in enumerate(weights.items())
-        },
-        "sources_unknown": why_not,
-        "evaluations": -(-steps // every) if config.data.validation or config.eval.downstream else 0,
-        "checkpoints_saved": saved,
-        "checkpoints_kept": kept,
-        "checkpoint_bytes": bytes_each,
-        "checkpoints_disk_bytes": (kept + 1) * bytes_each,  # one more while a new one is written
-    }
-
-
-def visits_before(mixture: Mixture, places: int) -> np.ndarray:
-    """Visits of each source, (sources,) fp64; in proportion where a run has more places than an int64 can count."""
-    most = 2**60
-    return mixture.order.visits_before(min(places, most)) * max(1.0, places / most)
-
-
 def show(plan: dict[str, Any], config: TrainConfig) -> None:
     """Print the plan as tables that fit 80 columns."""
-    from olmo_train.console import rich_console
+    from olmo_train.log.console import rich_console
 
     console = rich_console(soft_wrap=False)
     gpu = plan["gpu"]
@@ -256,24 +97,6 @@ def show(plan: dict[str, Any], config: TrainConfig) -> None:
     show_memory(console, plan)
     show_cost(console, plan)
     show_schedule(console, plan)
-
-
-def table(
-    console: Console, title: str, columns: list[str], rows: list[list[str]], total: list[str] | None = None, text: tuple = (0,)
-) -> None:
-    """One table under its title; the columns of `text` are words, the others are numbers."""
-    from rich import box
-    from rich.table import Table
-
-    made = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    for i, column in enumerate(columns):
-        made.add_column(column, justify="left" if i in text else "right", overflow="fold")
-    for row in rows:
-        made.add_row(*row)
-    if total:
-        made.add_row(*total, style="bold")
-    console.print(f"\n{title}", style="bold")
-    console.print(made)
 
 
 def show_parameters(console: Console, plan: dict[str, Any]) -> None:
@@ -289,7 +112,7 @@ def show_parameters(console: Console, plan: dict[str, Any]) -> None:
 def show_memory(console: Console, plan: dict[str, Any]) -> None:
     from rich.text import Text
 
-    from olmo_train import planner
+    from olmo_train.plan import memory
 
     moments, layout, gpu = plan["memory_bytes"], plan["layout"], plan["gpu"]
     small = plan["memory_peak_bytes"] < 1e9
@@ -304,8 +127,8 @@ def show_memory(console: Console, plan: dict[str, Any]) -> None:
     each = f", {gigabytes(plan['state_bytes'] / shards)} on each of {shards} GPUs" if shards > 1 else ""
     a_parameter = plan["state_bytes"] / plan["parameters"]["total"]
     console.print(f"State, {a_parameter:.3g} bytes a parameter: {gigabytes(plan['state_bytes'])}{each}.")
-    needed = plan["memory_peak_bytes"] + planner.RUNTIME_BYTES
-    assumed = f"{gigabytes(planner.RUNTIME_BYTES)} of them assumed for the runtime"
+    needed = plan["memory_peak_bytes"] + memory.RUNTIME_BYTES
+    assumed = f"{gigabytes(memory.RUNTIME_BYTES)} of them assumed for the runtime"
     if not gpu:
         console.print(f"A GPU needs {gigabytes(needed)}, {assumed}; name one with --gpu to see whether it fits.")
         return
@@ -372,72 +195,3 @@ def show_schedule(console: Console, plan: dict[str, Any]) -> None:
     console.print(f"Checkpoints: {plan['checkpoints_saved']:,} saved, {plan['checkpoints_kept']:,} kept, "
                   f"{gigabytes(plan['checkpoint_bytes'])} each; at most "
                   f"{gigabytes(plan['checkpoints_disk_bytes'])} of disk.")  # fmt: skip
-
-
-def gigabytes(count: float) -> str:
-    return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.2f} MB"
-
-
-def duration(seconds: float) -> str:
-    for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:,.1f} {unit}"
-    return f"{seconds:.3g} s"
-
-
-def energy(kwh: float) -> str:
-    return f"{kwh / 1000:,.4g} MWh" if kwh >= 1000 else f"{kwh:.3g} kWh"
-
-
-def mass(kg: float) -> str:
-    return f"{kg / 1000:,.3g} t" if kg >= 1000 else f"{kg:.3g} kg"
-
-
-def draw(config: TrainConfig, mixture: Mixture | None, file: Path) -> None:
-    """Draw learning rate and epochs over tokens: a page that opens without a network, or a figure."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    panels = curves(config, mixture)
-    if file.suffix == ".html":
-        from plotly.subplots import make_subplots
-
-        page = make_subplots(rows=len(panels), cols=1, shared_xaxes=True)
-        for row, (label, lines) in enumerate(panels.items(), start=1):
-            for name, (x, y) in lines.items():
-                page.add_scatter(x=x, y=y, name=name, row=row, col=1)
-            page.update_yaxes(title_text=label, rangemode="tozero", row=row, col=1)
-        page.update_xaxes(title_text="tokens", row=len(panels), col=1)
-        page.update_layout(title=f"Schedule of {config.steps:,} steps", template="plotly_white")
-        page.write_html(file)
-        return
-    from matplotlib.figure import Figure
-
-    from olmo_train.curves.figure import plain
-
-    figure = Figure(figsize=(7, 2.6 * len(panels)), layout="constrained")
-    for axes, (label, lines) in zip(figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0], panels.items(), strict=True):
-        for name, (x, y) in lines.items():
-            axes.plot(x, y, label=plain(name))
-        axes.set_ylabel(label)
-        axes.set_ylim(bottom=0)
-        axes.ticklabel_format(axis="y", scilimits=(-3, 4))
-        axes.grid(alpha=0.3)
-        if len(lines) > 1:
-            axes.legend(frameon=False)
-    axes.set_xlabel("tokens")
-    figure.savefig(file, dpi=150)
-
-
-def curves(config: TrainConfig, mixture: Mixture | None) -> dict[str, dict[str, tuple[list[float], list[float]]]]:
-    """{panel: {line: (tokens, values)}}."""
-    from olmo_train.optim import lr_at
-
-    steps = sorted({1, config.optim.warmup_steps, *(max(1, config.steps * i // POINTS) for i in range(POINTS + 1))})
-    steps = [step for step in steps if 1 <= step <= config.steps]
-    tokens = [float(step * config.tokens_per_step) for step in steps]
-    panels = {"learning rate": {"learning rate": (tokens, [lr_at(step, config.optim, config.steps) for step in steps])}}
-    if mixture:
-        visits = [visits_before(mixture, step * config.global_batch_size) for step in steps]
-        panels["epochs"] = {
-            name: (tokens, [float(v[i] / mixture.sizes[i]) for v in visits]) for i, name in enumerate(mixture.names)
-        }
-    return panels

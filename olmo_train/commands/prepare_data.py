@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int | None:
-    from olmo_train.data.prepare import PrepareOptions, prepare
+    from olmo_train.data.prepare.prepare import PrepareOptions, prepare
 
     options = PrepareOptions(
         inputs=tuple(args.inputs),
@@ -95,7 +95,7 @@ class _ProgressLine:
     def __init__(self):
         from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-        from olmo_train.console import is_terminal, rich_console
+        from olmo_train.log.console import is_terminal, rich_console
 
         self.console = rich_console(stderr=True, soft_wrap=True)
         columns = ("{task.percentage:>3.0f}%", "{task.fields[tokens]:,} tokens", "{task.fields[speed]:,.0f} tokens/s")

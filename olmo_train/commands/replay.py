@@ -17,8 +17,8 @@ def run(arguments: argparse.Namespace) -> int:
     import random
     from pathlib import Path
 
-    from olmo_train import replay
     from olmo_train.errors import ConfigError
+    from olmo_train.tools import replay
 
     run_dir = Path(arguments.run_dir)
     steps = [arguments.step]

@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int | None:
-    from olmo_train.data.prepare import VALIDATION
+    from olmo_train.data.prepare.prepare import VALIDATION
     from olmo_train.data.verify import Problem, verify
     from olmo_train.errors import DataError
 

@@ -19,32 +19,16 @@ from pathlib import Path
 import numpy as np
 
 from olmo_train.data import remote
+from olmo_train.data.config import SourceConfig
 from olmo_train.data.documents import Document, DocumentTable, scan_documents
-from olmo_train.data.meta import DTYPES, META_FILE, Meta, hash_blocks, hash_file, read_meta
+from olmo_train.data.meta import META_FILE, Meta, hash_blocks, hash_file, read_meta
 from olmo_train.data.tokenizer import TokenizerRecord
-from olmo_train.errors import ConfigError, DataError, check_choice
-from olmo_train.storage import FilePath, cache_folder
+from olmo_train.errors import ConfigError, DataError
+from olmo_train.storage import cache_folder
 
 WHOLE_BYTES = 64 * 2**20  # a source of at most this size is hashed whole when it is opened; a larger one in blocks
 RAW_BLOCKS = 4096  # blocks of 4 KiB hashed over all raw files of a source, evenly spread, the first and the last included
 CHECKED_SHARDS = 256  # of a large prepared source, so many shards, evenly spread, have their blocks compared at opening
-
-
-@dataclass(frozen=True)
-class SourceConfig:
-    path: (
-        FilePath | tuple[FilePath, ...]
-    )  # a folder written by prepare-data, or raw .npy/.bin token files: a file, a list, a glob; also scheme://
-    weight: float = 1.0  # share of the instances, relative to the other sources; without meaning for validation
-    dtype: str | None = None  # of raw files: uint16 or uint32; null: from the vocabulary (<= 65536 -> uint16)
-
-    def __post_init__(self) -> None:
-        if not self.weight >= 0:
-            raise ConfigError("data.sources", f"weight {self.weight} of {self.path} must be 0 or more")
-        if self.dtype is not None:
-            check_choice("data.sources.dtype", self.dtype, DTYPES)
-        if not self.path:
-            raise ConfigError("data.sources", "path is empty; name a folder or token files")
 
 
 class TokenSource:

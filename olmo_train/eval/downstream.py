@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from olmo_train.data.tasks import Task, read_task
 from olmo_train.data.tokenizer import Tokenizer
+from olmo_train.eval.tasks import Task, read_task
 
 ROUND = 16  # lengths of batches are multiples of it
 

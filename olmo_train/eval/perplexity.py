@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from olmo_train.data.loader import IGNORE, Batch
 from olmo_train.data.shards import TokenSource
-from olmo_train.exact import loss_terms
+from olmo_train.parallel.determinism import loss_terms
 
 
 @torch.no_grad()

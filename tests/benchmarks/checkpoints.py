@@ -22,23 +22,26 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-from olmo_train import checkpoint as checkpoints
 from olmo_train import config as configuration
-from olmo_train import optim, parallel
-from olmo_train.checkpoint import CheckpointConfig, Checkpointer
-from olmo_train.distributed import join_world
+from olmo_train.checkpoint import folders
+from olmo_train.checkpoint import load as checkpoint_load
+from olmo_train.checkpoint.config import CheckpointConfig
+from olmo_train.checkpoint.save import Checkpointer
 from olmo_train.model.transformer import Transformer
-from olmo_train.recipe import TrainConfig
+from olmo_train.optim import build as optim
+from olmo_train.parallel import shard
+from olmo_train.parallel.world import join_world
 from olmo_train.storage import hash_file
+from olmo_train.train_config import TrainConfig
 
 
 def build(config, world):
     with torch.device("meta"):
         model = Transformer(config.model)
-    parallel.shard(model, config.parallel, world)
-    optimizer = optim.build_optimizer(dict(model.named_parameters()), config.optim, parallel.on_whole)
+    shard.shard(model, config.parallel, world)
+    optimizer = optim.build_optimizer(dict(model.named_parameters()), config.optim, shard.on_whole)
     optim.allocate_state(optimizer)
-    parallel.init_weights(model, config.seed)
+    shard.init_weights(model, config.seed)
     return model, optimizer
 
 
@@ -59,9 +62,9 @@ def ours(folder: Path, config, world, model, optimizer, step: int) -> dict[str, 
             seconds[name] = timed(lambda saver=saver, step=step: saver.save(step, model, optimizer, {"data": {}}))
             saver.wait()
         saver.close()
-    saved = checkpoints.folder_of(folder, step)
-    seconds["verify"] = timed(lambda: checkpoints.newest(folder))
-    seconds["load"] = timed(lambda: checkpoints.load(saved, model, optimizer, world))
+    saved = folders.folder_of(folder, step)
+    seconds["verify"] = timed(lambda: folders.newest(folder))
+    seconds["load"] = timed(lambda: checkpoint_load.load(saved, model, optimizer, world))
     largest = max(saved.glob("*.safetensors"), key=lambda file: file.stat().st_size)
     seconds["hash"] = timed(lambda: hash_file(largest))
     return seconds
@@ -110,7 +113,7 @@ def stop(folder: Path, processes: int) -> float:
     run.wait()
     seconds = time.perf_counter() - started
     steps = log.read_text().count("\n")
-    assert list(checkpoints.committed(run_dir)) == [steps], "a step was lost"
+    assert list(folders.committed(run_dir)) == [steps], "a step was lost"
     return seconds
 
 
@@ -143,7 +146,7 @@ def main() -> None:
                 for what, seconds in system(folder).items():
                     seen.setdefault(f"{name} {what}", []).append(seconds)
                 shutil.rmtree(folder)
-        gigabytes = sum(t.numel() * 4 for t in checkpoints.state_tensors(model, optimizer).values()) / 1e9
+        gigabytes = sum(t.numel() * 4 for t in checkpoint_load.state_tensors(model, optimizer).values()) / 1e9
     for processes in (1, 2):
         seconds = [stop(arguments.folder, processes) for _ in range(arguments.rounds)]
         print(

@@ -52,9 +52,10 @@ def save_seconds(widths: tuple[int, ...]) -> dict[int, float]:
     from checkpoints import build, timed
 
     from olmo_train import config as configuration
-    from olmo_train.checkpoint import CheckpointConfig, Checkpointer
-    from olmo_train.distributed import join_world
-    from olmo_train.recipe import TrainConfig
+    from olmo_train.checkpoint.config import CheckpointConfig
+    from olmo_train.checkpoint.save import Checkpointer
+    from olmo_train.parallel.world import join_world
+    from olmo_train.train_config import TrainConfig
 
     found = {}
     with join_world() as world, tempfile.TemporaryDirectory() as folder:

@@ -47,7 +47,8 @@ Step = Callable[[], object]  # one optimizer update on one batch
 
 def ours(work: SimpleNamespace, folder: Path, *words: str) -> Step:
     """The command line's own loop, with guard, logging and clipping."""
-    from olmo_train import bench, config
+    from olmo_train import config
+    from olmo_train.tools import bench
 
     shape = [f"model.d_model={work.d}", f"model.n_layers={work.layers}", f"model.n_heads={work.heads}",
              f"model.mlp_hidden={work.hidden}", f"model.vocab_size={work.vocab}", f"model.padded_vocab_size={work.vocab}",

@@ -25,14 +25,14 @@ import torch
 import yaml
 from conftest import EOS_ID, VOCAB_SIZE, markov_stream
 
-from olmo_train import config, convert
-from olmo_train.model import olmo
+from olmo_train import config
+from olmo_train.convert import olmo as convert
 from olmo_train.model.config import ModelConfig
 from olmo_train.model.init import initial_value
 from olmo_train.model.transformer import Transformer
-from olmo_train.optim import max_grad_norm_at
-from olmo_train.recipe import TrainConfig
+from olmo_train.optim.schedules import max_grad_norm_at
 from olmo_train.train import train
+from olmo_train.train_config import TrainConfig
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = Path(__file__).parent / "golden_olmo.json"
@@ -120,7 +120,7 @@ def first_weights(shape: ModelConfig, seed: int) -> dict[str, torch.Tensor]:
 
 def their_names(ours: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     renamed = {}
-    for theirs, names in olmo.NAMES.items():
+    for theirs, names in convert.NAMES.items():
         for i in range(sum(name.endswith("attn.wo.weight") for name in ours) if "{i}" in names else 1):
             parts = [ours[name] for name in names.replace("{i}", str(i)).split() if name in ours]
             if parts:

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from olmo_train import config as configuration
-from olmo_train import convert
+from olmo_train.convert import folders
 from olmo_train.model.config import ModelConfig
 from olmo_train.model.transformer import Transformer
 from olmo_train.storage import commit_folder
@@ -64,5 +64,5 @@ def write_random_checkpoint(folder: Path, config: ModelConfig, files: dict[str, 
     temporary = folder.with_name(f".{folder.name}")
     temporary.mkdir(parents=True)
     values = {"model": configuration.to_dict(config)}
-    commit_folder(temporary, folder, convert.write_checkpoint(temporary, config, values, weights.__getitem__, files or {}))
+    commit_folder(temporary, folder, folders.write_checkpoint(temporary, config, values, weights.__getitem__, files or {}))
     return weights

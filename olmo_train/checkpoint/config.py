@@ -1,0 +1,30 @@
+"""The `checkpoint` section."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from olmo_train.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    interval_steps: int = 1000  # save after every so many steps, and at the end
+    keep_last: int = 3  # committed checkpoints that stay, besides the permanent ones
+    permanent_interval_steps: int | None = None  # checkpoints at multiples of this are never deleted
+    save_steps: tuple[int, ...] = ()  # further steps to save at, never deleted
+    async_save: bool = True  # write beside training, from a copy in host memory
+    required: bool = True  # a save that fails ends the run; false: it is a warning, and training goes on
+
+    def __post_init__(self) -> None:
+        for key in ("interval_steps", "keep_last", "permanent_interval_steps"):
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                raise ConfigError(f"checkpoint.{key}", f"must be at least 1, got {value}")
+
+    def is_due(self, step: int) -> bool:
+        return step % self.interval_steps == 0 or self.is_permanent(step)
+
+    def is_permanent(self, step: int) -> bool:
+        every = self.permanent_interval_steps
+        return step in self.save_steps or (every is not None and step % every == 0)

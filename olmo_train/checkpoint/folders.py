@@ -1,0 +1,106 @@
+"""The checkpoint folders of a run_dir: list them, find the newest that verifies, decide which to keep. No torch."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from olmo_train.checkpoint.config import CheckpointConfig
+from olmo_train.errors import CheckpointError
+from olmo_train.storage import problems_of, remove_folder
+
+log = logging.getLogger(__name__)
+FOLDER = re.compile(r"step-(\d{7,})")
+
+
+def folder_of(run_dir: Path, step: int) -> Path:
+    return run_dir / "checkpoints" / f"step-{step:07d}"
+
+
+def committed(run_dir: Path) -> dict[int, Path]:
+    """{step: folder} of the committed checkpoints of a run, oldest first."""
+    root = run_dir / "checkpoints"
+    found = {int(m[1]): path for path in root.glob("step-*") if (m := FOLDER.fullmatch(path.name)) and path.is_dir()}
+    return dict(sorted(found.items()))
+
+
+def _aside(folder: Path) -> Path:
+    """The name of a checkpoint while another one of the same step takes its place."""
+    return folder.with_name(f".{folder.name}.old")
+
+
+def put_back(run_dir: Path) -> None:
+    """Undo a replacement that a kill cut in half, or remove what one that was done has left.
+
+    Only under the run's lock: beside a live run it would disturb the replacement that is under way.
+    """
+    for aside in (run_dir / "checkpoints").glob(".step-*.old"):
+        final = aside.with_name(aside.name[1:].removesuffix(".old"))
+        if os.path.lexists(final):
+            remove_folder(aside)
+        else:
+            os.rename(aside, final)
+
+
+def newest(run_dir: Path, strict: bool = False) -> Path | None:
+    """The newest checkpoint that verifies; None when the run has none at all.
+
+    Damaged ones are named in a warning and left alone. Raises CheckpointError when there are some and none verifies;
+    with `strict`, when the newest one does not.
+    """
+    folders = committed(run_dir)
+    for folder in reversed(folders.values()):
+        problems = problems_of(folder)
+        if not problems:
+            return folder
+        if strict:
+            raise CheckpointError(folder, f"is damaged: {'; '.join(problems)}; resume: auto would take the one before it")
+        log.warning("%s is damaged and passed over: %s", folder, "; ".join(problems))
+    if folders:
+        raise CheckpointError(
+            run_dir / "checkpoints",
+            f"none of the {len(folders)} checkpoints verifies; restore one or choose another run_dir",
+        )
+    return None
+
+
+def newest_folder(run_dir: Path) -> Path | None:
+    """The newest committed checkpoint, unverified."""
+    return next(reversed(committed(run_dir).values()), None)
+
+
+def resolve(path: Path) -> Path:
+    """The checkpoint folder that a user means: itself, or the newest of a run_dir. Raises CheckpointError."""
+    if (path / "MANIFEST.json").is_file():
+        problems = problems_of(path)
+        if problems:
+            raise CheckpointError(path, f"is damaged: {'; '.join(problems)}")
+        return path
+    folder = newest(path) if path.is_dir() else None
+    if folder is None:
+        raise CheckpointError(path, "is neither a checkpoint folder nor a run_dir with a checkpoint")
+    return folder
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """The state.json of a checkpoint. Raises CheckpointError when it cannot be read."""
+    try:
+        return json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as problem:
+        raise CheckpointError(folder, f"state.json cannot be read: {problem}; all processes must see the same files") from problem
+
+
+def superfluous(run_dir: Path, config: CheckpointConfig, last_step: int | None = None) -> list[Path]:
+    """The checkpoints that retention would delete now: neither permanent nor among the newest keep_last whole ones.
+
+    Those after `last_step`, the one just committed, do not count: they are damaged ones that loading passed over. One with
+    a missing or cut file neither counts nor is deleted.
+    """
+    folders = committed(run_dir)
+    passing = [step for step in folders if not config.is_permanent(step) and (last_step is None or step <= last_step)]
+    whole = [folders[step] for step in passing if not problems_of(folders[step], contents=False)]
+    return whole[: -config.keep_last]

@@ -1,0 +1,104 @@
+"""Load checkpoints: into a sharded model and optimizer, as a plain model, or tensor by tensor."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from olmo_train import config as configuration
+from olmo_train.checkpoint.folders import read_state, resolve
+from olmo_train.checkpoint.format import open_reader
+from olmo_train.errors import CheckpointError
+from olmo_train.model.config import ModelConfig
+from olmo_train.model.transformer import Transformer
+from olmo_train.parallel.world import World
+
+
+def load_model(folder: str | Path) -> Transformer:
+    """The Transformer of a checkpoint folder, or of a run_dir's newest: fp32, on the CPU, in eval mode.
+
+    Raises CheckpointError when the folder is damaged or does not hold this model's weights.
+    """
+    folder = resolve(Path(folder))
+    shape = configuration.build(ModelConfig, configuration.read([folder / "config.yaml"])["model"], "model")
+    with torch.device("meta"):
+        model = Transformer(shape)
+    model.to_empty(device="cpu")
+    wanted = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
+    _read_tensors(folder, wanted, prefix="model.", group=None)
+    return model.eval()
+
+
+def load(folder: Path, model: Transformer, optimizer: torch.optim.Optimizer, world: World) -> dict[str, Any]:
+    """Fill the model and the optimizer, sharded in any way, from a checkpoint; gives its state.json.
+
+    A converted checkpoint may have weights alone (optimizer_steps null): then the optimizer stays as it is.
+    """
+    state = read_state(folder)
+    if state["optimizer_steps"] is None:
+        load_weights(folder, model, world)
+        return state
+    _read_tensors(folder, state_tensors(model, optimizer), prefix="", group=world.control_group)
+    for values in optimizer.state.values():
+        values["step"].fill_(state["optimizer_steps"])
+    return state
+
+
+def load_weights(folder: Path, model: Transformer, world: World) -> None:
+    """Fill the model, sharded in any way, with a checkpoint's weights alone."""
+    wanted = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
+    _read_tensors(folder, wanted, prefix="model.", group=world.control_group)
+
+
+class WeightReader:
+    """Reads the weights of a checkpoint folder one at a time, whole, on the CPU: for what must not hold a model at once."""
+
+    def __init__(self, folder: Path):
+        self._storage = open_reader(folder)
+        metadata = self._storage.read_metadata()
+        self._storage.read_metadata = lambda: metadata  # the files' headers, read once
+        self._entries = metadata.state_dict_metadata
+
+    def __call__(self, name: str) -> Tensor:
+        """The parameter called `name`."""
+        entry = self._entries[f"model.{name}"]
+        tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
+        dcp.load({f"model.{name}": tensor}, storage_reader=self._storage, no_dist=True)
+        return tensor
+
+
+def state_tensors(model: Transformer, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """{name: tensor} of all that a checkpoint keeps as tensors. The optimizer's count of its updates is the same for
+    every weight and goes to state.json."""
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        assert isinstance(parameter, DTensor), f"{name} is gathered, and would be saved whole and without its moments"
+        tensors[f"model.{name}"] = parameter.detach()
+        for key, value in optimizer.state.get(parameter, {}).items():  # a frozen one has no state
+            if key != "step":
+                tensors[f"optim.{name}.{key}"] = value
+    return tensors
+
+
+def _read_tensors(folder: Path, wanted: dict[str, Tensor], prefix: str, group: Any) -> None:
+    """Read tensors in place. Names and shapes must match both ways among those that start with `prefix`."""
+    reader = open_reader(folder)
+    stored = {
+        name: tuple(entry.size) for name, entry in reader.read_metadata().state_dict_metadata.items() if name.startswith(prefix)
+    }
+    shapes = {name: tuple(tensor.shape) for name, tensor in wanted.items()}
+    for name in sorted(stored.keys() | shapes.keys()):
+        if stored.get(name) != shapes.get(name):
+            raise CheckpointError(
+                folder,
+                f"{name} is {stored.get(name, 'absent')} in the checkpoint and {shapes.get(name, 'absent')} in this run",
+            )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # which is what no_dist asks for
+        dcp.load(wanted, storage_reader=reader, process_group=group, no_dist=group is None)

@@ -1,0 +1,232 @@
+"""Save checkpoints beside training and commit them whole.
+
+A checkpoint is a folder checkpoints/step-0001000/ of safetensors shards (torch.distributed.checkpoint writes and reshards
+them), state.json, config.yaml and MANIFEST.json. No file is ever unpickled. Tensors are named `model.NAME` for weights and
+`optim.NAME.KEY` for the optimizer's state of that weight.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import struct
+import time
+import warnings
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+from olmo_train.checkpoint.config import CheckpointConfig
+from olmo_train.checkpoint.folders import _aside, folder_of, newest_folder, superfluous
+from olmo_train.checkpoint.load import state_tensors
+from olmo_train.errors import NonFiniteError, SaveError
+from olmo_train.model.transformer import Transformer
+from olmo_train.parallel.world import World
+from olmo_train.storage import commit_folder, remove_folder, write_file
+
+log = logging.getLogger(__name__)
+# Reading on one process without a process group is meant: load_model, WeightReader.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+
+
+class Checkpointer:
+    """Writes a run's checkpoints, one at a time, and deletes those that the configuration no longer keeps."""
+
+    def __init__(
+        self, run_dir: Path, config: CheckpointConfig, world: World, files: dict[str, bytes], resumed_step: int | None = None
+    ):
+        """`files` go into every checkpoint as they are: the configuration, the tokenizer. `resumed_step`: the step of the
+        run's own checkpoint that training goes on from."""
+        self.run_dir, self.config, self.world, self.files = run_dir, config, world, files
+        # A snapshot in host memory is a DTensor of a mesh of hosts.
+        on_host = world.device.type == "cpu"
+        self._mesh = world.mesh if on_host else DeviceMesh("cpu", world.mesh.mesh, mesh_dim_names=world.mesh.mesh_dim_names)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future | None = None
+        self._host: dict[str, Tensor] = {}  # of the snapshot, by name
+        self._figures: dict[str, float] = {}
+        self._failure: SaveError | None = None  # of the last save
+        self.last_step = resumed_step  # of the last save that was begun and has not failed: this step need not be saved again
+        self.committed_step = -1 if resumed_step is None else resumed_step  # of the last save that is known to be committed
+
+    def save(self, step: int, model: Transformer, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+        """Save the state after update `step`.
+
+        With async_save the files are written beside training; the next save, `wait` or `failed` tells what went wrong.
+        """
+        started = time.perf_counter()
+        self.wait()
+        state = {**state, "step": step, "optimizer_steps": self._optimizer_steps(optimizer)}
+        snapshot = self._snapshot(state_tensors(model, optimizer))
+        self._pending, self.last_step = self._thread.submit(self._write, step, snapshot, state), step
+        if not self.config.async_save:
+            self.wait()
+        self._figures["throughput/checkpoint_stall_seconds"] = time.perf_counter() - started
+
+    def failed(self) -> bool:
+        """Whether the last save is known to have failed; never waits."""
+        return self._pending is not None and self._pending.done() and self._pending.exception() is not None
+
+    def wait(self, leaving: bool = False) -> None:
+        """Until the last save is committed. Raises SaveError when it failed; where a save is not required, only warns,
+        unless the run is `leaving`: it must not end as saved when it was not."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            try:
+                seconds, size = pending.result()
+            except SaveError as problem:
+                self.last_step, self._failure = None, problem
+                if not self.config.required and not leaving:
+                    log.warning("%s; training goes on without it", problem)
+            else:
+                self.committed_step, self._failure = self.last_step, None
+                self._figures["throughput/checkpoint_write_seconds"] = seconds
+                self._figures["throughput/checkpoint_bytes_per_second"] = size / seconds
+        if self._failure is not None and (self.config.required or leaving):
+            raise self._failure
+
+    def take_figures(self) -> dict[str, float]:
+        """Metrics of the saves since the last call: stall, time beside training, bandwidth of all ranks together."""
+        if self._pending is not None and self._pending.done() and not self.failed():
+            self.wait()
+        figures, self._figures = self._figures, {}
+        return figures
+
+    def close(self) -> None:
+        self._thread.shutdown(wait=True)
+
+    def _optimizer_steps(self, optimizer: torch.optim.Optimizer) -> int:
+        return int(next(iter(optimizer.state.values()))["step"].item())
+
+    def _snapshot(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A copy in host memory, which is kept for the next one: fresh memory takes several times as long."""
+        snapshot = {}
+        on_gpu = self.world.device.type == "cuda"
+        for name, tensor in tensors.items():
+            local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+            if name not in self._host:
+                self._host[name] = torch.empty_like(local, device="cpu", pin_memory=on_gpu)
+            snapshot[name] = self._host[name].copy_(local, non_blocking=True)
+            if isinstance(tensor, DTensor):
+                snapshot[name] = DTensor.from_local(
+                    snapshot[name], self._mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
+                )
+        if on_gpu:
+            torch.cuda.current_stream().synchronize()
+        return snapshot
+
+    def _write(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> tuple[float, int]:
+        """In the thread, on every rank: write, agree that all is written, let rank 0 commit and prune.
+
+        Gives seconds and bytes. All ranks raise SaveError when one of them cannot write, and NonFiniteError when one
+        holds a non-finite value: such a state is never committed.
+        """
+        started = time.perf_counter()
+        final = folder_of(self.run_dir, step)
+        if poisoned := sorted(set(sum(self._together(final, lambda: _non_finite(tensors)), []))):
+            raise NonFiniteError(
+                final,
+                f"was not committed: {poisoned[0]} and {len(poisoned) - 1} other tensors hold non-finite values; "
+                f"the last good checkpoint is {newest_folder(self.run_dir)}; lower optim.peak_lr",
+            )
+        temporary = final.with_name(f".{final.name}.tmp")
+        self._together(final, lambda: self._clear(temporary) if self.world.is_main else None)
+        writer = _Writer(temporary)
+        try:
+            dcp.save(tensors, storage_writer=writer, process_group=self.world.background_group)
+        except CheckpointException as problem:  # raised on every rank when the writing of one has failed
+            causes = {rank: failure[0] for rank, failure in problem.failures.items()}
+            raise SaveError(final, f"could not be written: {causes}; {self._need(tensors)}") from problem
+        parts = self._together(final, lambda: writer.entries)
+        entries = {name: entry for part in parts for name, entry in part.items()}
+        self._together(final, lambda: self._commit(temporary, final, state, entries) if self.world.is_main else None)
+        return time.perf_counter() - started, sum(entry["size"] for entry in entries.values())
+
+    def _together(self, final: Path, function: Callable[[], Any]) -> list[Any]:
+        """Call a function on every rank and give all results; an OSError of one becomes a SaveError of all."""
+        try:
+            mine = (function(), None)
+        except OSError as problem:
+            mine = (None, f"could not be written: {problem}")
+        outcomes: list[Any] = [None] * self.world.size
+        dist.all_gather_object(outcomes, mine, group=self.world.background_group)
+        for _, problem in outcomes:
+            if problem is not None:
+                raise SaveError(final, problem)
+        return [result for result, _ in outcomes]
+
+    def _need(self, tensors: dict[str, Tensor]) -> str:
+        """What the disk must hold, for the error that tells of a full one."""
+        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        return f"a checkpoint needs {size / 1e9:.3g} GB, {shutil.disk_usage(self.run_dir).free / 1e9:.3g} GB are free"
+
+    def _clear(self, temporary: Path) -> None:
+        shutil.rmtree(temporary, ignore_errors=True)  # of a save that died
+        temporary.mkdir(parents=True)
+
+    def _commit(self, temporary: Path, final: Path, state: dict, entries: dict[str, dict]) -> None:
+        for name, content in {"state.json": json.dumps(state, indent=1).encode(), **self.files}.items():
+            entries[name] = write_file(temporary / name, content)
+        if os.path.lexists(final):  # a damaged one that loading passed over, now computed again
+            os.rename(final, _aside(final))  # and not removed: until the new one has its name, `put_back` can undo this
+        commit_folder(temporary, final, entries)
+        for folder in superfluous(self.run_dir, self.config, int(state["step"])):
+            remove_folder(folder)
+        for leftover in final.parent.glob(".step-*"):  # of saves and deletions that died
+            remove_folder(leftover)
+
+
+def _non_finite(tensors: dict[str, Tensor]) -> list[str]:
+    """The names of those whose part on this rank is not finite throughout."""
+    local = {name: t.to_local() if isinstance(t, DTensor) else t for name, t in tensors.items()}
+    # Smallest and largest value tell as much as isfinite and take a twentieth of its time.
+    return [name for name, t in local.items() if t.numel() and not torch.stack(torch.aminmax(t)).isfinite().all()]
+
+
+class _Writer(HuggingFaceStorageWriter):
+    """torch's layout of sharded safetensors, one file a rank, written from where the tensors lie: torch's own writer
+    builds the whole file in memory first. Notes size and hash of the bytes it writes."""
+
+    def __init__(self, path: Path):
+        super().__init__(str(path), save_distributed=True)
+        self.entries: dict[str, dict[str, Any]] = {}  # {file name: manifest entry} of what this rank has written
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> torch.futures.Future[list[WriteResult]]:
+        tensors = {item.index.fqn: planner.resolve_data(item).contiguous() for item in plan.items}
+        if tensors:
+            name = f"shard-{plan.storage_data['shard_index']:05d}.safetensors"
+            offsets = {item.index.fqn: {"saved_offsets": list(item.tensor_data.chunk.offsets)} for item in plan.items}
+            views = [memoryview(tensor.view(-1).view(torch.uint8).numpy()) for tensor in tensors.values()]
+            self.entries[name] = write_file(Path(self.path) / name, _safetensors_header(tensors, offsets), *views)
+        written: torch.futures.Future[list[WriteResult]] = torch.futures.Future()
+        sizes = {name: tensor.nbytes for name, tensor in tensors.items()}
+        written.set_result([WriteResult(item.index, sizes[item.index.fqn], None) for item in plan.items])
+        return written
+
+
+def _safetensors_header(tensors: dict[str, Tensor], offsets: dict[str, Any]) -> bytes:
+    """What stands before the tensors' bytes: its length, 8 bytes, then JSON padded to a multiple of 8
+    (github.com/huggingface/safetensors, "Format"). Where a part lies in its tensor is told as torch's reader wants it."""
+    header: dict[str, Any] = {"__metadata__": {"DCP_SHARDING_INFO": json.dumps(offsets), "DCP_VERSION": "1.0", "format": "pt"}}
+    start = 0
+    for name, tensor in tensors.items():
+        assert tensor.dtype == torch.float32, (name, tensor.dtype)
+        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [start, start + tensor.nbytes]}
+        start += tensor.nbytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text

@@ -1,0 +1,156 @@
+"""Checkpoints to and from `transformers` folders, tensor by tensor, proven by their logits.
+
+The one idea: nothing is believed. A folder gets its name only after the logits of what was written have been compared
+with those of what was read. Both models run block by block, so that neither is ever in memory as a whole.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from olmo_train import config as configuration
+from olmo_train.checkpoint import folders, load
+from olmo_train.convert import families
+from olmo_train.convert.check import Agreement, _require, compare
+from olmo_train.convert.folders import Read, TheirWeights, _write_shards, new_folder, transformers, write_checkpoint
+from olmo_train.data.tokenizer import (
+    CONFIG_FILE,
+    OTHER_TOKENIZER,
+    PAD_TEXT,
+    Tokenizer,
+    check_same_tokenizer,
+    config_file,
+    load_tokenizer,
+    record_of_folder,
+)
+from olmo_train.errors import CheckpointError, ConfigError, DataError
+from olmo_train.model.config import ModelConfig
+from olmo_train.storage import commit_folder, flush_folder, write_file
+
+log = logging.getLogger(__name__)
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+# ---- the conversions
+
+
+def export_hf(
+    source: Path, dest: Path, dtype: str = "fp32", tokenizer: Tokenizer | None = None, check_tokenizer: bool = True
+) -> Agreement:
+    """Write a checkpoint as a folder that transformers loads. The tokenizer is the checkpoint's own unless one is given.
+
+    Raises ConfigError with the key that no family expresses, CheckpointError when the logits do not agree, and, with
+    `check_tokenizer`, DataError when the tokenizer is not the checkpoint's: the logits, of ids, could not show it.
+    """
+    transformers()
+    folder = folders.resolve(source)
+    saved = configuration.read([folder / "config.yaml"])
+    config = configuration.build(ModelConfig, saved["model"], "model")
+    family = families.family_of(config)
+    own = folder / "tokenizer.json"
+    if tokenizer:
+        records = [record_of_folder(folder), tokenizer.record("--tokenizer")]
+        check_same_tokenizer(records, check_tokenizer, OTHER_TOKENIZER)
+    if tokenizer is None and own.is_file():
+        tokenizer = load_tokenizer(own)
+    eos_id = tokenizer.eos_id if tokenizer else configuration.decoded(saved.get("data") or {}).get("eos_id")
+    stored = load.WeightReader(folder)
+
+    def read(name: str) -> Tensor:
+        return stored(name).to(DTYPES[dtype])
+
+    with new_folder(dest) as temporary:
+        for name, content in _text_files(family, config, tokenizer, eos_id, DTYPES[dtype]).items():
+            write_file(temporary / name, content)
+        _write_their_weights(temporary, family, config, read, DTYPES[dtype])
+        agreement = compare(config, lambda name: read(name).float(), temporary)
+        _require(agreement, source)
+        os.rename(temporary, dest)
+        flush_folder(dest.parent)
+    return agreement
+
+
+def import_hf(source: Path, dest: Path) -> Agreement:
+    """Write a transformers folder as a checkpoint. Its tokenizer.json comes along when it has one that we can use.
+
+    Raises ConfigError with their key that we cannot express, CheckpointError when the weights are not as they should be
+    or the logits do not agree.
+    """
+    if not (source / "config.json").is_file():
+        raise CheckpointError(source, "holds no config.json; name a folder that transformers' save_pretrained wrote")
+    settings = transformers().AutoConfig.from_pretrained(source).to_dict()
+    tokenizer = _their_tokenizer(source)
+    config = families.to_config(settings, tokenizer.vocab_size if tokenizer else None)
+    mappings = families.mappings(settings["model_type"], config)
+    theirs = TheirWeights(source)
+    theirs.check(mappings, config)
+    holders = {name: mapping for mapping in mappings for name in mapping.ours}
+
+    def read(name: str) -> Tensor:
+        return holders[name].split(theirs(holders[name].theirs))[name].float()
+
+    files = {"tokenizer.json": tokenizer.json.encode(), CONFIG_FILE: config_file(tokenizer.eos_text)} if tokenizer else {}
+    with new_folder(dest) as temporary:
+        entries = write_checkpoint(temporary, config, {"model": configuration.to_dict(config)}, read, files)
+        agreement = compare(config, load.WeightReader(temporary), source)
+        _require(agreement, source)
+        commit_folder(temporary, dest, entries)
+    return agreement
+
+
+# ---- their side
+
+
+def _write_their_weights(folder: Path, family: str, config: ModelConfig, read: Read, dtype: torch.dtype) -> None:
+    mappings = {mapping.theirs: mapping for mapping in families.mappings(family, config)}
+    sizes = {name: mapping.shape.numel() * dtype.itemsize for name, mapping in mappings.items()}
+    entries, where = _write_shards(folder, sizes, lambda name: mappings[name].join([read(part) for part in mappings[name].ours]))
+    if len(entries) > 1:
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where}
+        write_file(folder / "model.safetensors.index.json", json.dumps(index, indent=1).encode())
+
+
+def _text_files(
+    family: str, config: ModelConfig, tokenizer: Tokenizer | None, eos_id: int | None, dtype: torch.dtype
+) -> dict[str, bytes]:
+    """The JSON files of a transformers folder."""
+    if tokenizer and tokenizer.vocab_size > config.vocab_size:
+        raise ConfigError("--tokenizer", f"{tokenizer.name} has {tokenizer.vocab_size} ids, the model only {config.vocab_size}")
+    pad_id = tokenizer.inner.token_to_id(PAD_TEXT) if tokenizer else None
+    pad_id = eos_id if pad_id is None else pad_id
+    settings = families.to_settings(family, config, eos_id, pad_id, str(dtype).removeprefix("torch."))
+    generation = {"bos_token_id": None, "eos_token_id": eos_id, "pad_token_id": pad_id}
+    n_tokens = tokenizer.vocab_size if tokenizer else config.vocab_size
+    if config.vocab_rows > n_tokens:  # ids without a token, and rows of padding
+        generation["suppress_tokens"] = list(range(n_tokens, config.vocab_rows))
+    files = {"config.json": settings, "generation_config.json": generation}
+    texts = {name: json.dumps(values, indent=1).encode() for name, values in files.items()}
+    if tokenizer is None:
+        return texts
+    about = config_file(
+        tokenizer.eos_text,
+        tokenizer_class="PreTrainedTokenizerFast",
+        pad_token=tokenizer.inner.id_to_token(pad_id),
+        padding_side="left",  # text is continued at its right end
+        model_max_length=config.seq_len,
+        clean_up_tokenization_spaces=False,
+        add_prefix_space=False,
+    )
+    return texts | {"tokenizer.json": tokenizer.json.encode(), CONFIG_FILE: about}
+
+
+def _their_tokenizer(folder: Path) -> Tokenizer | None:
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        return None
+    try:
+        return load_tokenizer(file)
+    except DataError as problem:
+        log.warning("%s; the checkpoint gets no tokenizer", problem)
+        return None

@@ -1,0 +1,333 @@
+"""prepare-data: text in, a source folder out, nothing lost.
+
+The one idea: the output is a function of the inputs, the tokenizer and the options (the recipe), not of the workers or
+of how often the work was interrupted. OUTPUT/.unfinished holds the state between two runs of the same recipe; when
+meta.json is there, the folder is finished and .unfinished is gone.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import reprlib
+import shutil
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from olmo_train.data.meta import META_FILE, Meta, hash_blocks, read_meta, write_json
+from olmo_train.data.prepare.chunks import Chunk, Skipped
+from olmo_train.data.prepare.inputs import WORK_FOLDER, Unit, find_units
+from olmo_train.data.prepare.readers import chunks
+from olmo_train.data.prepare.tokenize import HARMLESS, NO_TEXT, ChunkResult, count_left_out, tokenize_chunks
+from olmo_train.data.prepare.writer import SourceWriter, Tokenized, WriterState
+from olmo_train.data.tokenizer import Tokenizer, load_tokenizer
+from olmo_train.errors import ConfigError, DataError, UserError, check_choice
+
+VALIDATION = "validation"  # folder of the held-out documents, inside the output
+SAVE_SECONDS = 10.0  # work that a kill costs
+SAVE_ROWS = 2**17  # documents whose rows are kept in memory
+NAMED = 20  # skipped records that meta.json and the console name; the rest is counted
+
+
+@dataclass(frozen=True)
+class PrepareOptions:
+    inputs: tuple[str, ...]
+    output: Path
+    tokenizer: str  # a tokenizer.json or the name of an OLMo tokenizer
+    eos: str | None = None  # the token that ends a document; null: as load_tokenizer finds it
+    text_field: str = "text"
+    workers: int = 1
+    max_shard_tokens: int = 2**28  # 512 MiB as uint16
+    validation_fraction: float | None = None  # of the documents; null: none is held out
+    on_error: str = "skip"  # what a corrupt record does: skip, or stop
+
+    def __post_init__(self) -> None:
+        check_choice("--on-error", self.on_error, ("skip", "stop"))
+        for name in ("workers", "max_shard_tokens"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"--{name.replace('_', '-')}", f"must be at least 1, got {getattr(self, name)}")
+        fraction = self.validation_fraction
+        if fraction is not None and not 0 < fraction <= 0.5:
+            raise ConfigError("--validation-fraction", f"must be above 0 and at most 0.5, got {fraction}")
+
+    @property
+    def hold_out_every(self) -> int | None:
+        return None if self.validation_fraction is None else round(1 / self.validation_fraction)
+
+
+@dataclass
+class Progress:
+    """Where the work is: what a progress bar needs."""
+
+    input_bytes: int = 0  # done, of total_bytes
+    total_bytes: int = 0
+    tokens: int = 0
+    documents: int = 0
+    resumed_tokens: int = 0  # of these, those that an earlier run made
+
+
+@dataclass
+class PrepareResult:
+    meta: Meta
+    validation: Meta | None
+    already_finished: bool = False
+
+
+@dataclass
+class _State:
+    """Kept as JSON in the work folder."""
+
+    recipe: dict
+    unit: int = 0  # the chunk to go on with
+    chunk: int = 0
+    input_bytes: int = 0
+    documents: int = 0  # held-out ones included
+    left_out: dict = field(default_factory=dict)  # reason: {"records": n, "bytes": n}
+    first: list = field(default_factory=list)  # the first corrupt records: {"where", "why"}
+    train: WriterState = field(default_factory=WriterState)
+    validation: WriterState = field(default_factory=WriterState)
+
+
+def prepare(
+    options: PrepareOptions,
+    on_progress: Callable[[Progress], None] = lambda progress: None,
+    on_skip: Callable[[Skipped], None] = lambda skipped: None,
+    on_note: Callable[[str], None] = lambda note: None,
+) -> PrepareResult:
+    """Tokenize the inputs into the output folder, going on where an earlier run of the same recipe was interrupted.
+
+    Raises ConfigError for wrong options or an output that belongs to another recipe, DataError for inputs that give no
+    documents, and for the first corrupt record with on_error 'stop'; after a DataError the output folder is as before.
+    """
+    tokenizer = load_tokenizer(options.tokenizer, eos=options.eos)
+    unread: dict[str, dict[str, int]] = {}
+
+    def on_left_out(skipped: Skipped) -> None:
+        if skipped.records:
+            count_left_out(unread, skipped.reason, skipped.records, skipped.size)
+        if skipped.detail:
+            on_note(f"{skipped.where}: {skipped.why}")
+
+    units = find_units(list(options.inputs), on_left_out)
+    recipe = _recipe(options, tokenizer, units)
+    output = options.output
+    if (output / META_FILE).exists():
+        meta = read_meta(output)
+        _same_recipe(output, meta.recipe, recipe)
+        shutil.rmtree(output / WORK_FOLDER, ignore_errors=True)
+        held_out = read_meta(output / VALIDATION) if options.hold_out_every else None
+        return PrepareResult(meta, held_out, already_finished=True)
+    existed = output.exists()
+    with _locked(output) as work:
+        state = _load_state(output, work, recipe)
+        run = _Run(options, tokenizer, units, unread, state, work, on_progress, on_skip)
+        try:
+            meta, held_out = run.run()
+        except UserError:
+            run.discard()
+            if not existed:
+                shutil.rmtree(output)
+            raise
+        except OSError as problem:  # a full disk, most often: what is done is kept
+            raise DataError(problem.filename or output, f"{problem.strerror}; the same command goes on from here") from problem
+        finally:
+            run.close()
+        shutil.rmtree(work)
+    return PrepareResult(meta, held_out)
+
+
+class _Run:
+    """One run from the state it finds to the finished folder."""
+
+    def __init__(self, options, tokenizer, units, unread, state, work, on_progress, on_skip):
+        self.options, self.tokenizer, self.units, self.state, self.work = options, tokenizer, units, state, work
+        self.unread = unread  # files of the inputs that are not opened: reason: {"records": files, "bytes": n}
+        self.on_progress, self.on_skip = on_progress, on_skip
+        most, output = options.max_shard_tokens, options.output
+        self.train = SourceWriter(output, work / "train", tokenizer, most, state.train)
+        self.every = options.hold_out_every
+        self.held_out = None
+        if self.every:
+            self.held_out = SourceWriter(output / VALIDATION, work / VALIDATION, tokenizer, most, state.validation)
+        self.writers = [writer for writer in (self.held_out, self.train) if writer]  # the folder itself is finished last
+        self.progress = Progress(state.input_bytes, sum(unit.size for unit in units))
+        self.progress.resumed_tokens = self._count()
+
+    def _count(self) -> int:
+        self.progress.documents = self.state.documents
+        self.progress.tokens = sum(writer.n_tokens for writer in self.writers)
+        return self.progress.tokens
+
+    def run(self) -> tuple[Meta, Meta | None]:
+        state, saved = self.state, time.monotonic()
+        if state.first and self.options.on_error == "stop":
+            raise DataError(state.first[0]["where"], state.first[0]["why"])
+        places: deque[tuple[int, int]] = deque()
+        results = tokenize_chunks(self._chunks(places), self.tokenizer, self.options.text_field, self.options.workers)
+        for result in results:
+            self._take(result)
+            state.unit, state.chunk = places.popleft()
+            self._count()
+            self.on_progress(self.progress)
+            rows = sum(writer.unsaved_rows for writer in self.writers)
+            if time.monotonic() - saved > SAVE_SECONDS or rows > SAVE_ROWS:
+                self._save()
+                saved = time.monotonic()
+        self._save()
+        self._refuse_nothing()
+        account = self._account()
+        corrupt = sum(n["records"] for reason, n in state.left_out.items() if reason not in HARMLESS)
+        empty = state.left_out.get(NO_TEXT, {"records": 0})["records"]
+        skipped = {"records": corrupt, "empty": empty, "first": state.first}
+        metas = [writer.finish(skipped, account, state.recipe) for writer in self.writers]
+        return metas[-1], metas[0] if self.every else None
+
+    def _chunks(self, places: deque[tuple[int, int]]) -> Iterator[Chunk]:
+        """The chunks that are still to do; `places` gets, for each, where to go on once it is done."""
+        for unit in range(self.state.unit, len(self.units)):
+            skip = self.state.chunk if unit == self.state.unit else 0
+            for number, chunk in enumerate(chunks(self.units[unit], self.options.text_field)):
+                if number >= skip:
+                    places.append((unit, number + 1))
+                    yield chunk
+
+    def _take(self, result: ChunkResult) -> None:
+        state = self.state
+        for skipped in result.skipped:
+            if self.options.on_error == "stop" and skipped.reason not in HARMLESS:
+                raise DataError(skipped.where, f"{skipped.why}; correct it, or leave it out with --on-error skip")
+            if len(state.first) < NAMED:
+                state.first.append({"where": skipped.where, "why": skipped.why})
+                self.on_skip(skipped)
+        for reason, n in result.left_out.items():
+            count_left_out(state.left_out, reason, **n)
+        state.input_bytes += result.input_bytes
+        self.progress.input_bytes = state.input_bytes
+        documents = result.documents
+        if self.every is None:
+            self.train.add(documents)
+        else:
+            self._split(documents)
+        state.documents += len(documents)
+
+    def _split(self, documents: Tokenized) -> None:
+        """Every `every`-th document of the whole input is held out, the last of each `every`."""
+        low, n = 0, len(documents)
+        first = (self.every - 1 - self.state.documents) % self.every
+        for held in range(first, n, self.every):
+            if low < held:
+                self.train.add(documents.part(low, held))
+            self.held_out.add(documents.part(held, held + 1))
+            low = held + 1
+        if low < n:
+            self.train.add(documents.part(low, n))
+
+    def _refuse_nothing(self) -> None:
+        state = self.state
+        if not state.documents:
+            records = sum(n["records"] for n in state.left_out.values())
+            why = f"; {state.first[0]['where']}: {state.first[0]['why']}" if state.first else ""
+            raise DataError(" ".join(self.options.inputs), f"gives no documents ({records} records were skipped){why}")
+        if self.every and not self.held_out.state.documents:
+            fraction = self.options.validation_fraction
+            raise DataError(
+                "--validation-fraction",
+                f"{fraction} holds out every {self.every}th document, but there are {state.documents}; raise it",
+            )
+
+    def _account(self) -> dict:
+        """Where every byte and record of the input went. Bytes are those of the files on disk, compressed or not."""
+        state, recipe = self.state, self.state.recipe
+        assert state.input_bytes == recipe["input_bytes"], (state.input_bytes, recipe["input_bytes"])
+        assert state.documents == sum(writer.state.documents for writer in self.writers), state.documents
+        left_out = {reason: dict(n) for reason, n in state.left_out.items()}
+        for reason, n in self.unread.items():
+            count_left_out(left_out, reason, **n)
+        records, bytes = (sum(n[key] for n in left_out.values()) for key in ("records", "bytes"))
+        unread_files, unread_bytes = (sum(n[key] for n in self.unread.values()) for key in ("records", "bytes"))
+        read = {"files": recipe["input_files"] + unread_files, "bytes": state.input_bytes + unread_bytes}
+        written = {"documents": state.documents, "bytes": read["bytes"] - bytes, "tokens": self._count()}
+        return {"in": {**read, "records": state.documents + records}, "out": written, "left_out": left_out}
+
+    def _save(self) -> None:
+        for writer in self.writers:
+            writer.save()
+        write_json(self.work / "state.json", asdict(self.state))
+
+    def discard(self) -> None:
+        """Take back everything that was written."""
+        self.close()
+        for folder in {writer.folder for writer in self.writers}:
+            for pattern in ("tokens-*.bin", "labels-*.bin", "documents.*", "tokenizer.json", META_FILE):
+                for file in folder.glob(pattern):
+                    file.unlink()
+        if self.held_out:
+            self.held_out.folder.rmdir()
+        shutil.rmtree(self.work)
+
+    def close(self) -> None:
+        for writer in self.writers:
+            writer.close()
+
+
+def _recipe(options: PrepareOptions, tokenizer: Tokenizer, units: list[Unit]) -> dict:
+    """What the output depends on. Contents of large inputs are compared by blocks."""
+    digest, files, size = hashlib.sha256(), 0, 0
+    for unit in units:
+        for path, origin in zip(unit.files, unit.origins, strict=True):
+            digest.update(json.dumps([unit.format, origin, path.stat().st_size, hash_blocks(path)]).encode())
+        files, size = files + len(unit.files), size + unit.size
+    return {
+        "inputs": list(options.inputs),
+        "input_files": files,
+        "input_bytes": size,
+        "input_sha256": digest.hexdigest(),
+        "tokenizer_sha256": tokenizer.sha256,
+        "eos_text": tokenizer.eos_text,
+        "text_field": options.text_field,
+        "max_shard_tokens": options.max_shard_tokens,
+        "validation_fraction": options.validation_fraction,
+    }
+
+
+def _same_recipe(output: Path, before: dict, now: dict) -> None:
+    for key in now:
+        if before.get(key, now[key]) != now[key]:  # an earlier version may not have recorded it
+            was, is_now = (reprlib.repr(recipe.get(key)) for recipe in (before, now))
+            raise ConfigError(output, f"was prepared with {key} {was}, now it is {is_now}; choose another --output")
+
+
+def _load_state(output: Path, work: Path, recipe: dict) -> _State:
+    file = work / "state.json"
+    if file.exists():
+        values = json.loads(file.read_bytes())
+        _same_recipe(output, values["recipe"], recipe)
+        if "left_out" not in values:
+            raise ConfigError(output, "holds the unfinished work of an older version; remove it, or choose another --output")
+        train, validation = WriterState(**values.pop("train")), WriterState(**values.pop("validation"))
+        return _State(**values, train=train, validation=validation)
+    others = [path.name for path in output.iterdir() if path != work]
+    if others:
+        shutil.rmtree(work)
+        raise ConfigError(output, f"holds other files ({sorted(others)[0]}); choose an empty --output")
+    state = _State(recipe)
+    write_json(file, asdict(state))
+    return state
+
+
+@contextmanager
+def _locked(output: Path) -> Iterator[Path]:
+    """The work folder, for this process alone."""
+    work = output / WORK_FOLDER
+    work.mkdir(parents=True, exist_ok=True)
+    with open(work / "lock", "w", encoding="utf-8") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as problem:
+            raise ConfigError(output, "another prepare-data is writing here; wait for it or choose another --output") from problem
+        yield work

@@ -1,0 +1,206 @@
+"""Writes one source folder: shards, label masks, documents.parquet, documents.ids and, last, meta.json.
+
+The one idea: `save` makes everything so far durable and gives a small state; a writer made with that state cuts the
+files back to it and goes on. So a kill at any moment costs the work since the last `save` and nothing else. A document
+is never split over two shards; one that is longer than a shard may be is a shard alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from olmo_train.data.documents import DOCUMENTS_FILE
+from olmo_train.data.meta import FORMAT_VERSION, TOKENIZER_FILE, Meta, ShardMeta, hash_blocks, hash_file, write_meta
+from olmo_train.data.prepare.documents import DocumentParts
+from olmo_train.data.tokenizer import Tokenizer
+from olmo_train.storage import flush_folder
+
+
+@dataclass
+class Tokenized:
+    """Documents as tokens, each with its EOS behind it."""
+
+    tokens: np.ndarray  # (n,) of the tokenizer's dtype
+    lengths: np.ndarray  # (documents,) tokens of each, EOS not included
+    mask: np.ndarray | None  # (n,) uint8, 1 = scored; None: all ones
+    ids: list[str]
+    origins: list[str]
+    records: list[int | None]
+    bytes: np.ndarray  # (documents,) UTF-8 bytes of the text
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def ends(self) -> np.ndarray:
+        """(documents,) where each ends in `tokens`, EOS included."""
+        return np.cumsum(self.lengths + 1)
+
+    def part(self, low: int, high: int) -> Tokenized:
+        """Documents [low, high)."""
+        ends = np.concatenate([[0], self.ends()])
+        span = slice(int(ends[low]), int(ends[high]))
+        mask = None if self.mask is None else self.mask[span]
+        lists = [values[low:high] for values in (self.ids, self.origins, self.records)]
+        return Tokenized(self.tokens[span], self.lengths[low:high], mask, *lists, self.bytes[low:high])  # type: ignore[call-arg]
+
+
+@dataclass
+class WriterState:
+    """What is durable. Kept as JSON between two runs."""
+
+    shards: list[dict] = field(default_factory=list)  # finished ones
+    shard_tokens: int = 0  # of the unfinished shard
+    shard_labels: bool = False  # whether it has a label mask
+    documents: int = 0
+    bytes: int = 0
+    parts: int = 0  # files of rows for documents.parquet
+
+
+class SourceWriter:
+    """Appends documents to a source folder. `work` is a folder for what must not stay."""
+
+    def __init__(self, folder: Path, work: Path, tokenizer: Tokenizer, max_shard_tokens: int, state: WriterState):
+        folder.mkdir(parents=True, exist_ok=True)
+        work.mkdir(parents=True, exist_ok=True)
+        self.folder, self.tokenizer, self.max_shard_tokens, self.state = folder, tokenizer, max_shard_tokens, state
+        self._parts = DocumentParts(work, state.parts)
+        names = self._names()
+        self._tokens = _HashedFile(folder / names[0], state.shard_tokens * tokenizer.dtype.itemsize)
+        self._labels = _HashedFile(folder / names[1], state.shard_tokens) if state.shard_labels else None
+
+    def _names(self) -> tuple[str, str]:
+        index = len(self.state.shards)
+        return f"tokens-{index:05d}.bin", f"labels-{index:05d}.bin"
+
+    def add(self, documents: Tokenized) -> None:
+        """Append documents; a shard that is full is closed."""
+        low = 0
+        while low < len(documents):
+            rest = documents.part(low, len(documents)) if low else documents
+            room = self.max_shard_tokens - self.state.shard_tokens
+            fit = int(np.searchsorted(rest.ends(), room, side="right"))
+            if not fit and self.state.shard_tokens:
+                self._close_shard()
+                continue
+            fit = max(fit, 1)
+            self._append(rest.part(0, fit) if fit < len(rest) else rest)
+            low += fit
+
+    def _append(self, documents: Tokenized) -> None:
+        state, begin = self.state, self.state.shard_tokens
+        self._tokens.write(documents.tokens)
+        mask = None if documents.mask is None or documents.mask.all() else documents.mask
+        if mask is not None and self._labels is None:
+            self._labels = _HashedFile(self.folder / self._names()[1], 0)
+            self._labels.write(np.ones(begin, np.uint8))
+            state.shard_labels = True
+        if self._labels:
+            self._labels.write(np.ones(len(documents.tokens), np.uint8) if mask is None else mask)
+        ends = begin + documents.ends() - 1
+        shard = len(state.shards)
+        self._parts.add(shard, documents.ids, ends - documents.lengths, ends, documents.origins, documents.records)
+        state.shard_tokens += len(documents.tokens)
+        state.documents += len(documents)
+        state.bytes += int(documents.bytes.sum())
+
+    def _close_shard(self) -> None:
+        tokens, labels, state = self._tokens, self._labels, self.state
+        tokens.close()
+        mask = None
+        if labels:
+            labels.close()
+            mask = {"file": labels.path.name, "sha256": labels.digest.hexdigest()}
+        digest, size = tokens.digest.hexdigest(), state.shard_tokens * self.tokenizer.dtype.itemsize
+        assert tokens.path.stat().st_size == size, (tokens.path, tokens.path.stat().st_size, size)
+        blocks = hash_blocks(tokens.path)
+        state.shards.append(asdict(ShardMeta(tokens.path.name, state.shard_tokens, size, digest, blocks, mask)))
+        state.shard_tokens, state.shard_labels, self._labels = 0, False, None
+        self._tokens = _HashedFile(self.folder / self._names()[0], 0)
+
+    @property
+    def n_tokens(self) -> int:
+        return self.state.shard_tokens + sum(shard["tokens"] for shard in self.state.shards)
+
+    @property
+    def unsaved_rows(self) -> int:
+        return self._parts.rows
+
+    def save(self) -> WriterState:
+        """Flush everything to the disk; the state that it can be taken up from."""
+        for file in (self._tokens, self._labels):
+            if file:
+                file.flush()
+        flush_folder(self.folder)
+        self.state.parts = self._parts.save()
+        return self.state
+
+    def finish(self, skipped: dict, account: dict, recipe: dict) -> Meta:
+        """Close the last shard, write the documents and meta.json. Call `save` before."""
+        if self.state.shard_tokens:
+            self._close_shard()
+        self._tokens.close()
+        self._tokens.path.unlink()
+        shards = tuple(ShardMeta(**shard) for shard in self.state.shards)
+        rows, document_tokens = self._parts.merge(self.folder, [shard.tokens for shard in shards])
+        state, tokenizer = self.state, self.tokenizer
+        on_disk = sum((self.folder / shard.file).stat().st_size for shard in shards) // tokenizer.dtype.itemsize
+        tokens = sum(shard.tokens for shard in shards)
+        assert rows == state.documents and on_disk == tokens == document_tokens + rows, (rows, on_disk, tokens)
+        (self.folder / TOKENIZER_FILE).write_text(tokenizer.json, encoding="utf-8")
+        meta = Meta(
+            format_version=FORMAT_VERSION,
+            dtype=tokenizer.dtype.name,
+            tokenizer=tokenizer.name,
+            tokenizer_sha256=tokenizer.sha256,
+            vocab_size=tokenizer.vocab_size,
+            eos_id=tokenizer.eos_id,
+            eos_text=tokenizer.eos_text,
+            tokens=tokens,
+            documents=state.documents,
+            bytes=state.bytes,
+            shards=shards,
+            documents_sha256=hash_file(self.folder / DOCUMENTS_FILE),
+            skipped=skipped,
+            account=account,
+            recipe=recipe,
+        )
+        write_meta(self.folder, meta)
+        return meta
+
+    def close(self) -> None:
+        """Let go of the open files, as they are."""
+        for file in (self._tokens, self._labels):
+            if file:
+                try:
+                    file.stream.close()
+                except OSError:  # the disk is full: what was not saved comes again
+                    pass
+
+
+class _HashedFile:
+    """A file that is appended to and knows the sha256 of what it holds. Opening it cuts it to `size` bytes."""
+
+    def __init__(self, path: Path, size: int):
+        self.path, self.digest = path, hashlib.sha256()
+        self.stream = open(path, "r+b" if path.exists() else "w+b")  # noqa: SIM115
+        self.stream.truncate(size)
+        while block := self.stream.read(2**22):
+            self.digest.update(block)
+
+    def write(self, array: np.ndarray) -> None:
+        data = memoryview(np.ascontiguousarray(array)).cast("B") if len(array) else b""
+        self.digest.update(data)
+        self.stream.write(data)
+
+    def flush(self) -> None:
+        self.stream.flush()
+        os.fsync(self.stream.fileno())
+
+    def close(self) -> None:
+        self.flush()
+        self.stream.close()

@@ -1,0 +1,102 @@
+"""What is measured while a run trains: the loss on held-out sources, and downstream tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+
+from torch import Tensor
+
+from olmo_train.data.loader import Batch, validation_batches
+from olmo_train.data.mixture import Mixture
+from olmo_train.data.shards import TokenSource
+from olmo_train.data.tokenizer import TokenizerRecord, load_tokenizer
+from olmo_train.errors import ConfigError
+from olmo_train.eval.downstream import TokenizedTask, load_task, results_of, score
+from olmo_train.eval.perplexity import loss_sums
+from olmo_train.log.interval import loss_metrics
+from olmo_train.model.transformer import Transformer
+from olmo_train.parallel import shard
+from olmo_train.parallel.world import World
+from olmo_train.train_config import TrainConfig
+
+
+class Evaluation:
+    """The validation sources and downstream tasks of a run, opened once."""
+
+    def __init__(self, config: TrainConfig, world: World, mixture: Mixture):
+        """Raises ConfigError and DataError."""
+        self.config, self.world, self.mixture = config, world, mixture
+        self.sources = mixture.open_validation()
+        self.tokenizer: TokenizerRecord | None = None  # of the tasks
+        self.tasks = self._open_tasks()
+
+    def is_due(self, step: int, last: bool) -> bool:
+        due = last or step % self.config.eval.interval_steps == 0
+        return due and bool(self.sources or self.tasks)
+
+    def _open_tasks(self) -> list[TokenizedTask]:
+        """The downstream tasks, tokenized."""
+        wanted, shape = self.config.eval, self.config.model
+        if not wanted.downstream:
+            return []
+        named = wanted.tokenizer or next((source.folder for source in self.mixture.sources if source.folder), None)
+        if named is None:
+            raise ConfigError("eval.tokenizer", "is needed for eval.downstream, as the data are raw token files; name theirs")
+        try:
+            tokenizer = load_tokenizer(named)
+        except ConfigError as problem:
+            raise ConfigError("eval.tokenizer", str(problem)) from problem
+        self.tokenizer = tokenizer.record("eval.tokenizer")
+        if tokenizer.vocab_size > shape.vocab_size:
+            raise ConfigError(
+                "eval.tokenizer",
+                f"{tokenizer.name} has {tokenizer.vocab_size} ids, the model only {shape.vocab_size}; name that of the data",
+            )
+        try:
+            return [load_task(word, tokenizer, shape.seq_len, wanted.downstream_limit) for word in wanted.downstream]
+        except ConfigError as problem:
+            raise ConfigError("eval.downstream", problem.what) from problem
+
+    def measure(self, model: Transformer, beat: Callable[[], None], stop: Callable[[], bool]) -> dict[str, float] | None:
+        """Loss on each source and results of each task; None when `stop` said so in between, on all ranks alike.
+
+        `beat` is called before each batch.
+        """
+        try:
+            return self._measure(model, beat, stop)
+        finally:
+            shard.reshard(model)  # a save may follow
+
+    def _measure(self, model: Transformer, beat: Callable[[], None], stop: Callable[[], bool]) -> dict[str, float] | None:
+        metrics = {}
+        for source in self.sources:
+            sums = self.world.sum(loss_sums(model, self._batches(source, beat), stop))
+            if stop():
+                return None
+            loss, tokens = sums.tolist()
+            # A source's n_bytes are the text of all its tokens, all of which but the first are scored.
+            metrics |= loss_metrics(f"eval/{source.name}", loss, tokens, source.n_bytes)
+        for task in self.tasks:
+            scores = self.world.sum(self._scores(task, model, beat, stop))
+            if stop():
+                return None
+            metrics |= results_of(task, scores.tolist()).metrics()
+        return metrics
+
+    def _batches(self, source: TokenSource, beat: Callable[[], None]) -> Iterator[Batch]:
+        config, world = self.config, self.world
+        rows, seq_len = config.rows_per_forward, config.model.seq_len
+        for batch in validation_batches(source, seq_len, rows, world.rank, world.size, self.mixture.eos_id):
+            beat()
+            yield batch
+
+    def _scores(self, task: TokenizedTask, model: Transformer, beat: Callable[[], None], stop: Callable[[], bool]) -> Tensor:
+        """This rank's log-likelihoods of the choices of a task, see `score`."""
+
+        def watch(batches: Iterable, *_: object) -> Iterator:
+            for batch in batches:
+                beat()
+                yield batch
+
+        batch_tokens = self.config.micro_batch_size * self.config.model.seq_len
+        return score(model, task, batch_tokens, self.world.rank, self.world.size, stop, watch)

@@ -1,0 +1,1 @@
+"""What protects a run: non-finite steps, spikes, rewinds, replica checks, the watchdog and stop signals."""

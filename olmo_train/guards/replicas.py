@@ -1,0 +1,70 @@
+"""Whether ranks that must hold the same bits do: whole copies of the sharded state (HSDP), and what every rank holds alike.
+
+A flipped bit or a faulty device leaves finite weights and a plausible loss; nothing but a comparison tells. Each rank hashes
+its shards on the device, and a few integers of each rank are compared on the host.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections import Counter
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from olmo_train.parallel.world import World
+
+CHUNK = 1 << 22  # elements hashed at once: 32 MB of integers on the device for a moment
+FACTOR = 6364136223846793005  # odd; the multiplier of Knuth's MMIX generator
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # bytes of an element: the type of its bits
+
+
+@torch.no_grad()
+def fingerprint(tensor: Tensor) -> Tensor:
+    """A hash of the bits of this rank's part of a tensor: int64, no dimensions, on its device, without a host sync.
+
+    The bits as integers, each times an odd number of its place, are summed modulo 2^64. An odd factor has an inverse there,
+    so a change of any one element of up to 4 bytes always changes the sum; more changes at once escape by chance alone.
+    """
+    local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    bits = local.detach().contiguous().reshape(-1).view(INTEGERS[local.element_size()])
+    places = torch.arange(1, 2 * min(CHUNK, bits.numel()) + 1, 2, device=bits.device)
+    total = torch.zeros((), dtype=torch.int64, device=bits.device)
+    for chunk in bits.split(CHUNK):
+        total = total * FACTOR + (chunk * places[: chunk.numel()]).sum()
+    return total
+
+
+def odd_ones(prints: Mapping[int, object]) -> list[int]:
+    """The ranks whose print is not the majority's; all of them when there is no majority, none when all are alike."""
+    counts = Counter(prints.values())
+    if len(counts) == 1:
+        return []
+    [(common, n)] = counts.most_common(1)
+    return sorted(rank for rank, found in prints.items() if 2 * n <= len(prints) or found != common)
+
+
+def divergence(sharded: Mapping[str, Tensor], alike: Mapping[str, Tensor], world: World, replicas: int) -> str | None:
+    """Which ranks hold other bits than their peers, and in which tensor first; None when there are none.
+
+    `sharded` tensors are compared between the ranks of the same place in each of the `replicas`, those that are `alike`
+    between all ranks. Collective; every rank gets the same answer.
+    """
+    if world.size == 1:
+        return None
+    compared = {**alike, **(sharded if replicas > 1 else {})}
+    prints = torch.stack([fingerprint(tensor) for tensor in compared.values()]).tolist()
+    ranks = world.gather((prints, f"{socket.gethostname()}, {world.device}"))
+    shards = world.size // replicas  # the mesh counts ranks along "shard" first, so that rank % shards is the place
+    suspects, first = set(), None
+    for i, name in enumerate(compared):
+        groups = [range(world.size)] if name in alike else [range(place, world.size, shards) for place in range(shards)]
+        for group in groups:
+            odd = odd_ones({rank: ranks[rank][0][i] for rank in group})
+            suspects.update(odd)
+            first = first or (name if odd else None)
+    if first is None:
+        return None
+    named = " and ".join(f"rank {rank} ({ranks[rank][1]})" for rank in sorted(suspects))
+    return f"{named} {'holds other bits than its peers' if len(suspects) == 1 else 'hold different bits'}, first in {first}"

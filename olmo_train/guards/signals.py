@@ -1,0 +1,48 @@
+"""Stop signals: SIGTERM, SIGINT and SIGUSR1."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Iterator
+
+
+def too_slow_to_stop(step_seconds: float, save_seconds: float) -> str | None:
+    """What to do when a step and a save take longer than torchrun waits after a signal; None when they fit, or without
+    torchrun. It kills what has not ended by then: 30 s unless its environment says otherwise."""
+    patience = float(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", 30))
+    needed = step_seconds + save_seconds
+    if "TORCHELASTIC_RUN_ID" not in os.environ or needed < patience:
+        return None
+    return (
+        f"a signal to torchrun would lose steps: a step and a save take {needed:.0f} s, and torchrun kills its processes after "
+        f"{patience:.0f} s; start it with TORCH_ELASTIC_SHUTDOWN_TIMEOUT={2 * needed:.0f}, or signal the processes themselves"
+    )
+
+
+class StopSignals:
+    """Which stop signal this process has got, if any: SIGTERM, SIGINT or SIGUSR1. A second one ends it at once."""
+
+    NAMES = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+    def __init__(self) -> None:
+        self.received = 0  # the signal's number, 0 for none
+
+    @contextlib.contextmanager
+    def installed(self) -> Iterator[StopSignals]:
+        if threading.current_thread() is not threading.main_thread():
+            yield self  # Python takes signals in the main thread only: as a library in a thread, the caller's business
+            return
+        before = {name: signal.signal(name, self._receive) for name in self.NAMES}
+        try:
+            yield self
+        finally:
+            for name, handler in before.items():
+                signal.signal(name, handler)
+
+    def _receive(self, number: int, frame: object) -> None:
+        if self.received:
+            os._exit(128 + number)  # committed checkpoints are whole at any moment
+        self.received = number

@@ -1,0 +1,57 @@
+"""What a run tells: metrics and events to its files, lines to the console. On rank 0; the other ranks' records are silent."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from olmo_train.log.console import Console
+from olmo_train.log.recorder import Recorder
+from olmo_train.parallel.world import World
+from olmo_train.train_config import TrainConfig
+
+
+class Records:
+    def __init__(self, config: TrainConfig, world: World, last_step: int, resolved: dict[str, Any]):
+        """`last_step`: the step that the run goes on from; `resolved`: the configuration as it is saved."""
+        run_dir = Path(config.run_dir)
+        self._recorder = world.on_main_only(lambda: Recorder(run_dir, config.log, resolved, last_step))
+        self._console = world.on_main_only(lambda: Console(config.run_dir, last_step, config.steps))
+
+    @property
+    def _is_silent(self) -> bool:
+        return self._recorder is None
+
+    def log(self, step: int, line: dict[str, Any]) -> None:
+        """One line of metrics."""
+        if not self._is_silent:
+            self._recorder.log(step, line)
+            self._console.log(step, line)
+
+    def event(self, event: str, step: int, **details: Any) -> None:
+        if not self._is_silent:
+            self._recorder.event(event, step, **details)
+
+    def say(self, text: str) -> None:
+        if not self._is_silent:
+            self._console.say(text)
+
+    def count(self, step: int) -> None:
+        """A step is done."""
+        if not self._is_silent:
+            self._console.step(step)
+
+    def sync(self) -> None:
+        """All that was told so far survives a power cut."""
+        if not self._is_silent:
+            self._recorder.sync()
+
+    def settle(self, committed_step: int) -> None:
+        """No resume will compute the steps up to this one again: mirrors may have them."""
+        if not self._is_silent:
+            self._recorder.settle(committed_step)
+
+    def close(self) -> None:
+        if not self._is_silent:
+            self._console.close()
+            self._recorder.close()

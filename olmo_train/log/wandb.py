@@ -1,0 +1,166 @@
+"""The W&B mirror of a run. Only this module imports wandb."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import uuid
+from pathlib import Path
+from typing import Any
+
+from olmo_train.log.config import WandbConfig
+from olmo_train.log.version import code_version
+from olmo_train.storage import replace_file
+
+log = logging.getLogger(__name__)
+MODES = {"online": "online", "run": "online", "offline": "offline", "dryrun": "offline", "disabled": "disabled"}  # WANDB_MODE
+PATIENCE = 30  # seconds that a start or an end waits for W&B's server at most
+
+
+def wandb_mode(config: WandbConfig) -> str:
+    """online, offline or disabled. `auto` follows the environment, else goes online when a key is at hand, and never asks."""
+    if config.mode != "auto":
+        return config.mode
+    if os.environ.get("WANDB_DISABLED", "").strip().lower() not in ("", "0", "false", "no", "off"):
+        return "disabled"
+    if named := os.environ.get("WANDB_MODE", "").strip().lower():
+        if named not in MODES:
+            log.warning("WANDB_MODE '%s' is not one of %s; W&B stays offline", named, ", ".join(MODES))
+        return MODES.get(named, "offline")
+    import netrc
+    from urllib.parse import urlsplit
+
+    host = urlsplit(server_url()).hostname
+    if os.environ.get("WANDB_API_KEY"):
+        return "online"
+    try:
+        return "online" if netrc.netrc().authenticators(host or "") else "offline"
+    except (OSError, netrc.NetrcParseError):
+        return "offline"
+
+
+def server_url() -> str:
+    return os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+
+
+def check_answers(url: str) -> None:
+    """Raise OSError when nothing answers at a URL, with whatever: W&B's client takes far longer to find that out."""
+    import ssl
+    import urllib.error
+    import urllib.request
+
+    try:
+        urllib.request.urlopen(url, timeout=PATIENCE / 3).close()
+    except urllib.error.HTTPError:
+        pass  # an answer too
+    except urllib.error.URLError as problem:
+        if not isinstance(problem.reason, ssl.SSLError):  # the client may know a certificate that we do not
+            raise OSError(f"{url}: {problem.reason}") from problem
+
+
+class WandbMirror:
+    """The run on Weights & Biases, under one id over all restarts, with each step once (docs/decisions/0006).
+
+    A line that may be computed again after a resume waits until a checkpoint covers it; online, where someone watches, it
+    is sent at once. What a killed attempt had not delivered is sent again from metrics.jsonl.
+    """
+
+    name = "W&B"
+
+    def __init__(self, run_dir: Path, config: WandbConfig, mode: str, resolved: dict[str, Any]):
+        self._folder = run_dir / "wandb"
+        self._folder.mkdir(exist_ok=True)
+        self._unfinished, self._sent_file = self._folder / "unfinished", self._folder / "sent-step"
+        id_file = self._folder / "run-id"
+        self._leave_the_original(id_file)
+        self._set_aside()
+        if not id_file.exists():
+            replace_file(id_file, uuid.uuid4().hex[:8].encode())
+        self._waiting: list[tuple[int, dict[str, float]]] = []
+        options = {
+            "project": config.project or os.environ.get("WANDB_PROJECT") or "olmo-train",
+            "entity": config.entity,  # None: the client looks at the environment by itself, as for group and tags
+            "group": config.group,
+            "name": config.name or os.environ.get("WANDB_NAME") or run_dir.resolve().name,
+            "tags": list(config.tags) or None,
+            "dir": str(run_dir),
+            "id": id_file.read_text(encoding="utf-8"),
+            "resume": "allow",
+            "config": {**resolved, "code_version": code_version()},
+        }
+        self._run = self._begin(mode, options)
+        replace_file(id_file, self._run.id.encode())  # an agent of a sweep names it itself
+        self._live = not self._run.offline
+        if self._live:  # the server knows what it has
+            self.sent = self._run.starting_step - 1
+        else:
+            self.sent = int(self._sent_file.read_text(encoding="utf-8")) if self._sent_file.exists() else -1
+            replace_file(self._unfinished, Path(self._run.dir).parent.name.encode())
+        self._run.define_metric("throughput/total_tokens")  # offered as an x axis
+
+    def _begin(self, mode: str, options: dict[str, Any]) -> Any:
+        """The client's run; offline when the server cannot be reached, which the client by itself does not do."""
+        if os.environ.get("WANDB_MODE", mode) not in MODES:
+            os.environ["WANDB_MODE"] = mode  # the client fails on a spelling that it does not know
+        os.environ.setdefault("WANDB_SILENT", "true")  # its own lines, before it has settings
+        os.environ.setdefault("WANDB_DATA_DIR", str(self._folder.resolve()))  # everything lies under the run_dir
+        logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)  # its telemetry fails aloud
+        import wandb
+
+        options["settings"] = wandb.Settings(init_timeout=PATIENCE, finish_timeout=PATIENCE, silent=True)
+        if mode == "online":
+            try:
+                check_answers(server_url())
+                return wandb.init(mode=mode, **options)
+            except Exception as problem:
+                log.warning(
+                    "W&B cannot be reached, this part of the run is recorded offline (wandb sync sends it later): %s",
+                    " ".join(str(problem).split()),
+                )
+                wandb.teardown()  # or a failed attempt holds the run's id
+        return wandb.init(mode="offline", **options)
+
+    def _leave_the_original(self, id_file: Path) -> None:
+        """In a copy of a run_dir, begin a new run on W&B, which gets the whole history: the id belongs to the original.
+
+        A folder that was moved on one machine, or that another machine sees under the same path, is no copy.
+        """
+        place_file, here = self._folder / "run-place", {"host": socket.gethostname(), "path": str(self._folder.resolve())}
+        if id_file.exists() and place_file.exists():
+            was = json.loads(place_file.read_text(encoding="utf-8"))
+            original = Path(was["path"], id_file.name)
+            is_there = original.exists() and not original.samefile(id_file)
+            if was["path"] != here["path"] and (was["host"] != here["host"] or is_there):
+                log.warning("this run_dir is a copy of the one on %s at %s: W&B records it as a new run", *was.values())
+                for record in self._folder.glob("offline-run-*"):  # `wandb sync` sends those of the original
+                    record.rename(self._folder / f"copied-{record.name}")
+                for file in (id_file, self._sent_file, self._unfinished):
+                    file.unlink(missing_ok=True)
+        replace_file(place_file, json.dumps(here).encode())
+
+    def _set_aside(self) -> None:
+        """Hide the offline record of an attempt that was killed from `wandb sync`: it lacks its end, which is only known
+        to metrics.jsonl, from where all of its lines are sent again."""
+        if self._unfinished.exists():
+            record = self._folder / self._unfinished.read_text(encoding="utf-8")
+            if record.is_dir():
+                record.rename(self._folder / f"killed-{record.name}")
+            self._unfinished.unlink()
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        if step > self.sent:
+            self._waiting.append((step, metrics))
+        if self._live:
+            self.settle(step)
+
+    def settle(self, step: int) -> None:
+        while self._waiting and self._waiting[0][0] <= step:
+            self.sent, metrics = self._waiting.pop(0)
+            self._run.log(metrics, step=self.sent, commit=True)
+
+    def close(self) -> None:
+        self._run.finish()
+        replace_file(self._sent_file, str(self.sent).encode())
+        self._unfinished.unlink(missing_ok=True)

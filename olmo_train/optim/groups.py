@@ -1,0 +1,44 @@
+"""Parameter groups: which weight decay and which learning rate a parameter gets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from olmo_train.optim.config import OptimConfig
+
+
+@dataclass(frozen=True)
+class Group:
+    """What the optimizer does alike for all parameters of a group."""
+
+    decay: bool  # whether weight decay applies
+    lr_scale: float = 1.0  # times the learning rate of the schedule
+
+
+def group_of(name: str, shape: tuple[int, ...], config: OptimConfig) -> Group:
+    """The group of the parameter called `name`. A tied head is the embedding, so it is decayed only if embeddings are."""
+    if name == "embed.weight":
+        return Group(config.decay_embeddings)
+    return Group(config.decay_norms if "norm" in name else True)
+
+
+def param_groups(parameters: Mapping[str, nn.Parameter], config: OptimConfig) -> list[dict]:
+    """torch's parameter groups of {name: parameter}."""
+    groups: dict[Group, list[nn.Parameter]] = {}
+    for name, parameter in parameters.items():
+        groups.setdefault(group_of(name, tuple(parameter.shape), config), []).append(parameter)
+    return [
+        {"params": params, "weight_decay": config.weight_decay * group.decay, "lr_scale": group.lr_scale}
+        for group, params in groups.items()
+    ]
+
+
+# f(whole matrix) of a tensor that may be sharded, sharded likewise; here: of one that is not. See parallel.on_whole.
+OnWhole = Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]
+
+
+def on_plain(function: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
+    return function(tensor)

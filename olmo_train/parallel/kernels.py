@@ -1,0 +1,85 @@
+"""Which code computes attention, the loss and the products of a model: the choice by device, made once, from outside.
+
+On a CPU attention and loss are C++ of our own where it can be built. On a GPU attention is torch's, by FlashAttention 3 where
+that is installed, and the loss is compiled with the blocks.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+
+from olmo_train.errors import ConfigError
+from olmo_train.model.loss import differentiate_at_once_
+from olmo_train.model.transformer import Attention, Transformer
+
+FLOAT8_MULTIPLE = 16  # of the sizes of a product in float8 (cuBLAS)
+
+
+def choose(model: Transformer, device: torch.device, cpu_kernels: bool | None, compiled: bool, float8: bool) -> None:
+    """Set in a model, in place, what the keys of `parallel` ask for. Raises ConfigError on what cannot be had here."""
+    if has_cpu_kernels(cpu_kernels, device):
+        use_cpu_kernels(model)
+    if device.type == "cuda":
+        use_newest_flash_attention()
+        if compiled:
+            model.loss.differentiate_ = torch.compile(differentiate_at_once_)
+    if float8:
+        use_float8(model, device)
+
+
+def has_cpu_kernels(asked: bool | None, device: torch.device) -> bool:
+    """Whether attention and loss are those of model/cpu_kernels.py; `asked`: None where they are used if they can be built."""
+    if device.type != "cpu":
+        if asked:
+            raise ConfigError("parallel.cpu_kernels", f"is for CPUs, and this is {device.type}; leave it out")
+        return False
+    if asked is False:
+        return False
+    from olmo_train.parallel import cpu_kernels
+
+    try:
+        cpu_kernels.library()
+    except ConfigError:
+        if asked:
+            raise
+        return False
+    return True
+
+
+def uses_cpu_kernels(model: Transformer) -> bool:
+    """What `choose` came to."""
+    return model.blocks[0].attn.attend is not Attention.attend
+
+
+def use_cpu_kernels(model: Transformer) -> None:
+    from olmo_train.parallel import cpu_kernels
+
+    model.loss.differentiate_ = cpu_kernels.differentiate_
+    for block in model.blocks:
+        block.attn.attend = cpu_kernels.attend
+
+
+def use_newest_flash_attention() -> None:
+    """FlashAttention 3 where it is installed and the GPU is of the Hopper generation, for which it is written. Its backward
+    adds in no fixed order, so not where the same bits are asked for."""
+    hopper = torch.cuda.get_device_capability()[0] == 9
+    if hopper and importlib.util.find_spec("flash_attn_interface") and not torch.are_deterministic_algorithms_enabled():
+        torch.nn.attention.activate_flash_attention_impl("FA3")
+
+
+def use_float8(model: Transformer, device: torch.device) -> None:
+    """Products of the blocks in float8 by torchao, scaled by tensor, emulated on a CPU. Raises ConfigError where torchao is
+    missing, the GPU has no float8, or a size is no multiple of 16."""
+    try:
+        from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+    except ImportError:
+        raise ConfigError("parallel.float8", "needs torchao: pip install 'olmo-train[float8]'") from None
+    if device.type == "cuda" and torch.cuda.get_device_capability() < (8, 9):
+        raise ConfigError("parallel.float8", f"{torch.cuda.get_device_name()} has no float8; set false")
+    for name, weight in model.blocks.named_parameters():
+        if weight.ndim == 2 and any(size % FLOAT8_MULTIPLE for size in weight.shape):
+            shape = tuple(weight.shape)
+            raise ConfigError("parallel.float8", f"sizes must be multiples of {FLOAT8_MULTIPLE}, and {name} is {shape}")
+    convert_to_float8_training(model.blocks, config=Float8LinearConfig(emulate=device.type == "cpu"))

@@ -1,0 +1,158 @@
+"""Who am I among the processes: the only file that starts and ends torch.distributed.
+
+One code path for any number of processes: without torchrun's environment the world has one rank, whose group needs no
+port. A World is passed explicitly; there are no globals.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from olmo_train.errors import ConfigError, PeerError, UserError
+from olmo_train.parallel.processes import announced
+
+T = TypeVar("T")
+# gloo reports a closed connection or a timeout as a plain RuntimeError
+GLOO_ERRORS = ("gloo/transport", "Connection closed by peer", "Application timeout caused pair closure")
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all processes of the run."""
+
+    rank: int
+    size: int
+    device: torch.device
+    mesh: DeviceMesh  # ("shard",), or ("replicate", "shard") when there are replicas
+    background_group: Any = field(repr=False)  # gloo group for threads, which must not share a group with the loop
+    control_group: Any = field(repr=False)  # gloo group for small agreements on the host, also beside a GPU
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum a tensor over all ranks, in place and on its device; returns it."""
+        dist.all_reduce(values)
+        return values
+
+    def any(self, flag: int | bool) -> int:
+        """The largest flag of all ranks, on the host: every rank gets the same answer."""
+        shared = torch.tensor(int(flag))
+        dist.all_reduce(shared, op=dist.ReduceOp.MAX, group=self.control_group)
+        return int(shared)
+
+    def on_main(self, function: Callable[[], T]) -> T:
+        """Call a function on rank 0 and give its result, a small picklable object, to every rank.
+
+        A UserError or OSError that it raises is raised on every rank, so that none waits for a rank that is gone.
+        """
+        outcome: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                outcome[0] = function()
+            except (UserError, OSError) as problem:
+                outcome[1] = problem
+        dist.broadcast_object_list(outcome, src=0, group=self.control_group)
+        if outcome[1] is not None:
+            raise outcome[1]
+        return outcome[0]
+
+    def on_main_only(self, function: Callable[[], T]) -> T | None:
+        """Call a function on rank 0; None elsewhere. Errors are raised on every rank, as with on_main."""
+        kept: list[T] = []
+        self.on_main(lambda: kept.append(function()))
+        return kept[0] if kept else None
+
+    def together(self, function: Callable[[], T]) -> T:
+        """Call a function on every rank and give its own result to each. A UserError of any rank, such as a file that only
+        one machine lacks, is raised on all of them."""
+        result, problem = None, None
+        try:
+            result = function()
+        except UserError as own:
+            problem = own
+        rank, problem = next(((rank, p) for rank, p in enumerate(self.gather(problem)) if p is not None), (0, None))
+        if problem is not None:
+            raise problem if rank == 0 else type(problem)(problem.where, f"on rank {rank}: {problem.what}")
+        return result
+
+    def gather(self, value: Any) -> list[Any]:
+        """A small Python object of every rank, in the order of ranks."""
+        values = [None] * self.size
+        dist.all_gather_object(values, value, group=self.control_group)
+        return values
+
+    def barrier(self) -> None:
+        dist.barrier(group=self.control_group)
+
+
+@contextlib.contextmanager
+def peers_named() -> Iterator[None]:
+    """Turn what torch raises when another process is gone or silent into a PeerError."""
+    try:
+        yield
+    except RuntimeError as problem:
+        is_torchs = isinstance(problem, (dist.DistNetworkError, dist.DistBackendError))
+        if not is_torchs and not any(words in str(problem) for words in GLOO_ERRORS):
+            raise
+        reason = _reason(str(problem))
+        raise PeerError("peers", f"another process of the run is gone: {reason}; run the same command again") from problem
+
+
+def _reason(text: str) -> str:
+    """The first sentence of an error of torch, gloo or NCCL, without their source files."""
+    line = next(iter(text.strip().splitlines()), "")
+    return re.sub(r"\[?\S*/\S+:\d+[\],]*\s*", "", line).split(". ")[0].rstrip(". ")
+
+
+@contextlib.contextmanager
+def join_world(replicas: int = 1, timeout_seconds: float = 600) -> Iterator[World]:
+    """Join the processes that torchrun started, or be a world of one; leaves the group at the end.
+
+    `replicas` cuts the world into as many groups that each hold a whole copy of the sharded state (HSDP); 1 is plain FSDP.
+    A collective fails when a rank does not join it within `timeout_seconds`.
+    Raises ConfigError when `replicas` does not divide the number of processes.
+    """
+    processes = announced()
+    size = processes.size
+    if size % replicas:
+        raise ConfigError("parallel.replicas", f"{replicas} does not divide the {size} processes of this run")
+    if torch.cuda.is_available():
+        if processes.local_rank >= (gpus := torch.cuda.device_count()):
+            raise ConfigError(
+                "LOCAL_RANK", f"{processes.local_rank} has no GPU: this machine shows {gpus}; start {gpus} processes"
+            )
+        device, backend = torch.device("cuda", processes.local_rank), "cpu:gloo,cuda:nccl"
+        torch.cuda.set_device(device)
+    else:
+        device, backend = torch.device("cpu"), "gloo"
+    timeout = timedelta(seconds=timeout_seconds)
+    with contextlib.ExitStack() as stack:
+        if processes.launched:
+            dist.init_process_group(backend, timeout=timeout)
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)  # no port needed
+        stack.callback(dist.destroy_process_group)
+        shape, names = ((replicas, size // replicas), ("replicate", "shard")) if replicas > 1 else ((size,), ("shard",))
+        mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
+        for group in mesh.get_all_groups():  # which torch makes with its own default, on a GPU 600 s
+            dist.distributed_c10d._set_pg_timeout(timeout, group)
+        yield World(
+            rank=dist.get_rank(),
+            size=size,
+            device=device,
+            mesh=mesh,
+            background_group=dist.new_group(backend="gloo", timeout=timeout),
+            control_group=dist.new_group(backend="gloo", timeout=timeout),
+        )

@@ -1,0 +1,1 @@
+"""Before launch: memory, time and cost of a run."""

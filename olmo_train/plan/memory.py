@@ -1,0 +1,218 @@
+"""Before launch: the memory of a GPU by part, and a run's time, money, energy and carbon.
+
+The one idea: a step has three moments at which memory can peak, and at each the bytes of every part are closed form.
+The forms follow what autograd and FSDP2 keep for the model of transformer.py, run without torch.compile; tests hold them
+against the live tensors of a real step.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from olmo_train.errors import ConfigError, check_choice
+from olmo_train.model.config import ModelConfig
+from olmo_train.model.cost import (
+    LOSS_PART_BYTES,
+    attention_parameters,
+    block_parameters,
+    count_parameters,
+    mlp_parameters,
+)
+
+BYTES = {"bf16": 2, "fp32": 4}
+CHECKPOINTING = ("none", "selective", "full")
+RUNTIME_BYTES = 1_500_000_000  # assumed: CUDA context, NCCL buffers, cuBLAS workspaces, fragments between tensors
+MATRIX_COPIES = 5  # of Muon's largest matrix, whole and in fp32, while it is orthogonalized; sharded ones are gathered first
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one step lies on the GPUs; the names are those of the configuration's `parallel`, and `optim.name`."""
+
+    gpus: int = 1
+    replicas: int = 1
+    shard: str = "full"
+    precision: str = "bf16"
+    reduce_dtype: str = "fp32"
+    activation_checkpointing: str = "none"
+    micro_batch_size: int = 1  # sequences of one forward on one GPU
+    micro_batches: int = 1  # of one GPU in one step
+    optimizer: str = "adamw"
+
+    def __post_init__(self) -> None:
+        check_choice("parallel.activation_checkpointing", self.activation_checkpointing, CHECKPOINTING)
+        if self.gpus < 1 or self.gpus % self.replicas:
+            raise ConfigError("parallel.replicas", f"{self.replicas} does not divide the {self.gpus} GPUs of the plan")
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes of one GPU: {moment: {part: bytes}}."""
+
+    moments: dict[str, dict[str, int]]
+
+    @property
+    def moment(self) -> str:
+        """The moment at which memory is highest."""
+        return max(self.moments, key=lambda moment: sum(self.moments[moment].values()))
+
+    @property
+    def peak(self) -> int:
+        """Bytes of live tensors at the highest moment, without the runtime's own."""
+        return sum(self.moments[self.moment].values())
+
+    def fits(self, memory_bytes: float) -> bool:
+        return self.peak + RUNTIME_BYTES <= memory_bytes
+
+
+def memory_estimate(model: ModelConfig, layout: Layout) -> MemoryEstimate:
+    """Bytes of one GPU by part at the three moments of a step that can be the highest.
+
+    loss: the loss is differentiated, and every block's activations are kept.
+    backward: a block is differentiated, with activation checkpointing after it was computed again.
+    update: all gradients are there, those of the embedding and the head are reduced, and the optimizer steps.
+    """
+    total, block = count_parameters(model).total, block_parameters(model)
+    root = total - model.n_layers * block  # embedding, head and final norm, which are gathered as one unit
+    shards = layout.gpus // layout.replicas
+    width, reduced = BYTES[layout.precision], BYTES[layout.reduce_dtype]
+    moments = checkpoint_bytes(model, layout.optimizer) - 4 * total
+    state = {"weights": math.ceil(4 * total / shards), "optimizer": math.ceil(moments / shards)}
+
+    def parts(gradients: int, activations: int, logits: int, buffers: int) -> dict[str, int]:
+        return state | {
+            "gradients": gradients,
+            "activations": activations,
+            "logits and loss": logits,
+            "gathered weights, buffers": buffers,
+        }
+
+    # Micro-batches before the last add up whole gradients on each rank; sharded ones appear with the last.
+    whole_gradients = reduced * total if layout.micro_batches > 1 else 0
+    tokens = layout.micro_batch_size * model.seq_len
+    kept, final = tokens * kept_activation_bytes(model, layout), tokens * final_activation_bytes(model, layout.precision)
+    reshards = layout.shard == "full" and shards > 1  # one rank keeps its weights whole, see parallel.shard
+    gathered = width * (root if reshards else total)
+    if reshards:
+        gathered += width * block  # the next block, gathered meanwhile
+    loss = parts(whole_gradients, model.n_layers * kept + final, loss_bytes(model, tokens, width), gathered)
+
+    # From block to block the backward adds sharded gradients and frees activations, so the highest block is its first,
+    # or its last, which also meets the fp32 buffer from which the gradients of the one before are being reduced.
+    freed_gradients = reduced * block if whole_gradients else 0
+    later = (model.n_layers - 1) * (math.ceil(4 * block / shards) - freed_gradients)
+    freed = (model.n_layers - 1) * kept
+    reducing = reduced * block
+    if later - freed + reducing <= 0 or model.n_layers == 1:
+        later = freed = reducing = 0
+    working = tokens * block_working_bytes(model, layout)
+    own = width * block if reshards else 0
+    matrix_gradients = width * model.d_model * (model.mlp_hidden + (0 if model.tie_embeddings else model.vocab_rows))
+    backward = parts(
+        whole_gradients + later, model.n_layers * kept - freed + working, 0, gathered + own + matrix_gradients + reducing
+    )
+
+    # Muon's copies come when the buffers from which the root's gradients are reduced are gone.
+    buffers = max((width + reduced) * root, matrix_working_bytes(model, layout.optimizer))
+    update = parts(math.ceil(4 * total / shards), 0, 0, width * root + buffers)
+    return MemoryEstimate({"loss": loss, "backward": backward, "update": update})
+
+
+def loss_bytes(model: ModelConfig, tokens: int, width: int) -> int:
+    """Bytes of the logits, which become their own gradients (model/loss.py), and of the larger of what stands beside them:
+    fp32 probabilities of the part that is worked on, with that part itself in fp32, or the gradients of the head's weight
+    and input."""
+    logits = tokens * model.vocab_rows
+    part = min(4 * logits, LOSS_PART_BYTES) * (1 if width == 4 else 2)
+    return width * logits + max(part, width * model.d_model * (model.vocab_rows + tokens))
+
+
+def checkpoint_bytes(model: ModelConfig, optimizer: str) -> int:
+    """Bytes of weights and optimizer state, all in fp32: what a checkpoint holds. AdamW keeps two moments of a parameter,
+    Muon one of each matrix of the blocks and AdamW's two of the rest."""
+    matrices = model.n_layers * (attention_parameters(model) + mlp_parameters(model)) if optimizer == "muon" else 0
+    return 12 * count_parameters(model).total - 4 * matrices
+
+
+def state_bytes(model: ModelConfig, optimizer: str) -> int:
+    """Bytes of weights, gradients and optimizer state in training, over all GPUs of a replica."""
+    return checkpoint_bytes(model, optimizer) + 4 * count_parameters(model).total
+
+
+def matrix_working_bytes(model: ModelConfig, optimizer: str) -> int:
+    """Bytes of the copies of the largest matrix that Muon's update makes; each rank has it whole. 0 with AdamW."""
+    columns = max(model.mlp_hidden, model.n_heads * model.head_size)
+    return MATRIX_COPIES * 4 * model.d_model * columns if optimizer == "muon" else 0
+
+
+def kept_activation_bytes(model: ModelConfig, layout: Layout) -> int:
+    """Bytes a token that one block keeps from its forward until its backward."""
+    width = BYTES[layout.precision]
+    if layout.activation_checkpointing == "none":
+        return block_activation_bytes(model, layout.precision)
+    kept = width * model.d_model  # its input
+    if layout.activation_checkpointing == "selective":  # and what attention and the two output matrices give
+        kept += product_bytes(model, layout.precision) + 2 * width * model.d_model
+    return kept
+
+
+def product_bytes(model: ModelConfig, precision: str) -> int:
+    """Bytes a token of what one block's input matrices and attention give, which are kept with and without selective
+    activation checkpointing."""
+    width = BYTES[precision]
+    queries, keys = model.n_heads * model.head_size, model.kv_heads * model.head_size
+    attention = width * queries + 4 * model.n_heads  # with its log-sum-exp in fp32
+    return width * (queries + 2 * keys) + attention + width * model.mlp_hidden * (2 if model.gated else 1)
+
+
+def final_activation_bytes(model: ModelConfig, precision: str) -> int:
+    """Bytes a token that is kept outside the blocks and is no logit: the final norm, the head's input, the ids."""
+    return norm_activation_bytes(model, model.d_model, precision) + BYTES[precision] * model.d_model + 16
+
+
+def block_activation_bytes(model: ModelConfig, precision: str) -> int:
+    """Bytes a token that one block keeps: what each operation of Attention, MLP and the norms saves for its backward."""
+    width = BYTES[precision]
+    queries, keys = model.n_heads * model.head_size, model.kv_heads * model.head_size
+    norms = 1 if model.block == "parallel" else 2
+    kept = norms * (norm_activation_bytes(model, model.d_model, precision) + width * model.d_model)  # and matrix inputs
+    kept += width * (queries + 2 * keys)  # v, and q and k after their rotation
+    if model.clip_qkv is not None:
+        kept += width * (queries + 2 * keys)  # what is clamped
+    kept += width * queries + 4 * model.n_heads  # what attention gives, and its log-sum-exp in fp32
+    if model.qk_norm:
+        kept += sum(norm_activation_bytes(model, size, precision) for size in (queries, keys))
+    kept += width * model.mlp_hidden * (4 if model.gated else 2)  # up and gate, act(gate), the product; or in and out
+    return kept
+
+
+def norm_activation_bytes(model: ModelConfig, size: int, precision: str) -> int:
+    """Bytes a token that one norm of `size` features keeps: LayerNorm its input, mean and deviation; RMSNorm, which is
+    written out in fp32, its input and its quotient in fp32, and the root."""
+    width = BYTES[precision]
+    return width * size + 2 * width if model.norm.startswith("layer_norm") else 8 * size + 4
+
+
+def block_working_bytes(model: ModelConfig, layout: Layout) -> int:
+    """Bytes a token at the height of a block's backward beside what all blocks keep: the gradients of the residual
+    stream and of the MLP's two factors (or of its one hidden vector), and what was computed again."""
+    width = BYTES[layout.precision]
+    gradients = width * (model.d_model + (2 if model.gated else 1) * model.mlp_hidden)
+    if layout.activation_checkpointing == "none":
+        return gradients
+    again = block_activation_bytes(model, layout.precision) - width * model.d_model  # its input is kept already
+    if layout.activation_checkpointing == "selective":
+        again -= product_bytes(model, layout.precision)
+    return gradients + again
+
+
+def largest_micro_batch(model: ModelConfig, layout: Layout, memory_bytes: float) -> int | None:
+    """The largest micro-batch, in sequences, that divides one GPU's share of the batch and fits; None when none does."""
+    share = layout.micro_batch_size * layout.micro_batches
+    for size in range(share, 0, -1):
+        if share % size == 0:
+            trial = replace(layout, micro_batch_size=size, micro_batches=share // size)
+            if memory_estimate(model, trial).fits(memory_bytes):
+                return size
+    return None

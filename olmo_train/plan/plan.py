@@ -1,0 +1,174 @@
+"""Put a plan together: the GPU, the data, the memory estimate and the schedule of a configuration."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any
+
+from olmo_train.errors import ConfigError, DataError, nearest
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from olmo_train.data.mixture import Mixture
+    from olmo_train.hardware import Hardware
+    from olmo_train.train_config import TrainConfig
+
+UNNAMED = "(not named)"
+
+
+def choose_gpu(arguments: argparse.Namespace) -> Hardware | None:
+    """The named GPU's figures, or this machine's; what is given as an option goes before the table.
+
+    None when no GPU is named and there is none here. Raises ConfigError when figures are missing.
+    """
+    from olmo_train.hardware import GPUS, Hardware, detect, lookup
+
+    given = {
+        "memory_gb": arguments.gpu_memory,
+        "peak_flops": arguments.gpu_peak and arguments.gpu_peak * 1e12,
+        "power_watts": arguments.gpu_power,
+    }
+    known = lookup(arguments.gpu) if arguments.gpu else None
+    if known is None and arguments.gpu is None and not any(given.values()):
+        return detect()
+    figures = (asdict(known) if known else {}) | {key: value for key, value in given.items() if value}
+    if len(figures) < len(given):
+        name = (arguments.gpu or "").lower()
+        kinds = [key for key in GPUS if name and key.startswith(name)]
+        known_ones = f"one of {', '.join(kinds)}" if kinds else f"a known GPU: {nearest(name, GPUS)}"
+        what = f"'{arguments.gpu}' has no figures here" if arguments.gpu else "only some figures are given"
+        raise ConfigError("--gpu", f"{what}; give --gpu-memory, --gpu-peak and --gpu-power, or {known_ones}")
+    return Hardware(**({"name": arguments.gpu or "a GPU of your figures"} | figures))
+
+
+def open_data(config: TrainConfig) -> tuple[Mixture | None, str | None]:
+    """The sources, opened, or why they could not be; a plan goes on without them."""
+    from olmo_train.data.mixture import Mixture
+
+    if UNNAMED in config.data.sources:
+        return None, "no data are named"
+    try:
+        shape = config.model
+        mixture = Mixture(config.data, config.seed, config.global_batch_size, shape.seq_len, shape.vocab_size)
+        mixture.check_tokenizers()
+        return mixture, None
+    except DataError as problem:
+        return None, str(problem)
+
+
+def make_plan(
+    config: TrainConfig, gpu: Hardware | None, mixture: Mixture | None, why_not: str | None, arguments: argparse.Namespace
+) -> dict[str, Any]:
+    """The whole plan as plain data: what --json prints and what the tables show."""
+    from olmo_train.model.cost import FLOPS_CONVENTION, count_parameters, flops_per_token
+    from olmo_train.plan import memory, scaling, time
+
+    config.check_world(arguments.gpus)
+    layout = layout_of(config, arguments.gpus)
+    estimate = memory.memory_estimate(config.model, layout)
+    count = count_parameters(config.model)
+    tokens = config.steps * config.tokens_per_step
+    plan = {
+        "gpus": arguments.gpus,
+        "gpu": gpu and asdict(gpu),
+        "parameters": asdict(count) | {"total": count.total},
+        "flops_per_token": flops_per_token(config.model),
+        "flops_convention": FLOPS_CONVENTION,
+        "layout": asdict(layout),
+        "memory_bytes": estimate.moments,
+        "memory_peak_bytes": estimate.peak,
+        "memory_peak_moment": estimate.moment,
+        "memory_runtime_bytes": memory.RUNTIME_BYTES,
+        "state_bytes": memory.state_bytes(config.model, config.optim.name),
+        "fits": None,
+        "largest_micro_batch_size": None,
+        "cost": None,
+        "step": None,
+        "assumptions": {"mfu": arguments.mfu, "price": arguments.price, "pue": arguments.pue, "carbon": arguments.carbon},
+    }
+    if gpu:
+        cost = time.run_cost(
+            config.model, tokens, arguments.gpus, gpu, arguments.mfu, arguments.price, arguments.pue, arguments.carbon
+        )
+        plan |= {
+            "fits": estimate.fits(gpu.memory_bytes),
+            "largest_micro_batch_size": {
+                checkpointing: memory.largest_micro_batch(
+                    config.model, replace(layout, activation_checkpointing=checkpointing), gpu.memory_bytes
+                )
+                for checkpointing in memory.CHECKPOINTING
+            },
+            "cost": asdict(cost),
+        }
+    if gpu and gpu.name in scaling.LINKS:
+        step = scaling.step_estimate(config.model, layout, gpu, scaling.LINKS[gpu.name], arguments.mfu)
+        plan["step"] = asdict(step) | {"exposed_seconds": step.exposed_seconds}
+    return plan | schedule(config, plan["cost"], mixture, why_not)
+
+
+def layout_of(config: TrainConfig, gpus: int):
+    from olmo_train.plan.memory import Layout
+
+    parallel = config.parallel
+    return Layout(
+        gpus=gpus,
+        replicas=parallel.replicas,
+        shard=parallel.shard,
+        precision=parallel.precision,
+        reduce_dtype=parallel.reduce_dtype,
+        activation_checkpointing=parallel.activation_checkpointing,
+        micro_batch_size=config.micro_batch_size,
+        micro_batches=config.global_batch_size // (gpus * config.micro_batch_size),
+        optimizer=config.optim.name,
+    )
+
+
+def schedule(config: TrainConfig, cost: dict | None, mixture: Mixture | None, why_not: str | None) -> dict[str, Any]:
+    """Learning rate, tokens and time at milestones; epochs of each source; evaluations; checkpoints and their size."""
+    from olmo_train.optim.schedules import lr_at
+    from olmo_train.plan import memory, time
+
+    steps, every = config.steps, config.eval.interval_steps
+    saved, kept = time.checkpoint_counts(steps, config.checkpoint)
+    bytes_each = memory.checkpoint_bytes(config.model, config.optim.name)
+    weights = {name: source.weight for name, source in config.data.sources.items() if name != UNNAMED}
+    visits = mixture and visits_before(mixture, steps * config.global_batch_size)
+    return {
+        "total_steps": steps,
+        "warning": config.warmup_warning,
+        "total_tokens": steps * config.tokens_per_step,
+        "global_batch_size": config.global_batch_size,
+        "tokens_per_step": config.tokens_per_step,
+        "milestones": [
+            {
+                "step": step,
+                "tokens": step * config.tokens_per_step,
+                "lr": lr_at(step, config.optim, steps),
+                "seconds": cost and cost["seconds"] * step / steps,
+            }
+            for step in time.milestones(steps, config.optim.warmup_steps)
+        ],
+        "sources": {
+            name: {
+                "weight": weight,
+                "tokens": mixture.sources[i].n_tokens if mixture else None,
+                "instances": int(visits[i]) if mixture else None,
+                "epochs": float(visits[i] / mixture.sizes[i]) if mixture else None,
+            }
+            for i, (name, weight) in enumerate(weights.items())
+        },
+        "sources_unknown": why_not,
+        "evaluations": -(-steps // every) if config.data.validation or config.eval.downstream else 0,
+        "checkpoints_saved": saved,
+        "checkpoints_kept": kept,
+        "checkpoint_bytes": bytes_each,
+        "checkpoints_disk_bytes": (kept + 1) * bytes_each,  # one more while a new one is written
+    }
+
+
+def visits_before(mixture: Mixture, places: int) -> np.ndarray:
+    """Visits of each source, (sources,) fp64; in proportion where a run has more places than an int64 can count."""
+    most = 2**60
+    return mixture.order.visits_before(min(places, most)) * max(1.0, places / most)

@@ -1,0 +1,135 @@
+"""A step's time on many GPUs: what is computed, what is sent, and what of the sending the computing does not hide.
+
+The one idea: FSDP sends the same units that it computes, block by block, and the next block's weights travel while one is
+computed. So a step is a sum of max(compute, communication) over blocks, and all of it is closed form. The memory of a GPU is
+planner.py's. docs/scaling.md tells the assumptions, and how far published runs lie from them.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from olmo_train.hardware import GPUS, Hardware
+from olmo_train.model.config import ModelConfig
+from olmo_train.model.cost import (
+    attention_parameters,
+    block_parameters,
+    count_parameters,
+    flops_per_token,
+    mlp_parameters,
+)
+from olmo_train.plan.memory import BYTES, Layout
+
+
+@dataclass(frozen=True)
+class Links:
+    """What connects the GPUs. Bandwidths are those of one GPU in one direction, in bytes/s; hops in seconds."""
+
+    node_bandwidth: float  # among the GPUs of one node
+    network_bandwidth: float  # to other nodes; all GPUs of a node send at once
+    reached: float = 0.8  # share of both that large collectives reach; assumed
+    # Latencies of one hop of a ring with protocol Simple, from NCCL's own model (hwLat in src/graph/tuning.cc).
+    node_hop: float = 3.4e-6
+    network_hop: float = 14e-6
+    gpus_per_node: int = 8
+
+
+_DGX_H100 = Links(450e9, 50e9)  # NVIDIA DGX H100 data sheet: NVLink 900 GB/s both ways, a 400 Gb/s adapter for each GPU
+_DGX_A100 = Links(300e9, 25e9)  # NVIDIA DGX A100 data sheet: NVLink 600 GB/s both ways, a 200 Gb/s adapter for each GPU
+LINKS = {GPUS[gpu].name: _DGX_H100 for gpu in ("h100", "h200")} | {
+    GPUS[gpu].name: _DGX_A100 for gpu in ("a100-40gb", "a100-80gb")
+}
+
+
+@dataclass(frozen=True)
+class StepEstimate:
+    """Seconds and bytes of one step on one GPU."""
+
+    compute_seconds: float  # as if alone
+    communication_seconds: float  # as if nothing were hidden
+    seconds: float
+    gathered_bytes: float  # received in all-gathers of weights
+    reduced_bytes: float  # sent in reduce-scatters of gradients
+    all_reduced_bytes: float  # sent between replicas
+    tokens_per_second: float  # all GPUs
+    mfu: float
+
+    @property
+    def exposed_seconds(self) -> float:
+        """Communication that no compute hides."""
+        return self.seconds - self.compute_seconds
+
+
+def ring_seconds(sent: float, gpus: int, links: Links) -> float:
+    """Of an all-gather or a reduce-scatter of `sent` bytes in all over `gpus` neighbours: each GPU sends (n - 1) / n of them,
+    through the slower of NVLink and its node's adapters, and a piece makes n - 1 hops."""
+    if gpus == 1:
+        return 0.0
+    nodes = math.ceil(gpus / links.gpus_per_node)
+    bandwidth = links.node_bandwidth
+    if nodes > 1:  # the ring enters and leaves each node once, through all of its adapters side by side
+        bandwidth = min(bandwidth, links.gpus_per_node * links.network_bandwidth)
+    latency = (nodes - 1) * links.network_hop + (gpus - nodes) * links.node_hop
+    return sent * (gpus - 1) / gpus / (links.reached * bandwidth) + latency
+
+
+def all_reduce_seconds(sent: float, replicas: int, inside: bool, links: Links) -> float:
+    """Of an all-reduce of `sent` bytes over `replicas` GPUs, `inside` one node or each in another: twice (r - 1) / r of the
+    bytes, and a tree's latency."""
+    if replicas == 1:
+        return 0.0
+    bandwidth, hop = (links.node_bandwidth, links.node_hop) if inside else (links.network_bandwidth, links.network_hop)
+    return 2 * sent * (replicas - 1) / replicas / (links.reached * bandwidth) + 2 * math.ceil(math.log2(replicas)) * hop
+
+
+def step_estimate(model: ModelConfig, layout: Layout, hardware: Hardware, links: Links, efficiency: float) -> StepEstimate:
+    """Time and traffic of a step. `efficiency` is the share of the peak that a GPU computes at when it waits for nobody;
+    FLOPs are counted as in flops_per_token. With full activation checkpointing a block's forward is computed once more."""
+    shards, layers, tokens = layout.gpus // layout.replicas, model.n_layers, layout.micro_batch_size * model.seq_len
+    block, total = block_parameters(model), count_parameters(model).total
+    root = total - layers * block
+    width, reduced = BYTES[layout.precision], BYTES[layout.reduce_dtype]
+    inside = layout.gpus <= links.gpus_per_node
+
+    speed = hardware.peak_flops * efficiency
+    products = attention_parameters(model) + mlp_parameters(model)
+    forward = tokens * (2 * products + 4 * model.n_heads * model.head_size * model.seq_len) / speed  # of a block
+    backward = forward * (3 if layout.activation_checkpointing == "full" else 2)
+    head = tokens * 2 * model.vocab_rows * model.d_model / speed
+
+    gather, gather_root = (ring_seconds(width * size, shards, links) for size in (block, root))
+    scatter, scatter_root = (ring_seconds(reduced * size, shards, links) for size in (block, root))
+    between, between_root = (
+        all_reduce_seconds(reduced * size / shards, layout.replicas, inside, links) for size in (block, root)
+    )
+    if shards > links.gpus_per_node:  # all of them cross the network, one after the other
+        scatter, scatter_root, between, between_root = scatter + between, scatter_root + between_root, 0.0, 0.0
+
+    seconds = 0.0
+    for micro_batch in range(layout.micro_batches):
+        last = micro_batch == layout.micro_batches - 1
+        gathers = layout.shard == "full" or micro_batch == 0  # grad_op keeps the whole weights until the step's end
+        again = layout.shard == "full"
+        seconds += gathers * (gather_root + gather)  # nothing is computed yet
+        seconds += (layers - 1) * max(forward, gathers * gather) + forward + 3 * head
+        sent = again * gather + last * scatter
+        seconds += (layers - 1) * max(backward, sent, last * between) + backward
+        seconds += last * (scatter + scatter_root + max(between, between_root))  # nothing is left to compute
+    compute = layout.micro_batches * (layers * (forward + backward) + 3 * head)
+
+    # Embedding, head and final norm stay whole between forward and backward; blocks are gathered for each.
+    of_block, of_root = (2 * layout.micro_batches, layout.micro_batches) if layout.shard == "full" else (1, 1)
+    gathers = of_block * layers * gather + of_root * gather_root
+    share = (shards - 1) / shards
+    all_tokens = layout.gpus * layout.micro_batches * tokens
+    return StepEstimate(
+        compute_seconds=compute,
+        communication_seconds=gathers + layers * (scatter + between) + scatter_root + between_root,
+        seconds=seconds,
+        gathered_bytes=share * width * (of_block * layers * block + of_root * root),
+        reduced_bytes=share * reduced * total,
+        all_reduced_bytes=2 * (layout.replicas - 1) / layout.replicas * reduced * total / shards,
+        tokens_per_second=all_tokens / seconds,
+        mfu=all_tokens * flops_per_token(model) / (seconds * layout.gpus * hardware.peak_flops),
+    )

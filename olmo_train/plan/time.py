@@ -1,0 +1,84 @@
+"""Time, money, energy and carbon of a run."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+from olmo_train.hardware import Hardware
+from olmo_train.model.config import ModelConfig
+from olmo_train.model.cost import (
+    flops_per_token,
+)
+
+PAPER_PUE = 1.1  # Groeneveld et al. 2024, section 5 (power and carbon): data-centre power over GPU power
+PAPER_CARBON = 0.610  # kgCO2eq/kWh, ibid., for the run on A100s
+
+
+@dataclass(frozen=True)
+class RunCost:
+    """What a run takes; a field is None where its price or peak is not known."""
+
+    flops: float
+    seconds: float
+    gpu_hours: float
+    tokens_per_second: float  # all GPUs
+    gpu_kwh: float  # at the GPUs' full power
+    kwh: float  # with the data centre's share
+    co2_kg: float
+    money: float | None
+
+
+def run_cost(
+    model: ModelConfig,
+    tokens: float,
+    gpus: int,
+    hardware: Hardware,
+    mfu: float,
+    price: float | None = None,
+    pue: float = PAPER_PUE,
+    carbon: float = PAPER_CARBON,
+) -> RunCost:
+    """Time from FLOPs and an assumed MFU; energy and carbon as the OLMo paper counts them: power x PUE x intensity.
+
+    `price` is per GPU-hour in any currency, `carbon` in kgCO2eq/kWh. Evaluation, saving and restarts are not in it.
+    """
+    per_token = flops_per_token(model)
+    tokens_per_second = gpus * hardware.peak_flops * mfu / per_token
+    seconds = tokens / tokens_per_second
+    gpu_hours = gpus * seconds / 3600
+    gpu_kwh = gpu_hours * hardware.power_watts / 1000
+    return RunCost(
+        flops=tokens * per_token,
+        seconds=seconds,
+        gpu_hours=gpu_hours,
+        tokens_per_second=tokens_per_second,
+        gpu_kwh=gpu_kwh,
+        kwh=gpu_kwh * pue,
+        co2_kg=co2_kg(gpu_kwh, pue, carbon),
+        money=None if price is None else gpu_hours * price,
+    )
+
+
+def co2_kg(gpu_kwh: float, pue: float = PAPER_PUE, carbon: float = PAPER_CARBON) -> float:
+    """kgCO2eq of energy measured at the GPUs: the paper's 104 MWh on A100s give 70 t."""
+    return gpu_kwh * pue * carbon
+
+
+def checkpoint_counts(total_steps: int, config: Any) -> tuple[int, int]:
+    """(checkpoints that a run saves, those still there at its end), from a CheckpointConfig (its module needs torch)."""
+    every, forever = config.interval_steps, config.permanent_interval_steps
+    named = {step for step in config.save_steps if 1 <= step <= total_steps and not (forever and step % forever == 0)}
+    permanent = len(named) + (total_steps // forever if forever else 0)
+    passing = total_steps // every - (total_steps // math.lcm(every, forever) if forever else 0)
+    passing -= sum(step % every == 0 for step in named)
+    passing += total_steps % every != 0 and not config.is_permanent(total_steps)  # the last step
+    return permanent + passing, permanent + min(passing, config.keep_last)
+
+
+def milestones(total_steps: int, warmup_steps: int) -> list[int]:
+    """Steps at which a schedule is worth reading: the first, the end of the warmup, each tenth, the last."""
+    tenths = {round(Fraction(total_steps * tenth, 10)) for tenth in range(1, 11)}
+    return sorted(step for step in {1, warmup_steps, *tenths} if 1 <= step <= total_steps)

@@ -1,0 +1,59 @@
+"""What to do when a device runs out of memory: a report of what held it, and the keys that would help."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from olmo_train.errors import UserError
+from olmo_train.parallel import processes
+
+
+class OutOfMemoryError(UserError):
+    exit_code = 1
+
+
+@contextlib.contextmanager
+def out_of_memory_told(folder: Path, micro_batch_size: int, checkpointing: str) -> Iterator[None]:
+    """Turn torch's error into one that says what to change. Raises OutOfMemoryError, after it has left in `folder` what
+    the memory held: a summary to read, and torch's own snapshot for pytorch.org/memory_viz."""
+    try:
+        yield
+    except RuntimeError as problem:
+        if not isinstance(problem, torch.OutOfMemoryError) and "can't allocate memory" not in str(problem):  # the CPU's words
+            raise
+        rank = processes.rank()
+        left = f"; what it held is in {folder}" if _write_memory(folder, rank) else ""
+        error = OutOfMemoryError("micro_batch_size", f"{_first_line(problem)}{left}; {ways_out(micro_batch_size, checkpointing)}")
+        if rank:  # rank 0, which tells all other errors, may have memory left and know nothing of it
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        raise error from problem
+
+
+def ways_out(micro_batch_size: int, checkpointing: str) -> str:
+    """What takes less memory and leaves the training as it is, dearest last."""
+    ways = [f"a micro_batch_size below {micro_batch_size}"] if micro_batch_size > 1 else []
+    if checkpointing != "full":
+        better = "selective or full" if checkpointing == "none" else "full"
+        ways.append(f"parallel.activation_checkpointing={better}")
+    ways.append("more processes")
+    return f"use {', or '.join(ways)}; `olmo-train plan` tells how much each takes"
+
+
+def _first_line(problem: Exception) -> str:
+    first = (str(problem).splitlines() or ["out of memory"])[0]
+    return first[first.find("DefaultCPUAllocator") if "DefaultCPUAllocator" in first else 0 :].partition(". GPU ")[0].rstrip(".")
+
+
+def _write_memory(folder: Path, rank: int) -> bool:
+    """Whether there was a GPU, whose memory was written down."""
+    if not torch.cuda.is_available():
+        return False
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"rank-{rank:04d}.txt").write_text(torch.cuda.memory_summary(), encoding="utf-8")
+    torch.cuda.memory._dump_snapshot(str(folder / f"rank-{rank:04d}.pickle"))
+    return True

@@ -1,0 +1,1 @@
+"""Tools that use a whole run: bench, replay, doctor."""

@@ -1,0 +1,120 @@
+"""How fast a configuration trains here: real steps of `train`, with logging, guard and clipping on, measured from outside."""
+
+from __future__ import annotations
+
+import dataclasses
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from olmo_train import config as configuration
+from olmo_train import hardware
+from olmo_train.model.config import ModelConfig
+from olmo_train.model.cost import FLOPS_CONVENTION, flops_per_token
+from olmo_train.train import train
+from olmo_train.train_config import TrainConfig
+
+PHASES = ("forward", "backward", "clip", "optimizer")  # the ranges that train_step names for profilers
+PROFILED = 3  # steps whose phases are taken apart, after the timed ones
+RANDOM_TOKENS = 2_000_000  # of the stand-in source, when the configuration names no data
+
+
+def load(files: list[str], words: list[str], folder: Path) -> TrainConfig:
+    """The configuration to measure: as given, but with a run_dir that is thrown away, W&B off, and random tokens where no
+    data are named: speed does not depend on what the tokens are."""
+    values = configuration.read(files, words)
+    values |= {"run_dir": str(folder / "run"), "total_steps": values.get("total_steps") or 10**6}
+    values.pop("total_tokens", None)
+    values.setdefault("log", {})["wandb"] = {"mode": "disabled"}
+    values["checkpoint"] = {"interval_steps": 10**9}
+    values["eval"] = {"interval_steps": 10**9}
+    if not values.get("data", {}).get("sources"):
+        vocab_size = configuration.build(ModelConfig, values.get("model", {}), "model").vocab_size
+        dtype = np.uint16 if vocab_size <= 2**16 else np.uint32
+        file = folder / "random.npy"
+        np.random.default_rng(0).integers(0, vocab_size, RANDOM_TOKENS).astype(dtype).tofile(file)
+        values.setdefault("data", {})["sources"] = {"random": {"path": str(file)}}
+    return configuration.build(TrainConfig, values)
+
+
+def measure(files: list[str], words: list[str], steps: int, warmup: int) -> dict[str, Any]:
+    """Train `warmup` steps, then time `steps` steps one by one, then take PROFILED steps apart.
+
+    Gives plain numbers: medians over steps, so that a hiccup of the machine does not count.
+    """
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix="olmo-train-bench-") as folder:
+        config = load(files, words, Path(folder))
+        config = dataclasses.replace(config, total_steps=max(config.steps, warmup + steps + PROFILED + 1))
+        run = train(config)
+        next(run)
+        _finished()
+        first_step = time.perf_counter() - started
+        for _ in range(warmup - 1):
+            next(run)
+        _finished()
+        seconds = []
+        for _ in range(steps):
+            before = time.perf_counter()
+            next(run)
+            _finished()
+            seconds.append(time.perf_counter() - before)
+        phases = _phases(run)
+        run.close()
+    return _figures(config, seconds, phases, first_step)
+
+
+def _figures(config: TrainConfig, seconds: list[float], phases: dict[str, float], first_step: float) -> dict[str, Any]:
+    median = statistics.median(seconds)
+    rate = config.tokens_per_step / median
+    device = hardware.detect()
+    flops = flops_per_token(config.model)
+    on_gpu = torch.cuda.is_available()
+    peak = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {
+        "tokens_per_second": rate,
+        "step_seconds": median,
+        "step_seconds_min": min(seconds),
+        "step_seconds_max": max(seconds),
+        "phase_seconds": phases,
+        "flops_per_token": flops,
+        "flops_convention": FLOPS_CONVENTION,
+        "flops_per_second": rate * flops,
+        "peak_flops": device.peak_flops if device else None,
+        "mfu": rate * flops / device.peak_flops if device else None,
+        "peak_memory_bytes": peak,
+        "first_step_seconds": first_step,
+        "torch": torch.__version__,
+        "python": sys.version.split()[0],
+        "device": torch.cuda.get_device_name() if on_gpu else f"cpu, {torch.get_num_threads()} threads",
+    }
+
+
+def _phases(run) -> dict[str, float]:
+    """Mean seconds of a step in each phase, by torch's profiler; what is left over is `other`: data, logging, guards."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if torch.cuda.is_available():
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    before = time.perf_counter()
+    with torch.profiler.profile(activities=activities, acc_events=True) as profile:
+        for _ in range(PROFILED):
+            next(run)
+        _finished()
+    whole = (time.perf_counter() - before) / PROFILED
+    spent = dict.fromkeys(PHASES, 0.0)
+    for event in profile.key_averages():
+        if event.key in spent:
+            spent[event.key] += max(event.cpu_time_total, event.device_time_total) / 1e6 / PROFILED
+    return {**spent, "other": max(whole - sum(spent.values()), 0.0)}
+
+
+def _finished() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
