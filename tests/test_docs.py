@@ -11,6 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+PAGES = ["README.md", "CONTRIBUTING.md", "launch/README.md", *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("docs/**/*.md"))]
 SHAPE = ["model.n_layers=1", "model.d_model=32", "model.n_heads=2", "model.mlp_hidden=64", "model.seq_len=32"]
 SMALL = [*SHAPE, "global_batch_size=4", "micro_batch_size=2", "total_steps=2", "optim.warmup_steps=1", "log.wandb.mode=disabled"]
 
@@ -64,10 +65,26 @@ def test_the_torchrun_command_runs(clone, tmp_path, tiny_tokens):
     assert (tmp_path / "runs/olmo-1b/checkpoints/step-0000002/MANIFEST.json").exists()
 
 
-@pytest.mark.parametrize("page", ["README.md", *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "docs").rglob("*.md"))])
-def test_links_lead_to_files(page):
-    for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", (ROOT / page).read_text()):
-        assert (ROOT / page).parent.joinpath(target).exists(), f"{page} links to {target}"
+def anchors(page: Path) -> set[str]:
+    """What a link may name behind `#`: the headings, as a Git host turns them into anchors."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text("utf-8"), re.M)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_to_files_and_headings(page):
+    for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]+))?\)", (ROOT / page).read_text("utf-8")):
+        file = (ROOT / page).parent / target if target else ROOT / page
+        assert file.exists(), f"{page} links to {target}"
+        assert not anchor or anchor in anchors(file), f"{page} links to {target}#{anchor}"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_modules_that_a_page_names_exist(page):
+    """By a path below the repository or the package, or by a file name that some folder has."""
+    files = {f"/{path.relative_to(ROOT)}" for top in ("olmo_train", "tests", "launch") for path in (ROOT / top).rglob("*.*")}
+    for name in re.findall(r"[\w/]+\.(?:py|cpp)\b", (ROOT / page).read_text("utf-8")):
+        assert any(file.endswith(f"/{name.lstrip('/')}") for file in files), f"{page} names {name}"
 
 
 def test_the_tests_that_the_readme_names_exist():

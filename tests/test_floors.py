@@ -4,10 +4,15 @@ The source is parsed, not imported, so an import inside a function or under TYPE
 """
 
 import ast
+import re
 from collections.abc import Sequence
+from dataclasses import is_dataclass
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
+
+from olmo_train.train_config import TrainConfig
 
 PACKAGE = Path(__file__).parent.parent / "olmo_train"
 FLOORS = (  # lowest first; a folder's config.py lies below the rest of the folders, so that a configuration needs no torch
@@ -148,3 +153,32 @@ def test_every_text_file_names_its_encoding():
 def test_a_text_file_without_encoding_is_found(code):
     assert texts_without_encoding(code) == [1]
     assert texts_without_encoding(f"{code[:-1]}{'' if code.endswith('()') else ', '}encoding='utf-8')") == []
+
+
+def rows_of(heading: str) -> list[list[list[str]]]:
+    """A table of docs/architecture.md: for each row, the names in backticks of each cell."""
+    page = (PACKAGE.parent / "docs/architecture.md").read_text("utf-8")
+    table = page.split(f"\n| {heading} |", 1)[1].split("\n\n", 1)[0].splitlines()[2:]
+    return [[re.findall(r"`([^`]+)`", cell) or cell.split() for cell in row.strip("| ").split("|")] for row in table]
+
+
+def path_of(room: str) -> str:
+    path = f"{room}/" if (PACKAGE / room).is_dir() else f"{room}.py"
+    assert list(PACKAGE.glob(path)), f"{path} of FLOORS or LIBRARIES does not exist"
+    return path
+
+
+def test_the_architecture_page_has_these_layers_and_libraries():
+    layers = [[path_of(room) for room in rooms.split()] for rooms in reversed(FLOORS)]
+    assert [rooms for _, rooms in rows_of("layer")] == layers
+    libraries = {library: {path_of(room) for room in rooms} or {"nothing"} for library, rooms in LIBRARIES.items()}
+    assert {library: set(rooms) for (library,), rooms in rows_of("library")} == libraries
+
+
+def test_the_architecture_page_has_each_folder_and_its_keys():
+    """The first word of a key is its folder: the section's dataclass is in that folder's config.py."""
+    folders = {f"{file.parent.name}/": set() for file in PACKAGE.glob("*/__init__.py")}
+    for key, kind in get_type_hints(TrainConfig).items():
+        if is_dataclass(kind):
+            folders[kind.__module__.split(".")[1] + "/"].add(key)
+    assert {folder: set(keys) for (folder,), keys, *_ in rows_of("folder")} == folders
