@@ -210,7 +210,8 @@ def test_a_run_whose_reader_goes_away_trains_on(tiny_words, tmp_path, read_metri
     """olmo-train train ... | head"""
     read, write = os.pipe()
     os.close(read)
-    command = [sys.executable, "-m", "olmo_train", "train", *tiny_words("run", total_steps=2)]
+    words = tiny_words("run", total_steps=2, **{"optim.warmup_steps": 1})
+    command = [sys.executable, "-m", "olmo_train", "train", *words]
     done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True)
     os.close(write)
     assert (done.returncode, done.stderr) == (0, "")

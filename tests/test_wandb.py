@@ -36,7 +36,8 @@ def start(tiny_words, tmp_path):
         environment |= {f"WANDB_{name}": value for name, value in (wandb or {}).items()}
         if url:
             environment |= {"WANDB_BASE_URL": url, "WANDB_API_KEY": "a" * 40}
-        words = tiny_words("run", **{"log.wandb.mode": "auto", "model.n_layers": 1, **changes})
+        no_warning = {"optim.warmup_steps": 0, "optim.schedule": "constant"}  # however long a run is, or grows
+        words = tiny_words("run", **{"log.wandb.mode": "auto", "model.n_layers": 1, **no_warning, **changes})
         command = [sys.executable, "-c", PROGRAM, "train", *words]
         return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
 

@@ -254,7 +254,7 @@ def test_the_watchdog_speaks_before_any_process_group_does(tiny_args, monkeypatc
     assert on_ranks(4, timeouts) == [[5120.0] * 5] * 4
 
 
-@pytest.mark.parametrize("late", [0.05, 0])
+@pytest.mark.parametrize("late", [0.3, 0])  # seconds, several times what a step of this model takes anywhere
 def test_a_rank_that_needs_three_times_the_median_is_told_and_an_equal_one_is_not(tiny_args, late):
     config = tiny_args("run", total_steps=12, **{"log.interval_steps": 4})
 
@@ -273,7 +273,7 @@ def test_a_rank_that_needs_three_times_the_median_is_told_and_an_equal_one_is_no
     lines = (Path(config.run_dir) / "events.jsonl").read_text().splitlines()
     told = [event for event in map(json.loads, lines) if event["event"] == "slow"]
     assert [event["rank"] for event in told] == ([1] if late else [])  # once in ten lines
-    assert not late or told[0]["own_seconds"] > 0.05 > told[0]["median_seconds"]
+    assert not late or told[0]["own_seconds"] > late > told[0]["median_seconds"]
 
 
 def test_slow_is_three_times_the_median_and_no_mere_noise():

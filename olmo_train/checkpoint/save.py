@@ -32,6 +32,7 @@ from torch.distributed.tensor import DTensor
 
 from olmo_train.checkpoint.config import CheckpointConfig
 from olmo_train.checkpoint.folders import _aside, folder_of, newest_folder, superfluous
+from olmo_train.checkpoint.format import FORMAT
 from olmo_train.checkpoint.load import state_tensors
 from olmo_train.errors import NonFiniteError, SaveError
 from olmo_train.model.transformer import Transformer
@@ -70,7 +71,7 @@ class Checkpointer:
         """
         started = time.perf_counter()
         self.wait()
-        state = {**state, "step": step, "optimizer_steps": self._optimizer_steps(optimizer)}
+        state = {"format": FORMAT, **state, "step": step, "optimizer_steps": self._optimizer_steps(optimizer)}
         snapshot = self._snapshot(state_tensors(model, optimizer))
         self._pending, self.last_step = self._thread.submit(self._write, step, snapshot, state), step
         if not self.config.async_save:

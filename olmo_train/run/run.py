@@ -20,7 +20,6 @@ import torch
 from olmo_train import config as configuration
 from olmo_train import hardware
 from olmo_train.checkpoint import folders, load
-from olmo_train.checkpoint.format import FORMAT
 from olmo_train.checkpoint.save import Checkpointer
 from olmo_train.data.loader import Batch, Loader
 from olmo_train.data.mixture import Mixture
@@ -396,7 +395,6 @@ class Run:
             self.check_replicas(step, model, optimizer)
             self.records.sync()
             state = {
-                "format": FORMAT,
                 "attempt": self.attempt,
                 "world_size": self.world.size,
                 "data": self.mixture.fingerprint,
