@@ -5,9 +5,13 @@ import re
 import shlex
 import subprocess
 import sys
+from dataclasses import is_dataclass
 from pathlib import Path
 
 import pytest
+
+from olmo_train.data.config import DataConfig, SourceConfig
+from olmo_train.train_config import TrainConfig
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -85,6 +89,18 @@ def test_the_modules_that_a_page_names_exist(page):
     files = {f"/{path.relative_to(ROOT)}" for top in ("olmo_train", "tests", "launch") for path in (ROOT / top).rglob("*.*")}
     for name in re.findall(r"[\w/]+\.(?:py|cpp)\b", (ROOT / page).read_text("utf-8")):
         assert any(file.endswith(f"/{name.lstrip('/')}") for file in files), f"{page} names {name}"
+
+
+def test_the_keys_and_defaults_of_the_configuration_page_are_those_of_the_code():
+    rows = re.findall(r"^\| `([\w.*]+)` \| (.+?) \|", (ROOT / "docs/configuration.md").read_text("utf-8"), re.M)
+    assert len(rows) > 40
+    for key, default in rows:
+        value = TrainConfig(run_dir="", data=DataConfig({"NAME": SourceConfig(path="")}))
+        for word in key.removesuffix(".*").split("."):  # NAME is any source
+            value = SourceConfig(path="") if word == "NAME" else getattr(value, word)
+        if not is_dataclass(value):
+            shown = str(value).lower() if isinstance(value, bool) else "–" if value in (None, "", ()) else value
+            assert default == shown or float(default) == shown, f"{key}: the page says {default}, the code {value}"
 
 
 def test_the_tests_that_the_readme_names_exist():
