@@ -62,7 +62,7 @@ class Parser(argparse.ArgumentParser):
 
 def let_threads_sleep() -> None:
     """Threads of a CPU that wait for each other by spinning take the cores from whoever else runs: another process, or code
-    with threads of its own, as what torch.compile makes. Call it before torch is loaded; the user's own setting comes first."""
+    with separate threads, such as those of torch.compile. Call it before torch is loaded; the user's own setting comes first."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 

@@ -1,7 +1,7 @@
 """The errors that a user can cause or meet, each with the exit code that scripts and schedulers act on.
 
-A UserError's text is one line: what is wrong, the value, and the way out. The command line prints it as
-`error: WHERE: text` without a traceback; anything that is not a UserError is a bug of ours and exits 1.
+A UserError's text is one line: what is wrong, the value, and the fix. The command line prints it as
+`error: WHERE: text` without a traceback; any other exception is a bug in this package and exits 1.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ class UserError(Exception):
     """Base of all errors that end in one `error:` line. `where` names a file or a dotted configuration key."""
 
     exit_code = 1
-    speaks = False  # told although this is not rank 0, which is gone
+    speaks = False  # print it on this rank too: rank 0 may be gone
 
     def __init__(self, where: object, what: str):
         super().__init__(f"{where}: {what}")
         self.where, self.what = where, what
 
-    def __reduce__(self) -> tuple:  # so that it can be told to other ranks
+    def __reduce__(self) -> tuple:  # so that it can be sent to other ranks
         return type(self), (self.where, self.what)
 
 

@@ -1,7 +1,7 @@
-"""What a GPU can do at best, from its maker's data sheet: the yardstick of MFU, plans and energy.
+"""Peak figures of GPUs from their data sheets, for MFU, plans and energy.
 
-The one idea: a figure stands here with its source or not at all. An unknown name gives None, and then there is no MFU;
-a guessed peak would give a wrong one that looks right.
+Every figure has a source. For an unknown name the functions return None, and no MFU is logged: a guessed peak would give an
+MFU that looks right and is wrong.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ _ALIASES = {
 def lookup(name: str) -> Hardware | None:
     """The row of a GPU by its key (`h100`) or by the name a driver reports (`NVIDIA H100 80GB HBM3`); else None.
 
-    Only whole names are known: `NVIDIA GeForce RTX 4090 Laptop GPU` is another part than the RTX 4090 and gives None.
+    The whole name must match: `NVIDIA GeForce RTX 4090 Laptop GPU` is not the RTX 4090, so it returns None.
     """
     key = re.sub(r"[\s_]+", "-", name.strip().lower())
     key = re.sub(r"^(nvidia-|amd-)?(geforce-|instinct-|tesla-)?", "", key)

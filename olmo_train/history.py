@@ -1,7 +1,7 @@
-"""Which configuration, processes and log line stand behind a step of a run: what its run_dir tells, read without torch.
+"""The history of a run, from its run_dir and without torch: configuration, processes and log line of each step.
 
-A run may have changed while it went on: events.jsonl holds the configuration of each attempt and the step that it went on
-from, so every step is looked at with the configuration that made it.
+The configuration of a run can change at a resume. events.jsonl has the configuration of each attempt and the step it started
+from, so every step is looked up in the configuration that made it.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ class Run:
         return [event for event in map(_parse, lines) if event and "event" in event]
 
     def _attempts(self) -> list[Attempt]:
-        """What the events tell, oldest first: an attempt that went on from step n replaces what came after n."""
+        """From the events, oldest first: an attempt that started from step n replaces everything after n."""
         attempts: list[Attempt] = []
         for event in self.events:
             if "config" in event and "world_size" in event:

@@ -1,6 +1,6 @@
 """Files that are whole or not there: how anything that must survive a crash is written.
 
-The one idea: write under another name, flush the file, flush the folder, rename, flush the parent. A folder that carries
+Write under another name, flush the file and its folder, rename, flush the parent. A folder that carries
 its final name is whole; its MANIFEST.json lists size and hash of every file, taken from the bytes in memory before they
 were written, so that a later read can tell what the disk did to them.
 """
@@ -61,9 +61,9 @@ def flush_folder(folder: Path) -> None:
 
 
 def write_file(path: Path, *pieces: bytes | memoryview) -> dict[str, Any]:
-    """Write a file of these pieces, one after the other, and flush it; gives its manifest entry.
+    """Write a file of these pieces, one after the other, and flush it; returns its manifest entry.
 
-    A thread hashes the bytes in memory meanwhile, which takes about as long as writing and flushing them.
+    A thread hashes the bytes in memory at the same time; hashing takes about as long as writing and flushing.
     """
     digest, size = hashlib.sha256(), 0
     with open(path, "wb", buffering=0) as file, ThreadPoolExecutor(1) as hasher:

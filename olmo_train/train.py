@@ -28,7 +28,7 @@ from olmo_train.optim import build, schedules
 from olmo_train.parallel import determinism, gradients
 from olmo_train.parallel.world import World, join_world, peers_named
 from olmo_train.run import allocator
-from olmo_train.run.out_of_memory import out_of_memory_told
+from olmo_train.run.out_of_memory import explain_out_of_memory
 from olmo_train.run.run import Run
 from olmo_train.train_config import TrainConfig
 
@@ -100,7 +100,7 @@ def train(config: TrainConfig) -> Generator[StepStats, None, None]:
         stack.enter_context(peers_named())
         stack.enter_context(determinism.determinism(config.determinism))
         left = Path(config.run_dir) / "forensics" / "out-of-memory"
-        stack.enter_context(out_of_memory_told(left, config.micro_batch_size, config.parallel.activation_checkpointing))
+        stack.enter_context(explain_out_of_memory(left, config.micro_batch_size, config.parallel.activation_checkpointing))
         signals = stack.enter_context(StopSignals().installed())
         world = stack.enter_context(join_world(config.parallel.replicas, group_timeout(config.guards.hang_seconds)))
         going_on = True
@@ -123,7 +123,7 @@ def train_from_newest(config: TrainConfig, world: World, signals: StopSignals) -
         model, optimizer = run.build()
         loader = stack.enter_context(contextlib.closing(run.loader()))
         profiler = stack.enter_context(contextlib.closing(run.profiler()))
-        stack.enter_context(allocator.garbage_held())
+        stack.enter_context(allocator.no_automatic_gc())
 
         for step in range(run.last_step + 1, config.steps + 1):
             profiler.before(step)

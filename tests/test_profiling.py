@@ -59,15 +59,15 @@ def test_running_out_of_memory_tells_what_to_change(tiny_args, monkeypatch):
     assert told.value.exit_code == 1
     assert str(told.value) == (
         "micro_batch_size: CUDA out of memory. Tried to allocate 2.00 GiB; use a micro_batch_size below 4, or "
-        "parallel.activation_checkpointing=selective or full, or more processes; `olmo-train plan` tells how much each takes"
+        "parallel.activation_checkpointing=selective or full, or more processes; `olmo-train plan` shows how much each takes"
     )
 
 
 def test_a_cpu_that_runs_out_tells_it_too_and_other_errors_pass_through(tmp_path):
     with pytest.raises(OutOfMemoryError, match="^micro_batch_size: DefaultCPUAllocator: can't allocate memory"):  # noqa: SIM117
-        with out_of_memory.out_of_memory_told(tmp_path, 4, "none"):
+        with out_of_memory.explain_out_of_memory(tmp_path, 4, "none"):
             torch.empty(2**50)
-    with pytest.raises(RuntimeError, match="^another$"), out_of_memory.out_of_memory_told(tmp_path, 4, "none"):
+    with pytest.raises(RuntimeError, match="^another$"), out_of_memory.explain_out_of_memory(tmp_path, 4, "none"):
         raise RuntimeError("another")
 
 

@@ -55,7 +55,7 @@ def test_a_remote_shard_whose_hash_is_another_is_refused(server):
     data = bytearray(file.read_bytes())
     data[7] ^= 1
     file.write_bytes(data)
-    with pytest.raises(DataError, match=r"tokens-00001.bin: sha256 is .* meta.json tells"):
+    with pytest.raises(DataError, match=r"tokens-00001.bin: sha256 is .* meta.json says"):
         open_source("test", SourceConfig(f"{url}/source"), 280)
     assert not list(cache_folder().rglob("tokens-00001.bin*[!k]"))
     assert not list(cache_folder().rglob("*.part"))

@@ -117,7 +117,7 @@ def test_rewinding_gives_the_run_that_never_took_the_step(spiking, read_metrics,
     assert unchanged_between(config, named, 12)
     (event,) = events_of(config, "rewind")
     assert (event["from"], event["to"], event["skipped"]) == (SPIKE, 6, [SPIKE])
-    assert f"step {SPIKE} is a spike" in (said := capsys.readouterr().out) and "back to step 6" in said
+    assert f"step {SPIKE} is a spike" in (said := capsys.readouterr().out) and "rewinding to step 6" in said
     lines = read_metrics(config.run_dir)
     assert [line["step"] for line in lines] == list(range(1, 13))
     assert lines[SPIKE - 1]["skipped"] == 1 and lines[SPIKE - 1]["train/CrossEntropyLoss"] is None

@@ -163,7 +163,7 @@ def test_a_changed_prepared_source_is_refused(tmp_path):
     file = folder / "tokens-00001.bin"
     whole = file.read_bytes()
     file.write_bytes(whole[:-2])
-    refused(folder, "tokens-00001.bin: has .* bytes, but meta.json tells", 280)
+    refused(folder, "tokens-00001.bin: has .* bytes, but meta.json says", 280)
     file.write_bytes(whole[:100] + bytes([whole[100] ^ 1]) + whole[101:])
     refused(folder, "tokens-00001.bin: contents changed", 280)
     file.unlink()

@@ -9,12 +9,12 @@ from olmo_train.errors import ConfigError
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    interval_steps: int = 1000  # save after every so many steps, and at the end
-    keep_last: int = 3  # committed checkpoints that stay, besides the permanent ones
+    interval_steps: int = 1000  # save every N steps, and at the end
+    keep_last: int = 3  # keep the N newest checkpoints, besides the permanent ones
     permanent_interval_steps: int | None = None  # checkpoints at multiples of this are never deleted
     save_steps: tuple[int, ...] = ()  # further steps to save at, never deleted
-    async_save: bool = True  # write beside training, from a copy in host memory
-    required: bool = True  # a save that fails ends the run; false: it is a warning, and training goes on
+    async_save: bool = True  # write in the background, from a copy in host memory
+    required: bool = True  # a failed save ends the run; false: it logs a warning, and training continues
 
     def __post_init__(self) -> None:
         for key in ("interval_steps", "keep_last", "permanent_interval_steps"):

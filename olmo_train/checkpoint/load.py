@@ -36,7 +36,7 @@ def load_model(folder: str | Path) -> Transformer:
 
 
 def load(folder: Path, model: Transformer, optimizer: torch.optim.Optimizer, world: World) -> dict[str, Any]:
-    """Fill the model and the optimizer, sharded in any way, from a checkpoint; gives its state.json.
+    """Fill the model and the optimizer, sharded in any way, from a checkpoint; returns its state.json.
 
     A converted checkpoint may have weights alone (optimizer_steps null): then the optimizer stays as it is.
     """

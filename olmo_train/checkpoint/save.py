@@ -67,7 +67,7 @@ class Checkpointer:
     def save(self, step: int, model: Transformer, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
         """Save the state after update `step`.
 
-        With async_save the files are written beside training; the next save, `wait` or `failed` tells what went wrong.
+        With async_save the files are written in the background; the next save, `wait` or `failed` reports a failure.
         """
         started = time.perf_counter()
         self.wait()
@@ -133,7 +133,7 @@ class Checkpointer:
     def _write(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> tuple[float, int]:
         """In the thread, on every rank: write, agree that all is written, let rank 0 commit and prune.
 
-        Gives seconds and bytes. All ranks raise SaveError when one of them cannot write, and NonFiniteError when one
+        Returns seconds and bytes. All ranks raise SaveError when one of them cannot write, and NonFiniteError when one
         holds a non-finite value: such a state is never committed.
         """
         started = time.perf_counter()
@@ -171,7 +171,7 @@ class Checkpointer:
         return [result for result, _ in outcomes]
 
     def _need(self, tensors: dict[str, Tensor]) -> str:
-        """What the disk must hold, for the error that tells of a full one."""
+        """The space that checkpoints need, for the error about a full disk."""
         size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         return f"a checkpoint needs {size / 1e9:.3g} GB, {shutil.disk_usage(self.run_dir).free / 1e9:.3g} GB are free"
 
@@ -221,7 +221,7 @@ class _Writer(HuggingFaceStorageWriter):
 
 def _safetensors_header(tensors: dict[str, Tensor], offsets: dict[str, Any]) -> bytes:
     """What stands before the tensors' bytes: its length, 8 bytes, then JSON padded to a multiple of 8
-    (github.com/huggingface/safetensors, "Format"). Where a part lies in its tensor is told as torch's reader wants it."""
+    (github.com/huggingface/safetensors, "Format"). The place of a part in its tensor is stored as torch's reader expects it."""
     header: dict[str, Any] = {"__metadata__": {"DCP_SHARDING_INFO": json.dumps(offsets), "DCP_VERSION": "1.0", "format": "pt"}}
     start = 0
     for name, tensor in tensors.items():

@@ -34,7 +34,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def table(figures: dict) -> str:
     """The figures as lines of `name  value`."""
-    mfu = "not told: the device's peak is not known"
+    mfu = "unknown: no peak is listed for this device"
     if figures["mfu"] is not None:
         mfu = f"{figures['mfu']:.1%} of {figures['peak_flops'] / 1e12:.1f} TFLOP/s"
     fastest, slowest = figures["step_seconds_min"], figures["step_seconds_max"]

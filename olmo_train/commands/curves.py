@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--x", choices=("step", "tokens", "flops", "time"), default="step", help="the x axis (default: step)")
     parser.add_argument("--log-x", action="store_true", help="a logarithmic x axis")
-    parser.add_argument("--smooth", type=float, default=0, metavar="STEPS", help="average over about so many steps to both sides")
+    parser.add_argument("--smooth", type=float, default=0, metavar="STEPS", help="average over about N steps on each side")
     parser.add_argument(
         "--label", action="append", default=[], metavar="NAME", help="what to call a run; once for each, in order"
     )

@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, default=0.8, metavar="T", help="0: the likeliest token (default: 0.8)")
     parser.add_argument("--top-k", type=int, metavar="K", help="choose among the K likeliest tokens")
     parser.add_argument("--top-p", type=float, metavar="P", help="choose among the likeliest tokens that reach P together")
-    parser.add_argument("--seed", type=int, default=0, help="of the draws: the same seed gives the same text (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="sampling seed: the same seed makes the same text (default: 0)")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; EOS always ends")
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="prompts at once; changes no text (default: 8)")
     parser.add_argument("--json", action="store_true", help="a list of {prompt, text, tokens} instead of text")

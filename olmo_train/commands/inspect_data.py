@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from olmo_train.data.mixture import Mixture
     from olmo_train.history import Attempt, Run
 
-SHOWN_ROWS = 64  # of a step, or of a document's visits, in the table; --json gives all
+SHOWN_ROWS = 64  # of a step, or of a document's visits, in the table; --json prints all
 SHOWN_TOKENS = 24  # of each instance's text in the table
 
 
@@ -73,9 +73,9 @@ def _show_step(inspected: Run, args: argparse.Namespace) -> None:
         about |= {"passed_over": inspected.is_passed_over(args.step)}
         print(json.dumps(about | {"instances": instances}, ensure_ascii=False))
         return
-    told = {None: "", True: ", as the run logged it", False: ", NOT as the run logged it"}[as_logged]
+    note = {None: "", True: ", as the run logged it", False: ", NOT as the run logged it"}[as_logged]
     print(f"step {args.step} of {inspected.steps}: {mixture.batches.at(args.step)} instances of {mixture.seq_len} tokens "
-          f"on {world_size} rank{'s' * (world_size > 1)}, sample_hash {sample_hash[:16]}{told}")  # fmt: skip
+          f"on {world_size} rank{'s' * (world_size > 1)}, sample_hash {sample_hash[:16]}{note}")  # fmt: skip
     if inspected.is_passed_over(args.step):
         print("this step is passed over: its batch is not trained on")
     _print_rows(rows, texts)
@@ -118,7 +118,7 @@ def _show_document(inspected: Run, args: argparse.Namespace) -> None:
     if args.rank is not None:
         from olmo_train.errors import ConfigError
 
-        raise ConfigError("--rank", "goes with --step; --document tells the rank of every visit")
+        raise ConfigError("--rank", "goes with --step; --document shows the rank of every visit")
     mixture = inspected.attempts[-1].mixture()
     source, found = find_documents(mixture, args.document)
     done, visits = inspected.last_step(), []

@@ -101,7 +101,7 @@ class _ProgressLine:
         columns = ("{task.percentage:>3.0f}%", "{task.fields[tokens]:,} tokens", "{task.fields[speed]:,.0f} tokens/s")
         parts = (BarColumn(), *map(TextColumn, columns), TimeRemainingColumn())
         self.bar = Progress(*parts, console=self.console, disable=not is_terminal(sys.stderr))
-        self.begun = self.told = time.monotonic()
+        self.begun = self.printed = time.monotonic()
         self.new_tokens = 0
 
     def __enter__(self) -> _ProgressLine:
@@ -122,8 +122,8 @@ class _ProgressLine:
         self.bar.update(
             self.task, completed=progress.input_bytes, total=progress.total_bytes, tokens=progress.tokens, speed=speed
         )
-        if self.bar.disable and now - self.told > 10:
-            self.told = now
+        if self.bar.disable and now - self.printed > 10:
+            self.printed = now
             share = progress.input_bytes / max(progress.total_bytes, 1)
             left = (now - self.begun) * (1 - share) / max(share, 1e-9)
             print(

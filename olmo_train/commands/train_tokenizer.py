@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = "Trains a tokenizer and writes it as a tokenizer.json. The same text gives the same file."
+    parser.description = "Trains a tokenizer and writes it as a tokenizer.json. The same text makes the same file."
     parser.add_argument("inputs", nargs="+", metavar="INPUT", help="text, as for prepare-data")
     parser.add_argument("--output", required=True, type=Path, metavar="FILE", help="the tokenizer.json to write")
     parser.add_argument("--vocab-size", type=int, default=4096, help="most ids, special tokens included (default: 4096)")

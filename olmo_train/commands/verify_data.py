@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> int | None:
         meta, found = verify(folder, lambda name, folder=folder: print(f"checking {folder / name}", file=sys.stderr))
         problems += found
         if not found:
-            print(f"{folder}: {meta.tokens:,} tokens in {meta.documents:,} documents and {len(meta.shards)} shards, all as told")
+            print(f"{folder}: {meta.tokens:,} tokens in {meta.documents:,} documents and {len(meta.shards)} shards, all verified")
     for problem in problems[1:]:
         print(f"problem: {problem.file}: {problem.what}", file=sys.stderr)
     if problems:

@@ -69,7 +69,7 @@ def write_checkpoint(
     updates: int | None = None,
     read_moment: Callable[[str, str], Tensor] | None = None,
 ) -> dict[str, dict]:
-    """Write the files of a checkpoint; gives their manifest entries.
+    """Write the files of a checkpoint; returns their manifest entries.
 
     `values` is its config.yaml, `files` go in as they are. With resume_from, a run goes on after `step`: with AdamW's
     moments, which `updates` updates have made, or, where that is None, with a new optimizer.
@@ -90,7 +90,7 @@ def write_checkpoint(
 
 
 def _write_shards(folder: Path, sizes: dict[str, int], read: Read) -> tuple[dict[str, dict], dict[str, str]]:
-    """Write tensors of these sizes in bytes into files of about SHARD_BYTES; gives the manifest entry of each file, and
+    """Write tensors of these sizes in bytes into files of about SHARD_BYTES; returns the manifest entry of each file, and
     the file of each tensor."""
     groups: list[list[str]] = []
     room = 0
@@ -121,7 +121,7 @@ class TheirWeights:
             with safetensors.safe_open(single, "pt") as file:
                 self.files = dict.fromkeys(file.keys(), single)
         else:
-            raise CheckpointError(folder, "holds no model.safetensors; save it anew with safe_serialization=True")
+            raise CheckpointError(folder, "holds no model.safetensors; save it again with safe_serialization=True")
 
     def __call__(self, name: str) -> Tensor:
         with safetensors.safe_open(self.files[name], "pt") as file:

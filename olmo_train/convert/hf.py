@@ -1,7 +1,7 @@
 """Checkpoints to and from `transformers` folders, tensor by tensor, proven by their logits.
 
-The one idea: nothing is believed. A folder gets its name only after the logits of what was written have been compared
-with those of what was read. Both models run block by block, so that neither is ever in memory as a whole.
+A folder gets its final name only after the logits of the written model match those of the source. Both models run block by
+block, so neither is ever entirely in memory.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """OLMo's own checkpoints and configuration files, read into ours.
 
-The one idea: every key of theirs is in one of these tables, or it is refused by name. So what comes out trains as the
-original would, and nothing is left out in silence.
+Every key of an OLMo configuration must be in one of these tables, or it is refused by name. So the converted model trains as
+the original would, and nothing is silently left out.
 
 Sources: allenai/OLMo 0.6.0, olmo/config.py (keys and their defaults), olmo/model.py (names of weights).
 """
@@ -342,7 +342,7 @@ def _data(theirs: dict[str, Any], eos_id: int) -> dict[str, Any]:
 
 
 def import_olmo(source: Path, dest: Path, left_out: tuple[str, ...] = (), step: int | None = None) -> int:
-    """Write an unsharded OLMo checkpoint (model.pt, config.yaml, and optim.pt if it is there) as one of ours; gives the
+    """Write an unsharded OLMo checkpoint (model.pt, config.yaml, and optim.pt if it is there) as one of ours; returns the
     step after which a run with resume_from goes on. When `source` is a YAML file, write `dest` as its translation.
 
     Raises ConfigError with their key that we do not have, CheckpointError on files and weights that do not fit.

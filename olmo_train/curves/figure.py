@@ -52,7 +52,7 @@ STYLE = {
     "lines.linewidth": 1.1,
     "savefig.dpi": 300,
     "pdf.fonttype": 42,  # letters stay letters, as publishers ask
-    "svg.hashsalt": "olmo_train",  # the same run gives the same file
+    "svg.hashsalt": "olmo_train",  # the same run makes the same file
 }
 
 
@@ -64,7 +64,7 @@ class Look:
 
 
 def write_figure(runs: list[Run], chosen: list[Curves], path: Path, look: Look) -> None:
-    """Draw the panels in `chosen` and save them at `path`, whose ending tells the format."""
+    """Draw the panels in `chosen` and save them at `path`, whose ending selects the format."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -99,7 +99,7 @@ def _draw_panel(axes: Axes, runs: list[Run], curves: Curves, look: Look) -> None
             "color": panels.COLORS[hue % len(panels.COLORS)],
             "linestyle": DASHES[panels.DASHES[dash % len(panels.DASHES)]],
         }
-        if shared_legend:  # colours are told once for the figure; here only what the dashes mean
+        if shared_legend:  # the figure's legend explains the colours; here only the dashes
             name = curves.metrics[metric] if i == min(r for r, m in names if m == metric) and len(kinds) > 1 else None
         window = look.smooth if panels.may_smooth(curves.panel, metric) else 0
         _draw_curve(axes, runs[i], metric, name, style, look.axis, window)

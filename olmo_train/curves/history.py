@@ -1,7 +1,7 @@
-"""Read what a run has logged, into arrays: `read_run(run_dir)` gives a Run, whatever wrote it.
+"""Read what a run has logged, into arrays: `read_run(run_dir)` returns a Run, also for runs of other tools.
 
-The one idea: every metric is a Series of its own (steps, values), for metrics are logged at different steps. The other
-x axes (tokens, FLOPs, time) are functions of the step, found by interpolation between the logged lines.
+Every metric is a separate Series (steps, values), because metrics are logged at different steps. The other x
+axes (tokens, FLOPs, time) are functions of the step, found by interpolation between the logged lines.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def json_lines(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
 
 
 def collect(rows: Iterable[dict[str, Any]]) -> tuple[dict[str, Series], list[tuple[int, float, int]]]:
-    """Rows to (series by metric, clock). The clock holds (step, unix seconds, attempt) of each row that tells them.
+    """Rows to (series by metric, clock). The clock holds (step, unix seconds, attempt) of each row that has them.
 
     A null is a NaN, a row without a step is passed over, and of two values of a metric at one step the later counts.
     """

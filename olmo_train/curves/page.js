@@ -70,7 +70,7 @@ function duration(seconds) {
 const color = (i) => { const c = data.colors[dark.matches ? "dark" : "light"]; return c[i % c.length]; };
 const css = (name) => getComputedStyle(document.documentElement).getPropertyValue("--" + name).trim();
 
-// With one run, colour tells the curve; with several, colour tells the run and the dash tells the curve.
+// With one run, colour marks the curve; with several, colour marks the run and the dash marks the curve.
 function look(panel, curve) {
   const names = [...new Set(panel.curves.map((c) => c.name))];
   const index = names.indexOf(curve.name);

@@ -24,7 +24,7 @@ MAX_POINTS = 4000  # of one curve: more than the pixels of any screen
 MIN_POINTS = 500
 PAGE_POINTS = 250_000  # of all curves together, so that many runs still open at once
 MAX_EVENTS = 400  # of one kind and run
-MAX_OWN_PANELS = 24  # a run may log hundreds of metrics of its own
+MAX_OWN_PANELS = 24  # a run may log hundreds of custom metrics
 
 
 @dataclass(frozen=True)
@@ -76,13 +76,13 @@ def page_data(runs: list[Run], chosen: list[Curves], look: Look) -> dict[str, An
 
 def differences(runs: list[Run]) -> dict[str, Any]:
     """Rows of configuration keys whose values differ; the whole configuration when there is but one run."""
-    told = [run for run in runs if run.config]
+    known = [run for run in runs if run.config]
     rows = []
-    for key in sorted({key for run in told for key in run.config} - {"run_dir"}):
-        values = [run.config.get(key, "–") for run in told]
-        if len(told) == 1 or any(value != values[0] for value in values):
+    for key in sorted({key for run in known for key in run.config} - {"run_dir"}):
+        values = [run.config.get(key, "–") for run in known]
+        if len(known) == 1 or any(value != values[0] for value in values):
             rows.append([key, *(_cell(value) for value in values)])
-    return {"runs": [run.name for run in told], "rows": rows}
+    return {"runs": [run.name for run in known], "rows": rows}
 
 
 def _run(run: Run, axes: dict[str, Axis]) -> dict[str, Any]:
@@ -98,7 +98,7 @@ def _run(run: Run, axes: dict[str, Axis]) -> dict[str, Any]:
 
 
 def summary(run: Run) -> dict[str, Any]:
-    """What the table of runs tells; None where it was not logged."""
+    """The values of the table of runs; None where it was not logged."""
     losses = [_last(s) for name, s in run.series.items() if name.startswith("eval/") and name.endswith("/CrossEntropyLoss")]
     count = {kind: sum(e["event"] == kind for e in run.events) for kind in panels.EVENTS}
     tokens = run.series.get("throughput/total_tokens")
@@ -123,7 +123,7 @@ def _panel(curves: Curves, runs: list[Run], max_points: int) -> dict[str, Any]:
     limits = [run.config.get(curves.panel.limit) for run in runs]
     return {
         "title": curves.panel.title,
-        "unit": curves.panel.told_unit,
+        "unit": curves.panel.shown_unit,
         "log": curves.panel.log,
         "smooth": curves.panel.smooth,
         "limits": [{"run": i, "value": v} for i, v in enumerate(limits) if isinstance(v, (int, float))],
@@ -149,8 +149,8 @@ def _points(series: Series) -> dict[str, list]:
 
 
 def _event(event: dict[str, Any]) -> dict[str, Any]:
-    told = {k: v for k, v in event.items() if k not in ("event", "step", "time") and isinstance(v, (int, float, str))}
-    return {"step": event["step"], "text": ", ".join(f"{k} {_cell(v)}" for k, v in told.items())}
+    details = {k: v for k, v in event.items() if k not in ("event", "step", "time") and isinstance(v, (int, float, str))}
+    return {"step": event["step"], "text": ", ".join(f"{k} {_cell(v)}" for k, v in details.items())}
 
 
 def _spread(events: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -1,7 +1,7 @@
 """What is drawn where: panels of metrics that share a unit, x axes, marked events, and colours.
 
 PANELS is the table to extend: a metric goes to the first panel with a pattern that fits, and is called there by the
-part of its name that the pattern's `*` covers. A metric that fits none has a panel of its own.
+part of its name that the pattern's `*` covers. A metric that matches none gets a separate panel.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ AXES = ("step", "tokens", "flops", "time")
 
 @dataclass(frozen=True)
 class Axis:
-    """An x axis; `source` gives its value at each logged step of a run, in units of `unit`."""
+    """An x axis; `source` returns its value at each logged step of a run, in units of `unit`."""
 
     name: str
     label: str
@@ -59,7 +59,7 @@ def axes(runs: list[Run]) -> dict[str, Axis]:
 
 
 def axis_of(runs: list[Run], name: str) -> Axis:
-    """Raises ConfigError when no run tells where it was on this axis."""
+    """Raises ConfigError when no run has values for this axis."""
     known = axes(runs)
     if name not in known:
         raise ConfigError("--x", f"no run has logged its {name}; known here: {', '.join(known)}")
@@ -94,7 +94,7 @@ class Panel:
     limit_name: str = ""
 
     @property
-    def told_unit(self) -> str:
+    def shown_unit(self) -> str:
         """The unit beside the title, unless it would say the same again."""
         return "" if self.unit == self.title.lower() else self.unit
 

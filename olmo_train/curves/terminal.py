@@ -27,7 +27,7 @@ class Look:
 
 
 def draw_terminal(runs: list[Run], chosen: list[Curves], look: Look) -> str:
-    """A line that tells each run's newest values, then the panels, one below the other."""
+    """One line with each run's newest values, then the panels, one below the other."""
     blocks = [headline(run) for run in runs]
     for i, curves in enumerate(chosen):
         blocks += ["", *_legend(runs, curves, look)]
@@ -39,16 +39,16 @@ def draw_terminal(runs: list[Run], chosen: list[Curves], look: Look) -> str:
 def headline(run: Run) -> str:
     """`tiny: step 200 of 200, training 4.3012, validation web 4.4100, 1 resume`."""
     total = run.total_steps
-    told = [f"step {run.last_step:,}" + (f" of {total:,}" if total is not None else "")]
+    parts = [f"step {run.last_step:,}" + (f" of {total:,}" if total is not None else "")]
     for metric, series in run.series.items():
         panel, name = panels.place(metric)
         if panel.title == "Loss":
-            told.append(f"{name} {series.values[-1]:.4f}")
+            parts.append(f"{name} {series.values[-1]:.4f}")
     for kind in ("resume", "spike", "skip"):
         count = sum(event["event"] == kind for event in run.events)
         if count:
-            told.append(f"{count} {kind}{'s' * (count > 1)}")
-    return f"{run.name}: " + ", ".join(told)
+            parts.append(f"{count} {kind}{'s' * (count > 1)}")
+    return f"{run.name}: " + ", ".join(parts)
 
 
 def _panel(runs: list[Run], curves: Curves, look: Look, height: int) -> Any:
@@ -82,7 +82,7 @@ def _legend(runs: list[Run], curves: Curves, look: Look) -> list[str]:
     """The panel's title and the names of its curves, on as many lines as they need; above the plot, to hide nothing."""
     import plotext
 
-    title = curves.panel.title + (f" ({curves.panel.told_unit})" if curves.panel.told_unit else "")
+    title = curves.panel.title + (f" ({curves.panel.shown_unit})" if curves.panel.shown_unit else "")
     names = list(panels.legend_names(runs, curves).values())
     lines, used = [title], len(title)
     for n, name in enumerate(names if len(names) > 1 else []):

@@ -1,8 +1,8 @@
 """Keep a long series small without losing a spike.
 
-The one idea: cut the steps into buckets and keep of each the first, lowest, highest and last point (M4, Jugel et al.
-2014), which draws the same pixels as all points would. Half of the buckets are equal on a linear axis and half on a
-logarithmic one, for the first hundred steps of a million are all there is to see on the left of a log axis.
+Cut the steps into buckets and keep the first, lowest, highest and last point of each (M4, Jugel et al. 2014), which draws the
+same pixels as all points would. Half of the buckets are equal on a linear axis and half on a logarithmic one, because the
+left of a log axis shows only the first hundred steps of a million.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""documents.parquet: which document each token is of, usable at billions of rows.
+"""documents.parquet: which document each token belongs to, for billions of rows.
 
-The one idea: rows lie in the order of the tokens, in row groups that never cross a shard, so the row group of a
-position is found by bisecting the groups' statistics, and only that group is read. Ids are found through documents.ids,
+Rows are in token order, in row groups that never cross a shard. The row group of a position is found by bisecting the groups'
+statistics, and only that group is read. Ids are found through documents.ids,
 an array of (hash of the id, position) sorted by hash. pyarrow is imported only when a table is opened or written.
 """
 

@@ -56,7 +56,7 @@ def rows_of_step(
     most: int | None = None,
     documents: bool = True,
 ) -> list[Row]:
-    """The rows of a step in the order of the global batch: of one rank when it is given, and at most so many.
+    """The rows of a step in the order of the global batch: those of `rank` if it is set, and at most `most` of them.
 
     Without `documents` none are looked up, which costs most of the time. Raises ConfigError.
     """

@@ -1,7 +1,7 @@
-"""meta.json: what a prepared source folder knows of itself, and the hashes that prove it.
+"""meta.json: the description of a prepared source folder, with hashes to verify it.
 
-The one idea: whoever holds the folder can check it without the text it came from. Every shard's size and sha256 stand
-here, beside the tokenizer's hash and the ids that matter (vocabulary size, EOS).
+The folder can be checked without the text it was made from: meta.json has the size and sha256 of every shard, the hash of the
+tokenizer, the vocabulary size and the EOS id.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def read_meta(folder: Path) -> Meta:
         raise DataError(file, f"dtype is {meta.dtype!r}, expected one of {', '.join(DTYPES)}")
     total = sum(shard.tokens for shard in meta.shards)
     if total != meta.tokens:
-        raise DataError(file, f"tells {meta.tokens} tokens, but its shards sum to {total}; prepare the source again")
+        raise DataError(file, f"lists {meta.tokens} tokens, but its shards sum to {total}; prepare the source again")
     for shard in meta.shards:  # a folder from elsewhere must not make us read outside of it
         for name in (shard.file, shard.labels["file"] if shard.labels else shard.file):
             if Path(name).name != name:

@@ -1,6 +1,6 @@
 """What is in which step: pure functions of (seed, step), numpy alone, no index file, no state.
 
-The one idea: a keyed permutation. A Feistel network keyed by (seed, source, epoch) is a bijection of [0, n) that needs no
+A keyed permutation: a Feistel network keyed by (seed, source, epoch) is a bijection of [0, n) that needs no
 memory and runs backwards too. So "what was in step 12345" and "which step saw instance 9" are arithmetic, a run resumes
 from its step alone, and every world size agrees.
 
@@ -53,7 +53,7 @@ def _feistel(x: np.ndarray, key: np.ndarray, bits: int, backwards: bool) -> np.n
 
 
 def permute(x: np.ndarray, n: int, key: np.ndarray, backwards: bool = False) -> np.ndarray:
-    """Where a keyed permutation of [0, n) sends each of x; `backwards` gives its inverse. x (any shape) -> int64.
+    """Where a keyed permutation of [0, n) sends each of x; `backwards`: its inverse. x (any shape) -> int64.
 
     The network permutes the next power of two; a value that lands outside [0, n) walks on along its cycle until it is
     inside (Black and Rogaway 2002), fewer than two steps on average.

@@ -1,7 +1,7 @@
-"""Paths with a scheme (s3://, gs://, https://): fetched whole into a cache folder, checked, then read like any file.
+"""Paths with a scheme (s3://, gs://, https://): downloaded into a cache folder, verified, then read like any file.
 
-The one idea: a file is in the cache only under its final name, to which it is renamed after its size (told by the
-server) and its hash (told by meta.json, where there is one) were found right. What is there is not fetched again.
+A download gets its final name only after its size (from the server) and its hash (from meta.json, if there is one) match.
+Cached files are not downloaded again.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ FILE_SUFFIXES = (".npy", ".bin")  # a remote path that ends otherwise is a prepa
 def localize(path: str | tuple[str, ...]) -> str | tuple[str, ...]:
     """The same path with everything remote replaced by its copy in the cache, which is fetched when it is not there.
 
-    Raises DataError when a fetched file has another size or hash than was told, or cannot be fetched.
+    Raises DataError when a file cannot be downloaded, or its size or hash is not the expected one.
     """
     if not isinstance(path, str):
         return tuple(str(localize(word)) for word in path)
@@ -40,9 +40,9 @@ def localize(path: str | tuple[str, ...]) -> str | tuple[str, ...]:
 
 
 def _fetch_source(url: str) -> Path:
-    """A prepared folder: meta.json anew each time, as it may have changed, then what it names."""
+    """A prepared folder: meta.json every time, as it may have changed, then the files it lists."""
     folder = _place(f"{url}/{META_FILE}").parent
-    _fetch(f"{url}/{META_FILE}", anew=True)
+    _fetch(f"{url}/{META_FILE}", refresh=True)
     meta = read_meta(folder)
     hashes = {TOKENIZER_FILE: meta.tokenizer_sha256, "documents.parquet": meta.documents_sha256, "documents.ids": None}
     for shard in meta.shards:
@@ -60,12 +60,12 @@ def _place(url: str) -> Path:
     return cache_folder() / "remote" / hashlib.sha256(parent.encode()).hexdigest()[:16] / PurePosixPath(name).name
 
 
-def _fetch(url: str, sha256: str | None = None, anew: bool = False) -> Path:
+def _fetch(url: str, sha256: str | None = None, refresh: bool = False) -> Path:
     """The local copy of one file. Several processes may ask at once; one fetches, the others wait."""
     place = _place(url)
     place.parent.mkdir(parents=True, exist_ok=True)
     with _locked(place):
-        if not anew and place.exists() and _still_good(url, place, sha256):
+        if not refresh and place.exists() and _still_good(url, place, sha256):
             return place
         temporary = place.with_name(place.name + ".part")
         try:
@@ -75,7 +75,7 @@ def _fetch(url: str, sha256: str | None = None, anew: bool = False) -> Path:
                 raise DataError(url, f"{found} bytes arrived of {expected}; run the same command again")
             digest = hash_file(temporary)
             if sha256 is not None and digest != sha256:
-                raise DataError(url, f"sha256 is {digest}, {META_FILE} tells {sha256}; the remote files do not belong together")
+                raise DataError(url, f"sha256 is {digest}, {META_FILE} says {sha256}; the remote files do not belong together")
             os.replace(temporary, place)
         finally:
             temporary.unlink(missing_ok=True)
@@ -84,7 +84,7 @@ def _fetch(url: str, sha256: str | None = None, anew: bool = False) -> Path:
 
 
 def _still_good(url: str, place: Path, sha256: str | None) -> bool:
-    """A copy with a known hash is compared by it (as noted when it was fetched), another by the size the server tells."""
+    """Whether a cached copy still matches: by its hash, noted at download, or else by the size that the server reports."""
     if sha256 is not None:
         mark = _mark(place)
         return mark.exists() and mark.read_text(encoding="utf-8") == sha256
@@ -113,7 +113,7 @@ def _open_filesystem(url: str) -> tuple[Any, str]:
 
 @contextlib.contextmanager
 def _open(url: str) -> Iterator[tuple[BinaryIO, int | None]]:
-    """The remote file to read from, and its size where the server tells. HTTP needs no package, the rest fsspec."""
+    """The remote file to read from, and its size if the server reports it. HTTP needs no package, the rest fsspec."""
     if url.startswith(("http://", "https://")):
         with urllib.request.urlopen(url, timeout=60) as response:
             size = response.headers.get("Content-Length")
@@ -125,13 +125,13 @@ def _open(url: str) -> Iterator[tuple[BinaryIO, int | None]]:
 
 
 def _download(url: str, file: Path) -> int | None:
-    """Copy to `file`; gives the size that the server told, if it did."""
+    """Copy to `file`; returns the size that the server reported, if it did."""
     try:
         with _open(url) as (source, expected), open(file, "wb") as target:
             shutil.copyfileobj(source, target, 2**23)
     except ConfigError:
         raise
-    except Exception as problem:  # each filesystem has exceptions of its own
+    except Exception as problem:  # each filesystem raises different exceptions
         raise DataError(url, f"cannot be fetched: {type(problem).__name__}: {problem}") from problem
     return expected
 

@@ -1,9 +1,8 @@
-"""Token shards on disk, seen as one stream of tokens: memory-mapped, copied only into the caller's array.
+"""Token shards on disk, read as one stream of tokens: memory-mapped, copied only into the caller's array.
 
-The one idea: a source is a number line. Its files lie end to end, `starts` holds where each begins, and every question
-(what are these tokens, which documents are they of, are they scored) is asked by position on that line. Two forms of
-source are known: a folder written by prepare-data, whose meta.json tells everything, and raw token files as OLMo
-publishes them, which tell nothing but their size.
+The files of a source are concatenated: `starts` holds the position at which each begins, and tokens, documents and label masks
+are looked up by position. There are two kinds of source: a folder written by prepare-data, described by its meta.json,
+and raw token files as OLMo publishes them, of which only the size is known.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from olmo_train.storage import cache_folder
 
 WHOLE_BYTES = 64 * 2**20  # a source of at most this size is hashed whole when it is opened; a larger one in blocks
 RAW_BLOCKS = 4096  # blocks of 4 KiB hashed over all raw files of a source, evenly spread, the first and the last included
-CHECKED_SHARDS = 256  # of a large prepared source, so many shards, evenly spread, have their blocks compared at opening
+CHECKED_SHARDS = 256  # at most N shards of a large prepared source, evenly spread, have their blocks compared at opening
 
 
 class TokenSource:
@@ -179,7 +178,7 @@ def check_ids(source: TokenSource, vocab_size: int) -> None:
         if source.meta:
             expected, found = source.meta.shards[shard].sha256, hash_file(file)
             if expected != found:
-                raise DataError(file, f"contents changed: sha256 {found}, meta.json tells {expected}; prepare the source again")
+                raise DataError(file, f"contents changed: sha256 {found}, meta.json has {expected}; prepare the source again")
         try:
             mark.parent.mkdir(parents=True, exist_ok=True)
             mark.write_text(f"{file} has passed with vocab_size {vocab_size}\n", encoding="utf-8", errors="replace")
@@ -232,7 +231,7 @@ def _prepared_file(folder: Path, meta: Meta, index: int) -> _ShardFile:
         if found != size:
             raise DataError(
                 folder / file,
-                f"has {found} bytes, but {META_FILE} tells {size}; copy it again or prepare the source again",
+                f"has {found} bytes, but {META_FILE} says {size}; copy it again or prepare the source again",
             )
     if shard.size != shard.tokens * dtype.itemsize or shard.tokens == 0:
         raise DataError(
@@ -252,7 +251,7 @@ def _check_contents(folder: Path, meta: Meta) -> None:
         if found != expected:
             raise DataError(
                 file,
-                f"contents changed: sha256 {found}, meta.json tells {expected}; prepare the source again",
+                f"contents changed: sha256 {found}, meta.json has {expected}; prepare the source again",
             )
 
 
@@ -291,7 +290,7 @@ def _raw_file(file: Path, dtype: np.dtype) -> _ShardFile:
 
 
 def _numpy_header(file: Path, stream, dtype: np.dtype) -> int:
-    """Bytes of the NumPy header; raises DataError when it tells another dtype or shape than a list of such tokens."""
+    """Bytes of the NumPy header; raises DataError when its dtype or shape is not that of a list of such tokens."""
     try:
         version = tuple(stream.read(2))
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0

@@ -1,7 +1,7 @@
 """Tokenizers: any tokenizer.json, the OLMo ones by name, or one trained on the user's own text.
 
-The one idea: special tokens are ours to place. Text is encoded as text, so a document that spells `<|endoftext|>` does
-not end there, with any kind of model, and the only EOS in the shards is the one behind each document.
+Only prepare-data inserts special tokens. Text is encoded as plain text, so a document that contains the string
+`<|endoftext|>` does not end there, and the only EOS in the shards is the one after each document.
 (Markers of personal data such as `|||EMAIL_ADDRESS|||`, which Dolma's text holds, are no special tokens, and keep their ids.)
 """
 

@@ -1,7 +1,7 @@
-"""verify-data: everything that a prepared folder claims of itself, checked against its bytes.
+"""verify-data: check everything that a prepared folder states about itself against its bytes.
 
-The one idea: meta.json, the shards, documents.parquet and tokenizer.json each tell the same facts; every pair that could
-disagree is compared, and what disagrees is named with file, offset, expected and found. All problems are gathered.
+meta.json, the shards, documents.parquet and tokenizer.json state the same facts. Every pair that could disagree is compared;
+a mismatch is reported with file, offset, expected and found value. All problems are collected.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def _shard(folder: Path, meta: Meta, shard: ShardMeta, ends: np.ndarray | None) 
             digest.update(data)
             ids = np.frombuffer(data, dtype)
             for kind, problem in _block(file, meta, start, ids, ends):
-                if kind not in named:  # the first of each kind tells where to look
+                if kind not in named:  # the first of each kind says where to look
                     named.add(kind)
                     yield problem
     if digest.hexdigest() != shard.sha256:

@@ -10,9 +10,9 @@ from olmo_train.storage import FilePath
 
 @dataclass(frozen=True)
 class EvalConfig:
-    interval_steps: int = 1000  # evaluate data.validation and the tasks after every so many steps, and at the end
+    interval_steps: int = 1000  # evaluate data.validation and the tasks every N steps, and at the end
     downstream: tuple[FilePath, ...] = ()  # tasks: piqa, hellaswag, ..., NAME/VARIANT, or requests.jsonl files
-    downstream_limit: int | None = None  # at most so many questions of each task, evenly spread; null: all
+    downstream_limit: int | None = None  # at most N questions of each task, evenly spread; null: all
     tokenizer: FilePath | None = None  # of the tasks: a tokenizer.json or a name; null: the data folder's
 
     def __post_init__(self) -> None:

@@ -1,9 +1,9 @@
 """Downstream tasks: which of several texts does the model find likeliest behind a question?
 
-The one idea: what is measured is one number for each choice, its log-likelihood. `score` gives them as a vector that is 0
-where another rank computed them, so the caller adds the ranks' vectors up, exactly, and `results_of` reads accuracy and all
-else off the sum. Batches are made from the task alone and dealt out to the ranks, so that every number of ranks computes the
-same batches.
+Each choice of a question gets one number, its log-likelihood. `score` returns a vector of them that is 0 for the choices of
+other ranks, so the caller sums the ranks' vectors without rounding, and `results_of` computes accuracy and the other metrics
+from the sum. Batches depend on the task alone and are distributed over the ranks, so any number of ranks computes the same
+batches.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def score(
 
     batch_tokens: most tokens of one forward, padding included. All ranks make the same number of forwards, as sharded models
     need. `stop` is asked after each; the scores are not to be used when it says so. `watch` may show progress: it is given the
-    items, what they are of and how many, and gives the items back.
+    items, what they are of and how many, and returns the items.
     """
     device = next(model.parameters()).device
     scores = torch.zeros(len(task.rows), dtype=torch.float64, device=device)

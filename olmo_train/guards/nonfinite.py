@@ -16,7 +16,7 @@ def skip_if_not_finite(
 ) -> Tensor:
     """Make the optimizer's next step an exact no-op when the loss or the gradient norm is not finite, or `unwanted` is 1.0.
 
-    Weights, moments and the count of updates stay as they are. Gives 1.0 or 0.0, fp32, on the device: no host sync.
+    Weights, moments and the count of updates stay as they are. Returns 1.0 (skipped) or 0.0, fp32, on the device: no host sync.
     All arguments are global, so every rank skips alike.
     """
     skipped = 1.0 - (torch.isfinite(loss) & torch.isfinite(grad_norm)).float()

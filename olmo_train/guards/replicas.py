@@ -1,6 +1,6 @@
 """Whether ranks that must hold the same bits do: whole copies of the sharded state (HSDP), and what every rank holds alike.
 
-A flipped bit or a faulty device leaves finite weights and a plausible loss; nothing but a comparison tells. Each rank hashes
+A flipped bit or a faulty device leaves finite weights and a plausible loss; only a comparison finds it. Each rank hashes
 its shards on the device, and a few integers of each rank are compared on the host.
 """
 

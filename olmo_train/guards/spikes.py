@@ -1,7 +1,7 @@
-"""Steps that stand out: loss or gradient norm far above what the last steps had.
+"""Spike detection: steps whose loss or gradient norm is far above those of the last steps.
 
-The one idea: a robust yardstick, the median and the median absolute deviation of the last steps, which a spike itself
-hardly moves. It lives on the device, so judging a step costs no host sync, and it is part of a checkpoint.
+The threshold is robust: it comes from the median and the median absolute deviation of the last steps, which a spike hardly
+moves. The state is on the device, so judging a step costs no host sync, and it is saved in checkpoints.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Which rank is silent, and why: a run that hangs ends in time and leaves its evidence.
+"""End a run that hangs, and report which rank is to blame and why.
 
-The one idea: beside its training each rank has a thread that writes a small heartbeat file: where the training is, and that
-the process runs at all. A rank that makes no progress looks at the files of the others: one that is no longer written
-belongs to a process that is stopped or gone, one with a lower count to a rank that the others wait for.
+A thread on each rank writes a small heartbeat file: the current step, and that the process is alive. A rank that makes no
+progress reads the files of the others. A file that is no longer written belongs to a stopped or dead process; a file with a
+lower step belongs to a rank that the others wait for.
 """
 
 from __future__ import annotations
@@ -227,8 +227,8 @@ class Watchdog:
             time.sleep(0.05)
         if not lost:
             return problem
-        told = "; ".join(f"rank {rank} {why}" for rank, why in lost.items())
-        explained = PeerError("peers", f"{told}; run the same command again")
+        reasons = "; ".join(f"rank {rank} {why}" for rank, why in lost.items())
+        explained = PeerError("peers", f"{reasons}; run the same command again")
         explained.speaks = self.rank == min(set(range(self.size)) - set(lost))
         return explained
 

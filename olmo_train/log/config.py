@@ -36,7 +36,7 @@ class WandbConfig:
 
 @dataclass(frozen=True)
 class LogConfig:
-    interval_steps: int = 10  # a line in metrics.jsonl every so many steps
+    interval_steps: int = 10  # write a line of metrics.jsonl every N steps
     tensorboard: bool = False  # mirror the metrics to run_dir/tensorboard
     wandb: WandbConfig = field(default_factory=WandbConfig)
 

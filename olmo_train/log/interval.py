@@ -68,7 +68,7 @@ class Clock:
 class Interval:
     """Sums over the steps since the last line of metrics, on the device until they are read: one host sync a line.
 
-    A skipped step gives no loss. The sums are part of a checkpoint, so that a resumed run logs the same line.
+    A skipped step adds no loss. The sums are part of a checkpoint, so that a resumed run logs the same line.
     """
 
     # rows of the tensor of scalars

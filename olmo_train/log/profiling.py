@@ -1,7 +1,6 @@
-"""A look inside chosen steps, and at what a GPU's memory held when it ran out. Neither costs anything when it is not used.
+"""Profiler traces of chosen steps; no cost when it is off.
 
-The one idea: a trace is opened in a browser (ui.perfetto.dev or chrome://tracing), a table is read in the terminal; both
-come from torch.profiler, which is started before a step and stopped after another.
+torch.profiler writes a trace for the browser (ui.perfetto.dev or chrome://tracing) and a table for the terminal.
 """
 
 from __future__ import annotations

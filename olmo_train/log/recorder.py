@@ -123,7 +123,7 @@ class Recorder:
         self._events.close()
 
     def _drop_after(self, last_step: int) -> list[dict[str, Any]]:
-        """Gives the lines that stay."""
+        """Remove the lines after last_step; returns the remaining ones."""
         if not self.path.exists():
             return []
         lines = self.path.read_bytes().splitlines(keepends=True)

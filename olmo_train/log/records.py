@@ -1,4 +1,4 @@
-"""What a run tells: metrics and events to its files, lines to the console. On rank 0; the other ranks' records are silent."""
+"""What a run logs: metrics and events to files, lines to the console. Rank 0 writes; on other ranks every method is a no-op."""
 
 from __future__ import annotations
 
@@ -37,17 +37,17 @@ class Records:
             self._console.say(text)
 
     def count(self, step: int) -> None:
-        """A step is done."""
+        """Count a finished step on the console."""
         if not self._is_silent:
             self._console.step(step)
 
     def sync(self) -> None:
-        """All that was told so far survives a power cut."""
+        """Flush everything logged so far to the disk, so that it survives a power cut."""
         if not self._is_silent:
             self._recorder.sync()
 
     def settle(self, committed_step: int) -> None:
-        """No resume will compute the steps up to this one again: mirrors may have them."""
+        """No resume will repeat steps up to this one, so mirrors may upload them."""
         if not self._is_silent:
             self._recorder.settle(committed_step)
 

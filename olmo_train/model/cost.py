@@ -1,7 +1,7 @@
-"""What a model costs, from its shape alone: parameters by part, matrix parameters, FLOPs per token.
+"""What a model costs, from its configuration alone: parameters by part, matrix parameters, FLOPs per token.
 
-The one idea: all of it is closed form over ModelConfig, so the same figure comes out on one process and on 256, before
-the model exists and after it was sharded. Nothing here counts the tensors of a live model.
+Everything is a closed formula of ModelConfig, so the figures are the same for any number of processes, before the model is
+built and after it is sharded. Nothing here counts the tensors of a live model.
 """
 
 from __future__ import annotations

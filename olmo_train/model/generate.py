@@ -1,8 +1,8 @@
 """Continue token sequences with a model: greedily or by sampling, with a cache of keys and values.
 
-The one idea: all rows of a batch stand at the same position. They start together with as many tokens as the shortest prompt
-has; from there on a row whose prompt goes on is fed its prompt's next token, any other what was chosen for it. So prompts of
-different lengths share a batch without padding, without a mask, and without a change in any row's result.
+All rows of a batch are at the same position. They start with as many tokens as the shortest prompt has; from there on, a row
+with prompt tokens left reads its next prompt token, any other row its newest generated token. So prompts of different lengths
+share a batch without padding or a mask, and no row's result depends on the others.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def generate(
 
     Row i draws from seeds[i] (0, 1, 2, ... by default), so that its result depends on no other row. It ends at eos_id, when
     `finished` says so of its new tokens, or when the model has read seq_len tokens, the most it was trained on.
-    `cached=False` computes every position anew at each step: slow, and the same. Raises ConfigError on a prompt that is
+    `cached=False` recomputes every position at each step: slow, with the same result. Raises ConfigError on a prompt that is
     empty or longer than seq_len.
     """
     config = model.config
@@ -77,7 +77,7 @@ def generate(
 def choose(logits: Tensor, sampling: Sampling, draws: Tensor) -> Tensor:
     """The next token of each row, (B,) int64, for logits (B, V) and draws (B,) float64 from [0, 1).
 
-    Top-k cuts first, top-p cuts what is left; then the draw is looked up in the cumulated probabilities.
+    Top-k cuts first, then top-p cuts the rest; then the draw is looked up in the cumulative probabilities.
     """
     if sampling.temperature == 0:
         return logits.argmax(dim=-1)

@@ -1,8 +1,8 @@
-"""The head and its loss as one operation, which holds the logits once.
+"""The head and its loss as one operation that stores the logits once.
 
-The one idea: the gradient of cross-entropy by a logit is softmax less one at the label, which is known in the forward. So
-it is written over the logits there, a few rows at a time while they are in the cache, and the backward is two matrix
-products. Written with torch's operations one by one, a logit in bf16 takes 12 bytes beside its own 2, and five passes.
+The gradient of cross-entropy with respect to a logit is softmax minus one at the label, which the forward knows. So the
+forward overwrites the logits with their gradients, a few rows at a time while they are in the cache, and the backward is two
+matrix products. With separate torch operations a bf16 logit takes 12 more bytes than its own 2, and five passes over memory.
 
 Letters of shapes: N tokens, C d_model, V padded vocabulary.
 """
@@ -23,7 +23,7 @@ PART_BYTES = {"cpu": 2**23}  # of fp32 logits that are worked on at a time; on a
 
 
 class HeadLoss(nn.Module):
-    """Cross-entropy of x @ weight.T, and z_loss * log(Z)^2, which is trained on and not told."""
+    """Cross-entropy of x @ weight.T, and z_loss * log(Z)^2, which is trained on but not part of the returned loss."""
 
     def __init__(self, z_loss: float):
         super().__init__()

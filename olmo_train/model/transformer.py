@@ -145,7 +145,7 @@ class SequentialBlock(nn.Module):
 
 
 class ReorderedNormBlock(SequentialBlock):
-    """x + norm(attention(x)), then x + norm(mlp(x)): OLMo 2 normalizes what a sub-layer gives, not what it reads."""
+    """x + norm(attention(x)), then x + norm(mlp(x)): OLMo 2 normalizes the output of a sub-layer, not its input."""
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Mask, cache: KVCache | None) -> Tensor:
         x = x + self.attn_norm(self.attn(x, rope, mask, cache))
@@ -177,7 +177,7 @@ class KVCache:
         self.kept: dict[Attention, tuple[Tensor, Tensor]] = {}
 
     def append(self, layer: Attention, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Add k and v (B, K, T, D) of new tokens; gives all of them so far, (B, K, past + T, D)."""
+        """Add k and v (B, K, T, D) of new tokens; returns those of all tokens so far, (B, K, past + T, D)."""
         if layer in self.kept:
             k, v = (torch.cat((old, new), dim=2) for old, new in zip(self.kept[layer], (k, v), strict=True))
         self.kept[layer] = (k, v)
@@ -185,7 +185,7 @@ class KVCache:
 
 
 class Transformer(nn.Module):
-    """A language model. Made on the meta device it costs nothing; parallel.py gives it its values."""
+    """A language model. Built on the meta device it takes no memory; init.py computes its first values."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()

@@ -26,7 +26,7 @@ class OptimConfig:
     decay_norms: bool = False
     muon_momentum: float = 0.95  # read by muon, for the matrices of the blocks
     max_grad_norm: float = 1.0  # global L2 norm
-    grad_clip_warmup_steps: int = 0  # for so many steps, counted from the second, the norm may be ...
+    grad_clip_warmup_steps: int = 0  # for N steps, counted from the second, the norm may be ...
     grad_clip_warmup_factor: float = 1.0  # ... this many times larger: OLMo-7B 1000 steps and 10.0
     schedule: str = "linear"
     warmup_steps: int = 5000

@@ -1,5 +1,5 @@
 // Attention and cross-entropy for a CPU, each in one pass while its numbers are in the cache. cpu_kernels.py builds this file
-// and tells what each function computes.
+// and documents what each function computes.
 //
 // Sums, exponentials and everything between products are in fp32, whatever the tensors hold. Vectors are those of GCC and Clang
 // (attribute vector_size), so that one text serves every instruction set. Bits depend neither on the number of threads nor on

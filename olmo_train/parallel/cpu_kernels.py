@@ -1,9 +1,8 @@
-"""Attention and the head's loss for a CPU, from cpu_kernels.cpp: a C++ compiler makes them once for a machine.
+"""Attention and the head's loss for a CPU, from cpu_kernels.cpp, which a C++ compiler builds once per machine.
 
-The one idea: torch writes the scores of attention, and the probabilities over the vocabulary, to memory in several passes.
-Here some rows at a time stay in the cache, and all arithmetic is in fp32, so results are at least as exact as torch's in
-bf16. Causal attention is that of Dao et al. 2022 (FlashAttention): the backward computes the scores again, and knows their
-softmax by the logarithm of its sum, which the forward has kept.
+torch writes attention scores and vocabulary probabilities to memory in several passes. These kernels keep a few rows at a
+time in the cache and compute in fp32, so results are at least as accurate as torch's in bf16. Causal attention follows Dao et
+al. 2022 (FlashAttention): the backward recomputes the scores and normalizes them with the log-sum-exp saved by the forward.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Sums that do not depend on the order of their terms, so that training has the same bits on any number of processes.
 
-The one idea: floating-point addition is not associative, but it is exact as long as all terms are multiples of one
-quantum and the sum needs no more bits than the format has. So each sequence goes through the model alone, its gradient is
-rounded to multiples of QUANTUM, and these are added in fp64: over micro-batches and over ranks, in whatever order. What
-must be added over elements, the gradient norm, is added in integers. See docs/decisions/0007.
+Floating-point addition is not associative, but it is exact as long as all terms are multiples of one quantum and the sum needs
+no more bits than the format has. So each sequence goes through the model alone, its gradient is rounded to multiples of
+QUANTUM, and the gradients are summed in fp64, over micro-batches and ranks in any order. The gradient norm, a sum over
+elements, is computed in integers. See docs/decisions/0007.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ LOSS_QUANTUM = 2.0**-24  # nats; the summed loss of a sequence is a multiple of 
 
 @contextlib.contextmanager
 def determinism(mode: str) -> Iterator[None]:
-    """What `none`, `run` or `world` asks of torch, until the end of the run.
+    """Set torch's flags for `none`, `run` or `world` while the run lasts.
 
-    `run`: the same command on the same machine gives the same bits. On a CPU it does without; on a GPU some operations have
-    another, slower form for it, and those that have none are told in a warning. `world`: one thread besides, since how a
-    product is cut for several may change its rounding.
+    `run`: the same command on the same machine computes the same bits. A CPU needs no flags for it; on a GPU torch uses slower
+    deterministic kernels where it has them and warns where it has none. `world`: also one thread, because splitting a matrix
+    product over threads can change its rounding.
     """
     if mode == "none":
         yield
@@ -56,11 +56,11 @@ def loss_terms(losses: Tensor) -> Tensor:
 
 
 def round_gradients(module: nn.Module, parameters: Callable[[], list[nn.Parameter]], sequences: int) -> None:
-    """From the next forward of `module` on, round the gradients that a backward gives to `parameters`, which are asked for
-    when the forward begins, to multiples of QUANTUM.
+    """Round the gradients of `parameters()` to multiples of QUANTUM in every backward from now on. The parameters are looked up
+    at the start of each forward of `module`.
 
-    `sequences` of the global batch are added up; a gradient so large that their sum might not be exact becomes infinite,
-    so that the step is skipped: never a sum that depends on the order.
+    `sequences`: how many gradients are summed in a global batch. A gradient so large that the sum might be rounded becomes
+    infinite, so that the step is skipped.
     """
     limit = RANGE / sequences
     known: dict[int, nn.Parameter] = {}

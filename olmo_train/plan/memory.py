@@ -1,8 +1,8 @@
 """Before launch: the memory of a GPU by part, and a run's time, money, energy and carbon.
 
-The one idea: a step has three moments at which memory can peak, and at each the bytes of every part are closed form.
-The forms follow what autograd and FSDP2 keep for the model of transformer.py, run without torch.compile; tests hold them
-against the live tensors of a real step.
+Memory can peak at three moments of a step; at each, the bytes of every part are a closed formula. The formulas follow what
+autograd and FSDP2 keep for the model of transformer.py without torch.compile; tests compare them with the live tensors of a
+real step.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def memory_estimate(model: ModelConfig, layout: Layout) -> MemoryEstimate:
     reshards = layout.shard == "full" and shards > 1  # one rank keeps its weights whole, see parallel.shard
     gathered = width * (root if reshards else total)
     if reshards:
-        gathered += width * block  # the next block, gathered meanwhile
+        gathered += width * block  # the next block, gathered at the same time
     loss = parts(whole_gradients, model.n_layers * kept + final, loss_bytes(model, tokens, width), gathered)
 
     # From block to block the backward adds sharded gradients and frees activations, so the highest block is its first,
@@ -180,7 +180,7 @@ def block_activation_bytes(model: ModelConfig, precision: str) -> int:
     kept += width * (queries + 2 * keys)  # v, and q and k after their rotation
     if model.clip_qkv is not None:
         kept += width * (queries + 2 * keys)  # what is clamped
-    kept += width * queries + 4 * model.n_heads  # what attention gives, and its log-sum-exp in fp32
+    kept += width * queries + 4 * model.n_heads  # the output of attention, and its log-sum-exp in fp32
     if model.qk_norm:
         kept += sum(norm_activation_bytes(model, size, precision) for size in (queries, keys))
     kept += width * model.mlp_hidden * (4 if model.gated else 2)  # up and gate, act(gate), the product; or in and out

@@ -1,8 +1,8 @@
-"""A step's time on many GPUs: what is computed, what is sent, and what of the sending the computing does not hide.
+"""The time of a step on many GPUs: compute, communication, and the communication that compute does not hide.
 
-The one idea: FSDP sends the same units that it computes, block by block, and the next block's weights travel while one is
-computed. So a step is a sum of max(compute, communication) over blocks, and all of it is closed form. The memory of a GPU is
-planner.py's. docs/scaling.md tells the assumptions, and how far published runs lie from them.
+FSDP communicates block by block, and gathers the next block's weights while it computes the current one. So the time of a
+step is a sum of max(compute, communication) over blocks. memory.py computes the memory. docs/scaling.md lists the assumptions
+and compares them with published runs.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Memory between steps: the C library's allocator, a GPU's segments, Python's garbage.
+"""Memory settings of a run: the C library's allocator, a GPU's segments, Python's garbage collector.
 
-The one idea: a step frees and takes the same large buffers again and again. glibc gives each of them back to the kernel,
-which clears every page when it is taken anew; kept in the process, the pages are there already.
+Every step frees and allocates the same large buffers. glibc would return each to the kernel, which clears the pages before it
+hands them out again; a process that keeps its freed memory saves that time.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ TOP_PAD_BYTES = 256 * 2**20  # by which the heap grows at a time
 
 
 def keep_freed_memory() -> bool:
-    """From now on this process keeps freed memory for its own next buffers; False where the C library is not glibc.
+    """Make this process keep freed memory for its next buffers; returns False where the C library is not glibc.
 
-    It keeps as much as it once had in use at the same moment, and some more where pieces lie between (fragmentation).
-    Values are those of mallopt(3): no buffer is mapped on its own, and the heap's end is never given back.
+    It keeps as much as its peak use, and somewhat more through fragmentation. The values are those of mallopt(3): no buffer is
+    mapped separately, and the heap is never trimmed.
     """
     if not sys.platform.startswith("linux"):
         return False
@@ -34,16 +34,16 @@ def keep_freed_memory() -> bool:
 
 
 def grow_gpu_segments() -> None:
-    """Let a GPU's memory grow in place, so that little is lost between tensors of changing sizes; the user's own setting
-    comes first. Read by torch when it first takes memory of a GPU."""
+    """Let a GPU's memory segments grow in place, which reduces fragmentation. A setting of the user takes precedence. torch reads
+    the variable at its first GPU allocation."""
     if "PYTORCH_ALLOC_CONF" not in os.environ:
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 
 @contextlib.contextmanager
-def garbage_held() -> Iterator[None]:
-    """Python looks for cyclic garbage when it is asked (`gc.collect`), not in the middle of a step, where on many ranks one
-    after the other would keep all waiting; what is there already is not looked at again."""
+def no_automatic_gc() -> Iterator[None]:
+    """No automatic garbage collection while training: collections at different steps on different ranks would stall all of
+    them. Objects that exist already are frozen, so `gc.collect` does not scan them."""
     was_enabled = gc.isenabled()
     gc.collect()
     gc.freeze()

@@ -1,4 +1,4 @@
-"""What to do when a device runs out of memory: a report of what held it, and the keys that would help."""
+"""What to do when a device runs out of memory: a report of what held it, and the keys that help."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class OutOfMemoryError(UserError):
 
 
 @contextlib.contextmanager
-def out_of_memory_told(folder: Path, micro_batch_size: int, checkpointing: str) -> Iterator[None]:
-    """Turn torch's error into one that says what to change. Raises OutOfMemoryError, after it has left in `folder` what
-    the memory held: a summary to read, and torch's own snapshot for pytorch.org/memory_viz."""
+def explain_out_of_memory(folder: Path, micro_batch_size: int, checkpointing: str) -> Iterator[None]:
+    """Turn torch's error into one that says what to change. On a GPU it first writes a memory summary to `folder`, and torch's
+    snapshot for pytorch.org/memory_viz. Raises OutOfMemoryError."""
     try:
         yield
     except RuntimeError as problem:
@@ -29,19 +29,19 @@ def out_of_memory_told(folder: Path, micro_batch_size: int, checkpointing: str) 
         rank = processes.rank()
         left = f"; what it held is in {folder}" if _write_memory(folder, rank) else ""
         error = OutOfMemoryError("micro_batch_size", f"{_first_line(problem)}{left}; {ways_out(micro_batch_size, checkpointing)}")
-        if rank:  # rank 0, which tells all other errors, may have memory left and know nothing of it
+        if rank:  # rank 0, which prints all other errors, may not have run out of memory
             print(f"error: {error}", file=sys.stderr, flush=True)
         raise error from problem
 
 
 def ways_out(micro_batch_size: int, checkpointing: str) -> str:
-    """What takes less memory and leaves the training as it is, dearest last."""
+    """Changes that save memory and do not affect the training, the most expensive last."""
     ways = [f"a micro_batch_size below {micro_batch_size}"] if micro_batch_size > 1 else []
     if checkpointing != "full":
         better = "selective or full" if checkpointing == "none" else "full"
         ways.append(f"parallel.activation_checkpointing={better}")
     ways.append("more processes")
-    return f"use {', or '.join(ways)}; `olmo-train plan` tells how much each takes"
+    return f"use {', or '.join(ways)}; `olmo-train plan` shows how much each takes"
 
 
 def _first_line(problem: Exception) -> str:
@@ -50,7 +50,7 @@ def _first_line(problem: Exception) -> str:
 
 
 def _write_memory(folder: Path, rank: int) -> bool:
-    """Whether there was a GPU, whose memory was written down."""
+    """Write what the GPU's memory holds; False without a GPU."""
     if not torch.cuda.is_available():
         return False
     folder.mkdir(parents=True, exist_ok=True)

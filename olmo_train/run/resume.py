@@ -1,4 +1,4 @@
-"""What a resumed run may change: anything that leaves the training as it was; the rest only when it is allowed by name."""
+"""Config changes allowed on resume: keys that do not affect the training; the rest need allow_changes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from olmo_train.config import REMOVED, flatten
 from olmo_train.errors import ConfigError
 
-# Keys whose change does not alter which weights a step gives (up to the rounding of sums).
+# Keys whose change does not alter the weights after a step (up to the rounding of sums).
 HARMLESS = ("run_dir",
     "resume",
     "resume_from",

@@ -50,8 +50,8 @@ from olmo_train.storage import RunLock, replace_file
 from olmo_train.train_config import TrainConfig, schedule_warnings
 
 log = logging.getLogger(__name__)
-GARBAGE_STEPS = 100  # Python's cyclic garbage is collected every so many, on all ranks at the same one
-CHECKED_TOKENS = 10**9  # a source of at most so many tokens is checked whole before the first step: some seconds
+GARBAGE_STEPS = 100  # run Python's garbage collector every N steps, on all ranks at the same step
+CHECKED_TOKENS = 10**9  # a source of at most N tokens is checked completely before the first step, in seconds
 
 
 class Run:
@@ -65,7 +65,7 @@ class Run:
         self.stack = contextlib.ExitStack()
         self.warned_of_stop = False
         self.own_seconds = 0.0  # of this rank since the last line of metrics: waiting for data, and CPU time of this thread
-        self.quiet_until = 0  # a slow rank is told again after this step
+        self.quiet_until = 0  # log a slow rank again after this step
 
     def __enter__(self) -> Run:
         with self.stack:  # whatever was opened before an error is closed again
@@ -253,7 +253,7 @@ class Run:
         return StepProfiler(self.config.profile, self.run_dir / "profile", self.world.rank)
 
     def next_batch(self, loader: Loader) -> tuple[Batch | None, float]:
-        """This rank's next batch and the seconds waited for it; None when a signal came meanwhile."""
+        """This rank's next batch and the seconds waited for it; None when a signal came while waiting."""
         started = time.perf_counter()
         self.watchdog.beat(self.done, "waits for its batch")
         batch = loader.get(give_up=lambda: self.signals.received)
@@ -265,7 +265,7 @@ class Run:
 
     def agree_to_stop(self) -> bool:
         """Whether any rank has got a signal: the same answer on every rank. Raises SaveError on all when a save of one
-        has failed meanwhile."""
+        has failed since."""
         failed, received = 1 << 16, self.signals.received
         agreed = self.world.any(failed if self.checkpointer.failed() else received)
         if agreed == failed:
@@ -372,7 +372,7 @@ class Run:
         return None if math.isnan(total) else self.energy_before + total
 
     def _about(self, batch: Batch) -> dict[str, Any]:
-        """What each line tells of where it comes from."""
+        """The origin of each line of metrics."""
         return {"sample_hash": batch.sample_hash, "attempt": self.attempt, "world_size": self.world.size}
 
     def _evaluate_and_log(self, step: int, line: dict[str, Any], model: Transformer) -> None:

@@ -47,7 +47,7 @@ def load(files: list[str], words: list[str], folder: Path) -> TrainConfig:
 def measure(files: list[str], words: list[str], steps: int, warmup: int) -> dict[str, Any]:
     """Train `warmup` steps, then time `steps` steps one by one, then take PROFILED steps apart.
 
-    Gives plain numbers: medians over steps, so that a hiccup of the machine does not count.
+    Returns plain numbers: medians over steps, so that one slow step does not count.
     """
     started = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="olmo-train-bench-") as folder:
@@ -98,7 +98,7 @@ def _figures(config: TrainConfig, seconds: list[float], phases: dict[str, float]
 
 
 def _phases(run) -> dict[str, float]:
-    """Mean seconds of a step in each phase, by torch's profiler; what is left over is `other`: data, logging, guards."""
+    """Mean seconds of a step in each phase, by torch's profiler; `other` is the remaining time: data, logging, guards."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     if torch.cuda.is_available():
         activities.append(torch.profiler.ProfilerActivity.CUDA)

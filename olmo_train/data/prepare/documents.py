@@ -54,7 +54,7 @@ class DocumentParts:
         return self.work / f"documents-{part:06d}.parquet"
 
     def merge(self, folder: Path, shard_tokens: list[int]) -> tuple[int, int]:
-        """Write documents.parquet and documents.ids; gives the number of rows and of their tokens (without EOS)."""
+        """Write documents.parquet and documents.ids; returns the number of rows and of their tokens (without EOS)."""
         import pyarrow.parquet as pq
 
         assert not self.rows, "save() comes before merge()"

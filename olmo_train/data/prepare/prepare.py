@@ -1,8 +1,8 @@
-"""prepare-data: text in, a source folder out, nothing lost.
+"""prepare-data: turn text files into a source folder.
 
-The one idea: the output is a function of the inputs, the tokenizer and the options (the recipe), not of the workers or
-of how often the work was interrupted. OUTPUT/.unfinished holds the state between two runs of the same recipe; when
-meta.json is there, the folder is finished and .unfinished is gone.
+The output depends only on the inputs, the tokenizer and the options (together: the recipe), not on the number of workers or
+interruptions. OUTPUT/.unfinished holds the state from which an interrupted run of the same recipe continues. Once the folder
+is finished it has a meta.json and no .unfinished.
 """
 
 from __future__ import annotations
@@ -232,7 +232,7 @@ class _Run:
         if not state.documents:
             records = sum(n["records"] for n in state.left_out.values())
             why = f"; {state.first[0]['where']}: {state.first[0]['why']}" if state.first else ""
-            raise DataError(" ".join(self.options.inputs), f"gives no documents ({records} records were skipped){why}")
+            raise DataError(" ".join(self.options.inputs), f"contains no documents ({records} records were skipped){why}")
         if self.every and not self.held_out.state.documents:
             fraction = self.options.validation_fraction
             raise DataError(

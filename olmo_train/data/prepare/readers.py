@@ -1,8 +1,8 @@
-"""Text in its many files, as one ordered list of records.
+"""Read input files of all formats as one ordered list of records.
 
-The one idea: reading is cut into chunks of about a mebibyte, and where they are cut depends on the files alone. A chunk
-is cheap to make (the main process does it) and can be parsed anywhere (a worker does it), so the result is the same for
-any number of workers, and (unit, chunk) is all that a restart needs to know. A format is a row of FORMATS.
+The input is cut into chunks of about 1 MiB, at places that depend on the files alone. The main process cuts chunks, which is
+cheap, and workers parse them. So the result is the same for any number of workers, and (unit, chunk) is all that a restart
+needs to know. A format is a row of FORMATS.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def read_texts(inputs: list[str], text_field: str, on_skip: Callable[[Skipped], 
 def _cut_lines(unit: Unit, text_field: str) -> Iterator[Chunk]:
     """Whole lines, about CHUNK_BYTES of them; a longer line is a chunk alone."""
     (path,), (origin,) = unit.files, unit.origins
-    line, told, end, carry, broken = 1, 0, 0, bytearray(), None
+    line, reported, end, carry, broken = 1, 0, 0, bytearray(), None
     try:
         for block, end in read_blocks(path):
             cut = block.rfind(b"\n") + 1
@@ -79,18 +79,18 @@ def _cut_lines(unit: Unit, text_field: str) -> Iterator[Chunk]:
             carry += block[:cut]
             data, carry = bytes(carry), bytearray(block[cut:])
             data_end = end if is_compressed(path) else end - len(carry)
-            yield Chunk("jsonl", origin, line, data, len(data), data_end - told)
-            line, told = line + data.count(b"\n"), data_end
+            yield Chunk("jsonl", origin, line, data, len(data), data_end - reported)
+            line, reported = line + data.count(b"\n"), data_end
     except BreaksOff as problem:
         broken, end = problem, problem.end
         whole = carry.rfind(b"\n") + 1
         if broken.reason != TRAILING and not _is_json(carry[whole:]):  # the record in which the file breaks off
-            end = told + (end - told) * whole // max(len(carry), 1)
+            end = reported + (end - reported) * whole // max(len(carry), 1)
             del carry[whole:]
         else:
             broken.records = 0
     if carry:
-        yield Chunk("jsonl", origin, line, bytes(carry), len(carry), end - told)
+        yield Chunk("jsonl", origin, line, bytes(carry), len(carry), end - reported)
     if broken:
         yield broken.chunk("jsonl", origin, line + carry.count(b"\n"))
 
@@ -123,21 +123,21 @@ def _parse_lines(chunk: Chunk, text_field: str) -> Iterator[Record | Skipped]:
 def _cut_json(unit: Unit, text_field: str) -> Iterator[Chunk]:
     """The elements of an array, or objects that follow one another, each as one line."""
     (path,), (origin,) = unit.files, unit.origins
-    first, told, end, lines, size = 1, 0, 0, [], 0
+    first, reported, end, lines, size = 1, 0, 0, [], 0
     try:
         for line, end in json_elements(path):
             lines.append(line)
             size += len(line)
             if size >= CHUNK_BYTES:
-                yield _joined(origin, first, lines, end - told)
-                first, told, lines, size = first + len(lines), end, [], 0
+                yield _joined(origin, first, lines, end - reported)
+                first, reported, lines, size = first + len(lines), end, [], 0
     except BreaksOff as problem:
         if lines:
-            yield _joined(origin, first, lines, end - told)
+            yield _joined(origin, first, lines, end - reported)
         yield problem.chunk("jsonl", origin, first + len(lines))
         return
     if lines:
-        yield _joined(origin, first, lines, end - told)
+        yield _joined(origin, first, lines, end - reported)
 
 
 def _joined(origin: str, first: int, lines: list[bytes], input_bytes: int) -> Chunk:

@@ -1,6 +1,6 @@
-"""Parquet and Arrow files as chunks of rows; of their columns only those that can make a record are read.
+"""Read Parquet and Arrow files as chunks of rows; only the columns that a record needs are read.
 
-The one idea: never hold more than a chunk of rows, however large the row groups are.
+Memory holds one chunk of rows at a time, however large the row groups are.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ FILE_BREAKS_OFF = "the file breaks off"  # reason
 
 
 def cut(format: str, path: Path, origin: str, size: int, columns: tuple[str, ...]) -> Iterator[Chunk]:
-    """Chunks of about CHUNK_BYTES of rows. A damaged file gives a last chunk that tells it."""
+    """Chunks of about CHUNK_BYTES of rows. For a damaged file the last chunk holds the error."""
     import pyarrow as pa
 
-    first, told, total = 1, 0, 0
+    first, reported, total = 1, 0, 0
     try:
         total, batches, position = READERS[format](path, columns)
         for batch in batches:
@@ -30,9 +30,9 @@ def cut(format: str, path: Path, origin: str, size: int, columns: tuple[str, ...
             rows = max(1, batch.num_rows * CHUNK_BYTES // max(batch.nbytes, 1))
             for start in range(0, batch.num_rows, rows):
                 piece = batch.slice(start, rows)
-                done = size * (first + piece.num_rows - 1) // total if total else min(max(position(), told), size)
-                yield Chunk(format, origin, first, _pack(piece), piece.num_rows, done - told)
-                first, told = first + piece.num_rows, done
+                done = size * (first + piece.num_rows - 1) // total if total else min(max(position(), reported), size)
+                yield Chunk(format, origin, first, _pack(piece), piece.num_rows, done - reported)
+                first, reported = first + piece.num_rows, done
     except (pa.ArrowException, OSError, EOFError, ValueError) as problem:
         broken = BreaksOff(problem, size, FILE_BREAKS_OFF)
         broken.records = max(total - first + 1, 1)

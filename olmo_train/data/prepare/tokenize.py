@@ -1,7 +1,6 @@
-"""Chunks of text become tokens, in worker processes or in this one, and come back in order.
+"""Tokenize chunks of text, in worker processes or in this one, and return the results in order.
 
-The one idea: only so many chunks are under way at once, so memory stays flat however large the input and however uneven
-the workers.
+The number of chunks in flight is bounded, so memory stays constant for any input size, also when workers differ in speed.
 """
 
 from __future__ import annotations
@@ -183,5 +182,5 @@ def _join(encoded: list[tuple[Record, list[np.ndarray]]], tokenizer: Tokenizer) 
 
 
 def _place(record: Record) -> str:
-    """The id of a record that has none of its own."""
+    """The id of a record that does not have one."""
     return record.origin if record.record is None else f"{record.origin}:{record.record}"

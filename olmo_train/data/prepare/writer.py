@@ -1,8 +1,8 @@
-"""Writes one source folder: shards, label masks, documents.parquet, documents.ids and, last, meta.json.
+"""Write one source folder: shards, label masks, documents.parquet, documents.ids and, last, meta.json.
 
-The one idea: `save` makes everything so far durable and gives a small state; a writer made with that state cuts the
-files back to it and goes on. So a kill at any moment costs the work since the last `save` and nothing else. A document
-is never split over two shards; one that is longer than a shard may be is a shard alone.
+`save` flushes everything written so far and returns a small state; a writer created with that state truncates the files to it
+and continues. So a kill at any moment costs only the work since the last `save`. A document is never split over two shards;
+a document longer than the shard limit gets a shard to itself.
 """
 
 from __future__ import annotations
