@@ -94,12 +94,13 @@ def test_the_modules_that_a_page_names_exist(page):
 def test_the_keys_and_defaults_of_the_configuration_page_are_those_of_the_code():
     rows = re.findall(r"^\| `([\w.*]+)` \| (.+?) \|", (ROOT / "docs/configuration.md").read_text("utf-8"), re.M)
     assert len(rows) > 40
+    config = TrainConfig(run_dir="must be set", data=DataConfig({"NAME": SourceConfig(path="must be set")}))
     for key, default in rows:
-        value = TrainConfig(run_dir="", data=DataConfig({"NAME": SourceConfig(path="")}))
+        value = config
         for word in key.removesuffix(".*").split("."):  # NAME is any source
-            value = SourceConfig(path="") if word == "NAME" else getattr(value, word)
+            value = config.data.sources["NAME"] if word == "NAME" else getattr(value, word)
         if not is_dataclass(value):
-            shown = str(value).lower() if isinstance(value, bool) else "–" if value in (None, "", ()) else value
+            shown = str(value).lower() if isinstance(value, bool) else "–" if value in (None, "must be set", ()) else value
             assert default == shown or float(default) == shown, f"{key}: the page says {default}, the code {value}"
 
 
