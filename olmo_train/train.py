@@ -26,7 +26,7 @@ from olmo_train.log.interval import StepStats, has_no_scored_token, mean_loss
 from olmo_train.model.transformer import Transformer
 from olmo_train.optim import build, schedules
 from olmo_train.parallel import determinism, gradients
-from olmo_train.parallel.world import World, join_world, peers_named
+from olmo_train.parallel.world import World, explain_lost_peers, join_world
 from olmo_train.run import allocator
 from olmo_train.run.out_of_memory import explain_out_of_memory
 from olmo_train.run.run import Run
@@ -66,7 +66,7 @@ def train_step(
     world.sum(sums)
     with record_function("clip"):
         max_norm = schedules.max_grad_norm_at(step, config.optim)
-        grad_norm, norms = gradients.clip_gradients(model, max_norm, exactly=config.determinism == "world")
+        grad_norm, norms = gradients.clip_gradients(model, max_norm, deterministic=config.determinism == "world")
     spike = spikes.judge(mean_loss(sums), grad_norm)
     unscored = has_no_scored_token(sums)
     unwanted = torch.maximum(spike, unscored) if config.guards.spike == "skip" else unscored
@@ -97,7 +97,7 @@ def train(config: TrainConfig) -> Generator[StepStats, None, None]:
     allocator.keep_freed_memory()
     allocator.grow_gpu_segments()
     with contextlib.ExitStack() as stack:
-        stack.enter_context(peers_named())
+        stack.enter_context(explain_lost_peers())
         stack.enter_context(determinism.determinism(config.determinism))
         left = Path(config.run_dir) / "forensics" / "out-of-memory"
         stack.enter_context(explain_out_of_memory(left, config.micro_batch_size, config.parallel.activation_checkpointing))
@@ -130,7 +130,7 @@ def train_from_newest(config: TrainConfig, world: World, signals: StopSignals) -
             batch, waited = run.next_batch(loader)
             if run.agree_to_stop():
                 run.save_and_stop(step - 1, model, optimizer)
-            if step in run.verdicts.passed_over:
+            if step in run.anomalies.passed_over:
                 stats = pass_over(batch, step, config, len(run.mixture.names))
             else:
                 stats = train_step(model, optimizer, batch, step, config, world, len(run.mixture.names), run.spikes)

@@ -81,9 +81,9 @@ def test_what_is_not_finite_stays_so(dtype, bad):
     for place in range(3):
         tensors = random_heads((1, 2, 2, 40, 32), dtype)
         tensors[place][0, 1, 5, 7] = bad
-        out, *slopes = attend_and_back(by_kernels, *tensors)
+        out, *gradients = attend_and_back(by_kernels, *tensors)
         assert not out[0, 1, 5:].isfinite().all() and out[0, 0].isfinite().all()
-        assert not all(slope[0, 1].isfinite().all() for slope in slopes)
+        assert not all(gradient[0, 1].isfinite().all() for gradient in gradients)
     logits = torch.randn(3, 50).to(dtype)
     logits[1, 20] = bad
     losses = cpu_kernels.differentiate_(logits, torch.tensor([1, 2, 3]), 0.0)
@@ -96,8 +96,8 @@ def test_the_number_of_threads_does_not_change_a_bit():
     seen = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
-        slopes = logits.clone()
-        seen.append([*attend_and_back(by_kernels, *tensors), cpu_kernels.differentiate_(slopes, labels, 0.1), slopes])
+        gradients = logits.clone()
+        seen.append([*attend_and_back(by_kernels, *tensors), cpu_kernels.differentiate_(gradients, labels, 0.1), gradients])
     for other in seen[1:]:
         assert all(map(torch.equal, seen[0], other))
 
@@ -111,14 +111,14 @@ def test_the_registered_operations_keep_torchs_rules():
 @pytest.mark.parametrize("vocab", [5, 64, 333])
 @pytest.mark.parametrize("dtype, close", [(torch.float32, 1e-6), (torch.bfloat16, 1e-3)])
 @pytest.mark.parametrize("z_loss", [0.0, 0.1])
-def test_losses_and_slopes_are_those_of_torchs_operations(vocab, dtype, close, z_loss):
+def test_losses_and_gradients_are_those_of_torchs_operations(vocab, dtype, close, z_loss):
     torch.manual_seed(0)
     logits, labels = 5 * torch.randn(20, vocab).to(dtype), torch.randint(vocab, (20,))
     labels[3] = labels[11] = IGNORE
-    slopes, expected, scored = logits.clone(), logits.clone(), labels != IGNORE
-    losses = cpu_kernels.differentiate_(slopes, labels, z_loss)
+    gradients, expected, scored = logits.clone(), logits.clone(), labels != IGNORE
+    losses = cpu_kernels.differentiate_(gradients, labels, z_loss)
     torch.testing.assert_close(losses, differentiate_(expected, labels, z_loss), rtol=1e-6, atol=1e-6)
-    assert (slopes[scored] - expected[scored]).norm() <= close * expected[scored].norm()
+    assert (gradients[scored] - expected[scored]).norm() <= close * expected[scored].norm()
 
 
 @pytest.mark.parametrize("label", [7, -1])
@@ -191,7 +191,7 @@ def test_they_are_for_cpus_and_used_where_there_is_a_compiler(nothing_built, mon
         return kernels.has_cpu_kernels(asked, torch.device(device))
 
     assert [has("cpu"), has("cpu", True), has("cpu", False), has("cuda")] == [True, True, False, False]
-    with pytest.raises(ConfigError, match="parallel.cpu_kernels: is for CPUs, and this is cuda"):
+    with pytest.raises(ConfigError, match="parallel.cpu_kernels: is for CPUs, and the device is cuda"):
         has("cuda", True)
     cpu_kernels.library.cache_clear()
     monkeypatch.setenv("CXX", "no-such-compiler")

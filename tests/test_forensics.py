@@ -123,7 +123,7 @@ def test_the_norms_of_two_ranks_are_those_of_the_whole_gradients(tiny_args, dete
         module.join_world = lambda *_: nullcontext(world)
         changes = {"micro_batch_size": 1} if determinism == "world" else {}
         config = tiny_args(f"run-{world.size}", total_steps=2, determinism=determinism, **changes)
-        return [shard.whole(stats.norms[1]).tolist() for stats in train(config)]
+        return [shard.full_tensor(stats.norms[1]).tolist() for stats in train(config)]
 
     (one,), (two, same) = on_ranks(1, run), on_ranks(2, run)
     assert two == same

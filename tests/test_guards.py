@@ -304,7 +304,7 @@ def test_a_run_that_hangs_ends_with_exit_code_6_and_leaves_its_stacks(tmp_path):
     program = (
         "import sys, time, pathlib\nfrom olmo_train.guards.watchdog import Watchdog\nfolder = pathlib.Path(sys.argv[1])\n"
         "dog = Watchdog(0.4, folder, folder / 'beats', rank=0)\n"
-        "for step in range(8):\n    time.sleep(0.1)\n    dog.beat(step)\n"
+        "for step in range(8):\n    time.sleep(0.1)\n    dog.heartbeat(step)\n"
         "def stuck():\n    time.sleep(60)\nstuck()"
     )
     done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, timeout=30)

@@ -91,7 +91,7 @@ def measure_step(model_config: ModelConfig, layout: Layout) -> tuple[int, int]:
         for parameter in model.parameters():
             torch.nn.init.zeros_(parameter)
         recipe = optim_config.OptimConfig(name=layout.optimizer)
-        optimizer = build.build_optimizer(dict(model.named_parameters()), recipe, shard.on_whole)
+        optimizer = build.build_optimizer(dict(model.named_parameters()), recipe, shard.on_full_tensor)
         ids = torch.zeros(layout.micro_batch_size, model_config.seq_len, dtype=torch.int64)
         run_step(model, optimizer, ids, layout.micro_batches)  # the first step makes the moments
         live = LiveBytes()

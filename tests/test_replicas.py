@@ -13,7 +13,7 @@ import olmo_train.train as module
 from olmo_train.checkpoint.folders import committed
 from olmo_train.errors import ReplicaError
 from olmo_train.guards import replicas
-from olmo_train.guards.replicas import divergence, fingerprint, odd_ones
+from olmo_train.guards.replicas import divergence, find_outliers, fingerprint
 from olmo_train.train import train
 
 SHORT = {"total_steps": 6, "checkpoint.interval_steps": 2, "micro_batch_size": 2}
@@ -35,10 +35,10 @@ def test_a_fingerprint_changes_with_any_single_bit_and_with_the_place(monkeypatc
 
 
 def test_the_majority_tells_who_is_odd_and_two_are_both_named():
-    assert odd_ones({0: "a", 1: "a", 2: "a"}) == []
-    assert odd_ones({0: "a", 2: "b", 4: "a"}) == [2]
-    assert odd_ones({1: "a", 3: "b"}) == [1, 3]
-    assert odd_ones({0: "a", 1: "b", 2: "c"}) == [0, 1, 2]
+    assert find_outliers({0: "a", 1: "a", 2: "a"}) == []
+    assert find_outliers({0: "a", 2: "b", 4: "a"}) == [2]
+    assert find_outliers({1: "a", 3: "b"}) == [1, 3]
+    assert find_outliers({0: "a", 1: "b", 2: "c"}) == [0, 1, 2]
 
 
 def flip_after(step: int, rank: int, world, name: str, key: str | None = None) -> None:

@@ -15,10 +15,10 @@ from olmo_train import train as module
 from olmo_train.checkpoint.folders import committed, newest_folder, read_state
 from olmo_train.commands import inspect_data, replay
 from olmo_train.errors import ConfigError, NonFiniteError
-from olmo_train.guards import spikes, verdicts
+from olmo_train.guards import anomalies, spikes
 from olmo_train.guards.config import GuardConfig
 from olmo_train.guards.rewind import plan_rewind
-from olmo_train.log.records import Records
+from olmo_train.log.run_logger import RunLogger
 from olmo_train.tools.replay import COMPARED
 from olmo_train.train import train
 
@@ -159,7 +159,7 @@ def test_killed_in_a_rewind_a_run_goes_on_as_it_would_have(spiking, read_metrics
     trained(whole)
     child = os.fork()
     if child == 0:
-        real = Records.event
+        real = RunLogger.event
 
         def dying(self, event, *rest, **about):
             if event == "rewind" and moment == "before":
@@ -168,7 +168,7 @@ def test_killed_in_a_rewind_a_run_goes_on_as_it_would_have(spiking, read_metrics
             if event == "rewind":
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        Records.event = dying
+        RunLogger.event = dying
         try:
             trained(config)
         finally:
@@ -198,7 +198,7 @@ def test_a_verdict_that_is_read_late_is_exact_all_the_same(spiking, read_metrics
     soon, late = spiking("soon", policy), spiking("late", policy, **{"log.interval_steps": 5})
     outcomes = []
     for config, read in ((soon, True), (late, False)):
-        real, verdicts.READ_AT_ONCE = verdicts.READ_AT_ONCE, {"cpu"} if read else set()
+        real, anomalies.READ_AT_ONCE = anomalies.READ_AT_ONCE, {"cpu"} if read else set()
         try:
             trained(config)
         except NonFiniteError as problem:
@@ -206,7 +206,7 @@ def test_a_verdict_that_is_read_late_is_exact_all_the_same(spiking, read_metrics
         else:
             outcomes.append(states_of(config.run_dir, 12))
         finally:
-            verdicts.READ_AT_ONCE = real
+            anomalies.READ_AT_ONCE = real
     told = [[(e["event"], e["step"], e.get("skipped")) for e in events_of(c, "spike", "rewind")] for c in (soon, late)]
     assert told[0] == told[1]
     if policy == "stop":

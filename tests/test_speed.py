@@ -34,7 +34,7 @@ def a_step(config, world):
         model = Transformer(config.model)
     shard.shard(model, config.parallel, world)
     shard.init_weights(model, config.seed)
-    optimizer = build.build_optimizer(dict(model.named_parameters()), config.optim, shard.on_whole)
+    optimizer = build.build_optimizer(dict(model.named_parameters()), config.optim, shard.on_full_tensor)
     build.allocate_state(optimizer)
     tokens = torch.arange(config.global_batch_size * config.model.seq_len).view(config.global_batch_size, -1) % 512
     batch = Batch(tokens, tokens, torch.zeros(len(tokens), dtype=torch.int64)).to(world.device)

@@ -69,8 +69,8 @@ def test_two_processes_and_another_micro_batch_give_the_same_numbers(tiny_args, 
 
     def run(world):
         module.join_world = lambda *_: nullcontext(world)
-        real = Watchdog.beat
-        Watchdog.beat = lambda self, step, *about: beats.append(step) or real(self, step, *about)
+        real = Watchdog.heartbeat
+        Watchdog.heartbeat = lambda self, step, *about: beats.append(step) or real(self, step, *about)
         run_through(config)
         return beats.count(4)
 

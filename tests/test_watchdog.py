@@ -26,7 +26,7 @@ from olmo_train.data.mixture import Mixture
 from olmo_train.errors import CheckpointError, DataError, PeerError, UserError
 from olmo_train.guards.watchdog import group_timeout
 from olmo_train.log.interval import slow_ranks
-from olmo_train.parallel.world import join_world, peers_named
+from olmo_train.parallel.world import explain_lost_peers, join_world
 
 HANG_SECONDS = 2
 
@@ -126,7 +126,7 @@ def test_a_rank_that_hangs_by_itself_is_named_by_its_peer(running, tmp_path):
         def next_batch(self, loader):
             batch = real(self, loader)
             if rank == 1 and self.done == 8:
-                self.watchdog.beat = lambda *about: None
+                self.watchdog.heartbeat = lambda *about: None
                 time.sleep(60)
             return batch
 
@@ -223,16 +223,16 @@ LOST = [
 
 @pytest.mark.parametrize("text, reason", LOST)
 def test_a_lost_peer_is_one_sentence_without_files_of_torch(text, reason):
-    with pytest.raises(PeerError) as lost, peers_named():
+    with pytest.raises(PeerError) as lost, explain_lost_peers():
         raise RuntimeError(text)
     assert str(lost.value) == f"peers: another process of the run is gone: {reason}; run the same command again"
     nccl = "NCCL error in: /pytorch/csrc/ProcessGroupNCCL.cpp:21, unhandled system error (run with NCCL_DEBUG=INFO)\nLast error:"
     with (
         pytest.raises(PeerError, match="gone: NCCL error in: unhandled system error .run with NCCL_DEBUG=INFO.; run"),
-        peers_named(),
+        explain_lost_peers(),
     ):
         raise torch.distributed.DistBackendError(nccl)
-    with pytest.raises(RuntimeError, match="shapes differ"), peers_named():
+    with pytest.raises(RuntimeError, match="shapes differ"), explain_lost_peers():
         raise RuntimeError("shapes differ")
 
 

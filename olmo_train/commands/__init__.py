@@ -1,1 +1,1 @@
-"""One file a verb: arguments and printing. The logic lives on the floors below."""
+"""One file for each verb: arguments and printing. The logic is in the other folders."""

@@ -54,13 +54,13 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _show_step(inspected: Run, args: argparse.Namespace) -> None:
-    from olmo_train.data.inspect import Texts, rows_of_step
+    from olmo_train.data.inspect import TextReader, rows_of_step
 
     attempt = inspected.attempt_of(args.step)
     mixture = attempt.mixture()
     world_size = _world_size(attempt, args)
     rows = rows_of_step(mixture, args.step, world_size, args.rank, None if args.json else SHOWN_ROWS, not args.brief)
-    texts = [None] * len(rows) if args.brief else Texts(mixture).of(rows, None if args.json else SHOWN_TOKENS)
+    texts = [None] * len(rows) if args.brief else TextReader(mixture).of(rows, None if args.json else SHOWN_TOKENS)
     sample_hash, logged = mixture.sample_hash(mixture.global_batch(args.step)), inspected.logged(args.step)
     as_logged = logged["sample_hash"] == sample_hash if logged and "sample_hash" in logged else None
     if as_logged is False:

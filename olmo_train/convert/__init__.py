@@ -1,1 +1,1 @@
-"""Checkpoints from and to other frameworks' formats."""
+"""Convert checkpoints from and to the formats of other frameworks."""

@@ -1,1 +1,1 @@
-"""Text to token shards to batches: tokenizer, prepare, shards, order, loader."""
+"""From text to token shards to batches: tokenizer, prepare, shards, order, loader."""

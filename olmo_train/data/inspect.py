@@ -122,7 +122,7 @@ def _instances_of_span(mixture: Mixture, source: int, start: int, stop: int) -> 
         before += count
 
 
-class Texts:
+class TextReader:
     """Decodes spans of sources, each with its own folder's tokenizer; None for a source without one."""
 
     def __init__(self, mixture: Mixture):

@@ -14,7 +14,7 @@ import numpy as np
 from olmo_train.data.config import DataConfig
 from olmo_train.data.deny import denied_spans, summary
 from olmo_train.data.documents import Document
-from olmo_train.data.order import BatchSizes, Mixed, OlmoOrder, PermutedOrder
+from olmo_train.data.order import BatchSizes, Instances, OlmoOrder, PermutedOrder
 from olmo_train.data.shards import TokenSource, open_source
 from olmo_train.data.tokenizer import TokenizerRecord, check_same_tokenizer
 from olmo_train.errors import ConfigError, DataError
@@ -73,7 +73,7 @@ class Mixture:
         """These documents of a source, those that are denied marked so."""
         return [replace(d, denied=True) if self.denied[source].holds(d) else d for d in documents]
 
-    def global_batch(self, step: int) -> Mixed:
+    def global_batch(self, step: int) -> Instances:
         """The instances of step `step`, counted from 1, in the order of rows."""
         return self.order.at(np.arange(self.batches.places_before(step), self.batches.places_before(step + 1)))
 
@@ -82,7 +82,7 @@ class Mixture:
         visits = self.order.visits_before(self.batches.places_before(step + 1)) / self.sizes
         return dict(zip(self.names, visits.tolist(), strict=True))
 
-    def sample_hash(self, batch: Mixed) -> str:
+    def sample_hash(self, batch: Instances) -> str:
         """sha256 of the batch's sorted (source, instance) pairs: equal for equal batches, whatever the order of rows."""
         pairs = sorted((self.names[s], int(i)) for s, i in zip(batch.source, batch.instance, strict=True))
         return hashlib.sha256("".join(f"{name}\t{instance}\n" for name, instance in pairs).encode()).hexdigest()
@@ -99,7 +99,7 @@ class Mixture:
         start = int(starts[file]) + (instance - int(before[file])) * self.seq_len
         return start, start + self.seq_len
 
-    def read(self, batch: Mixed) -> np.ndarray:
+    def read(self, batch: Instances) -> np.ndarray:
         """Token ids of these instances, (rows, seq_len + 1) int64; seq_len columns with order: olmo."""
         tokens = np.empty((len(batch), self.seq_len + (not self.shifted)), dtype=np.int64)
         for row, (source, instance) in enumerate(zip(batch.source.tolist(), batch.instance.tolist(), strict=True)):
@@ -108,7 +108,7 @@ class Mixture:
             self._refuse_ids(batch, tokens)
         return tokens
 
-    def _refuse_ids(self, batch: Mixed, tokens: np.ndarray) -> None:
+    def _refuse_ids(self, batch: Instances, tokens: np.ndarray) -> None:
         row, column = np.argwhere(tokens >= self.vocab_size)[0]
         source = self.sources[batch.source[row]]
         at = self.span(int(batch.source[row]), int(batch.instance[row]))[0] + int(column)
@@ -119,7 +119,7 @@ class Mixture:
             f"{self.vocab_size - 1}; another dtype, another tokenizer, or model.vocab_size is too small",
         )
 
-    def read_label_mask(self, batch: Mixed) -> np.ndarray | None:
+    def read_label_mask(self, batch: Instances) -> np.ndarray | None:
         """1 for each token that is scored when it is a label, like `read` in shape, uint8; None when all are."""
         if not any(source.has_label_mask for source in self.sources) and not any(map(len, self.denied)):
             return None

@@ -114,15 +114,15 @@ class BatchSizes:
 
 
 @dataclass(frozen=True)
-class Mixed:
+class Instances:
     """Instances as arrays of one length, in the order of places."""
 
     source: np.ndarray  # int64, index into the sources
     instance: np.ndarray  # int64, within the source
     epoch: np.ndarray  # int64, how often the source has been read through before
 
-    def __getitem__(self, rows: slice | np.ndarray) -> Mixed:
-        return Mixed(self.source[rows], self.instance[rows], self.epoch[rows])
+    def __getitem__(self, rows: slice | np.ndarray) -> Instances:
+        return Instances(self.source[rows], self.instance[rows], self.epoch[rows])
 
     def __len__(self) -> int:
         return len(self.source)
@@ -144,7 +144,7 @@ class PermutedOrder:
         for stage, (start, end) in enumerate(zip(self.starts, self.starts[1:], strict=False)):
             self.visited.append(self.visited[-1] + self._count(stage, end - start))
 
-    def at(self, places: np.ndarray) -> Mixed:
+    def at(self, places: np.ndarray) -> Instances:
         """The instances at these places (any 1-D array of int64)."""
         source, visit = self._visits(places)
         epoch, position = np.divmod(visit, self.sizes[source])
@@ -153,7 +153,7 @@ class PermutedOrder:
             for e in np.unique(epoch[source == s]):
                 rows = (source == s) & (epoch == e)
                 instance[rows] = permute(position[rows], int(self.sizes[s]), self._epoch_key(int(s), int(e)))
-        return Mixed(source, instance, epoch)
+        return Instances(source, instance, epoch)
 
     def places_of(self, source: int, instance: int, last_place: int) -> np.ndarray:
         """Every place below `last_place` at which the instance is read: one an epoch."""
@@ -230,13 +230,13 @@ class OlmoOrder:
             self._change(batches.places_before(first), size)
         self._shuffled: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.uint32))
 
-    def at(self, places: np.ndarray) -> Mixed:
+    def at(self, places: np.ndarray) -> Instances:
         epoch, position = self._positions(np.asarray(places, dtype=np.int64))
         flat = np.empty_like(position)
         for e in np.unique(epoch):
             flat[epoch == e] = self._shuffle(int(e))[position[epoch == e]]
         source = np.searchsorted(self.ends, flat, side="right")
-        return Mixed(source, flat - np.concatenate(([0], self.ends))[source], epoch)
+        return Instances(source, flat - np.concatenate(([0], self.ends))[source], epoch)
 
     def places_of(self, source: int, instance: int, last_place: int) -> np.ndarray:
         flat = instance + (int(self.ends[source - 1]) if source else 0)

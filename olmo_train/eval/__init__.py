@@ -1,1 +1,1 @@
-"""Evaluation: functions that return sums; whoever calls them adds up the ranks and divides once."""
+"""Evaluation: functions return sums; the caller sums them over ranks and divides once."""

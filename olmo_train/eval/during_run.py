@@ -57,45 +57,45 @@ class Evaluation:
         except ConfigError as problem:
             raise ConfigError("eval.downstream", problem.what) from problem
 
-    def measure(self, model: Transformer, beat: Callable[[], None], stop: Callable[[], bool]) -> dict[str, float] | None:
+    def measure(self, model: Transformer, heartbeat: Callable[[], None], stop: Callable[[], bool]) -> dict[str, float] | None:
         """Loss on each source and results of each task; None when `stop` said so in between, on all ranks alike.
 
-        `beat` is called before each batch.
+        `heartbeat` is called before each batch.
         """
         try:
-            return self._measure(model, beat, stop)
+            return self._measure(model, heartbeat, stop)
         finally:
             shard.reshard(model)  # a save may follow
 
-    def _measure(self, model: Transformer, beat: Callable[[], None], stop: Callable[[], bool]) -> dict[str, float] | None:
+    def _measure(self, model: Transformer, heartbeat: Callable[[], None], stop: Callable[[], bool]) -> dict[str, float] | None:
         metrics = {}
         for source in self.sources:
-            sums = self.world.sum(loss_sums(model, self._batches(source, beat), stop))
+            sums = self.world.sum(loss_sums(model, self._batches(source, heartbeat), stop))
             if stop():
                 return None
             loss, tokens = sums.tolist()
             # A source's n_bytes are the text of all its tokens, all of which but the first are scored.
             metrics |= loss_metrics(f"eval/{source.name}", loss, tokens, source.n_bytes)
         for task in self.tasks:
-            scores = self.world.sum(self._scores(task, model, beat, stop))
+            scores = self.world.sum(self._scores(task, model, heartbeat, stop))
             if stop():
                 return None
             metrics |= results_of(task, scores.tolist()).metrics()
         return metrics
 
-    def _batches(self, source: TokenSource, beat: Callable[[], None]) -> Iterator[Batch]:
+    def _batches(self, source: TokenSource, heartbeat: Callable[[], None]) -> Iterator[Batch]:
         config, world = self.config, self.world
         rows, seq_len = config.rows_per_forward, config.model.seq_len
         for batch in validation_batches(source, seq_len, rows, world.rank, world.size, self.mixture.eos_id):
-            beat()
+            heartbeat()
             yield batch
 
-    def _scores(self, task: TokenizedTask, model: Transformer, beat: Callable[[], None], stop: Callable[[], bool]) -> Tensor:
+    def _scores(self, task: TokenizedTask, model: Transformer, heartbeat: Callable[[], None], stop: Callable[[], bool]) -> Tensor:
         """This rank's log-likelihoods of the choices of a task, see `score`."""
 
         def watch(batches: Iterable, *_: object) -> Iterator:
             for batch in batches:
-                beat()
+                heartbeat()
                 yield batch
 
         batch_tokens = self.config.micro_batch_size * self.config.model.seq_len

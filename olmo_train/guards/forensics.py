@@ -20,12 +20,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from olmo_train.data.inspect import Row, Texts, rows_of_step
+from olmo_train.data.inspect import Row, TextReader, rows_of_step
 from olmo_train.data.mixture import Mixture
 from olmo_train.guards.watchdog import Watchdog
 from olmo_train.log.interval import StepStats
 from olmo_train.log.version import code_version
-from olmo_train.parallel.shard import whole
+from olmo_train.parallel.shard import full_tensor
 from olmo_train.parallel.world import World
 from olmo_train.storage import replace_file
 
@@ -59,7 +59,7 @@ class Forensics:
 
     def __init__(self, run_dir: Path, mixture: Mixture, world: World, attempt: int, watchdog: Watchdog):
         self.run_dir, self.mixture, self.world, self.attempt, self.watchdog = run_dir, mixture, world, attempt, watchdog
-        self._told = False  # that there are enough folders
+        self._warned = False  # that there are enough folders
 
     def write(self, stats: StepStats, why: str, done: str) -> Path | None:
         """The folder, on every rank once it is whole; None where it was not written. `why`: skip or spike; `done`: a row of
@@ -67,7 +67,7 @@ class Forensics:
         names, norms = stats.norms
         device = torch.cuda.get_device_name(stats.loss.device) if stats.loss.is_cuda else stats.loss.device.type
         ranks = self.world.gather({"host": socket.gethostname(), "device": device, "losses": stats.losses.tolist()})
-        by_name = dict(zip(names, whole(norms).tolist(), strict=True))
+        by_name = dict(zip(names, full_tensor(norms).tolist(), strict=True))
         with self.watchdog.patient("writes forensics"):
             return self.world.on_main(lambda: self._try_to_write(stats, {"why": why, "done": done}, ranks, by_name))
 
@@ -77,9 +77,9 @@ class Forensics:
         folder = folder_of(self.run_dir, stats.step)
         try:
             if not folder.exists() and len(list(folder.parent.glob("step-*"))) >= MOST_FOLDERS:
-                if not self._told:
+                if not self._warned:
                     log.warning("%s holds %d steps; no more are written until some are removed", folder.parent, MOST_FOLDERS)
-                self._told = True
+                self._warned = True
                 return None
             about = self._about(stats, why, ranks)
             _commit(folder, {
@@ -119,7 +119,7 @@ class Forensics:
         rows = rows_of_step(self.mixture, step, self.world.size, documents=False)
         means = [loss / max(scored, 1) for loss, scored in zip(losses, scored_tokens(self.mixture, step), strict=True)]
         order = sorted(range(len(rows)), key=lambda i: (math.isfinite(means[i]), -means[i] if math.isfinite(means[i]) else 0.0))
-        texts, sequences = Texts(self.mixture), []
+        texts, sequences = TextReader(self.mixture), []
         for place, i in enumerate(order):
             sequence = asdict(rows[i]) | {"loss": means[i]}
             del sequence["documents"]
@@ -128,7 +128,7 @@ class Forensics:
             sequences.append(sequence)
         return sequences
 
-    def _documents(self, row: Row, texts: Texts) -> list[dict[str, Any]]:
+    def _documents(self, row: Row, texts: TextReader) -> list[dict[str, Any]]:
         """What of each document lies in the row; of raw files without an EOS id, the whole row as one."""
         source = self.mixture.sources[self.mixture.names.index(row.source)]
         found = [asdict(document) for document in source.documents(row.start, row.end)]
@@ -159,15 +159,15 @@ def _commit(folder: Path, files: dict[str, str]) -> None:
 
 
 def _json(value: Any) -> str:
-    return json.dumps(_spelled(value), indent=1, ensure_ascii=False, allow_nan=False)
+    return json.dumps(_without_nan(value), indent=1, ensure_ascii=False, allow_nan=False)
 
 
-def _spelled(value: Any) -> Any:
+def _without_nan(value: Any) -> Any:
     """Numbers that JSON does not have as "nan", "inf" and "-inf": here they are what matters."""
     if isinstance(value, dict):
-        return {key: _spelled(inner) for key, inner in value.items()}
+        return {key: _without_nan(inner) for key, inner in value.items()}
     if isinstance(value, list):
-        return [_spelled(inner) for inner in value]
+        return [_without_nan(inner) for inner in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -185,9 +185,9 @@ def _readme(about: dict[str, Any], norms: dict[str, float], run_dir: Path) -> li
         f"attempt {about['attempt']}, {about['world_size']} x {ranks[0]['device']}, torch {about['environment']['torch']}, "
         f"code {about['environment']['code_version'] or 'outside a checkout'}",
         "",
-        *_told_sequences(about["sequences"], ranks),
+        *_describe_sequences(about["sequences"], ranks),
         "",
-        *_told_norms(norms),
+        *_describe_norms(norms),
         "",
         "What to do next",
         "  look at the documents above; the whole batch is shown by",
@@ -201,7 +201,7 @@ def _readme(about: dict[str, Any], norms: dict[str, float], run_dir: Path) -> li
     return [*lines, "  lower optim.peak_lr, if steps whose documents are in order do the same"]
 
 
-def _told_sequences(sequences: list[dict[str, Any]], ranks: list[dict[str, Any]]) -> list[str]:
+def _describe_sequences(sequences: list[dict[str, Any]], ranks: list[dict[str, Any]]) -> list[str]:
     broken = sum(not math.isfinite(sequence["loss"]) for sequence in sequences)
     state = f"{broken} of them not finite" if broken else "all of them finite"
     median = sequences[len(sequences) // 2]["loss"]
@@ -216,13 +216,13 @@ def _told_sequences(sequences: list[dict[str, Any]], ranks: list[dict[str, Any]]
             f"{sequence['epoch']}, row {sequence['row']}, on rank {sequence['rank']} ({ranks[sequence['rank']]['host']})"
         )
         for document in documents[:SHOWN_DOCUMENTS]:
-            lines += _told_document(document)
+            lines += _describe_document(document)
         if len(documents) > SHOWN_DOCUMENTS:
             lines.append(f"     ... and {len(documents) - SHOWN_DOCUMENTS} more documents")
     return lines
 
 
-def _told_document(document: dict[str, Any]) -> list[str]:
+def _describe_document(document: dict[str, Any]) -> list[str]:
     name = f"document {document['id']} of" if document["id"] is not None else "tokens of"
     lines = [f"     {name} {document['origin']}, tokens {document['start']:,} to {document['end']:,} of its source"]
     if "text" in document:
@@ -232,7 +232,7 @@ def _told_document(document: dict[str, Any]) -> list[str]:
     return [*lines, f"       token ids {' '.join(map(str, tokens[:50]))}{' ...' if len(tokens) > 50 else ''}"]
 
 
-def _told_norms(norms: dict[str, float]) -> list[str]:
+def _describe_norms(norms: dict[str, float]) -> list[str]:
     broken = [name for name, norm in norms.items() if not math.isfinite(norm)]
     if broken:
         lines = [f"Gradients that are not finite: {len(broken)} of {len(norms)} parameters; gradients.json has all"]

@@ -36,13 +36,13 @@ def fingerprint(tensor: Tensor) -> Tensor:
     return total
 
 
-def odd_ones(prints: Mapping[int, object]) -> list[int]:
+def find_outliers(hashes: Mapping[int, object]) -> list[int]:
     """The ranks whose print is not the majority's; all of them when there is no majority, none when all are alike."""
-    counts = Counter(prints.values())
+    counts = Counter(hashes.values())
     if len(counts) == 1:
         return []
     [(common, n)] = counts.most_common(1)
-    return sorted(rank for rank, found in prints.items() if 2 * n <= len(prints) or found != common)
+    return sorted(rank for rank, found in hashes.items() if 2 * n <= len(hashes) or found != common)
 
 
 def divergence(sharded: Mapping[str, Tensor], alike: Mapping[str, Tensor], world: World, replicas: int) -> str | None:
@@ -54,14 +54,14 @@ def divergence(sharded: Mapping[str, Tensor], alike: Mapping[str, Tensor], world
     if world.size == 1:
         return None
     compared = {**alike, **(sharded if replicas > 1 else {})}
-    prints = torch.stack([fingerprint(tensor) for tensor in compared.values()]).tolist()
-    ranks = world.gather((prints, f"{socket.gethostname()}, {world.device}"))
+    hashes = torch.stack([fingerprint(tensor) for tensor in compared.values()]).tolist()
+    ranks = world.gather((hashes, f"{socket.gethostname()}, {world.device}"))
     shards = world.size // replicas  # the mesh counts ranks along "shard" first, so that rank % shards is the place
     suspects, first = set(), None
     for i, name in enumerate(compared):
         groups = [range(world.size)] if name in alike else [range(place, world.size, shards) for place in range(shards)]
         for group in groups:
-            odd = odd_ones({rank: ranks[rank][0][i] for rank in group})
+            odd = find_outliers({rank: ranks[rank][0][i] for rank in group})
             suspects.update(odd)
             first = first or (name if odd else None)
     if first is None:

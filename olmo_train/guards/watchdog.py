@@ -46,7 +46,7 @@ def new_heartbeats(run_dir: Path) -> Path:
 
 
 class Watchdog:
-    """Ends the process with exit code 6 when `beat` was not called for `seconds`, or another rank did the same."""
+    """Ends the process with exit code 6 when `heartbeat` was not called for `seconds`, or another rank did the same."""
 
     def __init__(self, seconds: float, run_dir: Path, folder: Path, rank: int, size: int = 1):
         """`folder` holds the heartbeats of this start of the run, and of no other. seconds = 0: never ends it.
@@ -69,7 +69,7 @@ class Watchdog:
         if seconds:
             self._thread.start()
 
-    def beat(self, step: int, doing: str = "between steps", batch: str = "") -> None:
+    def heartbeat(self, step: int, doing: str = "between steps", batch: str = "") -> None:
         """Say that training goes on, and where it is: called equally often on all ranks. `batch`: its sample_hash."""
         self._last = time.monotonic()
         about = {"step": step, "doing": doing, "progress": self._me["progress"] + 1}
@@ -81,19 +81,19 @@ class Watchdog:
     def patient(self, doing: str) -> Iterator[None]:
         """For what may take long without any sign of progress, such as a save."""
         before, self._patience = self._patience, max(self.seconds, PATIENCE)
-        self.beat(self._me["step"], doing)
+        self.heartbeat(self._me["step"], doing)
         try:
             yield
         finally:
             self._last, self._patience = time.monotonic(), before
 
     @contextlib.contextmanager
-    def last_words(self) -> Iterator[None]:
+    def exit_report(self) -> Iterator[None]:
         """Leave the reason for which this rank ends, and tell a lost peer's in the PeerError that it causes."""
         try:
             yield
         except PeerError as problem:
-            raise self._explained(problem) from problem
+            raise self._explain(problem) from problem
         except Exception as problem:
             if self.size > 1:
                 line = str(problem) if isinstance(problem, UserError) else f"{type(problem).__name__}: {problem}"
@@ -123,7 +123,7 @@ class Watchdog:
             before = now
             self._write()
             if (self.folder / "hang").exists() or now - self._last > self._patience or self._neighbour_is_lost():
-                self._bark(now - self._last)
+                self._end_run(now - self._last)
 
     def _write(self) -> None:
         self._pulse += 1
@@ -140,32 +140,32 @@ class Watchdog:
             return False
         return self._silent_for(neighbour, about) > self.seconds
 
-    def _bark(self, silent_seconds: float) -> None:
+    def _end_run(self, silent_seconds: float) -> None:
         try:
             with contextlib.suppress(OSError):  # a full disk must not keep the run from ending
                 (self.folder / "hang").touch()
                 self._write_stacks(silent_seconds)
-                self._file(self.rank, "hangs").write_text(_own_work(), encoding="utf-8")
+                self._file(self.rank, "hangs").write_text(_current_function(), encoding="utf-8")
             self._wait_for_the_others()
-            self._tell(silent_seconds)
+            self._report(silent_seconds)
         finally:
             os._exit(PeerError.exit_code)
 
     def _write_stacks(self, silent_seconds: float) -> None:
         self.stacks.mkdir(parents=True, exist_ok=True)
         with open(self._stack_file(self.rank), "w", encoding="utf-8") as file:
-            file.write(f"rank {self.rank}: no progress for {silent_seconds:.1f} s; {_place(self._me)}\n")
+            file.write(f"rank {self.rank}: no progress for {silent_seconds:.1f} s; {_describe(self._me)}\n")
             file.flush()
             faulthandler.dump_traceback(file, all_threads=True)
 
-    def _tell(self, silent_seconds: float) -> None:
+    def _report(self, silent_seconds: float) -> None:
         """The last line on stderr, from the lowest rank that runs; and a note in place of the stacks of those that do not."""
         blamed = self._blamed()
         silent = {rank for rank, (_, is_silent) in blamed.items() if is_silent}
         for rank in silent:  # which cannot write any more
             with contextlib.suppress(OSError):
                 self._stack_file(rank).write_text(
-                    f"rank {rank}: {blamed[rank][0]}; {_place(self._read(rank) or {})}\n", encoding="utf-8"
+                    f"rank {rank}: {blamed[rank][0]}; {_describe(self._read(rank) or {})}\n", encoding="utf-8"
                 )
         if self.rank == min(set(range(self.size)) - silent):
             who = "; ".join(f"rank {rank}: {why}" for rank, (why, _) in blamed.items()) or "no rank is behind the others"
@@ -178,7 +178,7 @@ class Watchdog:
 
     def _wait_for_the_others(self) -> None:
         """Until those that run have written their stacks too, and the pulse of each had time to change."""
-        self._look()
+        self._update_pulses()
         started, least = time.monotonic(), min(2.5 * self._interval, GRACE)
         while (waited := time.monotonic() - started) < GRACE:
             self._write()
@@ -199,17 +199,17 @@ class Watchdog:
             known = about[rank]
             state = self._state(rank)
             if known is not None and (state or self._silent_for(rank, known) > 2 * self._interval):
-                blamed[rank] = (f"{state or 'its process is silent'}, last seen {_place(known)}", True)
+                blamed[rank] = (f"{state or 'its process is silent'}, last seen {_describe(known)}", True)
         if not blamed:
             progress = {rank: known["progress"] for rank, known in about.items() if known is not None}
             behind = [rank for rank, count in progress.items() if count < max(progress.values())]
             behind = behind or [rank for rank in work if work[rank] and about[rank]]
-            blamed = {rank: (f"keeps the others waiting{work.get(rank, '')}, {_place(about[rank])}", False) for rank in behind}
-        return blamed if self.size > 1 else {0: (f"hangs, {_place(self._me)}", False)}
+            blamed = {rank: (f"keeps the others waiting{work.get(rank, '')}, {_describe(about[rank])}", False) for rank in behind}
+        return blamed if self.size > 1 else {0: (f"hangs, {_describe(self._me)}", False)}
 
     # ---- what is known of the others
 
-    def _explained(self, problem: PeerError) -> PeerError:
+    def _explain(self, problem: PeerError) -> PeerError:
         """The PeerError with the rank that was lost and its reason, if they can be found within some seconds."""
         deadline = time.monotonic() + SEARCH
         lost: dict[int, str] = {}
@@ -221,9 +221,9 @@ class Watchdog:
                 if rank in lost or about is None:
                     continue
                 if self._state(rank) in (STATES["Z"], STATES["X"]):
-                    lost[rank] = f"was killed, or died without a word, {_place(about)}"
+                    lost[rank] = f"was killed, or died without a word, {_describe(about)}"
                 elif self.seconds and self._silent_for(rank, about) > 2.5 * self._interval:
-                    lost[rank] = f"is silent, {_place(about)}"
+                    lost[rank] = f"is silent, {_describe(about)}"
             time.sleep(0.05)
         if not lost:
             return problem
@@ -235,7 +235,7 @@ class Watchdog:
     def _others(self) -> list[int]:
         return [rank for rank in range(self.size) if rank != self.rank]
 
-    def _look(self) -> None:
+    def _update_pulses(self) -> None:
         for rank in self._others():
             if (about := self._read(rank)) is not None:
                 self._silent_for(rank, about)
@@ -279,7 +279,7 @@ def _host() -> str:
         return socket.gethostname()
 
 
-def _own_work() -> str:
+def _current_function() -> str:
     """` in FUNCTION (FILE:LINE)` of the main thread; nothing when it waits for other ranks."""
     frame = innermost = sys._current_frames().get(threading.main_thread().ident)
     if innermost is None:
@@ -294,7 +294,7 @@ def _own_work() -> str:
     return f" in {code.co_name} ({code.co_filename}:{innermost.f_lineno})"
 
 
-def _place(about: dict[str, Any]) -> str:
+def _describe(about: dict[str, Any]) -> str:
     """`after step 7 (waiting for its batch), last batch 3f2a..., pid 12 on node3`"""
     if not about:
         return "nowhere"

@@ -1,1 +1,1 @@
-"""What a run writes for people: metrics and events files, console, W&B, TensorBoard, profiles."""
+"""Everything a run logs: metrics and events files, console, W&B, TensorBoard, profiles."""

@@ -1,1 +1,1 @@
-"""The model's room: what a transformer is and costs. It knows nothing of devices, ranks, data or training."""
+"""The transformer: layers, first values, loss, cost, generation. Knows nothing about devices, ranks, data or training."""

@@ -53,10 +53,10 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-        x, weight, labels, slopes = ctx.saved_tensors  # slopes (N, V): of each token's loss by its logits
+        x, weight, labels, gradients = ctx.saved_tensors  # gradients (N, V): of each token's loss by its logits
         grad = torch.where(labels == IGNORE, 0.0, grad)[:, None]  # (N, 1)
-        grad_x = (slopes @ weight * grad).to(x.dtype)  # (N, C)
-        grad_weight = slopes.T @ (x * grad).to(x.dtype)  # (V, C)
+        grad_x = (gradients @ weight * grad).to(x.dtype)  # (N, C)
+        grad_weight = gradients.T @ (x * grad).to(x.dtype)  # (V, C)
         return grad_x, grad_weight, None, None, None
 
 
@@ -81,11 +81,11 @@ def differentiate_(logits: Tensor, labels: Tensor, z_loss: float) -> Tensor:
     log(Z) = log(sum(exp(logits))) (Chowdhery et al. 2022, section 5). Rows of IGNORE hold what must not be used."""
     scored = labels != IGNORE
     places = torch.where(scored, labels, 0)[:, None]  # (N, 1)
-    wide = logits.float()
-    probs = wide.softmax(dim=-1)
+    logits_fp32 = logits.float()
+    probs = logits_fp32.softmax(dim=-1)
     # The largest probability is 1 / sum(exp(logits - max)), so log(Z) costs no further pass of exponentials.
-    log_z = wide.amax(dim=-1, keepdim=True) - probs.amax(dim=-1, keepdim=True).log()  # (N, 1)
-    losses = torch.where(scored, (log_z - wide.gather(1, places))[:, 0], 0.0)
+    log_z = logits_fp32.amax(dim=-1, keepdim=True) - probs.amax(dim=-1, keepdim=True).log()  # (N, 1)
+    losses = torch.where(scored, (log_z - logits_fp32.gather(1, places))[:, 0], 0.0)
     if z_loss:
         probs *= 1 + 2 * z_loss * log_z
     probs.scatter_add_(1, places, torch.full_like(log_z, -1.0))
@@ -97,9 +97,9 @@ def differentiate_at_once_(logits: Tensor, labels: Tensor, z_loss: float) -> Ten
     """differentiate_ in a form that torch.compile makes two passes over the logits of, with nothing as large beside them."""
     scored = labels != IGNORE
     places = torch.where(scored, labels, 0)[:, None]  # (N, 1)
-    wide = logits.float()
-    log_z = wide.logsumexp(dim=-1, keepdim=True)  # (N, 1)
-    losses = torch.where(scored, (log_z - wide.gather(1, places))[:, 0], 0.0)
+    logits_fp32 = logits.float()
+    log_z = logits_fp32.logsumexp(dim=-1, keepdim=True)  # (N, 1)
+    losses = torch.where(scored, (log_z - logits_fp32.gather(1, places))[:, 0], 0.0)
     at_label = torch.arange(logits.shape[1], device=logits.device) == places  # (N, V)
-    logits.copy_((wide - log_z).exp() * (1 + 2 * z_loss * log_z) - at_label.float())
+    logits.copy_((logits_fp32 - log_z).exp() * (1 + 2 * z_loss * log_z) - at_label.float())
     return losses

@@ -29,9 +29,9 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.full((size,), 1.0 - offset))
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return (wide * (self.offset + self.weight.float())).to(x.dtype)  # (..., size)
+        x_fp32 = x.float()
+        x_fp32 = x_fp32 * torch.rsqrt(x_fp32.square().mean(-1, keepdim=True) + self.eps)
+        return (x_fp32 * (self.offset + self.weight.float())).to(x.dtype)  # (..., size)
 
 
 NORMS = {

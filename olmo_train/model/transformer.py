@@ -34,9 +34,9 @@ def rope_tables(positions: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn x (B, heads, T, D) by its positions, in fp32, as OLMo does."""
-    wide = x.float()
-    first, second = wide.chunk(2, dim=-1)
-    return (wide * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
+    x_fp32 = x.float()
+    first, second = x_fp32.chunk(2, dim=-1)
+    return (x_fp32 * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
 
 
 Mask = Tensor | BlockMask | None  # None: plain causal attention

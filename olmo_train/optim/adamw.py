@@ -8,22 +8,22 @@ import torch
 from torch import nn
 
 from olmo_train.optim.config import OptimConfig
-from olmo_train.optim.groups import OnWhole, on_plain, param_groups
+from olmo_train.optim.groups import OnFullTensor, on_unsharded, param_groups
 
 
 def adamw(
     parameters: Mapping[str, nn.Parameter],
     config: OptimConfig,
-    on_whole: OnWhole = on_plain,
+    on_full_tensor: OnFullTensor = on_unsharded,
     kind: type[torch.optim.AdamW] = torch.optim.AdamW,
 ) -> torch.optim.AdamW:
-    """torch's fused AdamW. Its `found_inf` makes a step an exact no-op without a host sync (see guards.py)."""
+    """torch's fused AdamW. Its `found_inf` makes a step an exact no-op without a host sync (see guards/nonfinite.py)."""
     return kind(param_groups(parameters, config), lr=config.peak_lr, betas=config.betas, eps=config.eps, fused=True)
 
 
-class ExactAdamW(torch.optim.AdamW):
-    """AdamW in single operations, each of which rounds once. The fused kernel multiplies and adds in one rounding or in two,
-    by an element's place in its shard, so that its last bit depends on the sharding."""
+class DeterministicAdamW(torch.optim.AdamW):
+    """AdamW as separate operations, each rounded once. The fused kernel rounds a multiply-add once or twice, depending on the
+    place of an element in its shard, so its last bit depends on the sharding."""
 
     @torch.no_grad()
     def step(self) -> None:

@@ -7,21 +7,24 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from olmo_train.optim.adamw import ExactAdamW, adamw
+from olmo_train.optim.adamw import DeterministicAdamW, adamw
 from olmo_train.optim.config import OptimConfig
-from olmo_train.optim.groups import OnWhole, on_plain
+from olmo_train.optim.groups import OnFullTensor, on_unsharded
 from olmo_train.optim.muon import muon
 
 
 def build_optimizer(
-    parameters: Mapping[str, nn.Parameter], config: OptimConfig, on_whole: OnWhole = on_plain, exactly: bool = False
+    parameters: Mapping[str, nn.Parameter],
+    config: OptimConfig,
+    on_full_tensor: OnFullTensor = on_unsharded,
+    deterministic: bool = False,
 ) -> torch.optim.Optimizer:
-    """The optimizer over {name: parameter}, frozen ones left out; group_of says which are decayed.
+    """The optimizer over {name: parameter}, without frozen parameters; group_of decides their weight decay.
 
-    `exactly`: the bits of an update do not depend on how a parameter is sharded.
+    `deterministic`: the bits of an update do not depend on the sharding.
     """
     parameters = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
-    return OPTIMIZERS[config.name](parameters, config, on_whole, ExactAdamW if exactly else torch.optim.AdamW)
+    return OPTIMIZERS[config.name](parameters, config, on_full_tensor, DeterministicAdamW if deterministic else torch.optim.AdamW)
 
 
 OPTIMIZERS = {"adamw": adamw, "muon": muon}
@@ -29,13 +32,13 @@ OPTIMIZERS = {"adamw": adamw, "muon": muon}
 
 @torch.no_grad()
 def allocate_state(optimizer: torch.optim.Optimizer) -> None:
-    """Give the optimizer its state as before the first step, so that it can be loaded into, and so that memory is
-    complete from the start. Weights are left as they are."""
+    """Allocate the optimizer's state as before the first step, so that a checkpoint can be loaded into it and memory use is
+    complete from the start. Weights do not change."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     set_lr(optimizer, 0.0)
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
-    # An exact no-op, which allocates all the same.
+    # With found_inf the step changes nothing, but still allocates.
     optimizer.found_inf = torch.ones((), device=parameters[0].device)  # type: ignore[attr-defined]
     optimizer.step()
     optimizer.zero_grad()

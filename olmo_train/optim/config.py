@@ -30,10 +30,10 @@ class OptimConfig:
     grad_clip_warmup_factor: float = 1.0  # ... this many times larger: OLMo-7B 1000 steps and 10.0
     schedule: str = "linear"
     warmup_steps: int = 5000
-    warmup_start_ratio: float = 0.1  # the warmup starts at this share of the peak, not at zero, as OLMo does
-    final_lr_ratio: float = 0.1  # the last learning rate, as a share of the peak
-    schedule_steps: int | None = None  # at which the schedule ends; null: with the run
-    decay_steps: int | None = None  # read by wsd: the length of the last, falling part; null: a tenth of the run
+    warmup_start_ratio: float = 0.1  # the warmup starts at this fraction of the peak, as in OLMo, not at zero
+    final_lr_ratio: float = 0.1  # the last learning rate, as a fraction of the peak
+    schedule_steps: int | None = None  # the step at which the schedule ends; null: the last step of the run
+    decay_steps: int | None = None  # read by wsd: length of the final decay; null: a tenth of the run
 
     def __post_init__(self) -> None:
         check_choice("optim.name", self.name, OPTIMIZER_NAMES)
@@ -51,6 +51,6 @@ class OptimConfig:
         if self.schedule_steps is not None and self.schedule_steps < max(1, self.warmup_steps):
             raise ConfigError("optim.schedule_steps", f"{self.schedule_steps} is below warmup_steps {self.warmup_steps}")
         if self.decay_steps is not None and self.schedule != "wsd":
-            raise ConfigError("optim.decay_steps", f"is read by schedule: wsd only, and the schedule is {self.schedule}")
+            raise ConfigError("optim.decay_steps", f"is read with schedule: wsd only, not {self.schedule}; leave it out")
         if self.decay_steps is not None and self.decay_steps < 1:
             raise ConfigError("optim.decay_steps", f"must be at least 1, got {self.decay_steps}")

@@ -12,7 +12,7 @@ from olmo_train.optim.config import OptimConfig
 
 @dataclass(frozen=True)
 class Group:
-    """What the optimizer does alike for all parameters of a group."""
+    """What all parameters of a group share."""
 
     decay: bool  # whether weight decay applies
     lr_scale: float = 1.0  # times the learning rate of the schedule
@@ -36,9 +36,10 @@ def param_groups(parameters: Mapping[str, nn.Parameter], config: OptimConfig) ->
     ]
 
 
-# f(whole matrix) of a tensor that may be sharded, sharded likewise; here: of one that is not. See parallel.on_whole.
-OnWhole = Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]
+# Applies a function to the full tensor of a shard and shards the result the same way: parallel.shard.on_full_tensor. For
+# tensors that are not sharded: on_unsharded.
+OnFullTensor = Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]
 
 
-def on_plain(function: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
+def on_unsharded(function: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
     return function(tensor)

@@ -21,13 +21,13 @@ def lr_at(step: int, config: OptimConfig, total_steps: int) -> float:
 
 
 def max_grad_norm_at(step: int, config: OptimConfig) -> float:
-    """The norm that update `step` is clipped to. As in OLMo, which sets it after it has clipped, the first update is
-    clipped to the plain norm, and the warmup ends one step late."""
+    """The norm that update `step` is clipped to. OLMo sets the norm after clipping, so there, and here, the first update is
+    clipped to max_grad_norm and the warmup ends one step late."""
     return config.max_grad_norm * (config.grad_clip_warmup_factor if 1 < step <= config.grad_clip_warmup_steps + 1 else 1.0)
 
 
 def linear(step: int, config: OptimConfig, total_steps: int) -> float:
-    """A straight line from the peak to the final learning rate; golden values are OLMo's to the last bit."""
+    """A straight line from the peak to the final learning rate, equal to OLMo's to the last bit."""
     peak, final = config.peak_lr, config.final_lr_ratio * config.peak_lr
     if step >= total_steps:
         return final

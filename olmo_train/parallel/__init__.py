@@ -1,1 +1,1 @@
-"""Everything that knows about processes and devices: the world, sharding, recomputation, gradients, kernels."""
+"""Everything about processes and devices: the world, sharding, recomputation, gradients, kernels."""

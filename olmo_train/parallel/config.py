@@ -13,14 +13,14 @@ CHECKPOINTING_NAMES = ("none", "selective", "full")
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    shard: str = "full"  # full: ZeRO-3, weights are gathered block by block; grad_op: ZeRO-2, kept whole until the step ends
-    replicas: int = 1  # whole copies of the sharded state (HSDP)
-    precision: str = "bf16"  # of compute: bf16 or fp32; weights and optimizer state are always fp32
-    reduce_dtype: str = "fp32"  # in which gradients are summed over ranks
-    activation_checkpointing: str = "none"  # selective: keep what products and attention give, compute the rest again; full: all
+    shard: str = "full"  # full: ZeRO-3, gathers weights block by block; grad_op: ZeRO-2, keeps them gathered until the step ends
+    replicas: int = 1  # full copies of the sharded state (HSDP)
+    precision: str = "bf16"  # of the computation: bf16 or fp32; weights and optimizer state are always fp32
+    reduce_dtype: str = "fp32"  # type in which gradients are summed over ranks
+    activation_checkpointing: str = "none"  # selective: recompute all but matrix products and attention; full: recompute all
     compile: bool = False  # torch.compile each block
-    float8: bool = False  # products inside the blocks in float8, scaled by tensor (torchao); a CPU only emulates them
-    cpu_kernels: bool | None = None  # attention and loss on a CPU by our own C++; null: where a compiler for it is found
+    float8: bool = False  # matrix products of the blocks in float8, tensorwise scaled (torchao); a CPU only emulates it
+    cpu_kernels: bool | None = None  # C++ kernels for attention and loss on a CPU; null: if a C++ compiler is found
 
     def __post_init__(self) -> None:
         check_choice("parallel.shard", self.shard, ("full", "grad_op"))

@@ -286,11 +286,11 @@ void attention_backward(Shape s, float scale, Heads<const E> grad, Heads<const E
         const auto* turned_keys = turn<X>(plain_keys, s, room, scratch.take(s.D * s.row()));
         const auto* turned_values = turn<X>(plain_values, s, room, scratch.take(s.D * s.row()));
         const auto* keys = X::across(plain_keys, s.padded(), s.D, s.D, scratch.take(all));
-        float *key_slopes = scratch.take(all), *value_slopes = scratch.take(all);
-        std::fill(key_slopes, key_slopes + 2 * all, 0.0f);
+        float *key_gradients = scratch.take(all), *value_gradients = scratch.take(all);
+        std::fill(key_gradients, key_gradients + 2 * all, 0.0f);
         float *queries = scratch.take(some), *outs = scratch.take(some), *grads = scratch.take(some), *result = scratch.take(some);
         float *some_room = scratch.take(some), *other_room = scratch.take(some);
-        float *probs = scratch.take(scored), *slopes = scratch.take(scored), *scores_room = scratch.take(scored);
+        float *probs = scratch.take(scored), *score_gradients = scratch.take(scored), *scores_room = scratch.take(scored);
         for (int64_t h = key_head * queries_a_key; h < (key_head + 1) * queries_a_key; h++)
             for (int64_t first = 0; first < s.T; first += BLOCK) {
                 const int64_t seen = first + BLOCK;
@@ -299,35 +299,35 @@ void attention_backward(Shape s, float scale, Heads<const E> grad, Heads<const E
                 unpack(grad, s, b, h, first, BLOCK, grads);
                 causal_scores<X>(queries, turned_keys, s, first, some_room, probs);
                 product<false>(BLOCK, seen, s.D / X::PER_WORD, X::along(grads, BLOCK, s.D, s.D, some_room), s.D, 1, turned_values,
-                               s.row(), slopes, s.row());
-                for (int64_t i = 0; i < BLOCK; i++) {  // slopes: of the loss, by the scores, not yet times scale
+                               s.row(), score_gradients, s.row());
+                for (int64_t i = 0; i < BLOCK; i++) {  // gradients of the loss by the scores, not yet times scale
                     V common{};
                     for (int64_t d = 0; d < s.D; d += W) common += read(grads + i * s.D + d) * read(outs + i * s.D + d);
-                    const float mean_slope = sum(common);
+                    const float mean_gradient = sum(common);
                     const float log_sum = first + i < s.T ? log_sums[(b * s.H + h) * s.T + first + i] : INFINITY;
-                    float *p = probs + i * s.row(), *slope = slopes + i * s.row();
+                    float *p = probs + i * s.row(), *score_gradient = score_gradients + i * s.row();
                     for (int64_t j = 0; j < seen; j += W) {
                         const V prob = exponential(read(p + j) * scale - log_sum);
                         write(p + j, prob);
-                        write(slope + j, prob * (read(slope + j) - mean_slope));
+                        write(score_gradient + j, prob * (read(score_gradient + j) - mean_gradient));
                     }
                 }
                 product<true>(seen, s.D, BLOCK / X::PER_WORD, X::across(probs, BLOCK, seen, s.row(), scores_room), 1, s.row(),
-                              X::across(grads, BLOCK, s.D, s.D, some_room), s.D, value_slopes, s.D);
-                product<true>(seen, s.D, BLOCK / X::PER_WORD, X::across(slopes, BLOCK, seen, s.row(), scores_room), 1, s.row(),
-                              X::across(queries, BLOCK, s.D, s.D, other_room), s.D, key_slopes, s.D);
-                product<false>(BLOCK, s.D, seen / X::PER_WORD, X::along(slopes, BLOCK, seen, s.row(), scores_room), s.row(), 1, keys,
+                              X::across(grads, BLOCK, s.D, s.D, some_room), s.D, value_gradients, s.D);
+                product<true>(seen, s.D, BLOCK / X::PER_WORD, X::across(score_gradients, BLOCK, seen, s.row(), scores_room), 1, s.row(),
+                              X::across(queries, BLOCK, s.D, s.D, other_room), s.D, key_gradients, s.D);
+                product<false>(BLOCK, s.D, seen / X::PER_WORD, X::along(score_gradients, BLOCK, seen, s.row(), scores_room), s.row(), 1, keys,
                                s.D, result, s.D);
                 pack(result, scale, s, b, h, first, BLOCK, grad_q);
             }
-        pack(key_slopes, scale, s, b, key_head, 0, s.padded(), grad_k);
-        pack(value_slopes, 1, s, b, key_head, 0, s.padded(), grad_v);
+        pack(key_gradients, scale, s, b, key_head, 0, s.padded(), grad_k);
+        pack(value_gradients, 1, s, b, key_head, 0, s.padded(), grad_v);
     });
 }
 
 // ---- cross-entropy
 
-// One row of logits (V) becomes the slopes of its loss; `probs` is room for V numbers and a vector more.
+// Overwrites one row of logits (V) with the gradients of its loss; `probs` has room for V numbers and one more vector.
 template <class E> float differentiate_row(E* logits, int64_t V_, int64_t label, float z_loss, float* probs) {
     V top = V{} - INFINITY, total{};
     for (int64_t j = 0; j < V_; j += W) {
@@ -343,8 +343,8 @@ template <class E> float differentiate_row(E* logits, int64_t V_, int64_t label,
     }
     const float all = sum(total), log_z = most + std::log(all), weight = (1 + 2 * z_loss * log_z) / all;
     for (int64_t j = 0; j < V_; j += W) {
-        const V slope = read(probs + j) * weight;
-        j + W <= V_ ? write(logits + j, slope) : write_some(logits + j, slope, V_ - j);
+        const V gradient = read(probs + j) * weight;
+        j + W <= V_ ? write(logits + j, gradient) : write_some(logits + j, gradient, V_ - j);
     }
     write_some(logits + label, V{} + (probs[label] * weight - 1), 1);
     return log_z - at_label;

@@ -109,10 +109,10 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q, k and v for that of the result."""
     grad, q, k, v = map(_readable, (grad, q, k, v))
-    slopes = _heads_like(q), _heads_like(k), _heads_like(v)
-    addresses = _addresses(grad, q, k, v, out, *slopes)
+    gradients = _heads_like(q), _heads_like(k), _heads_like(v)
+    addresses = _addresses(grad, q, k, v, out, *gradients)
     library().attention_backward(*_about(q, k), addresses, _pointer(log_sums), torch.get_num_threads())
-    return slopes
+    return gradients
 
 
 @attention.register_fake

@@ -1,7 +1,7 @@
-"""Which code computes attention, the loss and the products of a model: the choice by device, made once, from outside.
+"""Select the implementations of attention, loss and matrix products by device, once, from outside the model.
 
-On a CPU attention and loss are C++ of our own where it can be built. On a GPU attention is torch's, by FlashAttention 3 where
-that is installed, and the loss is compiled with the blocks.
+On a CPU, attention and loss are our C++ kernels if they can be built. On a GPU, attention is torch's, or FlashAttention 3 if it
+is installed, and the loss is compiled with the blocks.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from olmo_train.errors import ConfigError
 from olmo_train.model.loss import differentiate_at_once_
 from olmo_train.model.transformer import Attention, Transformer
 
-FLOAT8_MULTIPLE = 16  # of the sizes of a product in float8 (cuBLAS)
+FLOAT8_MULTIPLE = 16  # sizes of a float8 matrix product must be multiples (cuBLAS)
 
 
-def choose(model: Transformer, device: torch.device, cpu_kernels: bool | None, compiled: bool, float8: bool) -> None:
-    """Set in a model, in place, what the keys of `parallel` ask for. Raises ConfigError on what cannot be had here."""
+def select_kernels(model: Transformer, device: torch.device, cpu_kernels: bool | None, compiled: bool, float8: bool) -> None:
+    """Set the implementations that the keys of `parallel` select, in place. Raises ConfigError if one is not available here."""
     if has_cpu_kernels(cpu_kernels, device):
         use_cpu_kernels(model)
     if device.type == "cuda":
@@ -30,10 +30,10 @@ def choose(model: Transformer, device: torch.device, cpu_kernels: bool | None, c
 
 
 def has_cpu_kernels(asked: bool | None, device: torch.device) -> bool:
-    """Whether attention and loss are those of model/cpu_kernels.py; `asked`: None where they are used if they can be built."""
+    """Whether to use cpu_kernels.py for attention and loss. `asked`: parallel.cpu_kernels, with None: if they can be built."""
     if device.type != "cpu":
         if asked:
-            raise ConfigError("parallel.cpu_kernels", f"is for CPUs, and this is {device.type}; leave it out")
+            raise ConfigError("parallel.cpu_kernels", f"is for CPUs, and the device is {device.type}; leave it out")
         return False
     if asked is False:
         return False
@@ -49,7 +49,7 @@ def has_cpu_kernels(asked: bool | None, device: torch.device) -> bool:
 
 
 def uses_cpu_kernels(model: Transformer) -> bool:
-    """What `choose` came to."""
+    """Whether `select_kernels` chose cpu_kernels.py for this model."""
     return model.blocks[0].attn.attend is not Attention.attend
 
 
@@ -62,24 +62,27 @@ def use_cpu_kernels(model: Transformer) -> None:
 
 
 def use_newest_flash_attention() -> None:
-    """FlashAttention 3 where it is installed and the GPU is of the Hopper generation, for which it is written. Its backward
-    adds in no fixed order, so not where the same bits are asked for."""
+    """Use FlashAttention 3 on a Hopper GPU if it is installed, but not in deterministic runs: its backward adds in no fixed
+    order."""
     hopper = torch.cuda.get_device_capability()[0] == 9
     if hopper and importlib.util.find_spec("flash_attn_interface") and not torch.are_deterministic_algorithms_enabled():
         torch.nn.attention.activate_flash_attention_impl("FA3")
 
 
 def use_float8(model: Transformer, device: torch.device) -> None:
-    """Products of the blocks in float8 by torchao, scaled by tensor, emulated on a CPU. Raises ConfigError where torchao is
-    missing, the GPU has no float8, or a size is no multiple of 16."""
+    """Compute the matrix products of the blocks in float8 with torchao, tensorwise scaled; a CPU emulates it. Raises ConfigError
+    if torchao is missing, the GPU has no float8, or a size is not a multiple of 16."""
     try:
         from torchao.float8 import Float8LinearConfig, convert_to_float8_training
     except ImportError:
         raise ConfigError("parallel.float8", "needs torchao: pip install 'olmo-train[float8]'") from None
     if device.type == "cuda" and torch.cuda.get_device_capability() < (8, 9):
-        raise ConfigError("parallel.float8", f"{torch.cuda.get_device_name()} has no float8; set false")
+        raise ConfigError("parallel.float8", f"{torch.cuda.get_device_name()} has no float8; set it to false")
     for name, weight in model.blocks.named_parameters():
         if weight.ndim == 2 and any(size % FLOAT8_MULTIPLE for size in weight.shape):
             shape = tuple(weight.shape)
-            raise ConfigError("parallel.float8", f"sizes must be multiples of {FLOAT8_MULTIPLE}, and {name} is {shape}")
+            raise ConfigError(
+                "parallel.float8",
+                f"sizes must be multiples of {FLOAT8_MULTIPLE}, but {name} is {shape}; set it to false",
+            )
     convert_to_float8_training(model.blocks, config=Float8LinearConfig(emulate=device.type == "cpu"))

@@ -1,4 +1,4 @@
-"""The processes of a run as a launcher such as torchrun announces them in the environment. Imports no torch."""
+"""The processes of a run, read from the environment variables of a launcher such as torchrun. Imports no torch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from olmo_train.errors import ConfigError
 
-GROUP = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what joining a group needs
+GROUP = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # needed to join a process group
 ON_MACHINE = ("LOCAL_RANK", "LOCAL_WORLD_SIZE")
 FIX = "start the run with torchrun, or unset them for a run of one process"
 
@@ -21,12 +21,12 @@ class Processes:
 
 
 def announced() -> Processes:
-    """What the environment says: one process when none of RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE is set.
+    """Read the environment: one process when none of RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE is set.
 
-    Raises ConfigError when they are set in part, empty, no numbers or contradict each other.
+    Raises ConfigError when some are missing, empty, not numbers, or contradict each other.
     """
     values = {name: os.environ[name] for name in (*GROUP, *ON_MACHINE) if name in os.environ}
-    if not values.keys() - {"MASTER_ADDR", "MASTER_PORT"}:  # these two alone are left by many cluster scripts
+    if not values.keys() - {"MASTER_ADDR", "MASTER_PORT"}:  # many cluster scripts set these two alone
         return Processes()
     shown = " ".join(f"{name}={value}" for name, value in values.items())
     missing = [name for name in GROUP if name not in values]
@@ -48,7 +48,7 @@ def announced() -> Processes:
 
 
 def rank() -> int:
-    """This process's rank; 0 where the environment announces no group that can be joined."""
+    """This process's rank; 0 if the environment describes no group to join."""
     try:
         return announced().rank
     except ConfigError:

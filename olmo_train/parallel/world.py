@@ -1,7 +1,7 @@
-"""Who am I among the processes: the only file that starts and ends torch.distributed.
+"""The processes of a run: join and leave torch.distributed, ranks and groups. No other file starts or ends it.
 
-One code path for any number of processes: without torchrun's environment the world has one rank, whose group needs no
-port. A World is passed explicitly; there are no globals.
+There is one code path for any number of processes: without torchrun's environment the world has one rank, and its group needs
+no port. A World is passed explicitly; there are no globals.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class World:
     size: int
     device: torch.device
     mesh: DeviceMesh  # ("shard",), or ("replicate", "shard") when there are replicas
-    background_group: Any = field(repr=False)  # gloo group for threads, which must not share a group with the loop
-    control_group: Any = field(repr=False)  # gloo group for small agreements on the host, also beside a GPU
+    background_group: Any = field(repr=False)  # gloo group for threads, which must not share one with the training loop
+    control_group: Any = field(repr=False)  # gloo group for small values on the host, also in GPU runs
 
     @property
     def is_main(self) -> bool:
@@ -53,9 +53,9 @@ class World:
         return int(shared)
 
     def on_main(self, function: Callable[[], T]) -> T:
-        """Call a function on rank 0 and give its result, a small picklable object, to every rank.
+        """Call a function on rank 0 and return its result, a small picklable object, on every rank.
 
-        A UserError or OSError that it raises is raised on every rank, so that none waits for a rank that is gone.
+        A UserError or OSError that it raises is raised on every rank, so that no rank waits for one that has failed.
         """
         outcome: list[Any] = [None, None]
         if self.is_main:
@@ -75,8 +75,8 @@ class World:
         return kept[0] if kept else None
 
     def together(self, function: Callable[[], T]) -> T:
-        """Call a function on every rank and give its own result to each. A UserError of any rank, such as a file that only
-        one machine lacks, is raised on all of them."""
+        """Call a function on every rank; each returns its own result. A UserError of any rank, such as a file that only one
+        machine lacks, is raised on all of them."""
         result, problem = None, None
         try:
             result = function()
@@ -88,7 +88,7 @@ class World:
         return result
 
     def gather(self, value: Any) -> list[Any]:
-        """A small Python object of every rank, in the order of ranks."""
+        """A small Python object from every rank, in rank order."""
         values = [None] * self.size
         dist.all_gather_object(values, value, group=self.control_group)
         return values
@@ -98,8 +98,8 @@ class World:
 
 
 @contextlib.contextmanager
-def peers_named() -> Iterator[None]:
-    """Turn what torch raises when another process is gone or silent into a PeerError."""
+def explain_lost_peers() -> Iterator[None]:
+    """Turn the errors that torch raises when another process is gone or silent into a PeerError."""
     try:
         yield
     except RuntimeError as problem:
@@ -111,7 +111,7 @@ def peers_named() -> Iterator[None]:
 
 
 def _reason(text: str) -> str:
-    """The first sentence of an error of torch, gloo or NCCL, without their source files."""
+    """The first sentence of an error from torch, gloo or NCCL, without source file names."""
     line = next(iter(text.strip().splitlines()), "")
     return re.sub(r"\[?\S*/\S+:\d+[\],]*\s*", "", line).split(". ")[0].rstrip(". ")
 
@@ -120,7 +120,7 @@ def _reason(text: str) -> str:
 def join_world(replicas: int = 1, timeout_seconds: float = 600) -> Iterator[World]:
     """Join the processes that torchrun started, or be a world of one; leaves the group at the end.
 
-    `replicas` cuts the world into as many groups that each hold a whole copy of the sharded state (HSDP); 1 is plain FSDP.
+    `replicas`: how many groups of ranks each hold a full copy of the sharded state (HSDP); 1 is plain FSDP.
     A collective fails when a rank does not join it within `timeout_seconds`.
     Raises ConfigError when `replicas` does not divide the number of processes.
     """
@@ -146,7 +146,7 @@ def join_world(replicas: int = 1, timeout_seconds: float = 600) -> Iterator[Worl
         stack.callback(dist.destroy_process_group)
         shape, names = ((replicas, size // replicas), ("replicate", "shard")) if replicas > 1 else ((size,), ("shard",))
         mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
-        for group in mesh.get_all_groups():  # which torch makes with its own default, on a GPU 600 s
+        for group in mesh.get_all_groups():  # torch creates them with its default timeout, 600 s on a GPU
             dist.distributed_c10d._set_pg_timeout(timeout, group)
         yield World(
             rank=dist.get_rank(),

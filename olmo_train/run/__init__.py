@@ -1,1 +1,1 @@
-"""Opening and closing a run: what to start from, building the model, what may change on resume, memory."""
+"""Open and close a run: where to start from, building the model, changes allowed on resume, memory."""

@@ -28,23 +28,23 @@ from olmo_train.data.shards import check_ids
 from olmo_train.data.tokenizer import CONFIG_FILE, config_file, record_of_folder
 from olmo_train.errors import ConfigError, DataError, ReplicaError, Stopped
 from olmo_train.eval.during_run import Evaluation
+from olmo_train.guards.anomalies import AnomalyGuard
 from olmo_train.guards.forensics import Forensics
 from olmo_train.guards.nonfinite import name_checkpoint
 from olmo_train.guards.replicas import divergence
 from olmo_train.guards.signals import StopSignals, too_slow_to_stop
 from olmo_train.guards.spikes import SpikeDetector
-from olmo_train.guards.verdicts import Verdicts
 from olmo_train.guards.watchdog import Watchdog, new_heartbeats
 from olmo_train.history import attempts, is_logged
 from olmo_train.log import energy as log_energy
 from olmo_train.log.interval import Clock, Interval, StepStats, slow_ranks, throughput_metrics
 from olmo_train.log.profiling import StepProfiler
-from olmo_train.log.records import Records
+from olmo_train.log.run_logger import RunLogger
 from olmo_train.model.cost import flops_per_token
 from olmo_train.model.transformer import Transformer
 from olmo_train.optim import build, schedules
 from olmo_train.parallel import kernels, shard
-from olmo_train.parallel.world import World, peers_named
+from olmo_train.parallel.world import World, explain_lost_peers
 from olmo_train.run.resume import check_changes, check_data, check_denied, check_skip_steps
 from olmo_train.storage import RunLock, replace_file
 from olmo_train.train_config import TrainConfig, schedule_warnings
@@ -83,7 +83,7 @@ class Run:
         self.evaluation = world.together(lambda: Evaluation(config, world, self.mixture))
         world.on_main(lambda: self.mixture.check_tokenizers(self.evaluation.sources, self.evaluation.tokenizer))
         world.on_main(self._check_ids)
-        world.on_main(self._take_run_dir)
+        world.on_main(self._lock_run_dir)
         self.folder = world.on_main(lambda: folders.newest(self.run_dir, config.resume == "strict"))
         self.is_branch = self.folder is None and config.resume_from is not None
         if self.is_branch:
@@ -95,7 +95,7 @@ class Run:
         self.config = config = dataclasses.replace(config, total_steps=config.steps_with(self.batches), total_tokens=None)
         self.done = self.last_step  # the last step that this process knows to be done
         self.first_step = self.last_step if self.is_branch else 0  # from which the run began
-        self.pending_line: dict[str, Any] | None = world.on_main(self._owed_line)
+        self.pending_line: dict[str, Any] | None = world.on_main(self._find_pending_line)
         if self.is_finished:
             if world.is_main:
                 print(f"{self.run_dir} is finished: {self.last_step} of {config.steps} steps; set total_steps higher to go on")
@@ -114,7 +114,7 @@ class Run:
         self.bytes_per_token = [s.n_bytes / s.n_tokens if s.n_bytes else None for s in self.mixture.sources]
         self.clock = Clock()
         self.meter, self.energy_before = log_energy.open_energy_meter(), self.state.get("energy_kwh") or 0.0
-        self.records = self.stack.enter_context(contextlib.closing(Records(config, world, self.last_step, self.resolved)))
+        self.logger = self.stack.enter_context(contextlib.closing(RunLogger(config, world, self.last_step, self.resolved)))
         files = world.on_main_only(self._checkpoint_files) or {}  # rank 0 alone writes them
         resumed = self.last_step if self.folder and not self.is_branch else None
         checkpointer = Checkpointer(self.run_dir, config.checkpoint, world, files, resumed)
@@ -122,7 +122,7 @@ class Run:
         self.noted_step = checkpointer.committed_step  # of the last event "save"
         in_a_row = self.interval.skipped_in_a_row()
         self.forensics = Forensics(self.run_dir, self.mixture, world, self.attempt, self.watchdog)
-        self.verdicts = Verdicts(config, world, self.records, checkpointer, self.forensics, self.first_step, in_a_row)
+        self.anomalies = AnomalyGuard(config, world, self.logger, checkpointer, self.forensics, self.first_step, in_a_row)
         if world.is_main:
             saved = configuration.read([self.folder / "config.yaml"]) if self.folder and not self.is_branch else None
             for warning in schedule_warnings(config, saved, self.batches, self.last_step):
@@ -131,7 +131,7 @@ class Run:
         about = {"attempt": self.attempt, "world_size": world.size, "checkpoint": str(self.folder or "")}
         about |= {"batches": self.batches.changes, "total_steps": config.steps, "config": self.resolved}
         about["started_in"] = os.getcwd()
-        self.records.event(how, self.last_step, **about)
+        self.logger.event(how, self.last_step, **about)
 
     def _open_watchdog(self) -> None:
         """From here on a rank that is silent or fails is named to the user."""
@@ -142,8 +142,8 @@ class Run:
             self.stack.callback(self.watchdog.close)
 
         self.world.together(start)
-        self.stack.enter_context(self.watchdog.last_words())
-        self.stack.enter_context(peers_named())
+        self.stack.enter_context(self.watchdog.exit_report())
+        self.stack.enter_context(explain_lost_peers())
 
     @property
     def is_finished(self) -> bool:
@@ -162,7 +162,7 @@ class Run:
         if folder:
             self.mixture.check_tokenizers((), record_of_folder(folder))
 
-    def _take_run_dir(self) -> None:
+    def _lock_run_dir(self) -> None:
         try:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             self.stack.enter_context(RunLock(self.run_dir))
@@ -182,7 +182,7 @@ class Run:
             check_denied(state.get("denied"), self.mixture.denied_summary, self.config.allow_changes)
         return state
 
-    def _owed_line(self) -> dict[str, Any] | None:
+    def _find_pending_line(self) -> dict[str, Any] | None:
         """The line of the step that is resumed, if a signal interrupted its evaluation and no start since has logged it.
 
         The checkpoint on the disk keeps it, so metrics.jsonl decides. A branch does not log a step of its parent.
@@ -215,9 +215,9 @@ class Run:
         config, world = self.config, self.world
         with torch.device("meta"):
             model = Transformer(config.model)
-        exactly = config.determinism == "world"
-        shard.shard(model, config.parallel, world, config.global_batch_size if exactly else None)
-        optimizer = build.build_optimizer(dict(model.named_parameters()), config.optim, shard.on_whole, exactly)
+        deterministic = config.determinism == "world"
+        shard.shard(model, config.parallel, world, config.global_batch_size if deterministic else None)
+        optimizer = build.build_optimizer(dict(model.named_parameters()), config.optim, shard.on_full_tensor, deterministic)
         build.allocate_state(optimizer)
         if self.folder:
             load.load(self.folder, model, optimizer, world)
@@ -226,7 +226,7 @@ class Run:
         else:
             shard.init_weights(model, config.seed)
         if world.is_main:
-            self._introduce(model)
+            self._log_start(model)
         if self.pending_line is not None:  # a signal interrupted the evaluation of the step that is resumed
             line, self.pending_line = self.pending_line, None
             self._evaluate_and_log(self.last_step, line, model)
@@ -235,16 +235,16 @@ class Run:
         self.clock.restart()
         return model, optimizer
 
-    def _introduce(self, model: Transformer) -> None:
+    def _log_start(self, model: Transformer) -> None:
         config, n_parameters = self.config, sum(p.numel() for p in model.parameters())
-        self.records.say(
+        self.logger.say(
             f"{config.run_dir} {f'goes on from {self.folder}' if self.folder else 'starts'}: {n_parameters:,} parameters, "
             f"{config.steps:,} steps of {config.tokens_per_step:,} tokens, "
             f"{self.world.size} x {self.world.device.type}, {config.parallel.precision}"
             + (", C++ kernels" if kernels.uses_cpu_kernels(model) else "")
         )
         parts = [f"{name} {epoch:.3g}" for name, epoch in self.mixture.epochs(config.steps).items()]
-        self.records.say(f"epochs of each source in the whole run: {', '.join(parts)}")
+        self.logger.say(f"epochs of each source in the whole run: {', '.join(parts)}")
 
     def loader(self) -> Loader:
         return Loader(self.mixture, self.world.rank, self.world.size, self.world.device, self.last_step + 1)
@@ -255,9 +255,9 @@ class Run:
     def next_batch(self, loader: Loader) -> tuple[Batch | None, float]:
         """This rank's next batch and the seconds waited for it; None when a signal came while waiting."""
         started = time.perf_counter()
-        self.watchdog.beat(self.done, "waits for its batch")
+        self.watchdog.heartbeat(self.done, "waits for its batch")
         batch = loader.get(give_up=lambda: self.signals.received)
-        self.watchdog.beat(self.done, "in the next step", batch.sample_hash if batch else "")
+        self.watchdog.heartbeat(self.done, "in the next step", batch.sample_hash if batch else "")
         waited = time.perf_counter() - started
         self.own_seconds += waited
         self.computing_since = time.thread_time()
@@ -279,18 +279,18 @@ class Run:
         """Count a step; on a GPU, where reading waits for the step, its verdict may be read some steps later."""
         self.done = stats.step
         self.own_seconds += time.thread_time() - self.computing_since
-        self.watchdog.beat(stats.step)
+        self.watchdog.heartbeat(stats.step)
         if stats.step % GARBAGE_STEPS == 0:
             gc.collect()
-        self.records.count(stats.step)
+        self.logger.count(stats.step)
         if self.config.parallel.compile and stats.step == self.last_step + 1:
-            self.records.say(f"the first step took {self.clock.seconds:.1f} s, with what torch.compile had to do")
+            self.logger.say(f"the first step took {self.clock.seconds:.1f} s, with what torch.compile had to do")
         if stats.passed_over:
             self.interval.pass_over(waited)
             return
         clipped = (stats.grad_norm > schedules.max_grad_norm_at(stats.step, self.config.optim)).float()
         self.interval.add(stats.sums, stats.skipped, clipped, stats.spike, waited)
-        self.verdicts.add(stats)
+        self.anomalies.add(stats)
 
     def report(self, stats: StepStats, batch: Batch, model: Transformer) -> None:
         """Log and evaluate where this step is due for it: one line of metrics at most."""
@@ -299,7 +299,7 @@ class Run:
         is_logged = last or step % config.log.interval_steps == 0
         is_evaluated = self.evaluation.is_due(step, last)
         if is_logged or is_evaluated:
-            self.verdicts.read()
+            self.anomalies.read()
         line = self.train_metrics(stats, batch) if is_logged else {}
         if is_evaluated:
             line = line or self._about(batch) | {"skipped": int(stats.skipped.item())}
@@ -325,7 +325,7 @@ class Run:
         metrics |= {f"train/source/{name}/epoch": epoch for name, epoch in self.mixture.epochs(stats.step).items()}
         metrics |= self.checkpointer.take_figures()
         self._warn_when_too_slow_to_stop(metrics)
-        self._tell_slow_ranks(stats.step)
+        self._warn_of_slow_ranks(stats.step)
         if world.device.type == "cuda":
             metrics["System/Peak GPU Memory (MB)"] = torch.cuda.max_memory_allocated() / 2**20
         if (energy := self._energy_kwh()) is not None:
@@ -346,7 +346,7 @@ class Run:
             if warning:
                 log.warning(warning)
 
-    def _tell_slow_ranks(self, step: int) -> None:
+    def _warn_of_slow_ranks(self, step: int) -> None:
         """Compare what each rank needs for itself, without the waiting for others that makes all steps equally long."""
         if self.world.size == 1:
             return
@@ -358,7 +358,7 @@ class Run:
             median = statistics.median_low(own for own, _ in ranks)
             for rank in slow:
                 own, host = ranks[rank]
-                self.records.event("slow", step, rank=rank, host=host, own_seconds=own, median_seconds=median)
+                self.logger.event("slow", step, rank=rank, host=host, own_seconds=own, median_seconds=median)
                 if self.world.is_main:
                     log.warning(
                         "rank %d on %s is slow: %.3g s a step for its own data and work, the median is %.3g s; "
@@ -377,23 +377,23 @@ class Run:
 
     def _evaluate_and_log(self, step: int, line: dict[str, Any], model: Transformer) -> None:
         with self.clock.paused():
-            metrics = self.evaluation.measure(model, lambda: self.watchdog.beat(step, "evaluates"), self.agree_to_stop)
+            metrics = self.evaluation.measure(model, lambda: self.watchdog.heartbeat(step, "evaluates"), self.agree_to_stop)
         if metrics is None:
             self.pending_line = line  # goes into the checkpoint; the resumed run evaluates this step and logs it
         else:
-            self.records.event("evaluation", step)
+            self.logger.event("evaluation", step)
             self._log(step, line | metrics)
 
     def _log(self, step: int, line: dict[str, Any]) -> None:
-        self.records.log(step, line)
+        self.logger.log(step, line)
         self._note_commit()
 
     def save(self, step: int, model: Transformer, optimizer: torch.optim.Optimizer) -> None:
         """Save the state after this step; the metrics so far are on the disk before it."""
-        self.verdicts.read()  # a state after a spike that is to be left is not saved
+        self.anomalies.read()  # a state after a spike that is to be left is not saved
         with self.clock.paused(), self.watchdog.patient("saves"):
             self.check_replicas(step, model, optimizer)
-            self.records.sync()
+            self.logger.sync()
             state = {
                 "attempt": self.attempt,
                 "world_size": self.world.size,
@@ -424,7 +424,7 @@ class Run:
 
     def save_and_stop(self, step: int, model: Transformer, optimizer: torch.optim.Optimizer) -> None:
         """Raises Stopped when the state after this step is committed, and SaveError when it cannot be, required or not."""
-        self.records.event("signal", step, signal=self.signals.received)
+        self.logger.event("signal", step, signal=self.signals.received)
         if self.checkpointer.last_step != step:
             self.save(step, model, optimizer)
         self._settle(leaving=True)
@@ -434,7 +434,7 @@ class Run:
 
     def finish(self) -> None:
         self._settle(leaving=True)
-        self.records.event("finish", self.config.steps)
+        self.logger.event("finish", self.config.steps)
 
     def _settle(self, leaving: bool = False) -> None:
         """Wait for the last save. `leaving`: no later save can make up for one that failed, see Checkpointer.wait."""
@@ -447,5 +447,5 @@ class Run:
         step = self.checkpointer.committed_step
         if step != self.noted_step:
             self.noted_step = step
-            self.records.event("save", step)
-        self.records.settle(step)
+            self.logger.event("save", step)
+        self.logger.settle(step)

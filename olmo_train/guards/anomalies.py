@@ -19,7 +19,7 @@ from olmo_train.guards.nonfinite import check_skipped, look_at, name_checkpoint
 from olmo_train.guards.rewind import Rewind, plan_rewind
 from olmo_train.history import rewound
 from olmo_train.log.interval import StepStats, has_no_scored_token
-from olmo_train.log.records import Records
+from olmo_train.log.run_logger import RunLogger
 from olmo_train.parallel.world import World
 from olmo_train.train_config import TrainConfig
 
@@ -28,21 +28,21 @@ READ_AT_ONCE = {"cpu"}  # devices on which reading a step's flags needs no host 
 UNREAD_STEPS = 16  # on other devices, read the flags at least every N steps
 
 
-class Verdicts:
+class AnomalyGuard:
     """Reads which steps were skipped or were spikes, and does what guards.spike and guards.max_skipped say."""
 
     def __init__(
         self,
         config: TrainConfig,
         world: World,
-        records: Records,
+        logger: RunLogger,
         checkpointer: Checkpointer,
         forensics: Forensics,
         first_step: int,
         skipped_in_a_row: int,
     ):
         """`first_step`: the step the run began from; `skipped_in_a_row`: at the checkpoint it resumes from."""
-        self.config, self.world, self.records, self.checkpointer = config, world, records, checkpointer
+        self.config, self.world, self.logger, self.checkpointer = config, world, logger, checkpointer
         self.forensics = forensics
         self.run_dir, self.first_step, self.in_a_row = Path(config.run_dir), first_step, skipped_in_a_row
         self.rewinds = world.on_main(lambda: rewound(self.run_dir))
@@ -78,7 +78,7 @@ class Verdicts:
 
     def _note_unscored(self, stats: StepStats) -> None:
         """Log an event each time and one warning. Does not count for guards.max_skipped: the training is fine."""
-        self.records.event("skip", stats.step, why="no scored token in this batch", learning_rate=stats.lr)
+        self.logger.event("skip", stats.step, why="no scored token in this batch", learning_rate=stats.lr)
         if self.world.is_main and not self._warned_of_unscored:
             log.warning(
                 "step %d: no scored token in this batch, all its labels are masked; the optimizer skips such steps, and "
@@ -90,7 +90,7 @@ class Verdicts:
         """Log an event and write forensics; returns their folder, or None if it could not be written."""
         why, done = ("spike", self.config.guards.spike) if spike else ("skip", "skip")
         about = {"loss": stats.loss.item(), "grad_norm": stats.grad_norm.item(), "learning_rate": stats.lr}
-        self.records.event(why, stats.step, **about)
+        self.logger.event(why, stats.step, **about)
         return self.forensics.write(stats, why, done)
 
     def _stop_or_rewind(self, stats: StepStats, evidence: Path | None) -> None:
@@ -106,9 +106,9 @@ class Verdicts:
                 f"run again with guards.skip_steps=[{step}] to pass over its batch, or with guards.spike=record",
             )
         rewind = plan_rewind(step, next(reversed(folders), self.first_step), self.rewinds, config, evidence)
-        self.records.event("rewind", step, **rewind)
-        self.records.sync()  # a run that is killed from here on must pass over the same steps
-        self.records.say(
+        self.logger.event("rewind", step, **rewind)
+        self.logger.sync()  # a run that is killed from here on must pass over the same steps
+        self.logger.say(
             f"step {step} is a spike (loss {stats.loss.item():.4g}, gradient norm {stats.grad_norm.item():.4g}): "
             f"rewinding to step {rewind['to']}, passing over step{'s' * (len(rewind['skipped']) > 1)} "
             f"{', '.join(map(str, rewind['skipped']))}"

@@ -11,7 +11,7 @@ from olmo_train.parallel.world import World
 from olmo_train.train_config import TrainConfig
 
 
-class Records:
+class RunLogger:
     def __init__(self, config: TrainConfig, world: World, last_step: int, resolved: dict[str, Any]):
         """`last_step`: the step that the run goes on from; `resolved`: the configuration as it is saved."""
         run_dir = Path(config.run_dir)
