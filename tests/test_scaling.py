@@ -135,7 +135,7 @@ TABLES = [(OLMO_1B, 8, "none"), (OLMO_7B, 4, "selective"), (LLAMA_70B, 2, "full"
 
 def weak_table(model: ModelConfig, micro_batch: int, checkpointing: str) -> str:
     """Plain FSDP, and HSDP with the replicas that are fastest and fit 80 GB."""
-    lines = ["| GPUs | FSDP: MFU | exposed | GB a GPU | best shards of HSDP | MFU | exposed | GB a GPU |", "|" + "---|" * 8]
+    lines = ["| GPUs | FSDP: MFU | exposed | GB per GPU | best shards of HSDP | MFU | exposed | GB per GPU |", "|" + "---|" * 8]
 
     def cells(gpus: int, replicas: int) -> tuple[float, str, float]:
         layout = dict(gpus=gpus, replicas=replicas, micro_batch_size=micro_batch, activation_checkpointing=checkpointing)
@@ -154,7 +154,7 @@ def weak_table(model: ModelConfig, micro_batch: int, checkpointing: str) -> str:
 
 def strong_table() -> str:
     """OLMo-7B with its own batch of 2048 sequences."""
-    lines = ["| GPUs | sequences a GPU | FSDP: step s | MFU | 32 shards a replica: step s | MFU |", "|" + "---|" * 6]
+    lines = ["| GPUs | sequences per GPU | FSDP: step s | MFU | 32 shards per replica: step s | MFU |", "|" + "---|" * 6]
     for gpus in (64, 256, 1024, 2048):
         micro_batch = min(4, 2048 // gpus)
         layout = dict(gpus=gpus, micro_batch_size=micro_batch, micro_batches=2048 // gpus // micro_batch)
