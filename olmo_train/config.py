@@ -1,10 +1,10 @@
-"""YAML files and key=value words become frozen dataclasses; nothing else in the package knows YAML.
+"""Read YAML files and key=value words into frozen dataclasses; no other module parses YAML.
 
-The dataclass is the schema. Each lives in the file that reads it; this module merges the sources left to right, walks the
-dataclass, and refuses what does not fit, naming the dotted key and the nearest known one.
+The dataclass is the schema; each section's is in the config.py of its folder. This module merges the sources left to right,
+walks the dataclass, and refuses values that do not fit, with the dotted key and the nearest known one.
 
-Scalars are read as text, and the type of the field decides what they are: `2024_11_25` is a name for a text key and a
-number for a number key. YAML itself would turn a git hash such as 12e5678 into infinity, and a source called `no` into False.
+Scalars are read as text, and the type of the field decides their meaning: `2024_11_25` is a name for a text key and a number
+for a number key. YAML itself would turn a git hash such as 12e5678 into infinity, and a source called `no` into False.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from olmo_train.storage import FilePath
 
 T = TypeVar("T")
 
-MISSING = "???"  # OmegaConf's mark of a value that must be set
+MISSING = "???"  # how OmegaConf marks a value that must be set
 NULLS = ("", "~", "null", "Null", "NULL")
 BOOLS = {"true": True, "false": False, "yes": True, "no": False, "on": True, "off": False}
 NUMBER = re.compile(r"[-+]?(\d[\d_]*(\.[\d_]*)?|\.\d[\d_]*)([eE][-+]?\d+)?", re.ASCII)
-# Keys of earlier versions, which stand in configurations that they saved, and the value that still means the same.
+# Removed keys, still found in configurations saved by earlier versions: the value that equals today's behaviour.
 REMOVED = {"model.position": "rope", "log.wandb.artifacts": "false"}
 STARTED_IN = "# Relative paths start from "  # the first line of a run's config.yaml, then the folder as a JSON string
 
 
 class Word(str):
-    """A scalar as it was typed. A text key takes it as it is; `value` is what a key of another type reads."""
+    """A scalar as it was typed. A text key takes the text itself; keys of other types read `value`."""
 
-    quoted: bool  # in YAML: text for any reader
-    base: str | None  # where the run was started whose config.yaml this is of
+    quoted: bool  # quoted in YAML: always text
+    base: str | None  # the folder in which the run that wrote this config.yaml was started
 
     def __new__(cls, text: str, quoted: bool = False, base: str | None = None) -> Word:
         self = super().__new__(cls, text)
@@ -61,10 +61,10 @@ class Word(str):
 
 
 def read(files: list[str | Path], overrides: list[str] = (), resolve: bool = True) -> dict[str, Any]:
-    """Merge YAML files left to right, then `key=value` words, into nested dicts and lists whose scalars are Words or None:
-    for `build`, or for `decoded`. Without `resolve`, interpolations `${...}` stay as text.
+    """Merge YAML files left to right, then `key=value` words, into nested dicts and lists whose scalars are Words or None,
+    for `build` or `decoded`. Without `resolve`, interpolations `${...}` stay as text.
 
-    Raises ConfigError when a file is missing or is no YAML mapping, or a word has no `=`.
+    Raises ConfigError when a file is missing or is not a YAML mapping, or a word has no `=`.
     """
     merged: dict[str, Any] = {}
     for file in files:
@@ -94,7 +94,7 @@ def _read_file(file: str | Path) -> dict[str, Any]:
     if tree is None:
         return {}
     if not isinstance(tree, dict):
-        raise ConfigError(file, "must hold a mapping of keys to values at its top")
+        raise ConfigError(file, "must be a mapping of keys to values at the top level")
     return _of_run(tree, content, Path(file).parent) if content.startswith(STARTED_IN.encode()) else tree
 
 
@@ -104,11 +104,11 @@ def _quoted_word(word: str) -> str:
 
 
 def _of_run(tree: dict[str, Any], content: bytes, folder: Path) -> dict[str, Any]:
-    """The config.yaml that a run wrote: its relative paths are also looked for where the run was started."""
+    """The config.yaml of a run: relative paths are also looked up in the folder where the run was started."""
     base = json.loads(content.splitlines()[0][len(STARTED_IN) :])
     tree = words(tree, base)
     run_dir = tree.get("run_dir")
-    if isinstance(run_dir, Word):  # a copy of the file elsewhere is of another run, which begins where it is asked for
+    if isinstance(run_dir, Word):  # a copy of the file elsewhere starts another run, in the run_dir it names
         is_own = _is_same(Path(base, run_dir), folder) and not _is_same(Path(run_dir), folder)
         tree["run_dir"] = Word(str(folder) if is_own else run_dir, run_dir.quoted)
     return tree
@@ -122,7 +122,7 @@ def _is_same(one: Path, other: Path) -> bool:
 
 
 def _read_word(word: str) -> dict[str, Any]:
-    """`a.b=1` as {"a": {"b": Word("1")}}. The value is YAML; a text without quotes stays as it was typed."""
+    """`a.b=1` as {"a": {"b": Word("1")}}. The value is YAML; text without quotes stays as typed."""
     key, equals, text = word.partition("=")
     if not equals or not key:
         raise ConfigError(word, "is neither a YAML file nor key=value")
@@ -135,7 +135,7 @@ def _read_word(word: str) -> dict[str, Any]:
             raise ConfigError(key, f"cannot be set to {text!r}, which is not valid YAML: {why}") from problem
         value = typed
     if isinstance(value, Word) and not value.quoted or value is None and typed not in NULLS:
-        value = typed  # with what YAML takes for a comment or a tag
+        value = typed  # including what YAML reads as a comment or a tag
     for part in reversed(key.split(".")):
         value = {part: value}
     return value
@@ -147,9 +147,9 @@ def _parse(content: str | bytes) -> Any:
 
     loader = None
     try:
-        loader = yaml.SafeLoader(content)  # which looks for bytes that are no text
+        loader = yaml.SafeLoader(content)  # rejects bytes that are not text
         return _tree(loader, loader.get_single_node(), {})
-    except (yaml.YAMLError, OverflowError) as problem:  # "\\UFFFFFFFF", which is no character
+    except (yaml.YAMLError, OverflowError) as problem:  # "\\UFFFFFFFF" is not a character
         raise ValueError(str(problem)) from problem
     except RecursionError as problem:
         raise ValueError("it is nested too deeply, or an alias refers to itself") from problem
@@ -159,7 +159,7 @@ def _parse(content: str | bytes) -> Any:
 
 
 def _tree(loader: Any, node: Any, done: dict[Any, Any]) -> Any:
-    """The value of a node. `done` are those that aliases may name again."""
+    """The value of a node. `done`: values that aliases may refer to."""
     import yaml
 
     kind = "null" if node is None else node.tag.removeprefix("tag:yaml.org,2002:")
@@ -213,12 +213,12 @@ def _map(function: Callable[[Any], Any], tree: Any) -> Any:
 
 
 def decoded(tree: Any) -> Any:
-    """What `read` returned as numbers, truth values and text, for a reader that has no dataclass for it."""
+    """The result of `read` as numbers, booleans and text, for callers without a dataclass."""
     return _map(lambda leaf: (str(leaf) if leaf.quoted else leaf.value) if isinstance(leaf, Word) else leaf, tree)
 
 
 def words(tree: Any, base: str | None = None, quoted: bool = True) -> Any:
-    """A tree whose text is Words that know where the run was started that saved it."""
+    """The same tree with text as Words that know the folder in which the run that saved it was started."""
 
     def word(leaf: Any) -> Any:
         return Word(leaf, leaf.quoted if isinstance(leaf, Word) else quoted, base) if isinstance(leaf, str) else leaf
@@ -229,8 +229,8 @@ def words(tree: Any, base: str | None = None, quoted: bool = True) -> Any:
 def build(cls: type[T], values: dict[str, Any], where: str = "", partial: bool = False) -> T:
     """Make the frozen dataclass `cls` from a plain dict, strictly.
 
-    `where` is the dotted key of `values`. With `partial`, keys that `cls` lacks are passed over at the top level: for
-    commands that need a few keys of a whole run's configuration. Raises ConfigError.
+    `where` is the dotted key of `values`. With `partial`, unknown keys at the top level are ignored, for commands that need a
+    few keys of a run's configuration. Raises ConfigError.
     """
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}
@@ -249,7 +249,7 @@ def build(cls: type[T], values: dict[str, Any], where: str = "", partial: bool =
             dotted = f"{where}.{name}" if where else name
             if not dataclasses.is_dataclass(hints[name]):
                 raise ConfigError(dotted, "is missing and has no default; set it")
-            made[name] = build(hints[name], {}, dotted)  # which names what it misses
+            made[name] = build(hints[name], {}, dotted)  # raises with the key that is missing
     return cls(**made)
 
 
@@ -259,7 +259,7 @@ def load(cls: type[T], files: list[str | Path], overrides: list[str] = (), parti
 
 
 def to_dict(config: Any) -> Any:
-    """A dataclass as plain dicts and lists: what is saved, logged and compared."""
+    """A dataclass as plain dicts and lists, to be saved, logged and compared."""
     if dataclasses.is_dataclass(config):
         return {f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
     if isinstance(config, dict):
@@ -270,12 +270,12 @@ def to_dict(config: Any) -> Any:
 
 
 def dump(config: Any, started_in: str | None = None) -> str:
-    """A dataclass as YAML text that `load` reads back to an equal one, or plain values as they are. With `started_in`, the
-    working directory of the run, its relative paths are found again from another one."""
+    """A dataclass or plain values as YAML text that `load` reads back as an equal one. `started_in`: the working directory of
+    the run, from which relative paths can be resolved later."""
     import yaml
 
     class Dumper(yaml.SafeDumper):
-        """Quotes each text that a reader of YAML could take for a number or a truth value."""
+        """Quotes text that a YAML reader could take for a number or a boolean."""
 
         def represent_str(self, text: str) -> yaml.Node:
             style = None if isinstance(Word(text).value, str) else "'"
@@ -283,14 +283,14 @@ def dump(config: Any, started_in: str | None = None) -> str:
 
     Dumper.add_representer(str, Dumper.represent_str)
     values = to_dict(config)
-    if dataclasses.is_dataclass(config) or started_in:  # whose text is final: `${` is no interpolation
+    if dataclasses.is_dataclass(config) or started_in:  # its text is final: escape `${`, which is no interpolation
         values = _map(lambda v: re.sub(r"(\\*)\$\{", r"\1\1\\${", v) if isinstance(v, str) else v, values)
     text = yaml.dump(values, Dumper=Dumper, default_flow_style=False, allow_unicode=True, sort_keys=False)
     return f"{STARTED_IN}{json.dumps(started_in)}\n{text}" if started_in else text
 
 
 def flatten(config: Any, where: str = "") -> dict[str, Any]:
-    """{dotted key: leaf value}: what two configurations are compared by."""
+    """{dotted key: leaf value}, to compare two configurations."""
     if not isinstance(config, dict) or not config:
         return {where: config}
     flat = {}
@@ -316,7 +316,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if origin is dict:
         if not isinstance(value, dict):
             raise ConfigError(where, f"must be a mapping of names, got {decoded(value)!r}")
-        # null takes back what an earlier file has named
+        # null removes an entry of an earlier file
         return {str(k): _convert(args[1], v, f"{where}.{k}") for k, v in value.items() if v is not None}
     if origin is tuple:
         if not isinstance(value, (list, tuple)):
@@ -343,7 +343,7 @@ def _convert_union(options: tuple, value: Any, where: str) -> Any:
 
 
 def _convert_scalar(hint: Any, value: Any, where: str) -> Any:
-    """int accepts 2e6 and float accepts 3, since both are how people write numbers; bool is never a number."""
+    """int accepts 2e6 and float accepts 3, since people write both; bool is never a number."""
     if hint in (str, FilePath):
         return _convert_text(hint, value, where)
     if isinstance(value, str):
@@ -369,7 +369,7 @@ def _convert_text(hint: Any, value: Any, where: str) -> str:
 
 
 def _found(path: str) -> str:
-    """A path with ~ expanded. That of a run which was started elsewhere is also looked for there, if it is not here."""
+    """A path with ~ expanded. For a run that was started elsewhere, a path that is missing here is looked up there."""
     base, path = getattr(path, "base", None), os.path.expanduser(path)
     if base is None or os.path.isabs(path) or "://" in path or any(glob.iglob(path, recursive=True)) or os.path.exists(path):
         return path

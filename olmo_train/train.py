@@ -1,9 +1,9 @@
-"""The run: read it from top to bottom and you know what training is here.
+"""The training step and the training loop.
 
     for stats in train(config): ...
 
-`train` yields after every update, so a user's own behaviour is the body of this loop; the command line merely drains it.
-The same call again resumes from the newest checkpoint.
+`train` yields after every update, so custom behaviour goes into the body of this loop; the command line has an empty body.
+Calling `train` again resumes from the newest checkpoint.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def train_step(
     sources: int,
     spikes: SpikeDetector,
 ) -> StepStats:
-    """One update: the loss summed over tokens, divided once by the number of counted tokens of the global batch."""
+    """One update: sum the loss over tokens, and divide once by the number of scored tokens in the global batch."""
     lr = schedules.lr_at(step, config.optim, config.steps)
     counted = batch.labels != IGNORE
     divisor = world.sum(counted.sum())  # 0: no token of the global batch is scored, and the optimizer skips this step
@@ -79,8 +79,7 @@ def train_step(
 
 
 def pass_over(batch: Batch, step: int, config: TrainConfig, sources: int) -> StepStats:
-    """A step whose batch is not used: time goes on, and with it the learning rate and the order of the data, but nothing
-    is computed and nothing changed."""
+    """A step that is passed over: it uses up its number, learning rate and batch, but computes and changes nothing."""
     none = torch.zeros((), device=batch.labels.device)
     sums = torch.zeros(2, sources, dtype=torch.float64, device=none.device)
     losses = torch.full((len(batch.labels),), torch.nan, device=none.device)
@@ -91,7 +90,7 @@ def pass_over(batch: Batch, step: int, config: TrainConfig, sources: int) -> Ste
 def train(config: TrainConfig) -> Generator[StepStats, None, None]:
     """Train to config.steps, from the newest checkpoint of run_dir if there is one; yields after every update.
 
-    After a rewind (guards.spike) the steps since the checkpoint are done and yielded again. Raises ConfigError, DataError,
+    After a rewind (guards.spike) the steps since the checkpoint are computed and yielded again. Raises ConfigError, DataError,
     CheckpointError, SaveError, NonFiniteError, ReplicaError, PeerError, and Stopped when a signal ended the run after a save.
     """
     allocator.keep_freed_memory()
@@ -99,27 +98,27 @@ def train(config: TrainConfig) -> Generator[StepStats, None, None]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(explain_lost_peers())
         stack.enter_context(determinism.determinism(config.determinism))
-        left = Path(config.run_dir) / "forensics" / "out-of-memory"
-        stack.enter_context(explain_out_of_memory(left, config.micro_batch_size, config.parallel.activation_checkpointing))
+        report = Path(config.run_dir) / "forensics" / "out-of-memory"
+        stack.enter_context(explain_out_of_memory(report, config.micro_batch_size, config.parallel.activation_checkpointing))
         signals = stack.enter_context(StopSignals().installed())
         world = stack.enter_context(join_world(config.parallel.replicas, group_timeout(config.guards.hang_seconds)))
-        going_on = True
-        while going_on:
-            going_on = False
+        again = True
+        while again:
+            again = False
             try:
                 yield from train_from_newest(config, world, signals)
-            except Rewind:  # what is to be passed over is on the disk: go on as after a kill
-                going_on = True
-            gc.collect()  # a sharded model is a web of hooks: it must be gone before the next one is made
+            except Rewind:  # events.jsonl has the steps to pass over: resume as after a kill
+                again = True
+            gc.collect()  # hooks make reference cycles in a sharded model: free it before the next one is built
 
 
 def train_from_newest(config: TrainConfig, world: World, signals: StopSignals) -> Iterator[StepStats]:
-    """The loop, from the newest checkpoint on. Raises Rewind when it is to be started again."""
+    """The loop, from the newest checkpoint on. Raises Rewind to be called again."""
     with contextlib.ExitStack() as stack:
         run = stack.enter_context(Run(config, world, signals))
         if run.is_finished:
             return
-        config = run.config  # its length in steps
+        config = run.config  # with total_steps set
         model, optimizer = run.build()
         loader = stack.enter_context(contextlib.closing(run.loader()))
         profiler = stack.enter_context(contextlib.closing(run.profiler()))

@@ -1,4 +1,4 @@
-"""The configuration of a whole run, and what its numbers come to. The defaults are OLMo-7B's recipe."""
+"""The configuration of a run, and figures derived from it. The defaults are OLMo-7B's recipe."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from olmo_train.storage import FilePath
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """A whole run. The defaults are OLMo-7B's recipe; only run_dir and data.sources must be named."""
+    """The configuration of a run. The defaults are OLMo-7B's recipe; only run_dir and data.sources must be set."""
 
-    run_dir: FilePath  # everything that the run writes lies under it
+    run_dir: FilePath  # the folder for everything that the run writes
     data: DataConfig
     seed: int = 6198  # of the weights, and of the data unless data.seed is set
     total_steps: int | None = None  # updates
-    total_tokens: float | None = None  # instead of total_steps; neither: OLMo's 2e12
+    total_tokens: float | None = None  # tokens, instead of total_steps; if neither is set, 2e12 as OLMo
     global_batch_size: int = 2048  # sequences a step, over all processes
-    micro_batch_size: int = 4  # sequences of one forward on one process
-    loss_divisor: str = "scored_tokens"  # of loss and gradients; all_tokens: batch x seq_len, unscored ones too, as OLMo
-    determinism: str = "none"  # run: the same bits each time; world: also on any number of processes, one sequence at a time
+    micro_batch_size: int = 4  # sequences in one forward on one process
+    loss_divisor: str = "scored_tokens"  # divides loss and gradients; all_tokens: batch x seq_len, unscored tokens too, as OLMo
+    determinism: str = "none"  # run: same bits every time; world: also on any number of processes, one sequence at a time
     resume: str = "auto"  # auto: from the newest checkpoint that verifies; strict: refuse when the newest one does not
     resume_from: FilePath | None = None  # start a new run_dir from this checkpoint (of any run): weights, optimizer and step
     init_from: FilePath | None = None  # start a new run_dir with the weights of this checkpoint, at step 0
-    allow_changes: tuple[str, ...] = ()  # dotted keys that may differ from the checkpoint that is resumed
+    allow_changes: tuple[str, ...] = ()  # dotted keys that may differ from the resumed checkpoint
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -58,42 +58,42 @@ class TrainConfig:
         parallel = self.parallel
         if self.determinism == "world" and (parallel.compile or parallel.float8 or parallel.reduce_dtype != "fp32"):
             raise ConfigError(
-                "determinism", "'world' adds gradients in fp64, uncompiled; leave out parallel.compile, float8 and reduce_dtype"
+                "determinism", "'world' sums gradients in fp64, uncompiled; leave out parallel.compile, float8 and reduce_dtype"
             )
         check_choice("resume", self.resume, ("auto", "strict"))
         if self.resume_from and self.init_from:
-            raise ConfigError("init_from", f"{self.init_from} is given beside resume_from {self.resume_from}; name one of them")
+            raise ConfigError("init_from", f"{self.init_from} and resume_from {self.resume_from} are both set; leave one out")
         if self.total_steps is not None and self.total_tokens is not None:
             raise ConfigError(
                 "total_tokens",
-                f"{self.total_tokens:g} is given beside total_steps {self.total_steps}; name one of them",
+                f"{self.total_tokens:g} and total_steps {self.total_steps} are both set; leave one out",
             )
         if self.steps < 1:
-            raise ConfigError("total_steps" if self.total_tokens is None else "total_tokens", "must come to at least one step")
+            raise ConfigError("total_steps" if self.total_tokens is None else "total_tokens", "must be at least one step")
         if self.optim.schedule != "constant" and self.optim.warmup_steps >= self.steps and self.total_steps is None:
             raise ConfigError("optim.warmup_steps", f"{self.optim.warmup_steps} fills all {self.steps} steps; use fewer")
 
     @property
     def steps(self) -> int:
-        """Updates of the whole run."""
+        """Number of updates in the run."""
         return self.steps_with(BatchSizes(((1, self.global_batch_size),)))
 
     def steps_with(self, batches: BatchSizes) -> int:
-        """Updates of the whole run with these batch sizes."""
+        """Number of updates in the run with these batch sizes."""
         if self.total_steps is not None:
             return self.total_steps
         return batches.steps_for(self.total_tokens or 2e12, self.model.seq_len)
 
     @property
     def warmup_warning(self) -> str | None:
-        """What is wrong with a warmup that the run does not outlast; with total_tokens it is refused."""
+        """A warning if the warmup fills the run. With total_tokens this is an error instead."""
         if self.optim.warmup_steps < self.steps:
             return None
         return f"optim.warmup_steps {self.optim.warmup_steps} fills all {self.steps} steps: the schedule never starts; use fewer"
 
     @property
     def rows_per_forward(self) -> int:
-        """Sequences that one process puts through the model at once."""
+        """Sequences in one forward on one process."""
         return 1 if self.determinism == "world" else self.micro_batch_size
 
     @property
@@ -114,7 +114,7 @@ class TrainConfig:
 
 
 def schedule_warnings(config: TrainConfig, saved: dict[str, Any] | None, batches: BatchSizes, last_step: int) -> list[str]:
-    """A warmup that fills the run, and a jump of the learning rate in a run that was lengthened after step `last_step`.
+    """Warnings about a warmup that fills the run, and about a jump of the learning rate in a run lengthened after `last_step`.
 
     `saved`: the configuration of the checkpoint that is resumed, if any.
     """

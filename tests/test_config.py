@@ -258,7 +258,7 @@ def test_a_path_may_be_one_text_or_a_list():
     "text, told",
     [
         ("a: [1", "is not valid YAML"),
-        ("- 1\n- 2\n", "must hold a mapping"),
+        ("- 1\n- 2\n", "must be a mapping of keys"),
         ("a: &a {b: *a}", "an alias refers to itself"),
         ("? [a, b]\n: 1\n", "line 1: a key must be text"),
         ("a: !!python/object:os.system {}", "the tag 'tag:yaml.org,2002:python/object:os.system' is not known"),

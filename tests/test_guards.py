@@ -222,7 +222,7 @@ def test_a_signal_stops_the_run_after_a_save_and_it_goes_on_exactly(tiny_words, 
     assert process.returncode == 75
     (step,) = committed(tmp_path / "run")
     assert stderr.splitlines()[-1] == (
-        f"error: {signal.Signals(number).name}: stopped after step {step} of 200 and saved; run the same command again to go on"
+        f"error: {signal.Signals(number).name}: stopped after step {step} of 200 and saved; run the same command again to resume"
     )
     events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
     assert [event["event"] for event in events] == ["start", "signal", "save"]
@@ -249,7 +249,7 @@ def test_a_signal_to_one_rank_stops_both_after_the_same_step(tiny_args):
             return [stats.step, stopped.exit_code, str(stopped)]
 
     first, second = on_ranks(2, run)
-    assert first == second == [4, 75, "SIGTERM: stopped after step 4 of 100 and saved; run the same command again to go on"]
+    assert first == second == [4, 75, "SIGTERM: stopped after step 4 of 100 and saved; run the same command again to resume"]
     assert list(committed(Path(config.run_dir))) == [4]
 
 

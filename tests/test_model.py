@@ -215,7 +215,7 @@ def test_first_values_are_the_same_with_every_torch_and_fill_the_normal_distribu
 
 def test_a_parameter_without_a_rule_has_no_first_value():
     for name in ("blocks.0.attn.wqkv.weight", "blocks.0.attn.wq.bias", "blocks.0.attn.lora_a.weight", "head.bias"):
-        with pytest.raises(AssertionError, match=f"no first value is known for {name}"):
+        with pytest.raises(AssertionError, match=f"no initial value is defined for {name}"):
             initial_value(name, torch.Size([4, 4]), ModelConfig(**SMALL), seed=0)
 
 

@@ -232,7 +232,7 @@ def test_named_steps_are_passed_over_without_an_update(tiny_args, read_metrics):
 
 def test_steps_to_come_may_be_named_on_a_resume_those_done_may_not(tiny_args):
     trained(tiny_args("run", total_steps=4))
-    with pytest.raises(ConfigError, match=r"guards.skip_steps: differ in step 3, which lies before the checkpoint of step 4"):
+    with pytest.raises(ConfigError, match=r"guards.skip_steps: differ in step 3, which is before the checkpoint of step 4"):
         trained(tiny_args("run", total_steps=6, **{"guards.skip_steps": "[3,5]"}))
     config = tiny_args("run", total_steps=6, **{"guards.skip_steps": "[5]"})
     assert [s.skipped.item() for s in trained(config)] == [1, 0]

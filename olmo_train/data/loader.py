@@ -1,4 +1,4 @@
-"""Batches as tensors, read ahead by a thread. It holds no state worth saving: it starts at any step."""
+"""Batches as tensors, prefetched by a thread. The loader has no state to save: it can start at any step."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from olmo_train.data.mixture import Mixture
 from olmo_train.data.shards import TokenSource
 
 IGNORE = -100  # a label that is not scored
-AHEAD = 4  # batches read before they are asked for
-PATIENCE = 0.2  # seconds between two looks at whether to go on waiting
+AHEAD = 4  # batches to prefetch
+PATIENCE = 0.2  # seconds between checks whether to keep waiting
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Batch:
     input_ids: Tensor  # (rows, T) int64
     labels: Tensor  # (rows, T) int64, IGNORE where nothing is scored
     sources: Tensor  # (rows,) int64, index into the mixture's names
-    documents: Tensor | None = None  # (rows, T) int64, which document of its row a token is of; None: attend to all
+    documents: Tensor | None = None  # (rows, T) int64, number of each token's document in its row; None: attend to all
     sample_hash: str = ""  # of the global batch
 
     def micro_batches(self, rows: int) -> Iterator[Batch]:
@@ -46,17 +46,17 @@ class Batch:
 
 def read_batch(mixture: Mixture, step: int, rank: int, world_size: int) -> Batch:
     """The rows of `rank` in step `step`: an equal, contiguous part of the global batch."""
-    whole = mixture.global_batch(step)
-    rows = len(whole) // world_size
-    mine = whole[rank * rows : (rank + 1) * rows]
+    global_batch = mixture.global_batch(step)
+    rows = len(global_batch) // world_size
+    mine = global_batch[rank * rows : (rank + 1) * rows]
     tokens = torch.from_numpy(mixture.read(mine))
     input_ids, labels = split_labels(tokens, mixture.read_label_mask(mine), mixture.shifted)
     documents = None if mixture.eos_id is None else document_numbers(input_ids, mixture.eos_id)
-    return Batch(input_ids, labels, torch.from_numpy(mine.source), documents, mixture.sample_hash(whole))
+    return Batch(input_ids, labels, torch.from_numpy(mine.source), documents, mixture.sample_hash(global_batch))
 
 
 def document_numbers(input_ids: Tensor, eos_id: int) -> Tensor:
-    """Which document of its row each token is of, (rows, T) int64, counted from 0; EOS belongs to what it ends."""
+    """The number of each token's document in its row, (rows, T) int64, from 0. An EOS belongs to the document that it ends."""
     ends = (input_ids == eos_id).long()
     return ends.cumsum(dim=1) - ends
 
@@ -72,7 +72,7 @@ def split_labels(tokens: Tensor, mask: np.ndarray | None, shifted: bool) -> tupl
 
 
 class Loader:
-    """Iterates over this rank's batches of steps first_step, first_step + 1, ... for ever; `close` ends its thread."""
+    """Iterates over this rank's batches from first_step on, without end; `close` ends its thread."""
 
     def __init__(self, mixture: Mixture, rank: int, world_size: int, device: torch.device, first_step: int):
         self.mixture, self.rank, self.world_size, self.device = mixture, rank, world_size, device
@@ -86,7 +86,7 @@ class Loader:
             yield batch
 
     def get(self, give_up: Callable[[], int] = lambda: 0) -> Batch | None:
-        """The next batch; None when `give_up`, asked while there is none yet, says so."""
+        """Wait for the next batch; None if `give_up()` is true while waiting."""
         while True:
             try:
                 item = self._ready.get(timeout=PATIENCE)
@@ -102,7 +102,7 @@ class Loader:
         self._closed.set()
         while self._thread.is_alive():
             try:
-                self._ready.get(timeout=0.05)  # make room for a thread that waits to put
+                self._ready.get(timeout=0.05)  # make room for a thread that is blocked in put
             except queue.Empty:
                 pass
         self._thread.join()
@@ -113,18 +113,17 @@ class Loader:
                 batch = read_batch(self.mixture, step, self.rank, self.world_size)
                 self._ready.put(batch.pinned() if self.device.type == "cuda" else batch)
                 step += 1
-        except BaseException as problem:  # the loop raises it where the batch was asked for
+        except BaseException as problem:  # `get` raises it in the training loop
             self._ready.put(problem)
 
 
 def validation_batches(
     source: TokenSource, seq_len: int, rows: int, rank: int, world_size: int, eos_id: int | None = None
 ) -> Iterator[Batch]:
-    """One validation source in the order of its stream, every token a target once. With `eos_id`, attention stays
-    within documents.
+    """One validation source in order, with every token a target once. With `eos_id`, attention stays within documents.
 
-    All ranks get the same number of batches of the same shape (rows, seq_len), as sharded models need; rows beyond the
-    source's end are unscored, so that sums over ranks are exact for every world size.
+    All ranks get the same number of batches of the same shape (rows, seq_len), as sharded models need. Rows beyond the end of
+    the source are unscored, so sums over ranks are the same for every world size.
     """
     instances = -(-(source.n_tokens - 1) // seq_len)
     for first in range(0, instances, rows * world_size):

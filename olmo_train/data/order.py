@@ -1,12 +1,12 @@
-"""What is in which step: pure functions of (seed, step), numpy alone, no index file, no state.
+"""Data order: which instances each step reads, as pure functions of (seed, step). Only numpy, no index file, no state.
 
-A keyed permutation: a Feistel network keyed by (seed, source, epoch) is a bijection of [0, n) that needs no
-memory and runs backwards too. So "what was in step 12345" and "which step saw instance 9" are arithmetic, a run resumes
-from its step alone, and every world size agrees.
+The order is a keyed permutation: a Feistel network keyed by (seed, source, epoch) is a bijection of [0, n) that needs no
+memory and can be inverted. So "what was in step 12345" and "which step read instance 9" are arithmetic, a run resumes from
+its step alone, and every world size reads the same global batches.
 
-Words: a *place* is a row of the run's endless list of instances, place = instances read in earlier steps + row. A *period*
-is PERIOD places in a row, in which every source has exactly its share. A *visit* is the k-th place of a source, counted
-over the whole run; it falls in epoch k // n of the source's n instances.
+Terms: a *place* is an index into the endless list of instances that a run reads; a row of a step has place = instances read in
+earlier steps + row. A *period* is PERIOD consecutive places, in which every source has exactly its share. A *visit* is the
+k-th place of a source, counted over the run; it is in epoch k // n of the source's n instances.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ import numpy as np
 
 from olmo_train.errors import ConfigError
 
-PERIOD = 10_000  # places in which shares are exact, so weights are kept to four decimals
-KEPT_TABLES = 8  # periods whose mix is kept computed: a global batch lies in one or two
-ROUNDS = 8  # of the Feistel network; four already pass for random, eight cost microseconds
+PERIOD = 10_000  # places in which shares are exact: weights have four decimals
+KEPT_TABLES = 8  # cached periods: a global batch spans one or two
+ROUNDS = 8  # of the Feistel network; four already look random, eight cost microseconds
 
 
 def key_of(*parts: object) -> np.ndarray:
@@ -39,7 +39,7 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 
 def _feistel(x: np.ndarray, key: np.ndarray, bits: int, backwards: bool) -> np.ndarray:
-    """A bijection of [0, 2^bits): in turn, one half is changed by a function of the other, which is undone by the same."""
+    """A bijection of [0, 2^bits): each round changes one half by a function of the other half, so it can be inverted."""
     low_bits = np.uint64(bits // 2)
     low_mask = (np.uint64(1) << low_bits) - np.uint64(1)
     high_mask = (np.uint64(1) << np.uint64(bits - bits // 2)) - np.uint64(1)
@@ -53,10 +53,10 @@ def _feistel(x: np.ndarray, key: np.ndarray, bits: int, backwards: bool) -> np.n
 
 
 def permute(x: np.ndarray, n: int, key: np.ndarray, backwards: bool = False) -> np.ndarray:
-    """Where a keyed permutation of [0, n) sends each of x; `backwards`: its inverse. x (any shape) -> int64.
+    """Apply a keyed permutation of [0, n) to each of x; `backwards`: its inverse. x (any shape) -> int64.
 
-    The network permutes the next power of two; a value that lands outside [0, n) walks on along its cycle until it is
-    inside (Black and Rogaway 2002), fewer than two steps on average.
+    The network permutes the next power of two. A value that lands outside [0, n) is permuted again until it is inside
+    (cycle walking, Black and Rogaway 2002), fewer than two times on average.
     """
     bits = max((n - 1).bit_length(), 1)
     result = np.asarray(x).astype(np.uint64)
@@ -70,7 +70,7 @@ def permute(x: np.ndarray, n: int, key: np.ndarray, backwards: bool = False) -> 
 
 
 def quotas(weights: Sequence[float], period: int = PERIOD) -> np.ndarray:
-    """Places of each source in one period, (sources,) int64, adding up to `period`: largest remainders."""
+    """Places of each source in one period, (sources,) int64, with sum `period`, by largest remainders."""
     exact = np.asarray(weights, dtype=np.float64) / np.sum(weights) * period
     places = np.floor(exact).astype(np.int64)
     largest = np.argsort(-(exact - places), kind="stable")[: period - places.sum()]
@@ -80,8 +80,8 @@ def quotas(weights: Sequence[float], period: int = PERIOD) -> np.ndarray:
 
 @dataclass(frozen=True)
 class BatchSizes:
-    """The global batch size of every step, constant between changes. It maps steps to places and back, so that a change
-    of the batch neither repeats nor drops an instance."""
+    """The global batch size of every step. Maps steps to places and back, so that a change of the batch size neither repeats
+    nor drops an instance."""
 
     changes: tuple[tuple[int, int], ...]  # (first step, sequences a step), in order; the first at step 1
 
@@ -90,7 +90,7 @@ class BatchSizes:
         return next(size for first, size in reversed(self.changes) if first <= step)
 
     def places_before(self, step: int) -> int:
-        """Instances that the steps before this one read: the first place of this step."""
+        """Instances read before this step, which is also the first place of this step."""
         ends = [first for first, _ in self.changes[1:]] + [step]
         return sum(max(min(end, step) - first, 0) * size for (first, size), end in zip(self.changes, ends, strict=True))
 
@@ -101,7 +101,7 @@ class BatchSizes:
         return first + step, row
 
     def steps_for(self, tokens: float, seq_len: int) -> int:
-        """The first step at whose end at least this many tokens have been read. Raises ConfigError."""
+        """The first step after which at least this many tokens have been read. Raises ConfigError."""
         if not math.isfinite(tokens):
             raise ConfigError("total_tokens", f"must be finite, got {tokens}")
         first, size = next((f, size) for f, size in reversed(self.changes) if self.places_before(f) * seq_len < tokens or f == 1)
@@ -115,11 +115,11 @@ class BatchSizes:
 
 @dataclass(frozen=True)
 class Instances:
-    """Instances as arrays of one length, in the order of places."""
+    """Instances as arrays of equal length, in the order of places."""
 
     source: np.ndarray  # int64, index into the sources
     instance: np.ndarray  # int64, within the source
-    epoch: np.ndarray  # int64, how often the source has been read through before
+    epoch: np.ndarray  # int64, how often the source has been read completely before
 
     def __getitem__(self, rows: slice | np.ndarray) -> Instances:
         return Instances(self.source[rows], self.instance[rows], self.epoch[rows])
@@ -129,10 +129,10 @@ class Instances:
 
 
 class PermutedOrder:
-    """`order: permute`: sources mixed by weight, each through its own permutation of each of its epochs.
+    """`order: permute`: sources mixed by weight; each epoch of each source has a separate permutation.
 
-    sizes: instances of each source. stages: [(first place, weights)], the first at place 0; later ones change the mix
-    from their place on. The order does not depend on the length of the run.
+    sizes: instances of each source. stages: [(first place, weights)], the first at place 0; later stages change the mix from
+    their first place on. The order does not depend on the length of the run.
     """
 
     def __init__(self, names: Sequence[str], sizes: Sequence[int], stages: Sequence[tuple[int, Sequence[float]]], seed: int):
@@ -156,17 +156,17 @@ class PermutedOrder:
         return Instances(source, instance, epoch)
 
     def places_of(self, source: int, instance: int, last_place: int) -> np.ndarray:
-        """Every place below `last_place` at which the instance is read: one an epoch."""
+        """Every place below `last_place` at which the instance is read: one per epoch."""
         n, visits, places = int(self.sizes[source]), int(self.visits_before(last_place)[source]), []
         for epoch in range(-(-visits // n)):
             position = permute(np.array([instance]), n, self._epoch_key(source, epoch), backwards=True)[0]
             visit = epoch * n + int(position)
-            if visit < visits:  # a later one may never come, when a stage leaves the source out
+            if visit < visits:  # later visits may never happen, if a stage leaves the source out
                 places.append(self._place_of_visit(source, visit))
         return np.array(places, dtype=np.int64)
 
     def visits_before(self, place: int) -> np.ndarray:
-        """How often each source is read before this place, (sources,): divided by its size, its epochs."""
+        """Visits of each source before this place, (sources,); divided by its size: its epochs."""
         stage = int(np.searchsorted(self.starts, place, side="right")) - 1
         return self.visited[stage] + self._count(stage, place - int(self.starts[stage]))
 
@@ -185,8 +185,8 @@ class PermutedOrder:
         return source, visit
 
     def _place_of_visit(self, source: int, visit: int) -> int:
-        # The last stage that starts at or before this visit. A stage without the source starts at the same visit as
-        # the next one, so it is passed over.
+        # The last stage that starts at or before this visit, among those that have the source: a stage without it starts at
+        # the same visit as the next stage.
         stage = max(s for s, visited in enumerate(self.visited) if visited[source] <= visit and self.quotas[s][source])
         period, nth = divmod(visit - int(self.visited[stage][source]), int(self.quotas[stage][source]))
         offset = np.flatnonzero(self._table(stage, period)[0] == source)[nth]
@@ -218,8 +218,8 @@ class PermutedOrder:
 class OlmoOrder:
     """`order: olmo`: allenai/OLMo's own shuffle, bit for bit (olmo/data/iterable_dataset.py).
 
-    All sources in a row are one list of instances. Epoch e is that list shuffled by PCG64(seed + e); what does not fill
-    a global batch at its end is dropped. It needs four bytes of memory an instance, as it does there.
+    The sources are concatenated into one list of instances. Epoch e is that list shuffled by PCG64(seed + e); the incomplete
+    global batch at its end is dropped. It needs four bytes of memory per instance, as in OLMo.
     """
 
     def __init__(self, sizes: Sequence[int], batches: BatchSizes, seed: int):
@@ -246,7 +246,7 @@ class OlmoOrder:
             position = int(np.flatnonzero(self._shuffle(epoch) == flat)[0])
             candidates = first_place + (epoch - first_epoch) * length + position - first_position
             candidates = candidates[candidates >= 0]
-            of, at = self._positions(candidates)  # elsewhere when this epoch dropped the instance
+            of, at = self._positions(candidates)  # differs if this epoch dropped the instance
             places += candidates[(of == epoch) & (at == position)].tolist()
         return np.array([place for place in sorted({*places}) if place < last_place], dtype=np.int64)
 
@@ -256,7 +256,7 @@ class OlmoOrder:
         return np.array([size * place // int(self.ends[-1]) for size in sizes], dtype=np.int64)
 
     def _change(self, place: int, size: int) -> None:
-        """From this place on, `size` instances a step. The current epoch goes on for as many whole batches as it holds."""
+        """From this place on, `size` instances per step. The current epoch continues for as many full batches as it has."""
         n = int(self.ends[-1])
         epoch, position = 0, 0
         stretches = [row for row in self._stretches.tolist() if row[0] < place]

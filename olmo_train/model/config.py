@@ -1,4 +1,4 @@
-"""The shape of a transformer, in the words of papers. Every other figure of a model follows from these fields."""
+"""The `model` section: the shape of a transformer. All other figures of a model follow from these fields."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from olmo_train.errors import ConfigError, check_choice
 
-# The rows of these tables are implemented in transformer.py, norms.py and init.py; the names stand here, so that a
-# configuration can be checked without importing torch. A test holds both sides equal.
+# Implemented in transformer.py, norms.py and init.py. The names are listed here so that a configuration is checked without
+# importing torch; a test compares both sides.
 NORM_NAMES = ("layer_norm_nonparametric", "layer_norm", "rms_norm", "rms_norm_offset")
 ACTIVATION_NAMES = ("swiglu", "geglu", "gelu")
 BLOCK_NAMES = ("sequential", "parallel", "reordered_norm")
@@ -25,7 +25,7 @@ class ModelConfig:
     n_kv_heads: int | None = None  # key and value heads; null: as many as n_heads, 1: multi-query attention
     head_dim: int | None = None  # null: d_model / n_heads (Gemma-7B has 256 with d_model 3072)
     mlp_hidden: int = 11008  # width of the MLP: rows of w_up, and of w_gate
-    vocab_size: int = 50280  # ids that the tokenizer can give
+    vocab_size: int = 50280  # number of token ids of the tokenizer
     padded_vocab_size: int | None = 50304  # rows of the embedding; null: vocab_size rounded up to a multiple of 128
     seq_len: int = 2048  # tokens of one training instance
     norm: str = "layer_norm_nonparametric"
@@ -38,7 +38,7 @@ class ModelConfig:
     tie_embeddings: bool = False  # the head is the embedding
     embedding_scale: bool = False  # multiply embeddings by sqrt(d_model), as Gemma
     clip_qkv: float | None = None  # clamp q, k and v to [-clip, clip] before the rotation
-    z_loss: float = 0.0  # times the square of log(sum(exp(logits))), added to what is trained on, not to the loss shown
+    z_loss: float = 0.0  # weight of log(sum(exp(logits)))^2, added to the training loss but not to the logged loss
     init: str = "mitchell"
     init_std: float = 0.02  # read by init: normal
 

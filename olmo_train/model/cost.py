@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from olmo_train.model.config import ModelConfig
 
 FLOPS_CONVENTION = "6 x matrix parameters + 12 x layers x heads x head_dim x seq_len, causal attention not discounted"
-LOSS_PART_BYTES = 2**28  # of fp32 logits that the loss works on at a time, on a GPU
+LOSS_PART_BYTES = 2**28  # bytes of fp32 logits that the loss processes at a time, on a GPU
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
-"""The first values of every parameter: a pure function of the configuration, the seed and the parameter's name.
+"""The initial value of every parameter: a pure function of the configuration, the seed and the parameter's name.
 
-So neither the number of ranks nor the order of the layers changes what is drawn: a rank draws the whole tensor and
-parallel.py keeps its own shard of it. It costs one full parameter of host memory at a time.
+So it depends neither on the number of ranks nor on the order of the layers: each rank draws the full tensor and
+parallel/shard.py keeps this rank's shard. This takes host memory for one full parameter at a time.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from torch import Tensor
 
 from olmo_train.model.config import ModelConfig
 
-CUT = 3  # standard deviations at which the normal distribution of matrices ends (allenai/OLMo, olmo/initialization.py)
+CUT = 3  # standard deviations at which the normal distribution is truncated (allenai/OLMo, olmo/initialization.py)
 
 
 def mitchell_std(kind: str, layer: int, config: ModelConfig) -> float:
-    """OLMo's `mitchell` init (allenai/OLMo, olmo/initialization.py): 1/sqrt(fan_in), and on what is added to the
-    residual stream also 1/sqrt(2 * (layer + 1))."""
+    """OLMo's `mitchell` init (allenai/OLMo, olmo/initialization.py): 1/sqrt(fan_in); matrices that write to the
+    residual stream have another factor 1/sqrt(2 * (layer + 1))."""
     if kind == "attn.wo":
         return (2 * config.d_model * (layer + 1)) ** -0.5
     if kind == "mlp.w_down":
@@ -37,9 +37,9 @@ INITS = {"mitchell": mitchell_std, "normal": normal_std}
 
 
 def init_std(name: str, config: ModelConfig) -> float | None:
-    """Standard deviation of the parameter called `name`; None for norms, whose first values are constants."""
+    """Standard deviation of the parameter called `name`; None for norms, which start as constants."""
     match = re.fullmatch(r"(?:blocks\.(\d+)\.)?(attn\.w[qkvo]|mlp\.w_(?:gate|up|down)|embed|head)\.weight", name)
-    assert match or re.search(r"norm\.(weight|bias)$", name), f"no first value is known for {name}"
+    assert match or re.search(r"norm\.(weight|bias)$", name), f"no initial value is defined for {name}"
     return INITS[config.init](match[2], int(match[1] or 0), config) if match else None
 
 
@@ -49,12 +49,12 @@ def param_seed(seed: int, name: str) -> int:
 
 
 def initial_value(name: str, shape: torch.Size, config: ModelConfig, seed: int) -> Tensor:
-    """The whole first value of the parameter called `name`, fp32, of `shape`.
+    """The full initial value of the parameter called `name`, fp32, of `shape`.
 
-    Matrices are drawn from a normal distribution cut at 3 standard deviations, by its inverse: x = std * sqrt(2) *
-    erfinv(u), u uniform between -erf(3 / sqrt(2)) and erf(3 / sqrt(2)). torch's own `trunc_normal_` draws otherwise from
-    one version to the next (2.11 so, 2.13 again and again until nothing lies outside, three times as long).
-    Norms start as the identity.
+    Matrices are drawn from a normal distribution truncated at 3 standard deviations, by inverting its distribution function:
+    x = std * sqrt(2) * erfinv(u), u uniform in (-erf(3 / sqrt(2)), erf(3 / sqrt(2))). `torch.nn.init.trunc_normal_` draws
+    different values in different torch versions (2.11 this way, 2.13 by rejection, which takes three times as long). Norms
+    start as the identity.
     """
     std = init_std(name, config)
     if std is None:
@@ -63,4 +63,4 @@ def initial_value(name: str, shape: torch.Size, config: ModelConfig, seed: int) 
     generator = torch.Generator().manual_seed(param_seed(seed, name))
     bound = math.erf(CUT / math.sqrt(2))
     uniform = torch.empty(shape).uniform_(-bound, bound, generator=generator)
-    return uniform.erfinv_().mul_(std * math.sqrt(2)).clamp_(-CUT * std, CUT * std)  # rounding alone could pass the cut
+    return uniform.erfinv_().mul_(std * math.sqrt(2)).clamp_(-CUT * std, CUT * std)  # rounding could exceed the bound

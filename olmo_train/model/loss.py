@@ -19,7 +19,7 @@ from olmo_train.model.cost import LOSS_PART_BYTES
 
 Differentiate = Callable[[Tensor, Tensor, float], Tensor]  # as differentiate_, below
 IGNORE = -100  # a label that is not scored
-PART_BYTES = {"cpu": 2**23}  # of fp32 logits that are worked on at a time; on a CPU they should stay in its cache
+PART_BYTES = {"cpu": 2**23}  # bytes of fp32 logits processed at a time; on a CPU they should fit in the cache
 
 
 class HeadLoss(nn.Module):
@@ -41,8 +41,8 @@ class HeadLoss(nn.Module):
 
 
 class _HeadLoss(torch.autograd.Function):
-    """Losses (N,) fp32 of x (N, C), weight (V, C) and labels (N,). Any gradient by the losses may come in, so that a
-    caller can weigh tokens as it likes."""
+    """Losses (N,) fp32 of x (N, C), weight (V, C) and labels (N,). The incoming gradient may differ by token, so a caller
+    can weight tokens."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, labels: Tensor, z_loss: float, differentiate_: Differentiate) -> Tensor:
@@ -53,7 +53,7 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-        x, weight, labels, gradients = ctx.saved_tensors  # gradients (N, V): of each token's loss by its logits
+        x, weight, labels, gradients = ctx.saved_tensors  # gradients (N, V): of each token's loss with respect to its logits
         grad = torch.where(labels == IGNORE, 0.0, grad)[:, None]  # (N, 1)
         grad_x = (gradients @ weight * grad).to(x.dtype)  # (N, C)
         grad_weight = gradients.T @ (x * grad).to(x.dtype)  # (V, C)
@@ -77,13 +77,13 @@ def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def differentiate_(logits: Tensor, labels: Tensor, z_loss: float) -> Tensor:
-    """token_losses, while logits (N, V) become the gradients of the losses, and of z_loss * log(Z)^2 where
-    log(Z) = log(sum(exp(logits))) (Chowdhery et al. 2022, section 5). Rows of IGNORE hold what must not be used."""
+    """token_losses; overwrites logits (N, V) with the gradients of the losses, and of z_loss * log(Z)^2 where
+    log(Z) = log(sum(exp(logits))) (Chowdhery et al. 2022, section 5). Rows with label IGNORE are undefined."""
     scored = labels != IGNORE
     places = torch.where(scored, labels, 0)[:, None]  # (N, 1)
     logits_fp32 = logits.float()
     probs = logits_fp32.softmax(dim=-1)
-    # The largest probability is 1 / sum(exp(logits - max)), so log(Z) costs no further pass of exponentials.
+    # The largest probability is 1 / sum(exp(logits - max)), so log(Z) needs no second pass of exponentials.
     log_z = logits_fp32.amax(dim=-1, keepdim=True) - probs.amax(dim=-1, keepdim=True).log()  # (N, 1)
     losses = torch.where(scored, (log_z - logits_fp32.gather(1, places))[:, 0], 0.0)
     if z_loss:
@@ -94,7 +94,7 @@ def differentiate_(logits: Tensor, labels: Tensor, z_loss: float) -> Tensor:
 
 
 def differentiate_at_once_(logits: Tensor, labels: Tensor, z_loss: float) -> Tensor:
-    """differentiate_ in a form that torch.compile makes two passes over the logits of, with nothing as large beside them."""
+    """differentiate_ in a form that torch.compile turns into two passes over the logits, without another tensor of their size."""
     scored = labels != IGNORE
     places = torch.where(scored, labels, 0)[:, None]  # (N, 1)
     logits_fp32 = logits.float()

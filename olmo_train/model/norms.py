@@ -1,4 +1,4 @@
-"""The normalizations, as rows of NORMS. Statistics are taken in fp32 whatever the precision of the activations."""
+"""The normalizations, as rows of NORMS. Statistics are computed in fp32 for activations of any precision."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 class LayerNorm(nn.Module):
-    """(x - mean) / sqrt(var + eps) over the last dimension; with `affine`, times a weight, and plus a bias if asked."""
+    """(x - mean) / sqrt(var + eps) over the last dimension; with `affine`, times a weight; with `bias`, plus a bias."""
 
     def __init__(self, size: int, eps: float, affine: bool, bias: bool):
         super().__init__()
@@ -21,7 +21,7 @@ class LayerNorm(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) times (offset + weight); Gemma stores the weight as its distance from 1."""
+    """x / sqrt(mean(x^2) + eps) times (offset + weight); Gemma stores weight - 1, with offset 1."""
 
     def __init__(self, size: int, eps: float, offset: float):
         super().__init__()

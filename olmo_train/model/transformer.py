@@ -1,6 +1,6 @@
 """The decoder-only transformer: embedding, blocks of attention and MLP, a final norm, the head.
 
-The model knows nothing of the machine: parallel.py shards it from outside, checkpoint.py saves it from outside.
+The model knows nothing about the machine: parallel/ shards it and checkpoint/ saves it, both from outside.
 
 Letters of shapes: B sequences, T tokens, C d_model, H query heads, K key and value heads, D head size, M mlp_hidden,
 V padded vocabulary.
@@ -24,7 +24,7 @@ from olmo_train.model.norms import NORMS
 def rope_tables(positions: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:
     """cos and sin of every position and pair, fp32, each (T, D) for positions (T,), (B, 1, T, D) for (B, 1, T).
 
-    Half-split RoPE: dimension i turns with i + D/2 by the angle position / theta^(2i / D) (Su et al. 2021).
+    Half-split RoPE (Su et al. 2021): dimensions i and i + D/2 are rotated by the angle position / theta^(2i / D).
     """
     exponent = torch.arange(0, config.head_size, 2, device=positions.device, dtype=torch.float32) / config.head_size
     angles = positions.float()[..., None] * config.rope_theta**-exponent  # (..., T, D/2)
@@ -33,7 +33,7 @@ def rope_tables(positions: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn x (B, heads, T, D) by its positions, in fp32, as OLMo does."""
+    """Rotate x (B, heads, T, D) by its positions, in fp32, as OLMo does."""
     x_fp32 = x.float()
     first, second = x_fp32.chunk(2, dim=-1)
     return (x_fp32 * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
@@ -43,9 +43,9 @@ Mask = Tensor | BlockMask | None  # None: plain causal attention
 
 
 def document_mask(documents: Tensor) -> Mask:
-    """Causal attention that does not leave its document, for document numbers (B, T).
+    """The mask of causal attention within documents, for document numbers (B, T).
 
-    Flex attention skips the blocks that are masked as a whole; on a CPU it has no backward, so there the mask is dense.
+    Flex attention skips fully masked blocks; on a CPU it has no backward, so the mask there is dense.
     """
     B, T = documents.shape
     if documents.is_cuda:
@@ -56,7 +56,7 @@ def document_mask(documents: Tensor) -> Mask:
 
 
 def document_positions(documents: Tensor) -> Tensor:
-    """Positions that start again at 0 with each document, (B, 1, T), for document numbers (B, T)."""
+    """Positions that restart at 0 with each document, (B, 1, T), for document numbers (B, T)."""
     places = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
     first = torch.ones_like(documents, dtype=torch.bool)
     first[:, 1:] = documents[:, 1:] != documents[:, :-1]
@@ -66,7 +66,7 @@ def document_positions(documents: Tensor) -> Tensor:
 
 @functools.cache
 def _compiled_flex_attention():
-    return torch.compile(flex_attention)  # uncompiled it would hold the whole matrix of scores
+    return torch.compile(flex_attention)  # uncompiled it would store the full score matrix
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
@@ -78,7 +78,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Causal attention: H query heads, which share K key and value heads."""
+    """Causal attention of H query heads that share K key and value heads."""
 
     attend = staticmethod(attend)  # kernels.py may set another implementation
 
@@ -170,7 +170,7 @@ BLOCKS = {"sequential": SequentialBlock, "parallel": ParallelBlock, "reordered_n
 
 
 class KVCache:
-    """Keys and values of the tokens so far, by layer: what generation keeps so as not to compute them again."""
+    """Keys and values of the tokens so far, by layer, so that generation computes them once."""
 
     def __init__(self) -> None:
         self.length = 0  # tokens that the model has seen
@@ -205,8 +205,8 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """Logits (B, T, V) of input_ids (B, T); with labels (B, T), the summed loss of each sequence, fp32 (B,).
 
-        A label is the token to be predicted at its place, or IGNORE. The loss is the cross-entropy in nats. With
-        documents (B, T), the number of the document that each token is of, attention and positions stay within one.
+        A label is the next token, or IGNORE. The loss is the cross-entropy in nats. `documents` (B, T): the number of each
+        token's document; attention and positions then stay within a document.
         """
         rope, mask = self._positions(input_ids, documents, cache)
         x = self.embed(input_ids)  # (B, T, C)
@@ -226,6 +226,6 @@ class Transformer(nn.Module):
             return rope_tables(document_positions(documents), self.config), document_mask(documents)
         past = 0 if cache is None else cache.length
         positions = torch.arange(past, past + input_ids.shape[1], device=input_ids.device)
-        # Several queries after a cache need a triangle that is shifted; SDPA's own starts at the first key.
+        # Several queries after a cache need a shifted causal mask; SDPA's own starts at the first key.
         mask = None if past == 0 else positions[:, None] >= torch.arange(past + len(positions), device=positions.device)
         return rope_tables(positions, self.config), mask

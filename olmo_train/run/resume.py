@@ -27,7 +27,7 @@ def check_changes(saved: dict[str, Any], now: dict[str, Any], allowed: tuple[str
     training and that `allowed` (dotted keys, or their beginnings) does not name."""
     before, after = flatten(saved), flatten(now)
     for flat, config in ((before, saved), (after, now)):
-        flat["data.sources"] = list(config["data"]["sources"])  # the order of the sources decides which place is whose
+        flat["data.sources"] = list(config["data"]["sources"])  # the order of the sources affects the order of the data
     for key in sorted((before.keys() | after.keys()) - REMOVED.keys()):
         was, wanted = before.get(key), after.get(key)
         named = any(key == name or key.startswith(name + ".") for name in allowed)
@@ -35,31 +35,31 @@ def check_changes(saved: dict[str, Any], now: dict[str, Any], allowed: tuple[str
             raise ConfigError(
                 key,
                 f"is {wanted!r} now and was {was!r} when this run was saved, which would train another model; "
-                f"set it back, choose another run_dir, or say allow_changes=[{key}]",
+                f"set it back, choose another run_dir, or set allow_changes=[{key}]",
             )
 
 
 def check_skip_steps(saved: dict[str, Any], now: dict[str, Any], last_step: int, allowed: tuple[str, ...]) -> None:
-    """Steps still to come may be passed over or taken in again; those done cannot. Raises ConfigError."""
+    """guards.skip_steps may change for future steps, not for finished ones. Raises ConfigError."""
     key = "guards.skip_steps"
     before, after = (set(config["guards"].get("skip_steps", ())) for config in (saved, now))
     done = sorted(step for step in before ^ after if step <= last_step)
     if done and key not in allowed and "guards" not in allowed:
         raise ConfigError(
             key,
-            f"differ in step {done[0]}, which lies before the checkpoint of step {last_step} that this run goes on from; "
-            f"delete the checkpoints after step {done[0] - 1}, set it back, or say allow_changes=[{key}]",
+            f"differ in step {done[0]}, which is before the checkpoint of step {last_step} that this run resumes from; "
+            f"delete the checkpoints after step {done[0] - 1}, set it back, or set allow_changes=[{key}]",
         )
 
 
 def check_denied(saved: dict[str, Any] | None, now: dict[str, Any] | None, allowed: tuple[str, ...]) -> None:
-    """Compare which documents data.deny denies, wherever they are listed. Raises ConfigError when they are not the same."""
+    """Compare which documents data.deny denies, whatever file lists them. Raises ConfigError when they differ."""
     key = "data.deny"
     if saved != now and not any(name in (key, "data") for name in allowed):
         raise ConfigError(
             key,
             f"denies {_counted(now)} now and denied {_counted(saved)}{' others' * bool(saved and now)} when this run was saved, "
-            f"which would train another model; set it back, choose another run_dir, or say allow_changes=[{key}]",
+            f"which would train another model; set it back, choose another run_dir, or set allow_changes=[{key}]",
         )
 
 
@@ -75,6 +75,6 @@ def check_data(saved: dict[str, str], now: dict[str, str], allowed: tuple[str, .
         if saved[name] != now[name] and not any(key == a or key.startswith(a + ".") for a in allowed):
             raise ConfigError(
                 key,
-                f"the contents differ from those that this run was trained on (hash {now[name][:12]}, was {saved[name][:12]}); "
-                f"restore the files, choose another run_dir, or say allow_changes=[{key}]",
+                f"differs from the data that this run was trained on (hash {now[name][:12]}, was {saved[name][:12]}); "
+                f"restore the files, choose another run_dir, or set allow_changes=[{key}]",
             )

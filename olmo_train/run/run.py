@@ -1,4 +1,4 @@
-"""All that stands around the loop of training: the run_dir, the data, the model, the records, the checkpoints."""
+"""Everything around the training loop: the run_dir, the data, the model, logging, checkpoints."""
 
 from __future__ import annotations
 
@@ -55,20 +55,20 @@ CHECKED_TOKENS = 10**9  # a source of at most N tokens is checked completely bef
 
 
 class Run:
-    """All that stands around the loop: the run_dir, the data, the records. Entered once, on every rank."""
+    """Everything around the training loop: the run_dir, the data, the log. Entered once, on every rank."""
 
     def __init__(self, config: TrainConfig, world: World, signals: StopSignals):
         config.check_world(world.size)
-        self.config, self.world, self.signals = config, world, signals  # its length in steps is set once the batches are known
+        self.config, self.world, self.signals = config, world, signals  # total_steps is set once the batch sizes are known
         self.resolved = configuration.to_dict(config)
         self.run_dir = Path(config.run_dir)
         self.stack = contextlib.ExitStack()
         self.warned_of_stop = False
-        self.own_seconds = 0.0  # of this rank since the last line of metrics: waiting for data, and CPU time of this thread
+        self.own_seconds = 0.0  # this rank's work since the last line of metrics: data wait and CPU time of this thread
         self.quiet_until = 0  # log a slow rank again after this step
 
     def __enter__(self) -> Run:
-        with self.stack:  # whatever was opened before an error is closed again
+        with self.stack:  # after an error, close what was opened before it
             self._open()
             self.stack = self.stack.pop_all()
         return self
@@ -93,8 +93,8 @@ class Run:
         self.batches = self._batch_sizes()
         self.mixture.set_batches(self.batches)
         self.config = config = dataclasses.replace(config, total_steps=config.steps_with(self.batches), total_tokens=None)
-        self.done = self.last_step  # the last step that this process knows to be done
-        self.first_step = self.last_step if self.is_branch else 0  # from which the run began
+        self.done = self.last_step  # the last finished step
+        self.first_step = self.last_step if self.is_branch else 0  # the step the run began from
         self.pending_line: dict[str, Any] | None = world.on_main(self._find_pending_line)
         if self.is_finished:
             if world.is_main:
@@ -119,7 +119,7 @@ class Run:
         resumed = self.last_step if self.folder and not self.is_branch else None
         checkpointer = Checkpointer(self.run_dir, config.checkpoint, world, files, resumed)
         self.checkpointer = self.stack.enter_context(contextlib.closing(checkpointer))
-        self.noted_step = checkpointer.committed_step  # of the last event "save"
+        self.noted_step = checkpointer.committed_step  # step of the last "save" event
         in_a_row = self.interval.skipped_in_a_row()
         self.forensics = Forensics(self.run_dir, self.mixture, world, self.attempt, self.watchdog)
         self.anomalies = AnomalyGuard(config, world, self.logger, checkpointer, self.forensics, self.first_step, in_a_row)
@@ -134,7 +134,7 @@ class Run:
         self.logger.event(how, self.last_step, **about)
 
     def _open_watchdog(self) -> None:
-        """From here on a rank that is silent or fails is named to the user."""
+        """Start the watchdog: from here on, errors name the rank that failed or hangs."""
         folder = self.world.on_main(lambda: new_heartbeats(self.run_dir))
 
         def start() -> None:
@@ -150,13 +150,13 @@ class Run:
         return self.last_step >= self.config.steps and self.pending_line is None
 
     def _check_ids(self) -> None:
-        """Look at every token once, unless there are too many to wait for; those are checked batch by batch."""
+        """Check every token id of sources up to CHECKED_TOKENS; larger sources are checked batch by batch."""
         for source in (*self.mixture.sources, *self.evaluation.sources):
             if source.n_tokens <= CHECKED_TOKENS:
                 check_ids(source, self.config.model.vocab_size)
 
     def _check_checkpoint_tokenizer(self) -> None:
-        """The weights that the run begins with have learned the ids of one tokenizer."""
+        """Check that the data have the tokenizer that the initial weights were trained with."""
         start = self.config.init_from
         folder = self.folder or (folders.resolve(Path(start)) if start else None)
         if folder:
@@ -171,7 +171,7 @@ class Run:
             raise ConfigError("run_dir", f"{self.run_dir} cannot be written: {problem}") from problem
 
     def _resumed_state(self) -> dict[str, Any]:
-        """The state of the checkpoint that is resumed. A branch may change what it likes, a resumed run may not."""
+        """The state of the checkpoint to start from. A branch may change any key, a resumed run may not."""
         state = folders.read_state(self.folder)
         if not self.is_branch:
             saved = configuration.decoded(configuration.read([self.folder / "config.yaml"]))
@@ -183,15 +183,16 @@ class Run:
         return state
 
     def _find_pending_line(self) -> dict[str, Any] | None:
-        """The line of the step that is resumed, if a signal interrupted its evaluation and no start since has logged it.
+        """The unlogged line of the checkpoint's step, if a signal interrupted its evaluation.
 
-        The checkpoint on the disk keeps it, so metrics.jsonl decides. A branch does not log a step of its parent.
+        The checkpoint keeps it even after a later start has logged it, so metrics.jsonl decides. A branch does not log a step of
+        its parent.
         """
         line = self.state.get("pending_line")
         return None if self.is_branch or line is None or is_logged(self.run_dir, self.last_step) else line  # type: ignore[return-value]
 
     def _batch_sizes(self) -> BatchSizes:
-        """Those of the checkpoint that the run goes on from, and this configuration's from there on."""
+        """The batch sizes up to the checkpoint, and this configuration's from there on."""
         changes = self.state.get("batches", ())
         if self.folder and not changes:  # of an older version, or converted: one size up to here
             saved = configuration.decoded(configuration.read([self.folder / "config.yaml"]))
@@ -211,7 +212,7 @@ class Run:
         return files
 
     def build(self) -> tuple[Transformer, torch.optim.Optimizer]:
-        """The model, sharded, and its optimizer: with first weights, or as the checkpoint has them."""
+        """The sharded model and its optimizer, initialized or loaded from the checkpoint."""
         config, world = self.config, self.world
         with torch.device("meta"):
             model = Transformer(config.model)
@@ -238,13 +239,13 @@ class Run:
     def _log_start(self, model: Transformer) -> None:
         config, n_parameters = self.config, sum(p.numel() for p in model.parameters())
         self.logger.say(
-            f"{config.run_dir} {f'goes on from {self.folder}' if self.folder else 'starts'}: {n_parameters:,} parameters, "
+            f"{config.run_dir} {f'resumes from {self.folder}' if self.folder else 'starts'}: {n_parameters:,} parameters, "
             f"{config.steps:,} steps of {config.tokens_per_step:,} tokens, "
             f"{self.world.size} x {self.world.device.type}, {config.parallel.precision}"
             + (", C++ kernels" if kernels.uses_cpu_kernels(model) else "")
         )
         parts = [f"{name} {epoch:.3g}" for name, epoch in self.mixture.epochs(config.steps).items()]
-        self.logger.say(f"epochs of each source in the whole run: {', '.join(parts)}")
+        self.logger.say(f"epochs of each source over the run:  {', '.join(parts)}")
 
     def loader(self) -> Loader:
         return Loader(self.mixture, self.world.rank, self.world.size, self.world.device, self.last_step + 1)
@@ -264,8 +265,8 @@ class Run:
         return batch, waited
 
     def agree_to_stop(self) -> bool:
-        """Whether any rank has got a signal: the same answer on every rank. Raises SaveError on all when a save of one
-        has failed since."""
+        """Whether any rank received a stop signal: the same answer on every rank. Raises SaveError on all ranks when a save has
+        failed."""
         failed, received = 1 << 16, self.signals.received
         agreed = self.world.any(failed if self.checkpointer.failed() else received)
         if agreed == failed:
@@ -276,7 +277,7 @@ class Run:
         return bool(agreed)
 
     def add(self, stats: StepStats, waited: float) -> None:
-        """Count a step; on a GPU, where reading waits for the step, its verdict may be read some steps later."""
+        """Count a step. On a GPU its flags may be read some steps later, because each read is a host sync."""
         self.done = stats.step
         self.own_seconds += time.thread_time() - self.computing_since
         self.watchdog.heartbeat(stats.step)
@@ -284,7 +285,7 @@ class Run:
             gc.collect()
         self.logger.count(stats.step)
         if self.config.parallel.compile and stats.step == self.last_step + 1:
-            self.logger.say(f"the first step took {self.clock.seconds:.1f} s, with what torch.compile had to do")
+            self.logger.say(f"the first step took {self.clock.seconds:.1f} s, including torch.compile")
         if stats.passed_over:
             self.interval.pass_over(waited)
             return
@@ -293,7 +294,7 @@ class Run:
         self.anomalies.add(stats)
 
     def report(self, stats: StepStats, batch: Batch, model: Transformer) -> None:
-        """Log and evaluate where this step is due for it: one line of metrics at most."""
+        """Log and evaluate if this step is due: at most one line of metrics."""
         config, step = self.config, stats.step
         last = step == config.steps
         is_logged = last or step % config.log.interval_steps == 0
@@ -308,7 +309,7 @@ class Run:
             self._log(step, line)
 
     def train_metrics(self, stats: StepStats, batch: Batch) -> dict[str, Any]:
-        """The metrics of the interval that ends with this step; begins the next interval."""
+        """The metrics of the interval that ends with this step; starts the next interval."""
         config, world, device = self.config, self.world, hardware.detect()
         metrics = self.interval.metrics(self.mixture.names, self.bytes_per_token)
         metrics |= {"optim/total_grad_norm": stats.grad_norm.item(), "optim/learning_rate_group0": stats.lr}
@@ -347,7 +348,7 @@ class Run:
                 log.warning(warning)
 
     def _warn_of_slow_ranks(self, step: int) -> None:
-        """Compare what each rank needs for itself, without the waiting for others that makes all steps equally long."""
+        """Compare the time each rank spends on its own work, without waiting for others, which makes all steps equally long."""
         if self.world.size == 1:
             return
         ranks = self.world.gather((self.own_seconds / max(self.interval.timed_steps, 1), socket.gethostname()))
@@ -361,12 +362,12 @@ class Run:
                 self.logger.event("slow", step, rank=rank, host=host, own_seconds=own, median_seconds=median)
                 if self.world.is_main:
                     log.warning(
-                        "rank %d on %s is slow: %.3g s a step for its own data and work, the median is %.3g s; "
+                        "rank %d on %s is slow: %.3g s a step for its data and work, the median is %.3g s; "
                         "all ranks wait for it", rank, host, own, median,
                     )  # fmt: skip
 
     def _energy_kwh(self) -> float | None:
-        """What all GPUs have used for the steps so far, those before a resume too; None where one cannot tell."""
+        """Energy of all GPUs for all steps so far, also before a resume; None if one cannot report it."""
         used = math.nan if self.meter is None else self.meter.kwh()
         total = self.world.sum(torch.tensor(used, dtype=torch.float64, device=self.world.device)).item()
         return None if math.isnan(total) else self.energy_before + total
@@ -379,7 +380,7 @@ class Run:
         with self.clock.paused():
             metrics = self.evaluation.measure(model, lambda: self.watchdog.heartbeat(step, "evaluates"), self.agree_to_stop)
         if metrics is None:
-            self.pending_line = line  # goes into the checkpoint; the resumed run evaluates this step and logs it
+            self.pending_line = line  # saved in the checkpoint; the resumed run evaluates this step and logs the line
         else:
             self.logger.event("evaluation", step)
             self._log(step, line | metrics)
@@ -389,8 +390,8 @@ class Run:
         self._note_commit()
 
     def save(self, step: int, model: Transformer, optimizer: torch.optim.Optimizer) -> None:
-        """Save the state after this step; the metrics so far are on the disk before it."""
-        self.anomalies.read()  # a state after a spike that is to be left is not saved
+        """Save the state after this step; metrics up to it are flushed first."""
+        self.anomalies.read()  # no state after a spike that must stop or rewind the run is saved
         with self.clock.paused(), self.watchdog.patient("saves"):
             self.check_replicas(step, model, optimizer)
             self.logger.sync()
@@ -410,7 +411,7 @@ class Run:
         self._note_commit()
 
     def check_replicas(self, step: int, model: Transformer, optimizer: torch.optim.Optimizer) -> None:
-        """Raises ReplicaError, on every rank alike, when ranks that must hold the same bits do not."""
+        """Raise ReplicaError on every rank when ranks that must hold the same bits do not."""
         updates = torch.stack([state["step"] for state in optimizer.state.values()])
         tensors, alike = load.state_tensors(model, optimizer), {"the optimizer's count of updates": updates}
         if found := divergence(tensors, alike, self.world, self.config.parallel.replicas):
@@ -430,20 +431,20 @@ class Run:
         self._settle(leaving=True)
         assert self.checkpointer.committed_step == step, (self.checkpointer.committed_step, step)
         name = signal.Signals(self.signals.received).name
-        raise Stopped(name, f"stopped after step {step} of {self.config.steps} and saved; run the same command again to go on")
+        raise Stopped(name, f"stopped after step {step} of {self.config.steps} and saved; run the same command again to resume")
 
     def finish(self) -> None:
         self._settle(leaving=True)
         self.logger.event("finish", self.config.steps)
 
     def _settle(self, leaving: bool = False) -> None:
-        """Wait for the last save. `leaving`: no later save can make up for one that failed, see Checkpointer.wait."""
+        """Wait for the last save. `leaving`: a failed save is an error, as no later one follows; see Checkpointer.wait."""
         with self.watchdog.patient("saves"):
             self.checkpointer.wait(leaving)
         self._note_commit()
 
     def _note_commit(self) -> None:
-        """A save is an event once it is committed, and not before."""
+        """Log the "save" event, only after the checkpoint is committed."""
         step = self.checkpointer.committed_step
         if step != self.noted_step:
             self.noted_step = step
