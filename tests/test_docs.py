@@ -91,6 +91,18 @@ def test_the_modules_that_a_page_names_exist(page):
         assert any(file.endswith(f"/{name.lstrip('/')}") for file in files), f"{page} names {name}"
 
 
+def test_the_architecture_page_names_what_its_files_have():
+    """In "Where to put a new thing": NORMS, StepStats and the like are in one of the files of their row."""
+    rows = (ROOT / "docs/architecture.md").read_text("utf-8").split("## Where to put a new thing")[1].splitlines()
+    checked = 0
+    for row in rows:
+        code = "".join((ROOT / "olmo_train" / file).read_text("utf-8") for file in re.findall(r"`(\w[\w/]*\.py)`", row))
+        for name in re.findall(r"\b[A-Z]{4,}\b|\b[A-Z][a-z]+[A-Z]\w*|\b[a-z]+_of\b", row) if code else []:
+            assert re.search(rf"^(class |def )?{name}\b", code, re.M), f"{name} is not in the files of: {row}"
+            checked += 1
+    assert checked >= 8
+
+
 def test_the_keys_and_defaults_of_the_configuration_page_are_those_of_the_code():
     rows = re.findall(r"^\| `([\w.*]+)` \| (.+?) \|", (ROOT / "docs/configuration.md").read_text("utf-8"), re.M)
     assert len(rows) > 40
