@@ -248,7 +248,7 @@ def test_where_a_save_is_not_required_training_goes_on(tiny_args, disk_fills, ca
     disk_fills(10)
     trained(config)
     assert steps_of(Path(config.run_dir)) == [5, 12] and len(read_metrics(config.run_dir)) == 12
-    assert "training goes on" in caplog.text
+    assert "training continues" in caplog.text
 
 
 def events_of(run_dir):

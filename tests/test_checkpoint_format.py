@@ -102,5 +102,5 @@ def test_a_later_format_is_refused(tmp_path):
     manifest = json.loads((tmp_path / "later" / MANIFEST).read_text())
     manifest["files"]["state.json"] = write_file(tmp_path / "later/state.json", content)
     (tmp_path / "later" / MANIFEST).write_text(json.dumps(manifest))
-    with pytest.raises(CheckpointError, match="later: has format 3, this version reads up to 2; update olmo-train"):
+    with pytest.raises(CheckpointError, match="later: has format 3, but this version reads up to 2; update olmo-train"):
         load_model(tmp_path / "later")

@@ -384,7 +384,7 @@ def test_a_mirror_that_fails_in_the_middle_is_left_out_with_one_warning(tmp_path
         log.log(step, {"loss": 1.0})
     log.close()
     assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3]
-    assert len(caplog.records) == 1 and "W&B failed and is left out from step 2 on" in caplog.text
+    assert len(caplog.records) == 1 and "W&B failed and is disabled from step 2 on" in caplog.text
 
 
 def test_the_commit_of_the_code_is_known_in_a_checkout():

@@ -155,5 +155,5 @@ def test_a_folder_that_wandb_cannot_use_is_one_warning(start, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/wandb").write_text("a file in the way")
     (warning,) = finished(start(total_steps=3, **{"log.interval_steps": 1}))
-    assert warning.startswith("WARNING: W&B is left out: ") and "run/wandb" in warning
+    assert warning.startswith("WARNING: W&B is disabled: ") and "run/wandb" in warning
     assert [line["_step"] for line in logged(tmp_path / "run")] == [1, 2, 3]

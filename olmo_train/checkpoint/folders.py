@@ -1,4 +1,4 @@
-"""The checkpoint folders of a run_dir: list them, find the newest that verifies, decide which to keep. No torch."""
+"""The checkpoint folders of a run_dir: list them, find the newest valid one, decide which to keep. Imports no torch."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ def committed(run_dir: Path) -> dict[int, Path]:
 
 
 def _aside(folder: Path) -> Path:
-    """The name of a checkpoint while another one of the same step takes its place."""
+    """The name of a checkpoint while a new one of the same step replaces it."""
     return folder.with_name(f".{folder.name}.old")
 
 
 def put_back(run_dir: Path) -> None:
-    """Undo a replacement that a kill cut in half, or remove what one that was done has left.
+    """Undo a replacement that a kill interrupted, or remove the old folder of a finished one.
 
-    Only under the run's lock: beside a live run it would disturb the replacement that is under way.
+    Only under the run's lock: otherwise it would disturb a replacement of a live run.
     """
     for aside in (run_dir / "checkpoints").glob(".step-*.old"):
         final = aside.with_name(aside.name[1:].removesuffix(".old"))
@@ -47,10 +47,10 @@ def put_back(run_dir: Path) -> None:
 
 
 def newest(run_dir: Path, strict: bool = False) -> Path | None:
-    """The newest checkpoint that verifies; None when the run has none at all.
+    """The newest checkpoint that verifies; None if the run has no checkpoint.
 
-    Damaged ones are named in a warning and left alone. Raises CheckpointError when there are some and none verifies;
-    with `strict`, when the newest one does not.
+    Damaged ones are skipped with a warning and not changed. Raises CheckpointError if there are checkpoints and none verifies;
+    with `strict`, if the newest one does not verify.
     """
     folders = committed(run_dir)
     for folder in reversed(folders.values()):
@@ -58,8 +58,8 @@ def newest(run_dir: Path, strict: bool = False) -> Path | None:
         if not problems:
             return folder
         if strict:
-            raise CheckpointError(folder, f"is damaged: {'; '.join(problems)}; resume: auto would take the one before it")
-        log.warning("%s is damaged and passed over: %s", folder, "; ".join(problems))
+            raise CheckpointError(folder, f"is damaged: {'; '.join(problems)}; resume=auto would take the one before it")
+        log.warning("%s is damaged and skipped: %s", folder, "; ".join(problems))
     if folders:
         raise CheckpointError(
             run_dir / "checkpoints",
@@ -69,12 +69,12 @@ def newest(run_dir: Path, strict: bool = False) -> Path | None:
 
 
 def newest_folder(run_dir: Path) -> Path | None:
-    """The newest committed checkpoint, unverified."""
+    """The newest committed checkpoint, not verified."""
     return next(reversed(committed(run_dir).values()), None)
 
 
 def resolve(path: Path) -> Path:
-    """The checkpoint folder that a user means: itself, or the newest of a run_dir. Raises CheckpointError."""
+    """The checkpoint folder at `path`, or the newest one of a run_dir at `path`. Raises CheckpointError."""
     if (path / "MANIFEST.json").is_file():
         problems = problems_of(path)
         if problems:
@@ -95,12 +95,12 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def superfluous(run_dir: Path, config: CheckpointConfig, last_step: int | None = None) -> list[Path]:
-    """The checkpoints that retention would delete now: neither permanent nor among the newest keep_last whole ones.
+    """The checkpoints that retention deletes now: neither permanent nor among the newest keep_last complete ones.
 
-    Those after `last_step`, the one just committed, do not count: they are damaged ones that loading passed over. One with
-    a missing or cut file neither counts nor is deleted.
+    Checkpoints after `last_step`, the newest committed step, are damaged ones that loading skipped; they do not count. A
+    checkpoint with a missing or truncated file neither counts nor is deleted.
     """
     folders = committed(run_dir)
     passing = [step for step in folders if not config.is_permanent(step) and (last_step is None or step <= last_step)]
-    whole = [folders[step] for step in passing if not problems_of(folders[step], contents=False)]
-    return whole[: -config.keep_last]
+    complete = [folders[step] for step in passing if not problems_of(folders[step], contents=False)]
+    return complete[: -config.keep_last]

@@ -1,7 +1,7 @@
-"""Formats of checkpoint folders: opens one of any format under the names of the current one.
+"""Formats of checkpoint folders: open a checkpoint of any format under the tensor names of the current one.
 
-Format 1 stored some matrices of a block stacked, one below the other. They are split while they are read: a rank reads only
-the rows that it needs, and the optimizer's moments are split like the weights.
+Format 1 stored some matrices of a block stacked by rows. They are split while reading: a rank reads only the rows that it
+needs, and the optimizer's moments are split like the weights.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def open_reader(folder: Path) -> HuggingFaceStorageReader:
     """A reader of the folder's tensors. Raises CheckpointError on a format later than FORMAT."""
     version = json.loads((folder / "state.json").read_text(encoding="utf-8"))["format"]
     if version > FORMAT:
-        raise CheckpointError(folder, f"has format {version}, this version reads up to {FORMAT}; update olmo-train")
+        raise CheckpointError(folder, f"has format {version}, but this version reads up to {FORMAT}; update olmo-train")
     return HuggingFaceStorageReader(str(folder)) if version == FORMAT else _Format1Reader(folder)
 
 

@@ -1,4 +1,4 @@
-"""Load checkpoints: into a sharded model and optimizer, as a plain model, or tensor by tensor."""
+"""Load checkpoints into a sharded model and optimizer, as an unsharded model, or tensor by tensor."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def load_model(folder: str | Path) -> Transformer:
 def load(folder: Path, model: Transformer, optimizer: torch.optim.Optimizer, world: World) -> dict[str, Any]:
     """Fill the model and the optimizer, sharded in any way, from a checkpoint; returns its state.json.
 
-    A converted checkpoint may have weights alone (optimizer_steps null): then the optimizer stays as it is.
+    A converted checkpoint may have only weights (optimizer_steps null): then the optimizer is not changed.
     """
     state = read_state(folder)
     if state["optimizer_steps"] is None:
@@ -51,18 +51,18 @@ def load(folder: Path, model: Transformer, optimizer: torch.optim.Optimizer, wor
 
 
 def load_weights(folder: Path, model: Transformer, world: World) -> None:
-    """Fill the model, sharded in any way, with a checkpoint's weights alone."""
+    """Fill the model, sharded in any way, with a checkpoint's weights only."""
     wanted = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
     _read_tensors(folder, wanted, prefix="model.", group=world.control_group)
 
 
 class WeightReader:
-    """Reads the weights of a checkpoint folder one at a time, whole, on the CPU: for what must not hold a model at once."""
+    """Reads the weights of a checkpoint folder one full tensor at a time, on the CPU, without loading the whole model."""
 
     def __init__(self, folder: Path):
         self._storage = open_reader(folder)
         metadata = self._storage.read_metadata()
-        self._storage.read_metadata = lambda: metadata  # the files' headers, read once
+        self._storage.read_metadata = lambda: metadata  # read the files' headers once
         self._entries = metadata.state_dict_metadata
 
     def __call__(self, name: str) -> Tensor:
@@ -74,20 +74,20 @@ class WeightReader:
 
 
 def state_tensors(model: Transformer, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """{name: tensor} of all that a checkpoint keeps as tensors. The optimizer's count of its updates is the same for
-    every weight and goes to state.json."""
+    """{name: tensor} of all tensors in a checkpoint. The optimizer's update count is the same for every weight and is saved in
+    state.json."""
     tensors = {}
     for name, parameter in model.named_parameters():
-        assert isinstance(parameter, DTensor), f"{name} is gathered, and would be saved whole and without its moments"
+        assert isinstance(parameter, DTensor), f"{name} is gathered: it would be saved unsharded and without its moments"
         tensors[f"model.{name}"] = parameter.detach()
-        for key, value in optimizer.state.get(parameter, {}).items():  # a frozen one has no state
+        for key, value in optimizer.state.get(parameter, {}).items():  # a frozen parameter has no state
             if key != "step":
                 tensors[f"optim.{name}.{key}"] = value
     return tensors
 
 
 def _read_tensors(folder: Path, wanted: dict[str, Tensor], prefix: str, group: Any) -> None:
-    """Read tensors in place. Names and shapes must match both ways among those that start with `prefix`."""
+    """Read tensors in place. Among names that start with `prefix`, names and shapes must match in both directions."""
     reader = open_reader(folder)
     stored = {
         name: tuple(entry.size) for name, entry in reader.read_metadata().state_dict_metadata.items() if name.startswith(prefix)
@@ -100,5 +100,5 @@ def _read_tensors(folder: Path, wanted: dict[str, Tensor], prefix: str, group: A
                 f"{name} is {stored.get(name, 'absent')} in the checkpoint and {shapes.get(name, 'absent')} in this run",
             )
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # which is what no_dist asks for
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # on purpose: no_dist
         dcp.load(wanted, storage_reader=reader, process_group=group, no_dist=group is None)

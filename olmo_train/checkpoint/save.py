@@ -1,4 +1,4 @@
-"""Save checkpoints beside training and commit them whole.
+"""Save checkpoints in the background and commit them atomically.
 
 A checkpoint is a folder checkpoints/step-0001000/ of safetensors shards (torch.distributed.checkpoint writes and reshards
 them), state.json, config.yaml and MANIFEST.json. No file is ever unpickled. Tensors are named `model.NAME` for weights and
@@ -40,29 +40,29 @@ from olmo_train.parallel.world import World
 from olmo_train.storage import commit_folder, remove_folder, write_file
 
 log = logging.getLogger(__name__)
-# Reading on one process without a process group is meant: load_model, WeightReader.
+# load_model and WeightReader read on one process, without a process group, on purpose.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 
 class Checkpointer:
-    """Writes a run's checkpoints, one at a time, and deletes those that the configuration no longer keeps."""
+    """Writes a run's checkpoints, one at a time, and deletes old ones as the configuration says."""
 
     def __init__(
         self, run_dir: Path, config: CheckpointConfig, world: World, files: dict[str, bytes], resumed_step: int | None = None
     ):
-        """`files` go into every checkpoint as they are: the configuration, the tokenizer. `resumed_step`: the step of the
-        run's own checkpoint that training goes on from."""
+        """`files` are copied into every checkpoint: the configuration, the tokenizer. `resumed_step`: the step of the run's own
+        checkpoint that training resumes from."""
         self.run_dir, self.config, self.world, self.files = run_dir, config, world, files
-        # A snapshot in host memory is a DTensor of a mesh of hosts.
+        # A snapshot in host memory is a DTensor on a CPU mesh.
         on_host = world.device.type == "cpu"
         self._mesh = world.mesh if on_host else DeviceMesh("cpu", world.mesh.mesh, mesh_dim_names=world.mesh.mesh_dim_names)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future | None = None
-        self._host: dict[str, Tensor] = {}  # of the snapshot, by name
+        self._host: dict[str, Tensor] = {}  # buffers of the snapshot, by name
         self._figures: dict[str, float] = {}
         self._failure: SaveError | None = None  # of the last save
-        self.last_step = resumed_step  # of the last save that was begun and has not failed: this step need not be saved again
-        self.committed_step = -1 if resumed_step is None else resumed_step  # of the last save that is known to be committed
+        self.last_step = resumed_step  # of the last save that was started and has not failed: no need to save this step again
+        self.committed_step = -1 if resumed_step is None else resumed_step  # of the last save known to be committed
 
     def save(self, step: int, model: Transformer, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
         """Save the state after update `step`.
@@ -83,8 +83,8 @@ class Checkpointer:
         return self._pending is not None and self._pending.done() and self._pending.exception() is not None
 
     def wait(self, leaving: bool = False) -> None:
-        """Until the last save is committed. Raises SaveError when it failed; where a save is not required, only warns,
-        unless the run is `leaving`: it must not end as saved when it was not."""
+        """Wait until the last save is committed. Raises SaveError if it failed. If saves are not required it only warns, unless
+        the run is `leaving`: a run must not report that it saved when it did not."""
         pending, self._pending = self._pending, None
         if pending is not None:
             try:
@@ -92,7 +92,7 @@ class Checkpointer:
             except SaveError as problem:
                 self.last_step, self._failure = None, problem
                 if not self.config.required and not leaving:
-                    log.warning("%s; training goes on without it", problem)
+                    log.warning("%s; training continues without it", problem)
             else:
                 self.committed_step, self._failure = self.last_step, None
                 self._figures["throughput/checkpoint_write_seconds"] = seconds
@@ -101,7 +101,7 @@ class Checkpointer:
             raise self._failure
 
     def take_figures(self) -> dict[str, float]:
-        """Metrics of the saves since the last call: stall, time beside training, bandwidth of all ranks together."""
+        """Metrics of the saves since the last call: stall, write time in the background, bandwidth of all ranks together."""
         if self._pending is not None and self._pending.done() and not self.failed():
             self.wait()
         figures, self._figures = self._figures, {}
@@ -114,7 +114,7 @@ class Checkpointer:
         return int(next(iter(optimizer.state.values()))["step"].item())
 
     def _snapshot(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """A copy in host memory, which is kept for the next one: fresh memory takes several times as long."""
+        """Copy to host memory. The buffers are reused by the next snapshot: copying to new memory takes several times as long."""
         snapshot = {}
         on_gpu = self.world.device.type == "cuda"
         for name, tensor in tensors.items():
@@ -131,7 +131,7 @@ class Checkpointer:
         return snapshot
 
     def _write(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> tuple[float, int]:
-        """In the thread, on every rank: write, agree that all is written, let rank 0 commit and prune.
+        """In the thread, on every rank: write, agree that all ranks have written, let rank 0 commit and prune.
 
         Returns seconds and bytes. All ranks raise SaveError when one of them cannot write, and NonFiniteError when one
         holds a non-finite value: such a state is never committed.
@@ -149,7 +149,7 @@ class Checkpointer:
         writer = _Writer(temporary)
         try:
             dcp.save(tensors, storage_writer=writer, process_group=self.world.background_group)
-        except CheckpointException as problem:  # raised on every rank when the writing of one has failed
+        except CheckpointException as problem:  # raised on every rank when one could not write
             causes = {rank: failure[0] for rank, failure in problem.failures.items()}
             raise SaveError(final, f"could not be written: {causes}; {self._need(tensors)}") from problem
         parts = self._together(final, lambda: writer.entries)
@@ -158,7 +158,7 @@ class Checkpointer:
         return time.perf_counter() - started, sum(entry["size"] for entry in entries.values())
 
     def _together(self, final: Path, function: Callable[[], Any]) -> list[Any]:
-        """Call a function on every rank and give all results; an OSError of one becomes a SaveError of all."""
+        """Call a function on every rank and return all results; an OSError of one rank becomes a SaveError on all."""
         try:
             mine = (function(), None)
         except OSError as problem:
@@ -176,35 +176,35 @@ class Checkpointer:
         return f"a checkpoint needs {size / 1e9:.3g} GB, {shutil.disk_usage(self.run_dir).free / 1e9:.3g} GB are free"
 
     def _clear(self, temporary: Path) -> None:
-        shutil.rmtree(temporary, ignore_errors=True)  # of a save that died
+        shutil.rmtree(temporary, ignore_errors=True)  # left by a save that was killed
         temporary.mkdir(parents=True)
 
     def _commit(self, temporary: Path, final: Path, state: dict, entries: dict[str, dict]) -> None:
         for name, content in {"state.json": json.dumps(state, indent=1).encode(), **self.files}.items():
             entries[name] = write_file(temporary / name, content)
-        if os.path.lexists(final):  # a damaged one that loading passed over, now computed again
-            os.rename(final, _aside(final))  # and not removed: until the new one has its name, `put_back` can undo this
+        if os.path.lexists(final):  # a damaged one that loading skipped; its step was computed again
+            os.rename(final, _aside(final))  # not removed: until the new one has this name, `put_back` can undo it
         commit_folder(temporary, final, entries)
         for folder in superfluous(self.run_dir, self.config, int(state["step"])):
             remove_folder(folder)
-        for leftover in final.parent.glob(".step-*"):  # of saves and deletions that died
+        for leftover in final.parent.glob(".step-*"):  # left by saves and deletions that were killed
             remove_folder(leftover)
 
 
 def _non_finite(tensors: dict[str, Tensor]) -> list[str]:
-    """The names of those whose part on this rank is not finite throughout."""
+    """The names of tensors with a non-finite value in this rank's part."""
     local = {name: t.to_local() if isinstance(t, DTensor) else t for name, t in tensors.items()}
-    # Smallest and largest value tell as much as isfinite and take a twentieth of its time.
+    # aminmax finds any NaN or infinity and takes a twentieth of the time of isfinite.
     return [name for name, t in local.items() if t.numel() and not torch.stack(torch.aminmax(t)).isfinite().all()]
 
 
 class _Writer(HuggingFaceStorageWriter):
-    """torch's layout of sharded safetensors, one file a rank, written from where the tensors lie: torch's own writer
-    builds the whole file in memory first. Notes size and hash of the bytes it writes."""
+    """Writes torch's layout of sharded safetensors, one file per rank, directly from the tensors' memory: torch's own writer
+    builds the file in memory first. Records size and hash of the bytes it writes."""
 
     def __init__(self, path: Path):
         super().__init__(str(path), save_distributed=True)
-        self.entries: dict[str, dict[str, Any]] = {}  # {file name: manifest entry} of what this rank has written
+        self.entries: dict[str, dict[str, Any]] = {}  # {file name: manifest entry} of this rank's files
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> torch.futures.Future[list[WriteResult]]:
         tensors = {item.index.fqn: planner.resolve_data(item).contiguous() for item in plan.items}
@@ -220,8 +220,8 @@ class _Writer(HuggingFaceStorageWriter):
 
 
 def _safetensors_header(tensors: dict[str, Tensor], offsets: dict[str, Any]) -> bytes:
-    """What stands before the tensors' bytes: its length, 8 bytes, then JSON padded to a multiple of 8
-    (github.com/huggingface/safetensors, "Format"). The place of a part in its tensor is stored as torch's reader expects it."""
+    """The header before the tensors' bytes: its length in 8 bytes, then JSON padded to a multiple of 8
+    (github.com/huggingface/safetensors, "Format"). Offsets of shards are stored as torch's reader expects."""
     header: dict[str, Any] = {"__metadata__": {"DCP_SHARDING_INFO": json.dumps(offsets), "DCP_VERSION": "1.0", "format": "pt"}}
     start = 0
     for name, tensor in tensors.items():

@@ -1,7 +1,7 @@
-"""What a step trains on, and which steps see a document: arithmetic on a Mixture, in both directions.
+"""Which documents a step reads, and which steps read a document: arithmetic on a Mixture, in both directions.
 
-A step's instances are spans of their sources' streams, and documents are spans as well: both questions are about which
-spans overlap, answered without an index of what was read. Needs numpy alone.
+Instances and documents are both spans of a source's token stream, so both questions ask which spans overlap. They need no
+index of what was read, and only numpy.
 """
 
 from __future__ import annotations
@@ -58,16 +58,16 @@ def rows_of_step(
 ) -> list[Row]:
     """The rows of a step in the order of the global batch: those of `rank` if it is set, and at most `most` of them.
 
-    Without `documents` none are looked up, which costs most of the time. Raises ConfigError.
+    Without `documents` the documents, which take most of the time, are not looked up. Raises ConfigError.
     """
     batch_size = mixture.batches.at(step)
     rank_size = rows_a_rank(batch_size, world_size)
     if rank is not None and not 0 <= rank < world_size:
-        raise ConfigError("--rank", f"{rank} is none of the {world_size} ranks; name 0 to {world_size - 1}, or --world-size")
+        raise ConfigError("--rank", f"{rank} is not one of the {world_size} ranks; use 0 to {world_size - 1}")
     first, stop = (0, batch_size) if rank is None else (rank * rank_size, (rank + 1) * rank_size)
     batch = mixture.global_batch(step)[first : stop if most is None else min(stop, first + most)]
     rows: dict[int, Row] = {}
-    for i in np.lexsort((batch.instance, batch.source)).tolist():  # neighbours in a stream are looked up one after the other
+    for i in np.lexsort((batch.instance, batch.source)).tolist():  # in stream order
         source, instance, epoch = (int(values[i]) for values in (batch.source, batch.instance, batch.epoch))
         start, end = mixture.span(source, instance)
         found = mixture.marked(source, mixture.sources[source].documents(start, end)) if documents else []

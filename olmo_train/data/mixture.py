@@ -1,6 +1,6 @@
-"""The data of a run: its sources opened, its order made. Any step's global batch can be named and read, in any order.
+"""The data of a run: open sources and the data order. Lists and reads the global batch of any step, in any order of steps.
 
-Needs numpy alone, so that a run can be inspected on a machine without torch.
+Needs only numpy, so a run can be inspected on a machine without torch.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from olmo_train.errors import ConfigError, DataError
 
 
 class Mixture:
-    """Opened sources and their order: names, reads and hashes the global batch of any step."""
+    """Open sources and their order: lists, reads and hashes the global batch of any step."""
 
     def __init__(self, config: DataConfig, seed: int, global_batch_size: int, seq_len: int, vocab_size: int):
         """Raises DataError when a source cannot be read or is too small."""
@@ -30,7 +30,7 @@ class Mixture:
         self.names = [source.name for source in self.sources]
         self.denied = denied_spans(config.deny, self.sources)
         self.shifted = config.order == "olmo"  # an instance is seq_len tokens, the last of which has no label
-        self.eos_id = self._eos_id() if config.document_mask else None  # given: attention stays within documents
+        self.eos_id = self._eos_id() if config.document_mask else None  # if set, attention stays within documents
         self.vocab_size = vocab_size
         self.sizes = [self._instances_of(source) for source in self.sources]
         self.seed = seed if config.seed is None else config.seed
@@ -61,16 +61,16 @@ class Mixture:
 
     @property
     def fingerprint(self) -> dict[str, str]:
-        """{source: hash of its contents}: what a resumed run compares."""
+        """{source: hash of its contents}, compared at a resume."""
         return {source.name: source.fingerprint for source in self.sources}
 
     @property
     def denied_summary(self) -> dict[str, object] | None:
-        """What data.deny denies, in short; None when nothing: what a resumed run compares."""
+        """A summary of what data.deny denies, compared at a resume; None if nothing is denied."""
         return summary(self.denied, self.names)
 
     def marked(self, source: int, documents: list[Document]) -> list[Document]:
-        """These documents of a source, those that are denied marked so."""
+        """These documents of a source, with `denied` set on denied ones."""
         return [replace(d, denied=True) if self.denied[source].holds(d) else d for d in documents]
 
     def global_batch(self, step: int) -> Instances:
@@ -78,7 +78,7 @@ class Mixture:
         return self.order.at(np.arange(self.batches.places_before(step), self.batches.places_before(step + 1)))
 
     def epochs(self, step: int) -> dict[str, float]:
-        """How often each source was read through by the end of this step: above 1, its text repeats."""
+        """Epochs of each source read by the end of this step: above 1, its text repeats."""
         visits = self.order.visits_before(self.batches.places_before(step + 1)) / self.sizes
         return dict(zip(self.names, visits.tolist(), strict=True))
 
@@ -92,7 +92,7 @@ class Mixture:
         if not self.shifted:
             start = instance * self.seq_len
             return start, start + self.seq_len + 1
-        # OLMo cuts each file by itself and drops the rest of it.
+        # OLMo cuts each file separately and drops the remainder.
         starts = self.sources[source].starts
         before = np.concatenate(([0], np.cumsum(np.diff(starts) // self.seq_len)))
         file = int(np.searchsorted(before, instance, side="right")) - 1
@@ -120,7 +120,7 @@ class Mixture:
         )
 
     def read_label_mask(self, batch: Instances) -> np.ndarray | None:
-        """1 for each token that is scored when it is a label, like `read` in shape, uint8; None when all are."""
+        """1 for each token that is scored as a label, in the shape of `read`, uint8; None if all are."""
         if not any(source.has_label_mask for source in self.sources) and not any(map(len, self.denied)):
             return None
         mask = np.ones((len(batch), self.seq_len + (not self.shifted)), dtype=np.uint8)

@@ -1,4 +1,4 @@
-"""What is measured while a run trains: the loss on held-out sources, and downstream tasks."""
+"""Evaluation during a run: the loss on held-out sources, and downstream tasks."""
 
 from __future__ import annotations
 
@@ -58,14 +58,14 @@ class Evaluation:
             raise ConfigError("eval.downstream", problem.what) from problem
 
     def measure(self, model: Transformer, heartbeat: Callable[[], None], stop: Callable[[], bool]) -> dict[str, float] | None:
-        """Loss on each source and results of each task; None when `stop` said so in between, on all ranks alike.
+        """Loss on each source and results of each task; None, on all ranks, if `stop()` became true. Calls `heartbeat` before
+        each batch.
 
-        `heartbeat` is called before each batch.
         """
         try:
             return self._measure(model, heartbeat, stop)
         finally:
-            shard.reshard(model)  # a save may follow
+            shard.reshard(model)  # a save may follow, which needs sharded parameters
 
     def _measure(self, model: Transformer, heartbeat: Callable[[], None], stop: Callable[[], bool]) -> dict[str, float] | None:
         metrics = {}

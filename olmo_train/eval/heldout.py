@@ -1,6 +1,6 @@
-"""What a model makes of held-out sources, beside two models that know no context: unigram and uniform.
+"""The loss of a model on held-out sources, compared with two models without context: unigram and uniform.
 
-The same batches and the same sums as the evaluation inside a run, so that both give the same numbers.
+Uses the same batches and sums as the evaluation during a run, so both return the same numbers.
 """
 
 from __future__ import annotations

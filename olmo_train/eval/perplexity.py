@@ -18,7 +18,7 @@ from olmo_train.parallel.determinism import loss_terms
 def loss_sums(model: nn.Module, batches: Iterable[Batch], stop: Callable[[], int] = lambda: 0) -> Tensor:
     """(2,) float64 on the model's device: summed loss in nats and scored tokens of the batches.
 
-    `stop` is asked between batches; the sums so far are returned when it says so.
+    `stop` is called between batches; if it returns true, the sums so far are returned.
     """
     device = next(model.parameters()).device
     sums = torch.zeros(2, dtype=torch.float64, device=device)
@@ -35,8 +35,8 @@ def loss_sums(model: nn.Module, batches: Iterable[Batch], stop: Callable[[], int
 
 
 def token_counts(source: TokenSource, vocab_size: int, most: int = 1 << 28, chunk: int = 1 << 20) -> np.ndarray:
-    """How often each id occurs in a source, (vocab_size,) int64; of a source above `most` tokens, in as many tokens,
-    taken in evenly spread chunks."""
+    """How often each id occurs in a source, (vocab_size,) int64; of a source with more than `most` tokens, in a sample
+    of `most` tokens from evenly spread chunks."""
     counts = np.zeros(vocab_size, dtype=np.int64)
     every = max(-(-source.n_tokens // most), 1)
     for start in range(0, source.n_tokens, chunk * every):
@@ -49,7 +49,7 @@ def token_counts(source: TokenSource, vocab_size: int, most: int = 1 << 28, chun
 def mixed_counts(sources: list[TokenSource], visits: np.ndarray, vocab_size: int) -> np.ndarray:
     """Counts of a training mix, (vocab_size,) float64: each source's, weighted by how often it is read.
 
-    `visits` (sources,) are in any unit. The counts add up to the tokens of all sources, which is what plus one is set against.
+    `visits` (sources,) are in any unit. The counts sum to the tokens of all sources, so that adding one smooths them slightly.
     """
     total, shares = sum(source.n_tokens for source in sources), visits / visits.sum()
     mixed = np.zeros(vocab_size)

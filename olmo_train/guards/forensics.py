@@ -30,13 +30,13 @@ from olmo_train.parallel.world import World
 from olmo_train.storage import replace_file
 
 log = logging.getLogger(__name__)
-MOST_FOLDERS = 20  # of a run: a run that goes astray must not fill the disk
-MOST_DOCUMENTED = 64  # of the worst sequences have their documents and texts looked up, which takes most of the time
+MOST_FOLDERS = 20  # of a run, so that a diverging run does not fill the disk
+MOST_DOCUMENTED = 64  # worst sequences whose documents and texts are looked up, which takes most of the time
 DONE = {
-    "skip": "its update was left out on every rank",
-    "record": "its update took place all the same",
-    "stop": "the run stopped, and nothing of it was saved",
-    "rewind": "the run goes back to its last checkpoint and passes over this batch, unless this is one rewind too many",
+    "skip": "its update was skipped on every rank",
+    "record": "its update was applied",
+    "stop": "the run stopped without saving it",
+    "rewind": "the run rewinds to its last checkpoint and passes over this batch, unless guards.max_rewinds is reached",
 }
 SHOWN_SEQUENCES, SHOWN_DOCUMENTS, SHOWN_CHARACTERS, SHOWN_PARAMETERS = 5, 5, 500, 10  # in README.txt
 
@@ -59,11 +59,11 @@ class Forensics:
 
     def __init__(self, run_dir: Path, mixture: Mixture, world: World, attempt: int, watchdog: Watchdog):
         self.run_dir, self.mixture, self.world, self.attempt, self.watchdog = run_dir, mixture, world, attempt, watchdog
-        self._warned = False  # that there are enough folders
+        self._warned = False  # that MOST_FOLDERS is reached
 
     def write(self, stats: StepStats, why: str, done: str) -> Path | None:
-        """The folder, on every rank once it is whole; None where it was not written. `why`: skip or spike; `done`: a row of
-        DONE. Never raises for what fails in here: it must not end a run."""
+        """Write the folder and return it on every rank; None if it was not written. `why`: skip or spike; `done`: a key of DONE.
+        A failure in here is logged and never ends the run."""
         names, norms = stats.norms
         device = torch.cuda.get_device_name(stats.loss.device) if stats.loss.is_cuda else stats.loss.device.type
         ranks = self.world.gather({"host": socket.gethostname(), "device": device, "losses": stats.losses.tolist()})
@@ -88,8 +88,8 @@ class Forensics:
                 "README.txt": "\n".join(_readme(about, norms, self.run_dir)) + "\n",
             })  # fmt: skip
             return folder
-        except Exception as problem:  # a full disk, data that are gone: training does not depend on it
-            log.warning("the evidence of step %d could not be written: %s", stats.step, problem)
+        except Exception as problem:  # a full disk, missing data: training does not depend on it
+            log.warning("forensics of step %d could not be written: %s", stats.step, problem)
             return None
 
     def _about(self, stats: StepStats, why: dict[str, str], ranks: list[dict[str, Any]]) -> dict[str, Any]:
@@ -115,7 +115,7 @@ class Forensics:
         }
 
     def _sequences(self, step: int, losses: list[float]) -> list[dict[str, Any]]:
-        """The sequences of the global batch, the worst first; documents are known of the first MOST_DOCUMENTED."""
+        """The sequences of the global batch, worst first; the first MOST_DOCUMENTED with their documents."""
         rows = rows_of_step(self.mixture, step, self.world.size, documents=False)
         means = [loss / max(scored, 1) for loss, scored in zip(losses, scored_tokens(self.mixture, step), strict=True)]
         order = sorted(range(len(rows)), key=lambda i: (math.isfinite(means[i]), -means[i] if math.isfinite(means[i]) else 0.0))
@@ -129,7 +129,7 @@ class Forensics:
         return sequences
 
     def _documents(self, row: Row, texts: TextReader) -> list[dict[str, Any]]:
-        """What of each document lies in the row; of raw files without an EOS id, the whole row as one."""
+        """The part of each document in the row; for raw files without an EOS id, the row as one document."""
         source = self.mixture.sources[self.mixture.names.index(row.source)]
         found = [asdict(document) for document in source.documents(row.start, row.end)]
         found = found or [{"id": None, "origin": ", ".join(map(str, source.files[:3])), "start": row.start, "end": row.end}]
@@ -145,7 +145,7 @@ class Forensics:
 
 
 def _commit(folder: Path, files: dict[str, str]) -> None:
-    """Write the folder, which is then whole under its name, in place of an older one of the same step."""
+    """Write the folder and rename it to its final name, replacing an older one of the same step."""
     temporary = folder.with_name(f".{folder.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -163,7 +163,7 @@ def _json(value: Any) -> str:
 
 
 def _without_nan(value: Any) -> Any:
-    """Numbers that JSON does not have as "nan", "inf" and "-inf": here they are what matters."""
+    """Non-finite numbers, which JSON lacks, as "nan", "inf" and "-inf": here they are the point."""
     if isinstance(value, dict):
         return {key: _without_nan(inner) for key, inner in value.items()}
     if isinstance(value, list):
@@ -190,15 +190,15 @@ def _readme(about: dict[str, Any], norms: dict[str, float], run_dir: Path) -> li
         *_describe_norms(norms),
         "",
         "What to do next",
-        "  look at the documents above; the whole batch is shown by",
+        "  look at the documents above; this shows the whole batch:",
         f"    olmo-train inspect-data {run_dir} --step {step}",
     ]
     if done in ("skip", "record"):
-        lines += ["  compute it again, if its figures were logged, to tell the data from a device that fails:"]
+        lines += ["  if its metrics were logged, compute it again to see whether the data or a faulty device is to blame:"]
         lines += [f"    olmo-train replay {run_dir} --step {step}"]
     if done in ("record", "stop"):
-        lines += [f"  pass over its batch, in a run that goes on from a checkpoint before it: guards.skip_steps=[{step}]"]
-    return [*lines, "  lower optim.peak_lr, if steps whose documents are in order do the same"]
+        lines += [f"  resume from a checkpoint before it and pass over its batch: guards.skip_steps=[{step}]"]
+    return [*lines, "  lower optim.peak_lr, if steps with good documents do the same"]
 
 
 def _describe_sequences(sequences: list[dict[str, Any]], ranks: list[dict[str, Any]]) -> list[str]:
@@ -238,7 +238,7 @@ def _describe_norms(norms: dict[str, float]) -> list[str]:
         lines = [f"Gradients that are not finite: {len(broken)} of {len(norms)} parameters; gradients.json has all"]
         shown = broken[:SHOWN_PARAMETERS]
     else:
-        lines = [f"The parameters with the longest gradients, of {len(norms)}, all of them finite; gradients.json has all"]
+        lines = [f"The parameters with the largest gradient norms, of {len(norms)}, all of them finite; gradients.json has all"]
         shown = sorted(norms, key=lambda name: -norms[name])[:SHOWN_PARAMETERS]
     lines += [f"  {norms[name]:<10.4g} {name}" for name in shown]
     return lines + (["  ..."] if len(shown) < len(broken) else [])

@@ -1,4 +1,4 @@
-"""Skip updates whose loss or gradient is not finite, and stop a run that skips too many in a row."""
+"""Skip updates with a non-finite loss or gradient, and stop a run that skips too many in a row."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def skip_if_not_finite(
 ) -> Tensor:
     """Make the optimizer's next step an exact no-op when the loss or the gradient norm is not finite, or `unwanted` is 1.0.
 
-    Weights, moments and the count of updates stay as they are. Returns 1.0 (skipped) or 0.0, fp32, on the device: no host sync.
-    All arguments are global, so every rank skips alike.
+    Weights, moments and the update count do not change. Returns 1.0 (skipped) or 0.0, fp32, on the device: no host sync.
+    All arguments are global values, so all ranks skip the same steps.
     """
     skipped = 1.0 - (torch.isfinite(loss) & torch.isfinite(grad_norm)).float()
     if unwanted is not None:

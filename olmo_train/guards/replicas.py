@@ -1,4 +1,4 @@
-"""Whether ranks that must hold the same bits do: whole copies of the sharded state (HSDP), and what every rank holds alike.
+"""Detect ranks whose bits differ from their replicas: copies of the sharded state (HSDP), and values equal on all ranks.
 
 A flipped bit or a faulty device leaves finite weights and a plausible loss; only a comparison finds it. Each rank hashes
 its shards on the device, and a few integers of each rank are compared on the host.
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from olmo_train.parallel.world import World
 
-CHUNK = 1 << 22  # elements hashed at once: 32 MB of integers on the device for a moment
+CHUNK = 1 << 22  # elements hashed at once: 32 MB of temporary integers on the device
 FACTOR = 6364136223846793005  # odd; the multiplier of Knuth's MMIX generator
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # bytes of an element: the type of its bits
 
@@ -24,8 +24,8 @@ INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # b
 def fingerprint(tensor: Tensor) -> Tensor:
     """A hash of the bits of this rank's part of a tensor: int64, no dimensions, on its device, without a host sync.
 
-    The bits as integers, each times an odd number of its place, are summed modulo 2^64. An odd factor has an inverse there,
-    so a change of any one element of up to 4 bytes always changes the sum; more changes at once escape by chance alone.
+    The bits, as integers, are each multiplied by an odd number that depends on their place, and summed modulo 2^64. Odd numbers
+    have an inverse, so a change of one element of up to 4 bytes always changes the sum; several changes cancel only by chance.
     """
     local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
     bits = local.detach().contiguous().reshape(-1).view(INTEGERS[local.element_size()])
@@ -37,7 +37,7 @@ def fingerprint(tensor: Tensor) -> Tensor:
 
 
 def find_outliers(hashes: Mapping[int, object]) -> list[int]:
-    """The ranks whose print is not the majority's; all of them when there is no majority, none when all are alike."""
+    """The ranks whose hash is not the majority's; all ranks if there is no majority, none if all are equal."""
     counts = Counter(hashes.values())
     if len(counts) == 1:
         return []
@@ -46,17 +46,17 @@ def find_outliers(hashes: Mapping[int, object]) -> list[int]:
 
 
 def divergence(sharded: Mapping[str, Tensor], alike: Mapping[str, Tensor], world: World, replicas: int) -> str | None:
-    """Which ranks hold other bits than their peers, and in which tensor first; None when there are none.
+    """Which ranks hold other bits than their peers, and the first such tensor; None if all are equal.
 
-    `sharded` tensors are compared between the ranks of the same place in each of the `replicas`, those that are `alike`
-    between all ranks. Collective; every rank gets the same answer.
+    `sharded` tensors are compared between ranks with the same shard in each of the `replicas`, `alike` tensors between all
+    ranks. A collective call; every rank returns the same answer.
     """
     if world.size == 1:
         return None
     compared = {**alike, **(sharded if replicas > 1 else {})}
     hashes = torch.stack([fingerprint(tensor) for tensor in compared.values()]).tolist()
     ranks = world.gather((hashes, f"{socket.gethostname()}, {world.device}"))
-    shards = world.size // replicas  # the mesh counts ranks along "shard" first, so that rank % shards is the place
+    shards = world.size // replicas  # the mesh numbers ranks along "shard" first, so rank % shards is the shard
     suspects, first = set(), None
     for i, name in enumerate(compared):
         groups = [range(world.size)] if name in alike else [range(place, world.size, shards) for place in range(shards)]

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 
 
 def too_slow_to_stop(step_seconds: float, save_seconds: float) -> str | None:
-    """What to do when a step and a save take longer than torchrun waits after a signal; None when they fit, or without
-    torchrun. It kills what has not ended by then: 30 s unless its environment says otherwise."""
+    """A warning if a step and a save take longer than torchrun waits after a signal before it kills its processes, 30 s by
+    default; None if they fit, or without torchrun."""
     patience = float(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", 30))
     needed = step_seconds + save_seconds
     if "TORCHELASTIC_RUN_ID" not in os.environ or needed < patience:
@@ -23,7 +23,7 @@ def too_slow_to_stop(step_seconds: float, save_seconds: float) -> str | None:
 
 
 class StopSignals:
-    """Which stop signal this process has got, if any: SIGTERM, SIGINT or SIGUSR1. A second one ends it at once."""
+    """Records a stop signal: SIGTERM, SIGINT or SIGUSR1. A second signal ends the process at once."""
 
     NAMES = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
@@ -33,7 +33,7 @@ class StopSignals:
     @contextlib.contextmanager
     def installed(self) -> Iterator[StopSignals]:
         if threading.current_thread() is not threading.main_thread():
-            yield self  # Python takes signals in the main thread only: as a library in a thread, the caller's business
+            yield self  # Python handles signals in the main thread only: otherwise they are left to the caller
             return
         before = {name: signal.signal(name, self._receive) for name in self.NAMES}
         try:
@@ -44,5 +44,5 @@ class StopSignals:
 
     def _receive(self, number: int, frame: object) -> None:
         if self.received:
-            os._exit(128 + number)  # committed checkpoints are whole at any moment
+            os._exit(128 + number)  # safe: committed checkpoints are complete at any moment
         self.received = number

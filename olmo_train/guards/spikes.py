@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-WINDOW = 128  # steps that a new one is compared with
-LEAST = 32  # steps that must have been seen before any is judged
-SIGMAS = 6.0  # robust standard deviations above the median that make a spike
-FLOOR = 0.01  # of the standard deviation: on a plateau noise must not count; loss in nats, gradient norm in its logarithm
+WINDOW = 128  # a step is compared with this many steps before it
+LEAST = 32  # finite steps needed before any step can be a spike
+SIGMAS = 6.0  # a spike is this many robust standard deviations above the median
+FLOOR = 0.01  # least standard deviation, so that noise on a plateau is no spike; loss in nats, log of the gradient norm
 
 
 class SpikeDetector:
@@ -27,8 +27,8 @@ class SpikeDetector:
         self.seen = torch.tensor(state["seen"], device=device)  # finite steps so far
 
     def judge(self, loss: Tensor, grad_norm: Tensor) -> Tensor:
-        """1.0 when this step is a spike, else 0.0, fp32 on the device; remembers the step. A non-finite step is neither
-        judged nor remembered. Standard deviation from the MAD: 1.4826 x MAD, as for a normal distribution."""
+        """1.0 if this step is a spike, else 0.0, fp32 on the device; adds the step to the window. Ignores a non-finite step.
+        The standard deviation is 1.4826 x MAD, as for a normal distribution."""
         values = torch.stack((loss.double(), grad_norm.double().log()))
         finite = torch.isfinite(values).all()
         median = self.window.nanmedian(dim=1, keepdim=True).values
@@ -42,6 +42,6 @@ class SpikeDetector:
         return spike.float()
 
     def state(self) -> dict[str, Any]:
-        """Plain numbers for state.json, null where no step was seen yet."""
+        """Plain numbers for state.json, null for empty places of the window."""
         rows = [[None if value != value else value for value in row] for row in self.window.tolist()]
         return {"window": rows, "seen": int(self.seen)}

@@ -23,23 +23,23 @@ from typing import Any
 
 from olmo_train.errors import ConfigError, PeerError, UserError
 
-PATIENCE = 1800  # seconds without progress while loading, compiling or saving, at least
+PATIENCE = 1800  # least seconds without progress allowed while loading, compiling or saving
 NEVER = 365 * 86400.0  # seconds
 GRACE = 5.0  # seconds for all ranks to write their stacks before the first one ends
-SEARCH = 15.0  # seconds in which the reason for a lost connection is looked for
+SEARCH = 15.0  # seconds to look for the reason of a lost connection
 STATES = {"T": "its process is stopped", "Z": "its process is dead", "X": "its process is gone"}  # of /proc/PID/stat
 
 
 def group_timeout(hang_seconds: float) -> float:
-    """Seconds after which a collective fails: later than the watchdog ends the run, which knows the rank and the reason.
+    """Seconds after which a collective fails: later than the watchdog, which can report the rank and the reason.
 
-    Where the watchdog never ends a run, neither does a collective.
+    If the watchdog is off (0), collectives do not time out either.
     """
     return max(hang_seconds, PATIENCE) + 120 if hang_seconds else NEVER
 
 
 def new_heartbeats(run_dir: Path) -> Path:
-    """The folder for the heartbeats of one start of a run; those of a run that was killed are removed."""
+    """A new folder for the heartbeats of this start of a run; removes those of earlier starts."""
     heartbeats = run_dir / ".heartbeats"
     shutil.rmtree(heartbeats, ignore_errors=True)
     return heartbeats / uuid.uuid4().hex[:8]
@@ -49,9 +49,9 @@ class Watchdog:
     """Ends the process with exit code 6 when `heartbeat` was not called for `seconds`, or another rank did the same."""
 
     def __init__(self, seconds: float, run_dir: Path, folder: Path, rank: int, size: int = 1):
-        """`folder` holds the heartbeats of this start of the run, and of no other. seconds = 0: never ends it.
+        """`folder` holds the heartbeats of this start of the run only. seconds = 0: never ends the process.
 
-        Raises ConfigError when it cannot be written.
+        Raises ConfigError if the folder cannot be written.
         """
         self.seconds, self.rank, self.size, self.folder = seconds, rank, size, folder
         self.stacks = run_dir / "forensics" / "hang"
@@ -59,7 +59,7 @@ class Watchdog:
         self._me: dict[str, Any] = {"step": 0, "doing": "start", "batch": "", "progress": 0, "host": _host(), "pid": os.getpid()}
         self._pulse, self._closed = 0, threading.Event()
         self._interval = min(max(seconds / 8, 0.05), 5.0)
-        self._seen: dict[int, tuple[int, float]] = {}  # rank: its pulse, and since when it is that
+        self._seen: dict[int, tuple[int, float]] = {}  # rank: its pulse, and when it last changed
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as problem:
@@ -70,16 +70,16 @@ class Watchdog:
             self._thread.start()
 
     def heartbeat(self, step: int, doing: str = "between steps", batch: str = "") -> None:
-        """Say that training goes on, and where it is: called equally often on all ranks. `batch`: its sample_hash."""
+        """Report progress, and what training does now. Called equally often on all ranks. `batch`: its sample_hash."""
         self._last = time.monotonic()
         about = {"step": step, "doing": doing, "progress": self._me["progress"] + 1}
         self._me = {**self._me, **about, **({"batch": batch} if batch else {})}
-        if doing == "between steps":  # the first step, which compiles, is over
+        if doing == "between steps":  # the first step, which compiles, has ended
             self._patience = self.seconds
 
     @contextlib.contextmanager
     def patient(self, doing: str) -> Iterator[None]:
-        """For what may take long without any sign of progress, such as a save."""
+        """Allow more time for work without heartbeats, such as a save."""
         before, self._patience = self._patience, max(self.seconds, PATIENCE)
         self.heartbeat(self._me["step"], doing)
         try:
@@ -89,7 +89,7 @@ class Watchdog:
 
     @contextlib.contextmanager
     def exit_report(self) -> Iterator[None]:
-        """Leave the reason for which this rank ends, and tell a lost peer's in the PeerError that it causes."""
+        """If this rank fails, write the reason to a file; if a peer is lost, add the peer's reason to the PeerError."""
         try:
             yield
         except PeerError as problem:
@@ -102,10 +102,10 @@ class Watchdog:
             raise
 
     def close(self) -> None:
-        """Take this rank's heartbeat away; the last living rank takes the folder."""
+        """Remove this rank's heartbeat file; the last running rank removes the folder."""
         self._closed.set()
         if self._thread.is_alive():
-            self._thread.join(timeout=5)  # it must not write once more
+            self._thread.join(timeout=5)  # it must not write again
         with contextlib.suppress(OSError):
             self._file(self.rank).unlink(missing_ok=True)
             if not any(self._state(rank) is None for rank in self._others() if self._file(rank).exists()):
@@ -118,7 +118,7 @@ class Watchdog:
         before = time.monotonic()
         while not self._closed.wait(self._interval):
             now = time.monotonic()
-            if now - before > self._interval + self.seconds / 2:  # this process itself did not run: judge from here on
+            if now - before > self._interval + self.seconds / 2:  # this process itself was stopped: count from now on
                 self._last = now
             before = now
             self._write()
@@ -133,7 +133,7 @@ class Watchdog:
             os.replace(temporary, self._file(self.rank))
 
     def _neighbour_is_lost(self) -> bool:
-        """Each rank looks after one other: whether its process has not run for so long, also while no rank waits for it."""
+        """Whether the next rank's process has stopped running. Each rank checks one other, also when no rank waits for it."""
         neighbour = (self.rank + 1) % self.size
         about = self._read(neighbour)
         if neighbour == self.rank or about is None:
@@ -159,10 +159,10 @@ class Watchdog:
             faulthandler.dump_traceback(file, all_threads=True)
 
     def _report(self, silent_seconds: float) -> None:
-        """The last line on stderr, from the lowest rank that runs; and a note in place of the stacks of those that do not."""
+        """Print the error, on the lowest running rank only, and write a note in place of the stacks of silent ranks."""
         blamed = self._blamed()
         silent = {rank for rank, (_, is_silent) in blamed.items() if is_silent}
-        for rank in silent:  # which cannot write any more
+        for rank in silent:  # they cannot write their stacks
             with contextlib.suppress(OSError):
                 self._stack_file(rank).write_text(
                     f"rank {rank}: {blamed[rank][0]}; {_describe(self._read(rank) or {})}\n", encoding="utf-8"
@@ -177,7 +177,7 @@ class Watchdog:
             print(f"error: {problem}", file=sys.stderr, flush=True)
 
     def _wait_for_the_others(self) -> None:
-        """Until those that run have written their stacks too, and the pulse of each had time to change."""
+        """Wait until the other running ranks have written their stacks, and every pulse has had time to change."""
         self._update_pulses()
         started, least = time.monotonic(), min(2.5 * self._interval, GRACE)
         while (waited := time.monotonic() - started) < GRACE:
@@ -188,9 +188,9 @@ class Watchdog:
             time.sleep(self._interval / 4)
 
     def _blamed(self) -> dict[int, tuple[str, bool]]:
-        """{rank: (why, whether its process is silent)} of those that the others wait for."""
+        """{rank: (why, whether its process is silent)} of the ranks that the others wait for."""
         about = {rank: self._me if rank == self.rank else self._read(rank) for rank in range(self.size)}
-        work = {}  # what the ranks are at that have noticed the hang, of which some may have ended by now
+        work = {}  # current function of each rank that noticed the hang; some may have ended since
         for rank in range(self.size):
             with contextlib.suppress(OSError):
                 work[rank] = self._file(rank, "hangs").read_text(encoding="utf-8")
@@ -207,10 +207,10 @@ class Watchdog:
             blamed = {rank: (f"keeps the others waiting{work.get(rank, '')}, {_describe(about[rank])}", False) for rank in behind}
         return blamed if self.size > 1 else {0: (f"hangs, {_describe(self._me)}", False)}
 
-    # ---- what is known of the others
+    # ---- the state of other ranks
 
     def _explain(self, problem: PeerError) -> PeerError:
-        """The PeerError with the rank that was lost and its reason, if they can be found within some seconds."""
+        """The PeerError with the lost rank and its reason, if they are found within SEARCH seconds."""
         deadline = time.monotonic() + SEARCH
         lost: dict[int, str] = {}
         while self.size > 1 and not lost and time.monotonic() < deadline:
@@ -241,14 +241,14 @@ class Watchdog:
                 self._silent_for(rank, about)
 
     def _silent_for(self, rank: int, about: dict[str, Any]) -> float:
-        """Seconds for which the pulse of a rank is known not to have changed, by this process's clock."""
+        """Seconds since the pulse of a rank last changed, by this process's clock."""
         now = time.monotonic()
         if self._seen.get(rank, (None, 0.0))[0] != about["pulse"]:
             self._seen[rank] = (about["pulse"], now)
         return now - self._seen[rank][1]
 
     def _state(self, rank: int) -> str | None:
-        """Why the process of a rank on this machine does not run; None when it runs or cannot be seen from here."""
+        """Why the process of a rank on this machine does not run; None if it runs, or is on another machine."""
         about = self._read(rank)
         if about is None or about["host"] != self._me["host"]:
             return None
@@ -272,7 +272,7 @@ class Watchdog:
 
 
 def _host() -> str:
-    """The machine, and the part of it whose process numbers this process sees."""
+    """The machine, and the namespace of its process ids."""
     try:
         return f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
@@ -280,7 +280,7 @@ def _host() -> str:
 
 
 def _current_function() -> str:
-    """` in FUNCTION (FILE:LINE)` of the main thread; nothing when it waits for other ranks."""
+    """` in FUNCTION (FILE:LINE)` of the main thread; empty if it waits for other ranks."""
     frame = innermost = sys._current_frames().get(threading.main_thread().ident)
     if innermost is None:
         return ""

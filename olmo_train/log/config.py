@@ -9,8 +9,8 @@ from olmo_train.errors import ConfigError, check_choice
 
 @dataclass(frozen=True)
 class ProfileConfig:
-    start_step: int | None = None  # the first step that is traced; null: none
-    steps: int = 3  # how many are
+    start_step: int | None = None  # the first step to trace; null: none
+    steps: int = 3  # how many steps to trace
 
     def __post_init__(self) -> None:
         for key in ("start_step", "steps"):
@@ -21,14 +21,14 @@ class ProfileConfig:
 
 @dataclass(frozen=True)
 class WandbConfig:
-    """What is set here wins over W&B's environment variables, which fill in what is not."""
+    """Keys set here take precedence over W&B's environment variables; the variables apply where a key is not set."""
 
     mode: str = "auto"  # auto: WANDB_DISABLED, WANDB_MODE, else online with a key, else offline; or online, offline, disabled
     project: str | None = None  # null: WANDB_PROJECT, else olmo-train
     entity: str | None = None  # null: WANDB_ENTITY
     group: str | None = None  # null: WANDB_RUN_GROUP
     name: str | None = None  # null: WANDB_NAME, else the run_dir's last part
-    tags: tuple[str, ...] = ()  # none: WANDB_TAGS, by commas
+    tags: tuple[str, ...] = ()  # empty: WANDB_TAGS, separated by commas
 
     def __post_init__(self) -> None:
         check_choice("log.wandb.mode", self.mode, ("auto", "online", "offline", "disabled"))

@@ -1,4 +1,4 @@
-"""What a person sees while a run trains: a progress bar in a terminal, plain lines anywhere else."""
+"""Console output of a run: a progress bar in a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import IO, Any
 
 
 def is_terminal(stream: IO[str]) -> bool:
-    """Whether somebody watches who sees a line that is drawn again; not with TERM=dumb."""
+    """Whether the stream is a terminal that can redraw a line; not with TERM=dumb."""
     return stream.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
 
 
 def has_color() -> bool:
-    """Whether stdout takes colours: NO_COLOR and FORCE_COLOR decide where they are set (no-color.org, force-color.org)."""
+    """Whether to print colours to stdout. NO_COLOR and FORCE_COLOR take precedence (no-color.org, force-color.org)."""
     if os.environ.get("NO_COLOR"):
         return False
     return bool(os.environ.get("FORCE_COLOR")) or is_terminal(sys.stdout)
@@ -58,7 +58,7 @@ class Console:
     def _print(self, text: str) -> None:
         try:
             print(text, flush=True)
-        except OSError:  # the reader is gone (`| head`) or its disk is full: the run goes on without being watched
+        except OSError:  # the reader is gone (`| head`) or its disk is full: training continues without output
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     def step(self, step: int) -> None:
@@ -87,10 +87,10 @@ class Console:
 
 
 def train_line(metrics: dict[str, Any]) -> str:
-    """`loss 4.8123  lr 2.1e-03  grad 0.84  12.3k tokens/s`, and what was skipped."""
+    """`loss 4.8123  lr 2.1e-03  grad 0.84  12.3k tokens/s`, and the number of skipped steps."""
     loss = metrics["train/CrossEntropyLoss"]
     parts = [
-        "loss -" if math.isnan(loss) else f"loss {loss:.4f}",  # no step of the interval has one
+        "loss -" if math.isnan(loss) else f"loss {loss:.4f}",  # no step of the interval has a loss
         f"lr {metrics['optim/learning_rate_group0']:.2e}",
         f"grad {metrics['optim/total_grad_norm']:.2f}",
         f"{short(metrics['throughput/tokens_per_second'])} tokens/s",

@@ -1,4 +1,4 @@
-"""What the figures of a stretch of steps are: sums on the device, read once a line of metrics, and pure functions of them."""
+"""Metrics of an interval of steps: sums on the device, read once per line of metrics, and pure functions of them."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class StepStats:
-    """What one update was. Tensors lie on the device: reading one waits for it."""
+    """Figures of one update. Tensors are on the device: reading one is a host sync."""
 
     step: int  # counted from 1
     lr: float
     sums: Tensor  # (2, sources) float64: summed loss in nats and counted tokens of the global batch
     grad_norm: Tensor  # before clipping
-    skipped: Tensor  # 1.0 when nothing was changed: not finite, no scored token, or a spike that is to be skipped
+    skipped: Tensor  # 1.0 if the update was skipped: not finite, no scored token, or a spike with guards.spike=skip
     losses: Tensor  # (rows of this rank,) fp32: summed loss of each sequence
-    spike: Tensor  # 1.0 when loss or norm stand out from those of the steps before
-    passed_over: bool = False  # on purpose: nothing was computed
+    spike: Tensor  # 1.0 if loss or norm is far above those of the steps before
+    passed_over: bool = False  # on purpose (guards.skip_steps, a rewind): nothing was computed
     norms: tuple[list[str], Tensor] | None = None  # names, and the norm of each gradient, see parallel.clip_gradients
 
     @property
     def loss(self) -> Tensor:
-        """Mean over the counted tokens (see loss_divisor) of the global batch, in nats; NaN when there are none."""
+        """Mean over the counted tokens (see loss_divisor) of the global batch, in nats; NaN if there are none."""
         return mean_loss(self.sums)
 
 
@@ -44,7 +44,7 @@ def has_no_scored_token(sums: Tensor) -> Tensor:
 
 
 class Clock:
-    """Seconds of training in an interval: the wall clock less what was spent on evaluating and saving."""
+    """Seconds of training in an interval: wall time minus the time spent on evaluating and saving."""
 
     def __init__(self) -> None:
         self.restart()
@@ -80,25 +80,25 @@ class Interval:
         self.sums = torch.tensor(state["sums"], dtype=torch.float64, device=device)  # (2, sources): loss, scored tokens
         self.counts = torch.tensor(state["counts"], dtype=torch.float64, device=device)
         self.data_wait = 0.0  # seconds
-        self.timed_steps = 0  # steps of this process: those before a resume took none of its time
+        self.timed_steps = 0  # steps of this process: steps before a resume took none of its time
 
     def add(self, sums: Tensor, skipped: Tensor, clipped: Tensor, spike: Tensor, data_wait: float) -> None:
         """sums (2, sources) of one step; skipped, clipped and spike are 0.0 or 1.0."""
         self.sums += torch.where(skipped > 0, torch.zeros_like(sums), sums)
         self.counts[: self.IN_A_ROW] += torch.stack((torch.ones_like(skipped), skipped, clipped, spike))
-        in_a_row = self.counts[self.IN_A_ROW]  # a batch without a scored token neither lengthens nor ends a row
+        in_a_row = self.counts[self.IN_A_ROW]  # a batch without a scored token does not change the count
         self.counts[self.IN_A_ROW] = torch.where(has_no_scored_token(sums) > 0, in_a_row, (in_a_row + 1) * skipped)
         self.data_wait += data_wait
         self.timed_steps += 1
 
     def pass_over(self, data_wait: float) -> None:
-        """Count a step that was passed over on purpose: skipped, but no sign of trouble."""
+        """Count a step that was passed over on purpose: skipped, but not as a problem."""
         self.counts[[self.STEPS, self.SKIPPED]] += 1
         self.data_wait += data_wait
         self.timed_steps += 1
 
     def metrics(self, names: list[str], bytes_per_token: list[float | None]) -> dict[str, float]:
-        """Mean losses over the interval, whole and by source, and the shares of clipped and skipped steps."""
+        """Mean loss over the interval, in total and by source, the fraction of clipped steps, and skipped steps and spikes."""
         (losses, tokens), (steps, skipped, clipped, spikes, _) = self.sums.tolist(), self.counts.tolist()
         read = list(zip(names, losses, tokens, bytes_per_token, strict=True))
         known = all(ratio is not None for _, _, scored, ratio in read if scored)
@@ -120,17 +120,17 @@ class Interval:
 
 
 SLOW = 3.0  # times the median of all ranks
-LEAST_SLOW = 0.01  # seconds a step above the median; below it, noise is large beside the whole
+LEAST_SLOW = 0.01  # seconds per step above the median; smaller differences are noise
 
 
 def slow_ranks(own_seconds: list[float]) -> list[int]:
-    """The ranks that need more than SLOW times the median for their own part of a step; of two, the other is the median."""
+    """The ranks whose own work per step takes more than SLOW times the (lower) median."""
     median = statistics.median_low(own_seconds)
     return [rank for rank, own in enumerate(own_seconds) if own > SLOW * median and own > median + LEAST_SLOW]
 
 
 def loss_metrics(prefix: str, loss: float, tokens: float, n_bytes: float | None) -> dict[str, float]:
-    """Mean loss in nats a token, its perplexity, and bits per byte where the bytes of the tokens are known."""
+    """Mean loss in nats per token, its perplexity, and bits per byte if the bytes of the tokens are known."""
     mean = loss / tokens if tokens else math.nan
     metrics = {f"{prefix}/CrossEntropyLoss": mean, f"{prefix}/Perplexity": math.exp(min(mean, 700.0))}
     if n_bytes:
@@ -148,10 +148,10 @@ def throughput_metrics(
     world_size: int,
     peak_flops: float | None,
 ) -> dict[str, float]:
-    """Speed over an interval of `steps` and `interval_tokens` that took `seconds`, of which `data_wait` for data. `tokens`:
-    all those read by its end.
+    """Throughput over an interval of `steps` and `interval_tokens` that took `seconds`, of which `data_wait` for data.
+    `tokens`: all tokens read by its end.
 
-    MFU is left out where the device's peak is not known: a missing figure is better than a wrong one.
+    MFU is omitted if the device's peak is not known: no figure is better than a wrong one.
     """
     rate = interval_tokens / seconds
     metrics = {

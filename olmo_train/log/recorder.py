@@ -1,7 +1,7 @@
-"""metrics.jsonl and events.jsonl: the record of a run, which W&B and TensorBoard mirror and may fail.
+"""metrics.jsonl and events.jsonl, the record of a run; W&B and TensorBoard mirror it, and may fail without harm.
 
-One JSON object a line, each step once, floats written so that they read back bit for bit. Names are those of the public
-OLMo runs, so that curves overlay.
+One JSON object per line, each step once, with floats that read back bit for bit. Metric names are those of the public OLMo
+runs, so that curves can be compared.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ log = logging.getLogger(__name__)
 
 
 class JsonLines:
-    """A file of one JSON object a line. What cannot be written, such as on a full disk, is kept and tried again with the
-    next line, so that the file is complete as soon as there is room."""
+    """A file with one JSON object per line. Lines that cannot be written, as on a full disk, are kept in memory and tried again
+    with the next line, so the file is complete as soon as there is room."""
 
     def __init__(self, path: Path):
         self.path = path
         self._file = open(path, "a+b", buffering=0)  # noqa: SIM115, closed by close()
         self._cut_half_line()
-        self._waiting = b""  # not on the disk yet
+        self._waiting = b""  # not written yet
         self._warned = False
 
     def append(self, line: dict[str, Any]) -> None:
@@ -49,7 +49,7 @@ class JsonLines:
             self._warned = True
 
     def _cut_half_line(self) -> None:
-        """Drop what a killed process has left behind the last line's end, so that the next line begins one."""
+        """Remove an incomplete last line that a killed process left."""
         self._file.seek(0)
         content = self._file.read()
         self._file.truncate(content.rfind(b"\n") + 1)
@@ -70,13 +70,13 @@ class Recorder:
     """Writes metrics.jsonl and events.jsonl of a run_dir and mirrors the metrics. Made on rank 0 only."""
 
     def __init__(self, run_dir: Path, config: LogConfig, resolved: dict[str, Any], last_step: int):
-        """`last_step`: the step that the run resumes from; what an earlier attempt logged beyond it is done again, so its
-        lines are dropped."""
+        """`last_step`: the step that the run resumes from. Lines that an earlier attempt logged after it are removed, as these
+        steps are computed again."""
         self.path = run_dir / "metrics.jsonl"
         kept = self._drop_after(last_step)
         self._metrics, self._events = JsonLines(self.path), JsonLines(run_dir / "events.jsonl")
         self._mirrors = list(_mirrors(run_dir, config, resolved, last_step))
-        for mirror in list(self._mirrors):  # what a killed attempt has logged and not mirrored
+        for mirror in list(self._mirrors):  # send lines that a killed attempt logged but did not mirror
             missing = [line for line in kept if line["step"] > mirror.sent]
             self._try(mirror, last_step, lambda mirror=mirror, missing=missing: self._catch_up(mirror, missing, last_step))
 
@@ -88,7 +88,7 @@ class Recorder:
             self._try(mirror, step, lambda mirror=mirror: mirror.log(step, _numbers(line)))
 
     def settle(self, step: int) -> None:
-        """The checkpoint of this step is committed: no resume will compute the steps up to it again."""
+        """The checkpoint of this step is committed: no resume will repeat the steps up to it."""
         for mirror in list(self._mirrors):
             self._try(mirror, step, lambda mirror=mirror: mirror.settle(step))
 
@@ -101,7 +101,7 @@ class Recorder:
         try:
             action()
         except Exception as problem:
-            log.warning("%s failed and is left out from step %d on: %s", mirror.name, step, problem)
+            log.warning("%s failed and is disabled from step %d on: %s", mirror.name, step, problem)
             self._mirrors.remove(mirror)
 
     def event(self, event: str, step: int, **details: Any) -> None:
@@ -147,7 +147,7 @@ def _numbers(line: dict[str, Any]) -> dict[str, float]:
 
 
 def _without_infinity(value: Any) -> Any:
-    """A configuration's infinite number as `.inf`, as YAML spells it: JSON has none."""
+    """Infinite numbers of a configuration as `.inf`, as in YAML: JSON has none."""
     if isinstance(value, dict):
         return {key: _without_infinity(inner) for key, inner in value.items()}
     return str(value).replace("inf", ".inf") if isinstance(value, float) and math.isinf(value) else value
@@ -166,7 +166,7 @@ def _mirrors(
     if mode != "disabled":
         try:
             mirror = WandbMirror(run_dir, config.wandb, mode, resolved)
-        except Exception as problem:  # whatever ails it, training does not depend on it
-            log.warning("W&B is left out: %s", problem)
+        except Exception as problem:  # training must not depend on it
+            log.warning("W&B is disabled: %s", problem)
         else:
             yield mirror

@@ -23,7 +23,7 @@ class TensorboardMirror:
                 "log.tensorboard", "needs the package tensorboard; pip install 'olmo-train[tensorboard]'"
             ) from problem
         self.sent = last_step
-        self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=last_step + 1)  # what is computed again counts once
+        self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=last_step + 1)  # drops steps that will repeat
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         for name, value in metrics.items():
@@ -32,7 +32,7 @@ class TensorboardMirror:
         self._writer.flush()
 
     def settle(self, step: int) -> None:
-        """Nothing waits."""
+        """No line waits for a checkpoint."""
 
     def close(self) -> None:
         self._writer.close()

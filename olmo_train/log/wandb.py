@@ -16,11 +16,11 @@ from olmo_train.storage import replace_file
 
 log = logging.getLogger(__name__)
 MODES = {"online": "online", "run": "online", "offline": "offline", "dryrun": "offline", "disabled": "disabled"}  # WANDB_MODE
-PATIENCE = 30  # seconds that a start or an end waits for W&B's server at most
+PATIENCE = 30  # most seconds that a start or an end waits for W&B's server
 
 
 def wandb_mode(config: WandbConfig) -> str:
-    """online, offline or disabled. `auto` follows the environment, else goes online when a key is at hand, and never asks."""
+    """online, offline or disabled. `auto` follows the environment, else goes online if there is an API key, and never prompts."""
     if config.mode != "auto":
         return config.mode
     if os.environ.get("WANDB_DISABLED", "").strip().lower() not in ("", "0", "false", "no", "off"):
@@ -46,7 +46,7 @@ def server_url() -> str:
 
 
 def check_answers(url: str) -> None:
-    """Raise OSError when nothing answers at a URL, with whatever: W&B's client takes far longer to find that out."""
+    """Raise OSError if no server answers at a URL: W&B's client takes far longer to find that out."""
     import ssl
     import urllib.error
     import urllib.request
@@ -56,15 +56,15 @@ def check_answers(url: str) -> None:
     except urllib.error.HTTPError:
         pass  # an answer too
     except urllib.error.URLError as problem:
-        if not isinstance(problem.reason, ssl.SSLError):  # the client may know a certificate that we do not
+        if not isinstance(problem.reason, ssl.SSLError):  # the client may have a certificate that Python does not
             raise OSError(f"{url}: {problem.reason}") from problem
 
 
 class WandbMirror:
     """The run on Weights & Biases, under one id over all restarts, with each step once (docs/decisions/0006).
 
-    A line that may be computed again after a resume waits until a checkpoint covers it; online, where someone watches, it
-    is sent at once. What a killed attempt had not delivered is sent again from metrics.jsonl.
+    Offline, a line waits until a checkpoint covers it, as a resume may compute it again; online it is sent at once. Lines that
+    a killed attempt did not deliver are sent again from metrics.jsonl.
     """
 
     name = "W&B"
@@ -81,7 +81,7 @@ class WandbMirror:
         self._waiting: list[tuple[int, dict[str, float]]] = []
         options = {
             "project": config.project or os.environ.get("WANDB_PROJECT") or "olmo-train",
-            "entity": config.entity,  # None: the client looks at the environment by itself, as for group and tags
+            "entity": config.entity,  # None: the client reads the environment, as for group and tags
             "group": config.group,
             "name": config.name or os.environ.get("WANDB_NAME") or run_dir.resolve().name,
             "tags": list(config.tags) or None,
@@ -91,9 +91,9 @@ class WandbMirror:
             "config": {**resolved, "code_version": code_version()},
         }
         self._run = self._begin(mode, options)
-        replace_file(id_file, self._run.id.encode())  # an agent of a sweep names it itself
+        replace_file(id_file, self._run.id.encode())  # in a sweep, the agent chooses the id
         self._live = not self._run.offline
-        if self._live:  # the server knows what it has
+        if self._live:  # the server knows the last step it has
             self.sent = self._run.starting_step - 1
         else:
             self.sent = int(self._sent_file.read_text(encoding="utf-8")) if self._sent_file.exists() else -1
@@ -101,12 +101,12 @@ class WandbMirror:
         self._run.define_metric("throughput/total_tokens")  # offered as an x axis
 
     def _begin(self, mode: str, options: dict[str, Any]) -> Any:
-        """The client's run; offline when the server cannot be reached, which the client by itself does not do."""
+        """The client's run. Falls back to offline if the server cannot be reached, which the client does not do itself."""
         if os.environ.get("WANDB_MODE", mode) not in MODES:
-            os.environ["WANDB_MODE"] = mode  # the client fails on a spelling that it does not know
-        os.environ.setdefault("WANDB_SILENT", "true")  # its own lines, before it has settings
-        os.environ.setdefault("WANDB_DATA_DIR", str(self._folder.resolve()))  # everything lies under the run_dir
-        logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)  # its telemetry fails aloud
+            os.environ["WANDB_MODE"] = mode  # the client fails on a spelling it does not know
+        os.environ.setdefault("WANDB_SILENT", "true")  # for lines that the client prints before it has settings
+        os.environ.setdefault("WANDB_DATA_DIR", str(self._folder.resolve()))  # keep all files under the run_dir
+        logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)  # its telemetry logs every failure
         import wandb
 
         options["settings"] = wandb.Settings(init_timeout=PATIENCE, finish_timeout=PATIENCE, silent=True)
@@ -116,16 +116,16 @@ class WandbMirror:
                 return wandb.init(mode=mode, **options)
             except Exception as problem:
                 log.warning(
-                    "W&B cannot be reached, this part of the run is recorded offline (wandb sync sends it later): %s",
+                    "W&B cannot be reached, so this part of the run is recorded offline (wandb sync sends it later): %s",
                     " ".join(str(problem).split()),
                 )
                 wandb.teardown()  # or a failed attempt holds the run's id
         return wandb.init(mode="offline", **options)
 
     def _leave_the_original(self, id_file: Path) -> None:
-        """In a copy of a run_dir, begin a new run on W&B, which gets the whole history: the id belongs to the original.
+        """In a copy of a run_dir, start a new run on W&B with the full history, as the id belongs to the original.
 
-        A folder that was moved on one machine, or that another machine sees under the same path, is no copy.
+        A folder that was moved on one machine, or that another machine has under the same path, is not a copy.
         """
         place_file, here = self._folder / "run-place", {"host": socket.gethostname(), "path": str(self._folder.resolve())}
         if id_file.exists() and place_file.exists():
@@ -134,15 +134,15 @@ class WandbMirror:
             is_there = original.exists() and not original.samefile(id_file)
             if was["path"] != here["path"] and (was["host"] != here["host"] or is_there):
                 log.warning("this run_dir is a copy of the one on %s at %s: W&B records it as a new run", *was.values())
-                for record in self._folder.glob("offline-run-*"):  # `wandb sync` sends those of the original
+                for record in self._folder.glob("offline-run-*"):  # so that `wandb sync` sends only the original's
                     record.rename(self._folder / f"copied-{record.name}")
                 for file in (id_file, self._sent_file, self._unfinished):
                     file.unlink(missing_ok=True)
         replace_file(place_file, json.dumps(here).encode())
 
     def _set_aside(self) -> None:
-        """Hide the offline record of an attempt that was killed from `wandb sync`: it lacks its end, which is only known
-        to metrics.jsonl, from where all of its lines are sent again."""
+        """Hide the offline record of a killed attempt from `wandb sync`: it is incomplete, and all its lines are sent again from
+        metrics.jsonl."""
         if self._unfinished.exists():
             record = self._folder / self._unfinished.read_text(encoding="utf-8")
             if record.is_dir():
