@@ -24,10 +24,12 @@ from olmo_train.guards.spikes import SpikeDetector
 from olmo_train.guards.watchdog import group_timeout
 from olmo_train.log.interval import StepStats, has_no_scored_token, mean_loss
 from olmo_train.model.transformer import Transformer
-from olmo_train.optim import build, schedules
+from olmo_train.optim import schedules
+from olmo_train.optim.build import set_lr
 from olmo_train.parallel import determinism, gradients
 from olmo_train.parallel.world import World, explain_lost_peers, join_world
 from olmo_train.run import allocator
+from olmo_train.run.build import build
 from olmo_train.run.out_of_memory import explain_out_of_memory
 from olmo_train.run.run import Run
 from olmo_train.train_config import TrainConfig
@@ -40,7 +42,6 @@ def train_step(
     step: int,
     config: TrainConfig,
     world: World,
-    sources: int,
     spikes: SpikeDetector,
 ) -> StepStats:
     """One update: sum the loss over tokens, and divide once by the number of scored tokens in the global batch."""
@@ -50,7 +51,7 @@ def train_step(
     if config.loss_divisor == "all_tokens":
         counted = (divisor > 0).expand_as(counted)
         divisor = torch.full_like(divisor, batch.labels.numel() * world.size)
-    sums = torch.zeros(2, sources, dtype=torch.float64, device=world.device)
+    sums = torch.zeros(2, len(config.data.sources), dtype=torch.float64, device=world.device)
     losses = []
     micro_batches = list(batch.micro_batches(config.rows_per_forward))
     for i, micro in enumerate(micro_batches):
@@ -72,23 +73,25 @@ def train_step(
     unwanted = torch.maximum(spike, unscored) if config.guards.spike == "skip" else unscored
     skipped = skip_if_not_finite(optimizer, sums.sum(), grad_norm, unwanted)
     with record_function("optimizer"):
-        build.set_lr(optimizer, lr)
+        set_lr(optimizer, lr)
         optimizer.step()
         optimizer.zero_grad()
     return StepStats(step, lr, sums, grad_norm, skipped, losses, spike, norms=norms)
 
 
-def pass_over(batch: Batch, step: int, config: TrainConfig, sources: int) -> StepStats:
+def pass_over(batch: Batch, step: int, config: TrainConfig) -> StepStats:
     """A step that is passed over: it uses up its number, learning rate and batch, but computes and changes nothing."""
     none = torch.zeros((), device=batch.labels.device)
-    sums = torch.zeros(2, sources, dtype=torch.float64, device=none.device)
+    sums = torch.zeros(2, len(config.data.sources), dtype=torch.float64, device=none.device)
     losses = torch.full((len(batch.labels),), torch.nan, device=none.device)
     lr = schedules.lr_at(step, config.optim, config.steps)
     return StepStats(step, lr, sums, none + torch.nan, none + 1, losses, none, passed_over=True)
 
 
-def train(config: TrainConfig) -> Generator[StepStats, None, None]:
+def train(config: TrainConfig, world: World | None = None) -> Generator[StepStats, None, None]:
     """Train to config.steps, from the newest checkpoint of run_dir if there is one; yields after every update.
+
+    `world`: the processes that train, for a caller that has joined them already; else they are joined here and left at the end.
 
     After a rewind (guards.spike) the steps since the checkpoint are computed and yielded again. Raises ConfigError, DataError,
     CheckpointError, SaveError, NonFiniteError, ReplicaError, PeerError, and Stopped when a signal ended the run after a save.
@@ -101,7 +104,8 @@ def train(config: TrainConfig) -> Generator[StepStats, None, None]:
         report = Path(config.run_dir) / "forensics" / "out-of-memory"
         stack.enter_context(explain_out_of_memory(report, config.micro_batch_size, config.parallel.activation_checkpointing))
         signals = stack.enter_context(StopSignals().installed())
-        world = stack.enter_context(join_world(config.parallel.replicas, group_timeout(config.guards.hang_seconds)))
+        if world is None:
+            world = stack.enter_context(join_world(config.parallel.replicas, group_timeout(config.guards.hang_seconds)))
         again = True
         while again:
             again = False
@@ -119,25 +123,36 @@ def train_from_newest(config: TrainConfig, world: World, signals: StopSignals) -
         if run.is_finished:
             return
         config = run.config  # with total_steps set
-        model, optimizer = run.build()
+        model, optimizer = build(config, world, run.start.folder)
+        run.begin(model, optimizer)
         loader = stack.enter_context(contextlib.closing(run.loader()))
         profiler = stack.enter_context(contextlib.closing(run.profiler()))
         stack.enter_context(allocator.no_automatic_gc())
 
-        for step in range(run.last_step + 1, config.steps + 1):
+        for step in range(run.start.step + 1, config.steps + 1):
+            is_last = step == config.steps
             profiler.before(step)
-            batch, waited = run.next_batch(loader)
+            batch = run.next_batch(loader)
             if run.agree_to_stop():
                 run.save_and_stop(step - 1, model, optimizer)
+
             if step in run.anomalies.passed_over:
-                stats = pass_over(batch, step, config, len(run.mixture.names))
+                stats = pass_over(batch, step, config)
             else:
-                stats = train_step(model, optimizer, batch, step, config, world, len(run.mixture.names), run.spikes)
-            run.add(stats, waited)
-            run.report(stats, batch, model)
+                stats = train_step(model, optimizer, batch, step, config, world, run.spikes)
+            run.add(stats)
+
+            is_logged = is_last or step % config.log.interval_steps == 0
+            is_evaluated = run.evaluation.is_due(step, is_last)
+            if is_logged or is_evaluated:
+                run.anomalies.read()
+            line = run.journal.line(stats, batch) | run.checkpointer.take_figures() if is_logged else {}
+            if is_evaluated:
+                line = run.evaluate(step, line or run.journal.brief_line(stats, batch), model)
+            run.log(step, line)
             if config.guards.replica_check_steps and step % config.guards.replica_check_steps == 0:
                 run.check_replicas(step, model, optimizer)
-            if step == config.steps or config.checkpoint.is_due(step):
+            if is_last or config.checkpoint.is_due(step):
                 run.save(step, model, optimizer)
             yield stats
 

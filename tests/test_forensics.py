@@ -3,7 +3,6 @@
 import json
 import math
 import re
-from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,6 @@ from ranks import on_ranks
 from test_guards import EVERY, poison
 from test_rewind import SPIKE, spiking  # noqa: F401, a fixture
 
-from olmo_train import train as module
 from olmo_train.checkpoint.load import load_model
 from olmo_train.errors import NonFiniteError
 from olmo_train.guards import forensics
@@ -79,9 +77,8 @@ def test_a_poisoned_document_is_named_first(poisoned_args, ranks):
     assert ids
 
     def run(world):
-        module.join_world = lambda *_: nullcontext(world)
         spoil_tokens(ids)
-        return [stats.step for stats in train(config) if stats.skipped]
+        return [stats.step for stats in train(config, world) if stats.skipped]
 
     skipped, *others = on_ranks(ranks, run)
     assert skipped and all(other == skipped for other in others)
@@ -120,10 +117,9 @@ def test_what_a_spike_leaves_agrees_with_the_record(spiking, read_metrics):  # n
 @pytest.mark.parametrize("determinism", [None, "world"])
 def test_the_norms_of_two_ranks_are_those_of_the_whole_gradients(tiny_args, determinism):
     def run(world):
-        module.join_world = lambda *_: nullcontext(world)
         changes = {"micro_batch_size": 1} if determinism == "world" else {}
         config = tiny_args(f"run-{world.size}", total_steps=2, determinism=determinism, **changes)
-        return [shard.full_tensor(stats.norms[1]).tolist() for stats in train(config)]
+        return [shard.full_tensor(stats.norms[1]).tolist() for stats in train(config, world)]
 
     (one,), (two, same) = on_ranks(1, run), on_ranks(2, run)
     assert two == same

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -97,9 +96,8 @@ def test_a_nan_on_one_of_two_ranks_is_skipped_on_both(tiny_args, read_metrics):
     config = tiny_args("run", **EVERY)
 
     def run(world):
-        module.join_world = lambda *_: nullcontext(world)
         poison(4, math.nan, rank=1, world=world)
-        return [[stats.skipped.item(), stats.grad_norm.isfinite().item()] for stats in train(config)]
+        return [[stats.skipped.item(), stats.grad_norm.isfinite().item()] for stats in train(config, world)]
 
     first, second = on_ranks(2, run)
     assert first == second == [[0.0, True]] * 3 + [[1.0, False]] + [[0.0, True]] * 2
@@ -143,9 +141,8 @@ def test_two_ranks_agree_on_a_batch_without_a_scored_token_and_step_when_one_has
     """Rank 1 has none in step 4, neither rank in step 3."""
 
     def run(world):
-        module.join_world = lambda *_: nullcontext(world)
         loader.read_batch = mask_steps((3, 4) if world.rank else (3,))
-        return [stats.skipped.item() for stats in train(tiny_args("run", **EVERY))]
+        return [stats.skipped.item() for stats in train(tiny_args("run", **EVERY), world)]
 
     assert on_ranks(2, run) == [[0, 0, 1, 0, 0, 0]] * 2
 
@@ -240,9 +237,8 @@ def test_a_signal_to_one_rank_stops_both_after_the_same_step(tiny_args):
     config = tiny_args("run", total_steps=100, **{"checkpoint.interval_steps": 1000})
 
     def run(world):
-        module.join_world = lambda *_: nullcontext(world)
         try:
-            for stats in train(config):
+            for stats in train(config, world):
                 if stats.step == 4 and world.rank == 1:
                     os.kill(os.getpid(), signal.SIGTERM)
         except Stopped as stopped:

@@ -1,6 +1,5 @@
 """Names that drivers report find their row; anything else finds none."""
 
-from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -118,15 +117,14 @@ def test_the_energy_of_a_run_is_that_of_all_ranks_and_goes_on_over_a_resume(tiny
     from ranks import on_ranks
 
     from olmo_train import train as module
-    from olmo_train.log import energy
+    from olmo_train.log import journal
 
     config = {"total_steps": 3, "checkpoint.interval_steps": 2}
 
     def run(world, last):
         nvml = FakeNvml()
-        module.join_world = lambda *_: nullcontext(world)
-        energy.open_energy_meter = lambda: EnergyMeter(nvml, "GPU-1234")
-        for _ in module.train(tiny_args("run", **config | {"total_steps": last})):
+        journal.open_energy_meter = lambda: EnergyMeter(nvml, "GPU-1234")
+        for _ in module.train(tiny_args("run", **config | {"total_steps": last}), world):
             nvml.used += 1 + world.rank  # the next line's step has used so much
 
     on_ranks(2, lambda world: run(world, 3))

@@ -26,7 +26,8 @@ from olmo_train.parallel.world import join_world
 from olmo_train.train_config import TrainConfig
 
 ROWS, T, SEED = 8, 16, 3
-WORDS = ["run_dir=unused", "data.sources.a.path=unused", "total_steps=4", f"global_batch_size={ROWS}", "model.d_model=32",
+WORDS = ["run_dir=unused", "data.sources.a.path=unused", "data.sources.b.path=unused", "total_steps=4",
+         f"global_batch_size={ROWS}", "model.d_model=32",
          "model.n_layers=2", "model.n_heads=2", "model.mlp_hidden=48", "model.vocab_size=61", "model.padded_vocab_size=64",
          f"model.seq_len={T}", "model.norm=layer_norm", "model.bias=norm", "optim.warmup_steps=0", "parallel.cpu_kernels=false",
          "optim.max_grad_norm=.inf", "parallel.precision=fp32"]  # fmt: skip
@@ -101,7 +102,7 @@ def one_step(world, words) -> dict:
     mine = slice(world.rank * rows, (world.rank + 1) * rows)
     optimizer = Recorder(model.parameters(), lr=0.0)
     batch = Batch(batch.input_ids[mine], batch.labels[mine], batch.sources[mine])
-    stats = train.train_step(model, optimizer, batch, 1, config, world, 2, train.SpikeDetector(world.device))
+    stats = train.train_step(model, optimizer, batch, 1, config, world, train.SpikeDetector(world.device))
     return {
         "loss": stats.loss.item(),
         "grad_norm": stats.grad_norm.item(),

@@ -163,7 +163,7 @@ def test_sources_in_another_order_are_refused(tiny_args, tiny_words, tiny_tokens
 
 
 def test_the_speed_after_a_resume_counts_the_steps_of_this_process_alone(tiny_args, monkeypatch):
-    from olmo_train.run import run as module
+    from olmo_train.log import journal as module
 
     changes = {"log.interval_steps": 10, "checkpoint.interval_steps": 5}
     cut(tiny_args("run", **changes), steps=6)

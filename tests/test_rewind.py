@@ -56,8 +56,8 @@ def spoil(at, monkeypatch):
     monkeypatch.setattr(module.gradients, "clip_gradients", clip)
 
 
-def trained(config):
-    return list(train(config))
+def trained(config, world=None):
+    return list(train(config, world))
 
 
 def events_of(config, *kinds):
@@ -183,10 +183,7 @@ def test_two_ranks_rewind_together(spiking, read_metrics):
     config = spiking("run", "rewind")
 
     def run(world):
-        from contextlib import nullcontext
-
-        module.join_world = lambda *_: nullcontext(world)
-        return [s.step for s in trained(config)]
+        return [s.step for s in trained(config, world)]
 
     assert on_ranks(2, run) == [[*range(1, 8), *range(7, 13)]] * 2
     assert [line["skipped"] for line in read_metrics(config.run_dir)] == [0] * 7 + [1] + [0] * 4

@@ -39,7 +39,7 @@ def a_step(config, world):
     tokens = torch.arange(config.global_batch_size * config.model.seq_len).view(config.global_batch_size, -1) % 512
     batch = Batch(tokens, tokens, torch.zeros(len(tokens), dtype=torch.int64)).to(world.device)
     spikes = SpikeDetector(world.device)
-    return lambda step: train.train_step(model, optimizer, batch, step, config, world, 1, spikes)
+    return lambda step: train.train_step(model, optimizer, batch, step, config, world, spikes)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -7,7 +7,6 @@ import signal
 import socket
 import sys
 import time
-from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -198,11 +197,10 @@ def test_what_one_rank_alone_cannot_open_ends_all_ranks_with_its_reason(tiny_arg
         raise problem
 
     def run(world):
-        module.join_world = lambda *_: nullcontext(world)
         if world.rank == 1:
             setattr(owner, name, fails)
         try:
-            list(module.train(config))
+            list(module.train(config, world))
         except UserError as error:
             return [error.exit_code, str(error)]
 
@@ -259,7 +257,6 @@ def test_a_rank_that_needs_three_times_the_median_is_told_and_an_equal_one_is_no
     config = tiny_args("run", total_steps=12, **{"log.interval_steps": 4})
 
     def train(world):
-        module.join_world = lambda *_: nullcontext(world)
         real = Loader.get
 
         def get(self, give_up):
@@ -267,7 +264,7 @@ def test_a_rank_that_needs_three_times_the_median_is_told_and_an_equal_one_is_no
             return real(self, give_up)
 
         Loader.get = get
-        list(module.train(config))
+        list(module.train(config, world))
 
     on_ranks(2, train)
     lines = (Path(config.run_dir) / "events.jsonl").read_text().splitlines()

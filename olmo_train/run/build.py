@@ -1,0 +1,31 @@
+"""Build the model and the optimizer of a run: sharded, with first weights or those of a checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from olmo_train.checkpoint import folders, load
+from olmo_train.model.transformer import Transformer
+from olmo_train.optim.build import allocate_state, build_optimizer
+from olmo_train.parallel import shard
+from olmo_train.parallel.world import World
+from olmo_train.train_config import TrainConfig
+
+
+def build(config: TrainConfig, world: World, checkpoint: Path | None) -> tuple[Transformer, torch.optim.Optimizer]:
+    """The sharded model and its optimizer, with the state of `checkpoint`, the weights of init_from, or first weights."""
+    with torch.device("meta"):
+        model = Transformer(config.model)
+    deterministic = config.determinism == "world"
+    shard.shard(model, config.parallel, world, config.global_batch_size if deterministic else None)
+    optimizer = build_optimizer(dict(model.named_parameters()), config.optim, shard.on_full_tensor, deterministic)
+    allocate_state(optimizer)
+    if checkpoint:
+        load.load(checkpoint, model, optimizer, world)
+    elif config.init_from:
+        load.load_weights(world.on_main(lambda: folders.resolve(Path(config.init_from))), model, world)
+    else:
+        shard.init_weights(model, config.seed)
+    return model, optimizer

@@ -1,0 +1,77 @@
+"""Decide what a run starts from: a fresh model, the newest checkpoint of its run_dir, or a checkpoint of another run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from olmo_train import config as configuration
+from olmo_train.checkpoint import folders
+from olmo_train.data.mixture import Mixture
+from olmo_train.data.order import BatchSizes
+from olmo_train.history import is_logged
+from olmo_train.run.resume import check_changes, check_data, check_denied, check_skip_steps
+from olmo_train.train_config import TrainConfig
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a run starts from."""
+
+    kind: str  # start, resume or branch
+    folder: Path | None  # the checkpoint to load; None for a fresh model
+    state: dict[str, Any]  # state.json of that checkpoint
+    batches: BatchSizes  # of the whole run: those of the checkpoint, then the configuration's
+
+    @property
+    def step(self) -> int:
+        """The last step that is done."""
+        return self.state["step"]
+
+    @property
+    def first_step(self) -> int:
+        """The step before the run's own first one: 0, or the step that a branch leaves its parent at."""
+        return self.step if self.kind == "branch" else 0
+
+
+def find_checkpoint(config: TrainConfig) -> tuple[str, Path | None]:
+    """(kind, checkpoint folder): the newest checkpoint of run_dir that verifies, else resume_from, else none.
+
+    Raises CheckpointError when run_dir has checkpoints and none verifies, or when resume_from is not a checkpoint.
+    """
+    folder = folders.newest(Path(config.run_dir), config.resume == "strict")
+    if folder is not None:
+        return "resume", folder
+    if config.resume_from is not None:
+        return "branch", folders.resolve(Path(config.resume_from))
+    return "start", None
+
+
+def read_start(config: TrainConfig, resolved: dict[str, Any], mixture: Mixture, kind: str, folder: Path | None) -> Start:
+    """Read the state of the checkpoint that `find_checkpoint` found.
+
+    Raises ConfigError when the configuration `resolved` would train another model than the one that is resumed, and
+    DataError when the data differ. A branch may change anything.
+    """
+    if folder is None:
+        return Start(kind, None, {"step": 0}, BatchSizes(((1, config.global_batch_size),)))
+    state, saved = folders.read_state(folder), configuration.decoded(configuration.read([folder / "config.yaml"]))
+    if kind == "resume":
+        check_changes(saved, resolved, config.allow_changes)
+        check_skip_steps(saved, resolved, state["step"], config.allow_changes)
+        check_data(state["data"], mixture.fingerprint, config.allow_changes)
+        check_denied(state.get("denied"), mixture.denied_summary, config.allow_changes)
+    # A checkpoint of an older version, or a converted one, has one batch size up to its step.
+    changes = state.get("batches") or [(1, saved.get("global_batch_size", config.global_batch_size))]
+    batches = BatchSizes(tuple(map(tuple, changes))).after(state["step"], config.global_batch_size)
+    return Start(kind, folder, state, batches)
+
+
+def owed_line(run_dir: Path, start: Start) -> dict[str, Any] | None:
+    """The metrics of the resumed step when a signal interrupted its evaluation and no attempt since has logged it.
+
+    The checkpoint keeps the line for good, so metrics.jsonl decides. A branch does not log a step of its parent.
+    """
+    line = start.state.get("pending_line")
+    return None if start.kind == "branch" or line is None or is_logged(run_dir, start.step) else line
