@@ -1,4 +1,4 @@
-"""The command line: a list of verbs, each a module of commands/ that is imported only when it is called."""
+"""The command line: a list of verbs. Each is a module of commands/, imported only when it is called."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ VERBS = {
     "convert": "take checkpoints to and from transformers folders and OLMo checkpoints",
     "generate": "continue a text with a checkpoint",
 }
-OF_A_GROUP = ("train", "bench", "replay")  # verbs that many processes run together, of which rank 0 reports errors
+OF_A_GROUP = ("train", "bench", "replay")  # verbs that many processes run together; rank 0 reports errors
 OUTPUTS = {"output": "--output", "dest": "DEST"}  # arguments that name what a verb writes
 INTERRUPTED = 130  # as a shell reports a program that Ctrl-C ended
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports a wrong use as every other mistake: usage, then one `error:` line, from rank 0 alone."""
+    """Reports usage errors in the same form as all others: usage, then one `error:` line, from rank 0 only."""
 
     verb = ""  # the first word of the command line, also for the parsers of single verbs
 
@@ -61,19 +61,19 @@ class Parser(argparse.ArgumentParser):
 
 
 def let_threads_sleep() -> None:
-    """Threads of a CPU that wait for each other by spinning take the cores from whoever else runs: another process, or code
-    with separate threads, such as those of torch.compile. Call it before torch is loaded; the user's own setting comes first."""
+    """Make OpenMP threads wait without spinning: spinning threads take cores from other processes and other threads, such as
+    those of torch.compile. Call it before torch is loaded. A setting of the user takes precedence."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def look_for_garbage_rarely() -> None:
-    """Loading torch makes 300,000 objects that stay. Looked through again and again, at Python's own pace, they cost a sixth
-    of the loading."""
+    """Pause garbage collection while torch loads: it creates 300,000 permanent objects, and scanning them repeatedly takes a
+    sixth of the load time."""
     gc.set_threshold(50_000)
 
 
 def main(words: list[str] | None = None) -> int:
-    """Run one verb; returns its exit code. An error that a user can cause becomes one line on stderr, from rank 0 alone."""
+    """Run one verb; returns its exit code. An error that a user can cause becomes one line on stderr, from rank 0 only."""
     words = sys.argv[1:] if words is None else words
     open_streams()
     try:
@@ -148,7 +148,7 @@ def _is_silent(verb: str) -> bool:
 
 
 def as_user_error(problem: OSError | UnicodeEncodeError, arguments: argparse.Namespace) -> UserError:
-    """The one line for an output that cannot be written, or for data that cannot be read."""
+    """The one-line error for an output that cannot be written, or for data that cannot be read."""
     if isinstance(problem, UnicodeEncodeError):
         text = ascii(problem.object[max(0, problem.start - 100) : problem.end + 100])
         return DataError(text, f"cannot be written as {problem.encoding}; rename the file, or use a UTF-8 locale")
@@ -169,7 +169,7 @@ def _is_of(file: Path, output: Path) -> bool:
 
 
 def _stdout_failed(problem: OSError) -> bool:
-    """Whether an error comes from printing: the text is still in the buffer then, or the reader of the pipe is gone."""
+    """Whether an error comes from printing: then text is still in the buffer, or the reader of the pipe is gone."""
     try:
         sys.stdout.flush()
     except OSError:
@@ -182,7 +182,7 @@ def _stdout_failed(problem: OSError) -> bool:
 
 
 def _flush_stdout(code: int) -> int:
-    """Print what waits, before Python ends, where an error has no place. A reader that left (`| head`) is no error."""
+    """Flush stdout before Python exits, where errors could not be reported. A closed pipe (`| head`) is not an error."""
     try:
         sys.stdout.flush()
     except OSError as problem:

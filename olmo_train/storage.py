@@ -1,4 +1,4 @@
-"""Files that are whole or not there: how anything that must survive a crash is written.
+"""Write files and folders atomically, so that after a crash each is complete or absent.
 
 Write under another name, flush the file and its folder, rename, flush the parent. A folder that carries
 its final name is whole; its MANIFEST.json lists size and hash of every file, taken from the bytes in memory before they
@@ -27,9 +27,9 @@ from olmo_train.errors import ConfigError
 
 log = logging.getLogger(__name__)
 MANIFEST = "MANIFEST.json"
-READ_BY_NAME = {"config.yaml", "state.json", "tokenizer.json"}  # besides *.safetensors: what is read from a checkpoint
+READ_BY_NAME = {"config.yaml", "state.json", "tokenizer.json"}  # files that are read from a checkpoint, besides *.safetensors
 FilePath = NewType("FilePath", str)  # of a configuration: a leading ~ is the home folder; see config.py
-CHUNK = 1 << 22  # bytes that are written, or read, and hashed at once
+CHUNK = 1 << 22  # bytes written, or read, and hashed at a time
 
 
 def cache_folder() -> Path:
@@ -52,7 +52,7 @@ def cache_folder() -> Path:
 
 
 def flush_folder(folder: Path) -> None:
-    """Make the names in a folder survive a power cut."""
+    """Flush the names in a folder to the disk, so that they survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -61,7 +61,7 @@ def flush_folder(folder: Path) -> None:
 
 
 def write_file(path: Path, *pieces: bytes | memoryview) -> dict[str, Any]:
-    """Write a file of these pieces, one after the other, and flush it; returns its manifest entry.
+    """Write the pieces to a file in order and flush it; returns its manifest entry.
 
     A thread hashes the bytes in memory at the same time; hashing takes about as long as writing and flushing.
     """
@@ -93,7 +93,7 @@ def _chunks(pieces: Iterable[bytes | memoryview]) -> Iterator[memoryview]:
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Write a file so that a reader sees the old content or the new, never a part."""
+    """Write a file atomically: a reader sees the old content or the new, never a part."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write_file(temporary, content)
@@ -104,7 +104,7 @@ def replace_file(path: Path, content: bytes) -> None:
 
 
 def commit_folder(temporary: Path, final: Path, entries: dict[str, dict[str, Any]]) -> None:
-    """Turn a folder of flushed files into the whole folder `final`. `entries` is {file name: its manifest entry}."""
+    """Write the manifest of a folder of flushed files and rename it to `final`. `entries`: {file name: manifest entry}."""
     write_file(temporary / MANIFEST, json.dumps({"format": 1, "files": entries}, indent=1, sort_keys=True).encode())
     flush_folder(temporary)
     os.rename(temporary, final)
@@ -112,7 +112,7 @@ def commit_folder(temporary: Path, final: Path, entries: dict[str, dict[str, Any
 
 
 def remove_folder(folder: Path) -> None:
-    """Delete a folder so that a crash in between leaves no half of it under its name. A symlink is never followed."""
+    """Rename a folder and delete it, so that a crash never leaves a part of it under its name. Symlinks are not followed."""
     if folder.is_symlink():
         folder.unlink()
         return
@@ -132,14 +132,14 @@ def hash_file(path: Path) -> str:
 
 
 def problems_of(folder: Path, contents: bool = True) -> list[str]:
-    """What is wrong with a committed folder, file by file; empty when every file is as its manifest says.
+    """The problems of a committed folder, file by file; empty if every file matches the manifest.
 
     A file that the manifest does not name is ignored, with a warning, unless a reader of checkpoints would open it. A link
     counts as the file that it points to. Without `contents`, names and sizes are compared, and no file is read.
     """
     try:
         expected = _read_manifest(folder / MANIFEST)
-        with ThreadPoolExecutor(os.cpu_count()) as threads:  # each file is hashed by one
+        with ThreadPoolExecutor(os.cpu_count()) as threads:  # one thread per file
             found = threads.map(lambda name: _problem_of(folder / name, name, *expected[name], contents), expected)
             problems = [problem for problem in found if problem]
         present = {path.name: path.is_symlink() for path in folder.iterdir()}
@@ -159,7 +159,7 @@ def problems_of(folder: Path, contents: bool = True) -> list[str]:
 
 
 def _read_manifest(file: Path) -> dict[str, tuple[int, str]]:
-    """{name: (size, hash)}. Raises ValueError with one line on what is wrong with it."""
+    """{name: (size, hash)}. Raises ValueError with a one-line reason."""
     if not file.is_file():
         raise ValueError(f"{file.name} is missing")
     try:
@@ -192,7 +192,7 @@ def _problem_of(path: Path, name: str, size: int, sha256: str, contents: bool) -
 
 
 class RunLock:
-    """One run at a time in a run_dir. The lock ends with the process, however it ends, so a stale one cannot block."""
+    """One run at a time in a run_dir. The lock is released when the process ends, however it ends, so it is never stale."""
 
     def __init__(self, run_dir: Path):
         self.path = run_dir / ".lock"

@@ -79,7 +79,7 @@ def test_documents_of_raw_files_are_denied_by_a_place_in_them(tmp_path):
     np.arange(30, dtype="<u2").tofile(short := tmp_path / "a0.npy")  # ends without an EOS
     two = Mixture(DataConfig({"a": SourceConfig((str(short), str(file)))}, deny=("a:@7",), eos_id=EOS), 1, BATCH, T, 60_000)
     assert (two.denied[0].starts.tolist(), two.denied[0].ends.tolist()) == ([0], [30])
-    with pytest.raises(ConfigError, match="data.eos_id: is needed to tell the documents of a apart"):
+    with pytest.raises(ConfigError, match="data.eos_id: is needed to separate the documents of a,"):
         mixture_of({"a": file}, deny=("a:@120",))
     with pytest.raises(DataError, match=r"data.deny: a: is made of raw token files.*'d1'.*a:@N for the one that holds token N"):
         mixture_of({"a": file}, deny=("a:d1",), eos_id=EOS)

@@ -12,7 +12,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--verify", action="store_true", help="compare every file with the hashes of its manifest; exit 4 on damage"
     )
     parser.add_argument("--prune", action="store_true", help="delete what the run's retention no longer keeps")
-    parser.add_argument("--dry-run", action="store_true", help="with --prune: only say what would be deleted")
+    parser.add_argument("--dry-run", action="store_true", help="with --prune: only list what would be deleted")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -38,7 +38,7 @@ def run(arguments: argparse.Namespace) -> None:
             damaged[folder] = problems
         print(describe(step, folder, retention.is_permanent(step), problems if arguments.verify else None))
     if arguments.prune:
-        with contextlib.nullcontext() if arguments.dry_run else RunLock(run_dir):  # a run may be going on
+        with contextlib.nullcontext() if arguments.dry_run else RunLock(run_dir):  # a run may be in progress
             for folder in checkpoint.superfluous(run_dir, retention):
                 print(f"{'would delete' if arguments.dry_run else 'deleted'} {folder}")
                 if not arguments.dry_run:

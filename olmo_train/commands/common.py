@@ -54,7 +54,7 @@ def mass(kg: float) -> str:
 
 
 def _watch(items, what: str, total: int):
-    """A progress bar on stderr where somebody sees it."""
+    """A progress bar on stderr, if that is a terminal."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     from olmo_train.log.console import is_terminal, rich_console

@@ -1,4 +1,4 @@
-"""take checkpoints to and from transformers folders and OLMo checkpoints"""
+"""convert checkpoints to and from transformers folders and OLMo checkpoints"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""look for what would keep a run from working on this machine"""
+"""check this machine for problems that would stop a run"""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from olmo_train.commands.common import split_config
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", nargs="*", metavar="CONFIG.yaml|key=value", help="also look at this configuration")
+    parser.add_argument("config", nargs="*", metavar="CONFIG.yaml|key=value", help="also check this configuration")
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
 
 

@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--world-size", type=int, metavar="W", help="processes (default: as the run had them at that step, else 1)"
     )
-    parser.add_argument("--brief", action="store_true", help="look up neither documents nor text, which takes most of the time")
+    parser.add_argument("--brief", action="store_true", help="skip documents and text, whose lookup takes most of the time")
     parser.add_argument("--json", action="store_true", help="print JSON, with the whole text of each instance")
 
 

@@ -1,4 +1,4 @@
-"""tell memory, time, energy and schedule before a launch
+"""estimate memory, time, energy and schedule before a launch
 
 plan configs/models/olmo-1b.yaml --gpus 8 --gpu h100
 plan configs/models/olmo-7b.yaml --gpus 64 --gpu h100 --price 2.5 --output schedule.png
@@ -30,13 +30,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from olmo_train.plan.time import PAPER_CARBON, PAPER_PUE
 
     add_config_arguments(parser)
-    parser.add_argument("--gpus", type=int, default=1, metavar="N", help="GPUs of the whole run (default: 1)")
-    parser.add_argument("--gpu", metavar="NAME", help="their kind, such as h100 or a100-80gb (default: this machine's)")
+    parser.add_argument("--gpus", type=int, default=1, metavar="N", help="number of GPUs (default: 1)")
+    parser.add_argument("--gpu", metavar="NAME", help="the GPU, such as h100 or a100-80gb (default: this machine's)")
     parser.add_argument("--gpu-memory", type=float, metavar="GB", help="memory of a GPU")
     parser.add_argument("--gpu-peak", type=float, metavar="TFLOPS", help="its dense bf16 peak, in 10^12 FLOP/s")
     parser.add_argument("--gpu-power", type=float, metavar="W", help="its power under load")
-    parser.add_argument("--mfu", type=float, default=0.4, help="share of the peak that is assumed (default: 0.4)")
-    parser.add_argument("--price", type=float, metavar="MONEY", help="of a GPU-hour")
+    parser.add_argument("--mfu", type=float, default=0.4, help="assumed fraction of the peak (default: 0.4)")
+    parser.add_argument("--price", type=float, metavar="MONEY", help="price of a GPU-hour")
     pue = f"the data centre's power over the GPUs' (default: {PAPER_PUE:g}, the OLMo paper's)"
     parser.add_argument("--pue", type=float, default=PAPER_PUE, help=pue)
     carbon = f"kgCO2eq of a kWh where it runs (default: {PAPER_CARBON:g}, the OLMo paper's)"

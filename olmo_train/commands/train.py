@@ -1,4 +1,4 @@
-"""train a model, or go on with a run: the same command again resumes"""
+"""train a model; the same command again resumes the run"""
 
 from __future__ import annotations
 

@@ -13,10 +13,10 @@ from olmo_train.storage import FilePath
 
 @dataclass(frozen=True)
 class StageConfig:
-    """A change of the mix while the run goes on, such as annealing on better text."""
+    """A change of the mix during the run, such as annealing on better text."""
 
     from_step: int  # the first step of the new mix
-    weights: dict[str, float]  # of every source, by name; a source that is not named gets 0
+    weights: dict[str, float]  # weight of each source, by name; a source that is not listed gets 0
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class DataConfig:
     order: str = "permute"  # permute: keyed permutations and weights; olmo: allenai/OLMo's own shuffle
     seed: int | None = None  # of the order; null: the run's seed
     eos_id: int | None = None  # end of a document in raw files; prepared folders know theirs
-    document_mask: bool = False  # attention stays within a document, positions start again with each
+    document_mask: bool = False  # attention stays within documents, positions restart at each
     stages: tuple[StageConfig, ...] = ()
     deny: tuple[FilePath, ...] = ()  # documents that are never a label in training: SOURCE:ID, or files of one such word a line
     validation: dict[str, SourceConfig] = field(default_factory=dict)
@@ -58,7 +58,7 @@ class DataConfig:
             if weight > 0 and places == 0:
                 raise ConfigError(
                     where,
-                    f"the weight of {name}, {weight} of {sum(weights)}, is below one in {PERIOD}; raise it or use 0",
+                    f"the weight of {name}, {weight} of {sum(weights)}, is below one in {PERIOD}; raise it or set 0",
                 )
 
 
@@ -67,7 +67,7 @@ class SourceConfig:
     path: (
         FilePath | tuple[FilePath, ...]
     )  # a folder written by prepare-data, or raw .npy/.bin token files: a file, a list, a glob; also scheme://
-    weight: float = 1.0  # share of the instances, relative to the other sources; without meaning for validation
+    weight: float = 1.0  # share of the instances, relative to the other sources; ignored for validation
     dtype: str | None = None  # of raw files: uint16 or uint32; null: from the vocabulary (<= 65536 -> uint16)
 
     def __post_init__(self) -> None:

@@ -25,13 +25,13 @@ from olmo_train.data.tokenizer import TokenizerRecord
 from olmo_train.errors import ConfigError, DataError
 from olmo_train.storage import cache_folder
 
-WHOLE_BYTES = 64 * 2**20  # a source of at most this size is hashed whole when it is opened; a larger one in blocks
+WHOLE_BYTES = 64 * 2**20  # a source up to this size is hashed completely when it is opened, a larger one in sampled blocks
 RAW_BLOCKS = 4096  # blocks of 4 KiB hashed over all raw files of a source, evenly spread, the first and the last included
 CHECKED_SHARDS = 256  # at most N shards of a large prepared source, evenly spread, have their blocks compared at opening
 
 
 class TokenSource:
-    """One logical stream of tokens over all shards of a source, memory-mapped, read only. Made by `open_source`."""
+    """One logical token stream over all shards of a source, memory-mapped and read-only. Created by `open_source`."""
 
     def __init__(self, name: str, files: list[_ShardFile], meta: Meta | None, folder: Path | None, eos_id: int | None):
         self.name = name
@@ -113,7 +113,7 @@ class TokenSource:
             raise DataError(self.name, f"has {self.n_tokens} tokens, so there is none at {position}")
         if self.meta is None and self.eos_id is None:
             raise ConfigError(
-                "data.eos_id", f"is needed to tell the documents of {self.name} apart, which is made of raw token files"
+                "data.eos_id", f"is needed to separate the documents of {self.name}, which is made of raw token files"
             )
         return self.documents(position, position + 1)[0]
 
@@ -182,7 +182,7 @@ def check_ids(source: TokenSource, vocab_size: int) -> None:
         try:
             mark.parent.mkdir(parents=True, exist_ok=True)
             mark.write_text(f"{file} has passed with vocab_size {vocab_size}\n", encoding="utf-8", errors="replace")
-        except OSError:  # a cache that cannot be written costs the check again, nothing else
+        except OSError:  # without a writable cache the check only runs again next time
             pass
 
 

@@ -1,4 +1,4 @@
-"""Downstream tasks: which of several texts does the model find likeliest behind a question?
+"""Downstream tasks: which of several texts is the likeliest after a question, according to the model?
 
 Each choice of a question gets one number, its log-likelihood. `score` returns a vector of them that is 0 for the choices of
 other ranks, so the caller sums the ranks' vectors without rounding, and `results_of` computes accuracy and the other metrics
@@ -24,7 +24,7 @@ ROUND = 16  # lengths of batches are multiples of it
 
 @dataclass(frozen=True)
 class Row:
-    """One choice as tokens: what the model reads, and what it is scored on behind the last places of that."""
+    """One choice as tokens: what the model reads, and the targets that its last positions are scored on."""
 
     input_ids: tuple[int, ...]  # context and choice without its last token, at most seq_len, cut on the left
     targets: tuple[int, ...]  # the choice
@@ -43,7 +43,7 @@ class TokenizedTask:
 def load_task(word: str, tokenizer: Tokenizer, seq_len: int, limit: int | None = None) -> TokenizedTask:
     """A task (see read_task), tokenized for a model of seq_len. Raises ConfigError and DataError.
 
-    Context and choice are encoded each for itself, as OLMo does.
+    Context and choice are encoded separately, as OLMo does.
     """
     task = read_task(word, limit)
     choices = [choice for question in task.questions for choice in question.choices]
@@ -80,7 +80,7 @@ def score(
     model.eval()
     for first in watch(range(0, len(batches), world_size), task.label, -(-len(batches) // world_size)):
         mine = first + rank
-        indices = batches[min(mine, len(batches) - 1)]  # beyond the last batch a rank computes along, for nothing
+        indices = batches[min(mine, len(batches) - 1)]  # past the end, repeat the last batch: sharded models need all ranks
         likelihoods = _likelihoods(model, task, indices, device)
         if mine < len(batches):
             scores[torch.tensor([i for same in indices for i in same], device=device)] = likelihoods
@@ -109,7 +109,7 @@ def _likelihoods(model: nn.Module, task: TokenizedTask, indices: list[list[int]]
     """(choices,) float64, in the order of `indices`, whose groups share a line of the batch."""
     inputs = [task.rows[same[0]].input_ids for same in indices]
     width = -(-max(map(len, inputs)) // ROUND) * ROUND
-    # Attention looks back only, so what pads a line on the right changes nothing.
+    # Attention is causal, so padding on the right changes nothing.
     input_ids = torch.tensor([[*ids, *[0] * (width - len(ids))] for ids in inputs], device=device)  # (B, T)
     line_of = [line for line, same in enumerate(indices) for _ in same]
     rows = [task.rows[i] for same in indices for i in same]
@@ -126,7 +126,7 @@ def _likelihoods(model: nn.Module, task: TokenizedTask, indices: list[list[int]]
 
 @dataclass(frozen=True)
 class Downstream:
-    """What a task has come to. A task without a choice has bits per byte only."""
+    """The results of a task. A task without choices has bits per byte only."""
 
     task: str
     questions: int

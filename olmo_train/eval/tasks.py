@@ -24,7 +24,7 @@ UNCONDITIONAL = 1_000_000  # doc_ids from here on repeat the choices without the
 @dataclass(frozen=True)
 class Choice:
     context: str
-    text: str  # what is scored behind the context; begins with a space
+    text: str  # scored after the context; begins with a space
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def _read_requests(file: Path) -> list[Question]:
             choice = Choice(row["request"]["context"], row["request"]["continuation"])
             found.setdefault(row["doc_id"], {})[row["idx"]] = choice, row["label"]
         except (KeyError, TypeError) as problem:
-            raise DataError(file, f"line {number} is no request with one choice of a question: {problem!r}") from problem
+            raise DataError(file, f"line {number} is not a request with one choice of a question: {problem!r}") from problem
     questions = []
     for doc_id, choices in found.items():
         label = next(iter(choices.values()))[1]

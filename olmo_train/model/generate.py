@@ -45,10 +45,10 @@ def generate(
     finished: Callable[[list[int]], bool] = lambda new: False,
     cached: bool = True,
 ) -> list[list[int]]:
-    """The new token ids of each prompt, at most max_new_tokens, the EOS that ends a row included.
+    """The new token ids of each prompt, at most max_new_tokens, including the EOS that ends a row.
 
-    Row i draws from seeds[i] (0, 1, 2, ... by default), so that its result depends on no other row. It ends at eos_id, when
-    `finished` says so of its new tokens, or when the model has read seq_len tokens, the most it was trained on.
+    Row i samples with seeds[i] (0, 1, 2, ... by default), so its result depends on no other row. It ends at eos_id, when
+    `finished(new tokens)` is true, or when the model has read seq_len tokens, the most it was trained on.
     `cached=False` recomputes every position at each step: slow, with the same result. Raises ConfigError on a prompt that is
     empty or longer than seq_len.
     """
@@ -63,7 +63,7 @@ def generate(
     unread = 0
     while not all(done):
         inputs = torch.tensor([_part(row, unread, position) for row in rows], device=device)  # (B, new)
-        logits = model(inputs, cache=cache)[:, -1, : config.vocab_size]  # (B, V); the rows of padding are no tokens
+        logits = model(inputs, cache=cache)[:, -1, : config.vocab_size]  # (B, V), without the padding rows
         waiting = [len(row) == position and not over for row, over in zip(rows, done, strict=True)]
         draws = [torch.rand((), generator=g, dtype=torch.float64) if w else 0.0 for g, w in zip(generators, waiting, strict=True)]
         for i, token in enumerate(choose(logits, sampling, torch.tensor(draws, dtype=torch.float64)).tolist()):
@@ -86,7 +86,7 @@ def choose(logits: Tensor, sampling: Sampling, draws: Tensor) -> Tensor:
     if sampling.top_k is not None:
         probabilities[:, sampling.top_k :] = 0
         probabilities /= probabilities.sum(dim=-1, keepdim=True)
-    if sampling.top_p is not None:  # the token that crosses the sum is still in
+    if sampling.top_p is not None:  # keep the token that crosses the sum
         probabilities[probabilities.cumsum(dim=-1) - probabilities >= sampling.top_p] = 0
     reached = probabilities.cumsum(dim=-1)
     place = torch.searchsorted(reached, draws.to(logits.device)[:, None] * reached[:, -1:])
@@ -94,7 +94,7 @@ def choose(logits: Tensor, sampling: Sampling, draws: Tensor) -> Tensor:
 
 
 def _part(row: list[int], start: int, stop: int) -> list[int]:
-    """row[start:stop]; a row that has ended is filled up with zeros, which nothing reads."""
+    """row[start:stop]; a finished row is padded with zeros, which nothing reads."""
     part = row[start:stop]
     return part + [0] * (stop - start - len(part))
 

@@ -28,10 +28,10 @@ from olmo_train.storage import cache_folder
 
 SOURCE = Path(__file__).with_name("cpu_kernels.cpp")
 COMPILERS = ("c++", "g++", "clang++")  # tried in this order, after $CXX
-# Not -ffast-math: it takes NaN for impossible, and the guard lives on it.
+# Not -ffast-math: it assumes that there is no NaN, which the non-finite guard must see.
 FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-pthread")
 DTYPES = (torch.bfloat16, torch.float32)
-LANES = 16  # of the widest vector: head sizes must be multiples
+LANES = 16  # of the widest vector: head sizes must be multiples of it
 
 
 # ---- building
@@ -39,9 +39,9 @@ LANES = 16  # of the widest vector: head sizes must be multiples
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """The compiled kernels, built when this machine has none of this source yet; about two seconds.
+    """The compiled kernels, built at the first use on a machine, in about two seconds.
 
-    Raises ConfigError where there is no C++ compiler, or it refuses.
+    Raises ConfigError if there is no C++ compiler, or it fails.
     """
     compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, COMPILERS)), None)
     if compiler is None:
@@ -61,7 +61,7 @@ def library() -> ctypes.CDLL:
 
 
 def _fingerprint(words: list[str]) -> str:
-    """Of what the result depends on; homes are shared by machines with other processors and compilers."""
+    """A hash of everything that the build depends on: machines with other processors and compilers may share a home."""
     about = [*words, SOURCE.read_text(encoding="utf-8"), platform.machine(), platform.processor()]
     processor = Path("/proc/cpuinfo")
     if processor.exists():
@@ -71,7 +71,7 @@ def _fingerprint(words: list[str]) -> str:
 
 
 def _build(words: list[str], built: Path) -> None:
-    """Under another name first: several ranks may build it at once, and each must find it whole."""
+    """Build under another name and rename: several ranks may build at once, and each must find a complete file."""
     built.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=built.parent) as folder:
         made = Path(folder, "made.so")
@@ -88,7 +88,7 @@ def _build(words: list[str], built: Path) -> None:
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
     """softmax(q k^T / sqrt(D)) v, (B, H, T, D), for q (B, H, T, D) and k, v (B, K, T, D), K a divisor of H.
 
-    A query sees the keys up to its own place. What these kernels do not know, torch does: masks, caches, other types.
+    A query attends to keys up to its position. Masks, caches and other types, which these kernels lack, are left to torch.
     """
     known = mask is None and q.dtype in DTYPES and q.shape[-1] % LANES == 0 and q.shape[2] == k.shape[2]
     return attention(q, k, v)[0] if known else attend_by_torch(q, k, v, mask)
@@ -96,7 +96,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
 
 @torch.library.custom_op("olmo_train::cpu_attention", mutates_args=(), device_types="cpu")
 def attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """The result (B, H, T, D), and the logarithm of the sum of each query's exponentials, fp32 (B, H, T)."""
+    """The output (B, H, T, D), and the log-sum-exp of each query's scores, fp32 (B, H, T)."""
     q, k, v = map(_readable, (q, k, v))
     out, log_sums = _heads_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
     library().attention_forward(*_about(q, k), _addresses(q, k, v, out), _pointer(log_sums), torch.get_num_threads())
@@ -107,7 +107,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 def attention_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sums: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of q, k and v for that of the result."""
+    """The gradients of q, k and v, from the gradient of the output."""
     grad, q, k, v = map(_readable, (grad, q, k, v))
     gradients = _heads_like(q), _heads_like(k), _heads_like(v)
     addresses = _addresses(grad, q, k, v, out, *gradients)
@@ -141,7 +141,7 @@ def _readable(x: Tensor) -> Tensor:
 
 
 def _heads_like(x: Tensor) -> Tensor:
-    """An empty (B, H, T, D) that lies as (B, T, H, D), so that joining heads costs no copy."""
+    """An empty (B, H, T, D) stored as (B, T, H, D), so that joining heads needs no copy."""
     B, H, T, D = x.shape
     return x.new_empty(B, T, H, D).transpose(1, 2)
 
@@ -165,7 +165,7 @@ def _pointer(x: Tensor) -> ctypes.c_void_p:
 
 
 def differentiate_(logits: Tensor, labels: Tensor, z_loss: float) -> Tensor:
-    """As loss.differentiate_: cross-entropy (N,) fp32, while logits (N, V) become the gradients of the losses."""
+    """Like loss.differentiate_: cross-entropy (N,) fp32; overwrites logits (N, V) with the gradients of the losses."""
     if logits.dtype not in DTYPES or not logits.is_contiguous():
         raise TypeError(f"logits must be contiguous, and bf16 or fp32, got {logits.dtype}")
     rows, vocab = logits.shape

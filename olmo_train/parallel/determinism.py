@@ -40,7 +40,7 @@ def determinism(mode: str) -> Iterator[None]:
     threads = torch.get_num_threads()
     before = torch.are_deterministic_algorithms_enabled(), DETERMINISTIC.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
-    DETERMINISTIC.fill_uninitialized_memory = False  # costs time and finds bugs of another kind
+    DETERMINISTIC.fill_uninitialized_memory = False  # costs time, and only helps to find uninitialized reads
     torch.set_num_threads(1 if mode == "world" else threads)
     try:
         yield

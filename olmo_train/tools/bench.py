@@ -1,4 +1,4 @@
-"""How fast a configuration trains here: real steps of `train`, with logging, guard and clipping on, measured from outside."""
+"""Measure how fast a configuration trains on this machine, with real steps of `train`, including logging, guards and clipping."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from olmo_train.train import train
 from olmo_train.train_config import TrainConfig
 
 PHASES = ("forward", "backward", "clip", "optimizer")  # the ranges that train_step names for profilers
-PROFILED = 3  # steps whose phases are taken apart, after the timed ones
-RANDOM_TOKENS = 2_000_000  # of the stand-in source, when the configuration names no data
+PROFILED = 3  # steps profiled by phase, after the timed ones
+RANDOM_TOKENS = 2_000_000  # of a random source, if the configuration has no data
 
 
 def load(files: list[str], words: list[str], folder: Path) -> TrainConfig:
-    """The configuration to measure: as given, but with a run_dir that is thrown away, W&B off, and random tokens where no
-    data are named: speed does not depend on what the tokens are."""
+    """The configuration to measure, with a temporary run_dir, W&B off, and random tokens if it has no data: speed does not
+    depend on the tokens."""
     values = configuration.read(files, words)
     values |= {"run_dir": str(folder / "run"), "total_steps": values.get("total_steps") or 10**6}
     values.pop("total_tokens", None)
@@ -45,7 +45,7 @@ def load(files: list[str], words: list[str], folder: Path) -> TrainConfig:
 
 
 def measure(files: list[str], words: list[str], steps: int, warmup: int) -> dict[str, Any]:
-    """Train `warmup` steps, then time `steps` steps one by one, then take PROFILED steps apart.
+    """Train `warmup` steps, then time `steps` steps one by one, then profile PROFILED steps.
 
     Returns plain numbers: medians over steps, so that one slow step does not count.
     """

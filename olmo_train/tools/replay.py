@@ -47,7 +47,7 @@ class Replay:
 
     @property
     def differing(self) -> list[str]:
-        """Names of the compared metrics that are not equal to the last bit."""
+        """Names of the compared metrics that differ in any bit."""
         return [name for name in COMPARED if self.logged.get(name) != self.replayed.get(name)]
 
 
@@ -136,7 +136,7 @@ def _config_of(run_dir: Path, attempt: Attempt) -> TrainConfig:
 
 
 def _about(lines: dict[int, dict[str, Any]], folder: Path | None, first: int, target: int, stretches: list[Stretch]) -> str:
-    """From where, how far and about how long."""
+    """A line with the first step, the number of steps and the estimated time."""
     count = target - first + 1
     text = f"computing {count} step{'s' * (count > 1)}, {first} to {target}, from {folder or 'the first weights'}"
     logged = [line.get("throughput/step_seconds") for step, line in lines.items() if first <= step <= target]
@@ -147,7 +147,7 @@ def _about(lines: dict[int, dict[str, Any]], folder: Path | None, first: int, ta
         text += f"; the configuration changed after step {ends}, and each step gets its own"
     config, _, attempt = stretches[-1]
     if attempt.world_size != 1 and config.determinism != "world":
-        text += f"; the run had {attempt.world_size} processes, and on one the last digits differ unless determinism is 'world'"
+        text += f"; the run had {attempt.world_size} processes, and the last digits differ on one, unless determinism is 'world'"
     return text
 
 
@@ -159,7 +159,7 @@ def _train_to(config: TrainConfig, step: int) -> StepStats:
 
 
 def _guards(config: GuardConfig, run_dir: Path) -> GuardConfig:
-    """What the run passed over is passed over again; a spike that was left does not come back, so none is looked for."""
+    """Pass over the same steps as the run. Spikes are not handled again: the logged history is already without them."""
     left = {step for rewind in rewound(run_dir) for step in rewind["skipped"]}
     policy = "skip" if config.spike == "skip" else "record"
     return dataclasses.replace(config, spike=policy, skip_steps=tuple(sorted(left.union(config.skip_steps))))
