@@ -13,6 +13,7 @@ from ranks import on_ranks
 from olmo_train import train as module
 from olmo_train.checkpoint import folders as checkpoint_folders
 from olmo_train.checkpoint import save
+from olmo_train.storage import problems_of
 
 COMPARED = ("train/CrossEntropyLoss", "optim/total_grad_norm", "sample_hash")
 
@@ -63,7 +64,7 @@ def late_run(tiny_args, name: str, seed: int) -> list:
 
     steps = on_ranks(2, train)
     folders = checkpoint_folders.committed(Path(config.run_dir))
-    assert [save.problems_of(folder) for folder in folders.values()] == [[], []]
+    assert [problems_of(folder) for folder in folders.values()] == [[], []]
     return [steps, list(folders)]
 
 
