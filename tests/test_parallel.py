@@ -173,7 +173,7 @@ def test_in_float8_loss_and_gradients_are_near_those_in_fp32_and_not_those_of_bf
 
 def test_float8_is_refused_where_it_cannot_be(monkeypatch):
     with join_world() as world:
-        with pytest.raises(ConfigError, match="parallel.float8: sizes must be multiples of 16, and 0.attn.wq.weight is"):
+        with pytest.raises(ConfigError, match="parallel.float8: sizes must be multiples of 16, but 0.attn.wq.weight is"):
             one_step(world, ["parallel.float8=true", "model.d_model=24"])
         monkeypatch.setitem(sys.modules, "torchao.float8", None)
         with pytest.raises(ConfigError, match=r"parallel.float8: needs torchao: pip install 'olmo-train\[float8\]'"):

@@ -283,7 +283,7 @@ def test_a_healthy_run_is_left_alone_also_while_it_saves_and_evaluates(running, 
     """With stages that each take longer than hang_seconds allows a step."""
 
     def prepare(rank):
-        for owner, name in ((Checkpointer, "save"), (module.Run, "build"), (Checkpointer, "wait")):
+        for owner, name in ((Checkpointer, "save"), (module, "build"), (Checkpointer, "wait")):
             slow(owner, name)
 
     pids, run_dir = running(prepare, wait=False, total_steps=4, **{"guards.hang_seconds": 0.6, "checkpoint.interval_steps": 4})
