@@ -8,6 +8,7 @@ from typing import Any
 from olmo_train.checkpoint.config import CheckpointConfig
 from olmo_train.config import build
 from olmo_train.data.config import DataConfig
+from olmo_train.data.mixture import Mixture
 from olmo_train.data.order import BatchSizes
 from olmo_train.errors import ConfigError, check_choice
 from olmo_train.eval.config import EvalConfig
@@ -99,6 +100,10 @@ class TrainConfig:
     @property
     def tokens_per_step(self) -> int:
         return self.global_batch_size * self.model.seq_len
+
+    def mixture(self) -> Mixture:
+        """The data, opened. Raises DataError when a source cannot be read or is too small."""
+        return Mixture(self.data, self.seed, self.global_batch_size, self.model.seq_len, self.model.vocab_size)
 
     def check_world(self, size: int) -> None:
         """Raises ConfigError when the global batch cannot be cut into equal micro-batches for `size` processes."""

@@ -45,13 +45,10 @@ def choose_gpu(arguments: argparse.Namespace) -> Hardware | None:
 
 def open_data(config: TrainConfig) -> tuple[Mixture | None, str | None]:
     """The sources, opened, or why they could not be; a plan goes on without them."""
-    from olmo_train.data.mixture import Mixture
-
     if UNNAMED in config.data.sources:
         return None, "no data are named"
     try:
-        shape = config.model
-        mixture = Mixture(config.data, config.seed, config.global_batch_size, shape.seq_len, shape.vocab_size)
+        mixture = config.mixture()
         mixture.check_tokenizers()
         return mixture, None
     except DataError as problem:

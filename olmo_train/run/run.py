@@ -18,7 +18,6 @@ from olmo_train import config as configuration
 from olmo_train.checkpoint import folders, load
 from olmo_train.checkpoint.save import Checkpointer
 from olmo_train.data.loader import Batch, Loader
-from olmo_train.data.mixture import Mixture
 from olmo_train.data.shards import check_ids
 from olmo_train.data.tokenizer import CONFIG_FILE, config_file, record_of_folder
 from olmo_train.errors import ConfigError, DataError, ReplicaError, Stopped
@@ -68,9 +67,8 @@ class Run:
         return self.stack.__exit__(*error)
 
     def _open(self) -> None:
-        config, world, shape = self.config, self.world, self.config.model
-        batch_size = config.global_batch_size
-        self.mixture = world.together(lambda: Mixture(config.data, config.seed, batch_size, shape.seq_len, shape.vocab_size))
+        config, world = self.config, self.world
+        self.mixture = world.together(config.mixture)
         self.evaluation = world.together(lambda: Evaluation(config, world, self.mixture))
         world.on_main(lambda: self.mixture.check_tokenizers(self.evaluation.sources, self.evaluation.tokenizer))
         world.on_main(self._check_ids)

@@ -169,10 +169,7 @@ def disk(config: TrainConfig) -> Iterator[Finding]:
 
 
 def data(config: TrainConfig) -> Iterator[Finding]:
-    from olmo_train.data.mixture import Mixture
-
-    shape = config.model
-    mixture = Mixture(config.data, config.seed, config.global_batch_size, shape.seq_len, shape.vocab_size)
+    mixture = config.mixture()
     mixture.check_tokenizers(mixture.open_validation())
     epochs = mixture.epochs(config.steps).values()
     for source, epoch in zip(mixture.sources, epochs, strict=True):

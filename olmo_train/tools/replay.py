@@ -20,7 +20,6 @@ from typing import Any
 from olmo_train import config as configuration
 from olmo_train.checkpoint import folders
 from olmo_train.checkpoint.config import CheckpointConfig
-from olmo_train.data.mixture import Mixture
 from olmo_train.errors import ConfigError
 from olmo_train.eval.config import EvalConfig
 from olmo_train.guards.config import GuardConfig
@@ -167,8 +166,7 @@ def _guards(config: GuardConfig, run_dir: Path) -> GuardConfig:
 
 def _sequences(stretch: Stretch, stats: StepStats) -> list[tuple[str, int, float]]:
     config, step, attempt = stretch
-    shape = config.model
-    mixture = Mixture(config.data, config.seed, config.global_batch_size, shape.seq_len, shape.vocab_size)
+    mixture = config.mixture()
     mixture.set_batches(attempt.batches)
     batch, scored = mixture.global_batch(step), scored_tokens(mixture, step)
     rows = zip(batch.source.tolist(), batch.instance.tolist(), stats.losses.tolist(), scored, strict=True)
