@@ -124,11 +124,9 @@ def remove_folder(folder: Path) -> None:
 
 
 def hash_file(path: Path) -> str:
-    digest = hashlib.sha256()
+    """sha256 of a file's contents, in hexadecimal."""
     with open(path, "rb", buffering=0) as file:
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def problems_of(folder: Path, contents: bool = True) -> list[str]:

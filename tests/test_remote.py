@@ -1,4 +1,5 @@
 import http.server
+import sys
 import threading
 from functools import partial
 
@@ -26,6 +27,7 @@ def server(tmp_path, monkeypatch):
     """A local HTTP server of tmp_path/served; the cache is tmp_path/cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(Handler, "requests", [])
+    monkeypatch.setattr(remote, "PAUSES", (0, 0))
     (tmp_path / "served").mkdir()
     httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(tmp_path / "served")))
     thread = threading.Thread(target=httpd.serve_forever, kwargs={"poll_interval": 0.01})
@@ -88,6 +90,16 @@ def test_a_transfer_that_breaks_off_is_refused(server, monkeypatch):
     with pytest.raises(DataError, match=r"a.npy: 150 bytes arrived of 200"):
         remote.localize(f"{url}/a.npy")
     assert not list(cache_folder().rglob("a.npy*[!k]"))
+    assert Handler.requests == ["/a.npy"] * 3
+
+
+def test_a_transfer_that_breaks_off_once_is_repeated(server, monkeypatch, caplog):
+    url, served = server
+    np.arange(100, dtype=np.uint16).tofile(served / "a.npy")
+    sizes = iter([150, 200])
+    monkeypatch.setattr(Handler, "copyfile", lambda self, source, target: target.write(source.read(next(sizes))))
+    assert open_source("test", SourceConfig(f"{url}/a.npy"), 280).n_tokens == 100
+    assert "a.npy: 150 bytes arrived of 200" in caplog.text
 
 
 def test_a_copy_is_used_when_the_server_is_away(server):
@@ -101,6 +113,7 @@ def test_a_missing_remote_file_is_named(server):
     url, _ = server
     with pytest.raises(DataError, match=r"none.npy: cannot be fetched: HTTPError"):
         remote.localize(f"{url}/none.npy")
+    assert len(Handler.requests) == 2  # the server logs an error and the request; there is no second try
     with pytest.raises(ConfigError, match="HTTP cannot list files"):
         remote.localize(f"{url}/*.npy")
 
@@ -116,3 +129,9 @@ def test_other_schemes_go_through_fsspec_globs_included(tmp_path, monkeypatch):
     assert out.tolist() == [0] * 10 + [1] * 10
     with pytest.raises(ConfigError, match="cannot be opened"):
         remote.localize("nowhere://bucket/a.npy")
+
+
+def test_a_filesystem_whose_package_is_missing_names_the_installation(monkeypatch):
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    with pytest.raises(ConfigError, match=r"s3://bucket/a.npy: cannot be opened: Install s3fs.*; pip install s3fs"):
+        remote.localize("s3://bucket/a.npy")

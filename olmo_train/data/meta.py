@@ -90,20 +90,14 @@ def read_meta(folder: Path) -> Meta:
 
 
 def write_meta(folder: Path, meta: Meta) -> None:
-    """Write meta.json at once or not at all: a folder that has it is whole."""
+    """Write meta.json atomically: a folder that has it is complete."""
     write_json(folder / META_FILE, asdict(meta))
 
 
 def write_json(file: Path, values: Any) -> None:
-    """Write under another name, flush to the disk, then rename."""
-    temporary = file.with_name(file.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8", errors="backslashreplace") as stream:  # a file's name may be no UTF-8
-        json.dump(values, stream, indent=1, ensure_ascii=False)
-        stream.write("\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, file)
-    storage.flush_folder(file.parent)
+    """Write a file atomically. A file name that is not UTF-8 is written with escapes."""
+    text = json.dumps(values, indent=1, ensure_ascii=False) + "\n"
+    storage.replace_file(file, text.encode("utf-8", "backslashreplace"))
 
 
 def hash_file(file: Path) -> str:

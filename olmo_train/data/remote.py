@@ -1,17 +1,17 @@
-"""Paths with a scheme (s3://, gs://, https://): downloaded into a cache folder, verified, then read like any file.
+"""Remote paths (s3://, gs://, https://): files are downloaded into a cache folder, verified, then read like local files.
 
 A download gets its final name only after its size (from the server) and its hash (from meta.json, if there is one) match.
-Cached files are not downloaded again.
+Cached files are not downloaded again. Libraries are imported where they are used: most runs read local files.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
+import logging
 import os
 import shutil
-import urllib.request
+import time
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
@@ -20,13 +20,17 @@ from olmo_train.data.meta import META_FILE, TOKENIZER_FILE, hash_file, read_meta
 from olmo_train.errors import ConfigError, DataError
 from olmo_train.storage import cache_folder
 
+log = logging.getLogger(__name__)
 FILE_SUFFIXES = (".npy", ".bin")  # a remote path that ends otherwise is a prepared folder
+PAUSES = (1, 5, 20)  # seconds before the second, third and fourth try of a download
+NOT_FOUND = (400, 401, 403, 404, 410)  # HTTP codes of answers that do not change when asked again
 
 
 def localize(path: str | tuple[str, ...]) -> str | tuple[str, ...]:
-    """The same path with everything remote replaced by its copy in the cache, which is fetched when it is not there.
+    """The same path with each remote part replaced by its local copy, which is downloaded if it is not in the cache.
 
-    Raises DataError when a file cannot be downloaded, or its size or hash is not the expected one.
+    Raises ConfigError when a filesystem's package is missing, and DataError when a file cannot be downloaded or its size or
+    hash is not the expected one.
     """
     if not isinstance(path, str):
         return tuple(str(localize(word)) for word in path)
@@ -40,9 +44,8 @@ def localize(path: str | tuple[str, ...]) -> str | tuple[str, ...]:
 
 
 def _fetch_source(url: str) -> Path:
-    """A prepared folder: meta.json every time, as it may have changed, then the files it lists."""
-    folder = _place(f"{url}/{META_FILE}").parent
-    _fetch(f"{url}/{META_FILE}", refresh=True)
+    """A prepared folder: meta.json every time, as it may have changed, then the files that it lists."""
+    folder = _fetch(f"{url}/{META_FILE}", refresh=True).parent
     meta = read_meta(folder)
     hashes = {TOKENIZER_FILE: meta.tokenizer_sha256, "documents.parquet": meta.documents_sha256, "documents.ids": None}
     for shard in meta.shards:
@@ -54,67 +57,74 @@ def _fetch_source(url: str) -> Path:
     return folder
 
 
-def _place(url: str) -> Path:
-    """Where in the cache: a folder a remote folder, so that a source's files lie side by side."""
-    parent, _, name = url.partition("?")[0].rpartition("/")
-    return cache_folder() / "remote" / hashlib.sha256(parent.encode()).hexdigest()[:16] / PurePosixPath(name).name
-
-
 def _fetch(url: str, sha256: str | None = None, refresh: bool = False) -> Path:
-    """The local copy of one file. Several processes may ask at once; one fetches, the others wait."""
-    place = _place(url)
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(place):
+    """The local copy of one file. If several processes ask at once, one downloads and the others wait."""
+    from filelock import FileLock
+
+    parent, _, name = url.partition("?")[0].rpartition("/")
+    # One cache folder per remote folder, so that the files of a source lie side by side.
+    folder = cache_folder() / "remote" / hashlib.sha256(parent.encode()).hexdigest()[:16]
+    folder.mkdir(parents=True, exist_ok=True)
+    place = folder / PurePosixPath(name).name
+    with FileLock(f"{place}.lock"):
         if not refresh and place.exists() and _still_good(url, place, sha256):
             return place
-        temporary = place.with_name(place.name + ".part")
+        temporary = Path(f"{place}.part")
         try:
-            expected = _download(url, temporary)
-            found = temporary.stat().st_size
-            if expected is not None and found != expected:
-                raise DataError(url, f"{found} bytes arrived of {expected}; run the same command again")
+            _download(url, temporary)
             digest = hash_file(temporary)
-            if sha256 is not None and digest != sha256:
+            if sha256 not in (None, digest):
                 raise DataError(url, f"sha256 is {digest}, {META_FILE} says {sha256}; the remote files do not belong together")
             os.replace(temporary, place)
         finally:
             temporary.unlink(missing_ok=True)
-        _mark(place).write_text(digest, encoding="utf-8")
+        Path(f"{place}.sha256").write_text(digest, encoding="utf-8")
     return place
 
 
 def _still_good(url: str, place: Path, sha256: str | None) -> bool:
-    """Whether a cached copy still matches: by its hash, noted at download, or else by the size that the server reports."""
+    """Whether a cached copy matches: by its hash, noted at download, or else by the size that the server reports."""
     if sha256 is not None:
-        mark = _mark(place)
-        return mark.exists() and mark.read_text(encoding="utf-8") == sha256
+        noted = Path(f"{place}.sha256")
+        return noted.exists() and noted.read_text(encoding="utf-8") == sha256
     try:
         with _open(url) as (_, size):
-            pass
-    except Exception:  # the server is away: the copy was checked when it came
+            return size in (None, place.stat().st_size)
+    except Exception:  # the server cannot be reached; the copy was verified when it was downloaded
         return True
-    return size is None or size == place.stat().st_size
 
 
-def _mark(place: Path) -> Path:
-    return place.with_name(place.name + ".sha256")
+def _download(url: str, file: Path) -> None:
+    """Copy a remote file to `file` and compare its size with the server's; tries again after PAUSES.
 
-
-def _open_filesystem(url: str) -> tuple[Any, str]:
-    try:
-        import fsspec
-    except ImportError as problem:
-        raise ConfigError(url, "needs the package fsspec; pip install 'olmo-train[remote]'") from problem
-    try:
-        return fsspec.core.url_to_fs(url)
-    except (ImportError, ValueError) as problem:  # s3fs or gcsfs is missing, or the scheme is unknown
-        raise ConfigError(url, f"cannot be opened: {problem}") from problem
+    Raises ConfigError and DataError.
+    """
+    for pause in (*PAUSES, None):
+        try:
+            with _open(url) as (source, expected), open(file, "wb") as target:
+                shutil.copyfileobj(source, target, 2**23)
+            found = file.stat().st_size
+            if expected in (None, found):
+                return
+            problem = DataError(url, f"{found} bytes arrived of {expected}; run the same command again")
+        except ConfigError:
+            raise
+        except Exception as error:  # each filesystem raises different exceptions
+            problem = DataError(url, f"cannot be fetched: {type(error).__name__}: {error}")
+            if isinstance(error, FileNotFoundError | PermissionError) or getattr(error, "code", None) in NOT_FOUND:
+                raise problem from error
+        if pause is None:
+            raise problem
+        log.warning("%s; next try in %d s", problem, pause)
+        time.sleep(pause)
 
 
 @contextlib.contextmanager
 def _open(url: str) -> Iterator[tuple[BinaryIO, int | None]]:
-    """The remote file to read from, and its size if the server reports it. HTTP needs no package, the rest fsspec."""
-    if url.startswith(("http://", "https://")):
+    """The remote file to read from, and its size if the server reports it."""
+    if url.startswith(("http://", "https://")):  # fsspec would need aiohttp for it
+        import urllib.request
+
         with urllib.request.urlopen(url, timeout=60) as response:
             size = response.headers.get("Content-Length")
             yield response, None if size is None else int(size)
@@ -124,16 +134,19 @@ def _open(url: str) -> Iterator[tuple[BinaryIO, int | None]]:
             yield stream, filesystem.size(path)
 
 
-def _download(url: str, file: Path) -> int | None:
-    """Copy to `file`; returns the size that the server reported, if it did."""
+def _open_filesystem(url: str) -> tuple[Any, str]:
+    """(fsspec filesystem, path in it). Raises ConfigError when its package is missing or the scheme is unknown."""
+    from fsspec.core import url_to_fs
+    from fsspec.registry import known_implementations
+
     try:
-        with _open(url) as (source, expected), open(file, "wb") as target:
-            shutil.copyfileobj(source, target, 2**23)
-    except ConfigError:
-        raise
-    except Exception as problem:  # each filesystem raises different exceptions
-        raise DataError(url, f"cannot be fetched: {type(problem).__name__}: {problem}") from problem
-    return expected
+        return url_to_fs(url)
+    except ImportError as problem:
+        package = known_implementations[url.partition("://")[0]]["class"].partition(".")[0]
+        install = "" if package == "fsspec" else f"; pip install {package}"
+        raise ConfigError(url, f"cannot be opened: {problem}{install}") from problem
+    except ValueError as problem:
+        raise ConfigError(url, f"cannot be opened: {problem}") from problem
 
 
 def _glob(url: str) -> list[str]:
@@ -144,10 +157,3 @@ def _glob(url: str) -> list[str]:
     if not found:
         raise DataError(url, "matches no file")
     return [filesystem.unstrip_protocol(match) for match in found]
-
-
-@contextlib.contextmanager
-def _locked(place: Path) -> Iterator[None]:
-    with open(place.with_name(place.name + ".lock"), "w", encoding="utf-8") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
