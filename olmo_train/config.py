@@ -226,19 +226,15 @@ def words(tree: Any, base: str | None = None, quoted: bool = True) -> Any:
     return _map(word, tree)
 
 
-def build(cls: type[T], values: dict[str, Any], where: str = "", partial: bool = False) -> T:
-    """Make the frozen dataclass `cls` from a plain dict, strictly.
-
-    `where` is the dotted key of `values`. With `partial`, unknown keys at the top level are ignored, for commands that need a
-    few keys of a run's configuration. Raises ConfigError.
-    """
+def build(cls: type[T], values: dict[str, Any], where: str = "") -> T:
+    """Make the frozen dataclass `cls` from a plain dict, strictly. `where` is the dotted key of `values`. Raises ConfigError."""
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}
     made = {}
     for key, value in values.items():
         dotted = f"{where}.{key}" if where else str(key)
         if key not in fields:
-            if partial or str(value).lower() == REMOVED.get(dotted):
+            if str(value).lower() == REMOVED.get(dotted):
                 continue
             if dotted in REMOVED:
                 raise ConfigError(dotted, f"was removed, and only {REMOVED[dotted]} is still accepted, got {value}; leave it out")
@@ -253,9 +249,9 @@ def build(cls: type[T], values: dict[str, Any], where: str = "", partial: bool =
     return cls(**made)
 
 
-def load(cls: type[T], files: list[str | Path], overrides: list[str] = (), partial: bool = False) -> T:
+def load(cls: type[T], files: list[str | Path], overrides: list[str] = ()) -> T:
     """`build(cls, read(files, overrides))`: what commands call."""
-    return build(cls, read(files, overrides), partial=partial)
+    return build(cls, read(files, overrides))
 
 
 def to_dict(config: Any) -> Any:

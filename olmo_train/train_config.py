@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -101,9 +102,13 @@ class TrainConfig:
     def tokens_per_step(self) -> int:
         return self.global_batch_size * self.model.seq_len
 
-    def mixture(self) -> Mixture:
-        """The data, opened. Raises DataError when a source cannot be read or is too small."""
-        return Mixture(self.data, self.seed, self.global_batch_size, self.model.seq_len, self.model.vocab_size)
+    def mixture(self, changes: Iterable[Sequence[int]] = ()) -> Mixture:
+        """The data, opened, read in batches of these sizes (see BatchSizes), or of global_batch_size. Raises DataError when a
+        source cannot be read or is too small."""
+        mixture = Mixture(self.data, self.seed, self.global_batch_size, self.model.seq_len, self.model.vocab_size)
+        if changes:
+            mixture.set_batches(BatchSizes(tuple(map(tuple, changes))))
+        return mixture
 
     def check_world(self, size: int) -> None:
         """Raises ConfigError when the global batch cannot be cut into equal micro-batches for `size` processes."""

@@ -11,7 +11,7 @@ from curves_runs import PAUSE_SECONDS, STEP_SECONDS, make_run
 
 from olmo_train.commands import curves as command
 from olmo_train.curves import exports, panels, terminal, thin
-from olmo_train.curves.history import Run, Series, elapsed_seconds, read_run
+from olmo_train.curves.history import Run, Series, read_run
 from olmo_train.errors import ConfigError, DataError
 
 
@@ -72,10 +72,12 @@ def test_time_does_not_count_the_pause_before_a_resume(run_dir):
     assert elapsed.values[-1] < PAUSE_SECONDS
 
 
-def test_the_time_of_a_branch_begins_at_its_start():
-    clock, start = [(10, 100.0, 1), (20, 110.0, 1)], {"step": 5, "time": 90.0}
-    for event in ("start", "resume", "branch"):
-        assert elapsed_seconds(clock, [{"event": event, **start}]).values.tolist() == [10.0, 20.0]
+@pytest.mark.parametrize("event", ["start", "resume", "branch"])
+def test_the_time_of_an_attempt_begins_at_its_start(tmp_path, event):
+    rows = [{"step": 10 * i, "time": 90.0 + 10 * i, "attempt": 1, "x": 1.0} for i in (1, 2)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "events.jsonl").write_text(json.dumps({"event": event, "step": 5, "time": 90.0}) + "\n")
+    assert read_run(tmp_path).elapsed.values.tolist() == [10.0, 20.0]
 
 
 def test_a_run_given_in_tokens_ends_at_the_step_that_its_start_logged(tmp_path):

@@ -16,7 +16,7 @@ from olmo_train.data.config import DataConfig, SourceConfig, StageConfig
 from olmo_train.data.inspect import find_document, rows_of_step, visits_of
 from olmo_train.data.mixture import Mixture
 from olmo_train.errors import ConfigError, DataError
-from olmo_train.history import Run, RunView
+from olmo_train.history import History, data_config
 
 T, B = 16, 6  # seq_len, global batch size
 
@@ -146,8 +146,7 @@ def test_every_logged_step_of_a_run_is_told_as_it_was_logged(tiny_words, prepare
 def test_text_is_that_of_the_instances_tokens(tiny_words, prepared, capsys):
     words = run_words(tiny_words, prepared)
     told = inspect(capsys, *words, "--step", 2)
-    view = config.load(RunView, [], words, partial=True)
-    mixture = view.mixture()
+    mixture = data_config(config.read([], words)).mixture()
     from olmo_train.data.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(prepared)
@@ -207,8 +206,8 @@ def events(run_dir: Path, words: list[str], *attempts) -> None:
 def test_a_step_is_told_with_the_ranks_and_the_configuration_that_made_it(tiny_words, tmp_path):
     seed = ["data.seed=9"]
     events(tmp_path / "run", tiny_words(), (0, 2, []), (5, 4, []), (8, 1, seed), (6, 8, seed))
-    run = Run.of_folder(tmp_path / "run", [])
-    assert [(a.first_step, a.world_size, a.view.data.seed) for a in run.attempts] == [(1, 2, None), (6, 4, None), (7, 8, 9)]
+    run = History(tmp_path / "run")
+    assert [(a.first_step, a.world_size, a.config.data.seed) for a in run.attempts] == [(1, 2, None), (6, 4, None), (7, 8, 9)]
     assert [run.attempt_of(step).world_size for step in (1, 5, 6, 7, 12)] == [2, 2, 4, 8, 8]
     for step in (0, 13):
         with pytest.raises(ConfigError):
@@ -239,18 +238,18 @@ def test_another_order_than_the_logged_one_is_told(tiny_words, tiny_tokens, tmp_
     (tmp_path / "run/metrics.jsonl").write_text("\n".join(lines) + "\n")
     assert [inspect(capsys, tmp_path / "run", "--step", s)["as_logged"] for s in range(1, 13)] == [None, False] * 6
     assert "another sample_hash for step 2" in caplog.text
-    assert Run.of_folder(tmp_path / "run", []).last_step() == 12
+    assert History(tmp_path / "run").last_step() == 12
 
 
-def test_the_view_has_the_names_and_defaults_of_the_whole_configuration():
-    from olmo_train.train_config import TrainConfig
-
-    data = DataConfig({"a": SourceConfig("a.npy")})
-    view, whole = RunView(data), TrainConfig("run", data)
-    for name in config.to_dict(view):
-        assert name == "run_dir" or getattr(view, name) == getattr(whole, name)
-    for changes in ({}, {"total_tokens": 1e12}, {"total_steps": 7}):
-        assert RunView(data, **changes).steps == TrainConfig("run", data, **changes).steps
+def test_a_run_of_an_earlier_version_is_inspected_whatever_else_it_was_configured_with(tiny_words, tiny_tokens, tmp_path, capsys):
+    old = ["log.gone=1", "parallel.shard=as_it_was_called", "gone.too=2", "guards.skip_steps=[3]", "guards.gone=4"]
+    events(tmp_path / "run", tiny_words(total_steps=None, total_tokens=12 * 8 * 64), (0, 2, old))
+    for step in (3, 12):
+        told = inspect(capsys, tmp_path / "run", "--step", step)
+        assert (told["world_size"], told["passed_over"]) == (2, step == 3)
+    assert main(["inspect-data", str(tmp_path / "run"), "--step", "13"]) == 2
+    assert main(["inspect-data", str(tmp_path / "run"), "--step", "1", "data.gone=5"]) == 2
+    assert "data.gone: is not a known key" in capsys.readouterr().err
 
 
 def test_three_trillion_tokens_are_inspected_at_once_and_without_torch(tmp_path):

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from olmo_train.errors import DataError
-from olmo_train.history import attempts
+from olmo_train.history import History
 from olmo_train.log import version as log_version
 from olmo_train.log import wandb as log_wandb
 from olmo_train.log.config import LogConfig, WandbConfig
@@ -71,7 +71,7 @@ def test_half_a_line_of_a_killed_run_is_cut(tmp_path, half):
     log.close()
     assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3]
     assert [line["event"] for line in lines(tmp_path, "events.jsonl")] == ["start", "resume"]
-    assert attempts(tmp_path) == 2
+    assert len(History(tmp_path).starts) == 2
 
 
 def test_a_broken_line_in_the_middle_is_refused_with_its_number(tmp_path):

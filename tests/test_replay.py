@@ -13,7 +13,7 @@ import pytest
 from olmo_train.checkpoint.folders import committed
 from olmo_train.data.loader import IGNORE, read_batch
 from olmo_train.guards.forensics import scored_tokens
-from olmo_train.history import Run
+from olmo_train.history import History
 from olmo_train.tools.replay import logged_lines, replay
 from olmo_train.train import train
 
@@ -54,7 +54,7 @@ def test_the_losses_of_the_sequences_are_means_over_their_scored_tokens(tiny_arg
     words = {"data.order": order, "data.eos_id": 511, "data.deny": "[a:@100,a:@7000,a:@15000,a:@30000]", "total_steps": 3}
     config = tiny_args("run", **words, micro_batch_size=8, global_batch_size=160)
     *_, last = train(config)
-    mixture = Run([f"{config.run_dir}/config.yaml"]).attempt_of(3).mixture()
+    mixture = History(Path(config.run_dir)).attempt_of(3).mixture()
     scored = (read_batch(mixture, 3, 0, 1).labels != IGNORE).sum(dim=1).tolist()
     assert scored_tokens(mixture, 3) == scored and min(scored) < 64
     batch, result = mixture.global_batch(3), replay(Path(config.run_dir), 3)

@@ -14,7 +14,7 @@ import pytest
 from crash import signal_in_evaluation
 
 from olmo_train.errors import ConfigError, Stopped
-from olmo_train.history import Run
+from olmo_train.history import History
 from olmo_train.train import train
 
 SAME = ("step", "train/CrossEntropyLoss", "optim/total_grad_norm", "optim/learning_rate_group0", "optim/clipping_rate",
@@ -124,7 +124,7 @@ def test_after_a_change_of_the_batch_every_figure_counts_the_instances_that_were
     smaller = {"global_batch_size": 4, "allow_changes": "[global_batch_size]"}
     cut(tiny_args("run", **words, **smaller), steps=7)
     trained(tiny_args("run", **words, **smaller))
-    lines, inspected = read_metrics(tiny_args("run").run_dir), Run([f"{tiny_args('run').run_dir}/config.yaml"])
+    lines, inspected = read_metrics(tiny_args("run").run_dir), History(Path(tiny_args("run").run_dir))
     tokens = {step: (5 * 8 + (step - 5) * 4) * 64 for step in (6, 9, 12)}
     assert {line["step"]: line["throughput/total_tokens"] for line in lines} == {3: 3 * 8 * 64, **tokens}
     a_token = lines[0]["throughput/total_flops"] / (3 * 8 * 64)

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from olmo_train.data.shards import TokenSource
     from olmo_train.eval.downstream import Downstream
     from olmo_train.eval.heldout import HeldOut
-    from olmo_train.history import RunView
     from olmo_train.model.transformer import Transformer
+    from olmo_train.train_config import TrainConfig
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,19 +44,19 @@ def run(args: argparse.Namespace) -> None:
     from olmo_train import config as configuration
     from olmo_train.checkpoint.folders import read_state
     from olmo_train.errors import ConfigError
-    from olmo_train.history import RunView
+    from olmo_train.history import data_config
 
     if args.batch_size is not None and args.batch_size < 1:
         raise ConfigError("--batch-size", f"must be at least 1, got {args.batch_size}")
     folder, model = open_model(args.checkpoint, args.device)
     values = configuration.read([folder / "config.yaml"])
     rows = args.batch_size or configuration.decoded(values).get("micro_batch_size", 4)
-    view = configuration.build(RunView, values, partial=True) if values.get("data") else None  # an imported one has no data
+    config = data_config(values) if values.get("data") else None  # an imported checkpoint has no data
     result: dict[str, Any] = {"checkpoint": str(folder), "step": read_state(folder)["step"]}
     if args.tasks is not None:
         result["tasks"] = _downstream(model, folder, rows, args)
     if args.tasks is None or args.data is not None:
-        result["sources"] = _held_out(model, folder, view, rows, args)
+        result["sources"] = _held_out(model, folder, config, rows, args)
     _report(result, args)
 
 
@@ -71,24 +71,24 @@ def _downstream(model: Transformer, folder: Path, rows: int, args: argparse.Name
     return [results_of(task, score(model, task, batch_tokens, watch=_watch).tolist()) for task in tasks]
 
 
-def _held_out(model: Transformer, folder: Path, view: RunView | None, rows: int, args: argparse.Namespace) -> list[HeldOut]:
+def _held_out(model: Transformer, folder: Path, config: TrainConfig | None, rows: int, args: argparse.Namespace) -> list[HeldOut]:
     from olmo_train.checkpoint.folders import read_state
     from olmo_train.eval.heldout import measure, training_counts
 
-    sources = _sources(model.config.vocab_size, folder, view, args)
+    sources = _sources(model.config.vocab_size, folder, config, args)
     state, counts = read_state(folder), None
-    if view and not args.no_unigram:
-        counts = training_counts(lambda: view.mixture(state.get("batches", ())), state["step"])
-    return [measure(model, source, rows, bool(view and view.data.document_mask), counts, _watch) for source in sources]
+    if config and not args.no_unigram:
+        counts = training_counts(lambda: config.mixture(state.get("batches", ())), state["step"])
+    return [measure(model, source, rows, bool(config and config.data.document_mask), counts, _watch) for source in sources]
 
 
-def _sources(vocab_size: int, folder: Path, view: RunView | None, args: argparse.Namespace) -> list[TokenSource]:
+def _sources(vocab_size: int, folder: Path, config: TrainConfig | None, args: argparse.Namespace) -> list[TokenSource]:
     from olmo_train.data.config import SourceConfig
     from olmo_train.data.shards import open_source
     from olmo_train.data.tokenizer import OTHER_TOKENIZER, check_same_tokenizer, record_of_folder
     from olmo_train.errors import ConfigError
 
-    named = view.data.validation if view else {}
+    named = config.data.validation if config else {}
     if args.data is not None:
         for word in args.data:
             if not all(word.partition("=")):
@@ -99,9 +99,9 @@ def _sources(vocab_size: int, folder: Path, view: RunView | None, args: argparse
             raise ConfigError("--data", f"names a source twice: {' '.join(args.data)}; give each its own name")
     if not named:
         raise ConfigError("data.validation", "names no held-out source in this run; give one with --data NAME=PATH, or --tasks")
-    eos_id = view.data.eos_id if view else None
+    eos_id = config.data.eos_id if config else None
     sources = [open_source(name, source, vocab_size, eos_id) for name, source in named.items()]
-    allowed = args.allow_other_tokenizer or (args.data is None and not view.data.check_tokenizer)
+    allowed = args.allow_other_tokenizer or (args.data is None and not config.data.check_tokenizer)
     records = [source.tokenizer_record(f"{'--data' if args.data else 'data.validation'} {source.name}") for source in sources]
     check_same_tokenizer([record_of_folder(folder), *records], not allowed, OTHER_TOKENIZER)
     return sources

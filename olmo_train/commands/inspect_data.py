@@ -15,7 +15,7 @@ from olmo_train.commands.common import split_config
 if TYPE_CHECKING:
     from olmo_train.data.inspect import Row
     from olmo_train.data.mixture import Mixture
-    from olmo_train.history import Attempt, Run
+    from olmo_train.history import Attempt, History
 
 SHOWN_ROWS = 64  # of a step, or of a document's visits, in the table; --json prints all
 SHOWN_TOKENS = 24  # of each instance's text in the table
@@ -43,40 +43,43 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from olmo_train.history import Run
+    from olmo_train import config as configuration
+    from olmo_train.history import History, data_config
 
     folders = [w for w in args.config if Path(w).is_dir() and ("=" not in w or (Path(w) / "config.yaml").is_file())]
     files, overrides = split_config([word for word in args.config if word not in folders])
-    is_folder = len(folders) == 1 and not files
-    inspected = Run.of_folder(Path(folders[0]), overrides) if is_folder else Run(folders + files, overrides)
+    run_dir = Path(folders[0]) if len(folders) == 1 and not files else None  # wherever it has been moved to
+    config = data_config(configuration.read([run_dir / "config.yaml"] if run_dir else folders + files, overrides))
+    history = History(run_dir or Path(config.run_dir), config)
     show = _show_step if args.step is not None else _show_document
-    show(inspected, args)
+    show(history, args)
 
 
-def _show_step(inspected: Run, args: argparse.Namespace) -> None:
+def _show_step(history: History, args: argparse.Namespace) -> None:
     from olmo_train.data.inspect import TextReader, rows_of_step
 
-    attempt = inspected.attempt_of(args.step)
+    attempt = history.attempt_of(args.step)
     mixture = attempt.mixture()
     world_size = _world_size(attempt, args)
     rows = rows_of_step(mixture, args.step, world_size, args.rank, None if args.json else SHOWN_ROWS, not args.brief)
     texts = [None] * len(rows) if args.brief else TextReader(mixture).of(rows, None if args.json else SHOWN_TOKENS)
-    sample_hash, logged = mixture.sample_hash(mixture.global_batch(args.step)), inspected.logged(args.step)
+    sample_hash, logged = mixture.sample_hash(mixture.global_batch(args.step)), history.line(args.step)
     as_logged = logged["sample_hash"] == sample_hash if logged and "sample_hash" in logged else None
     if as_logged is False:
         logging.getLogger(__name__).warning(
             "the run logged another sample_hash for step %d: its data or configuration were not these", args.step
         )
+    passed_over = args.step in history.rewound_steps.union(attempt.config.guards.skip_steps)
     if args.json:
         instances = [_instance(row, text) for row, text in zip(rows, texts, strict=True)]
         about = {"step": args.step, "world_size": world_size, "sample_hash": sample_hash, "as_logged": as_logged}
-        about |= {"passed_over": inspected.is_passed_over(args.step)}
+        about |= {"passed_over": passed_over}
         print(json.dumps(about | {"instances": instances}, ensure_ascii=False))
         return
     note = {None: "", True: ", as the run logged it", False: ", NOT as the run logged it"}[as_logged]
-    print(f"step {args.step} of {inspected.steps}: {mixture.batches.at(args.step)} instances of {mixture.seq_len} tokens "
+    print(f"step {args.step} of {history.steps}: {mixture.batches.at(args.step)} instances of {mixture.seq_len} tokens "
           f"on {world_size} rank{'s' * (world_size > 1)}, sample_hash {sample_hash[:16]}{note}")  # fmt: skip
-    if inspected.is_passed_over(args.step):
+    if passed_over:
         print("this step is passed over: its batch is not trained on")
     _print_rows(rows, texts)
     left = mixture.batches.at(args.step) // (1 if args.rank is None else world_size) - len(rows)
@@ -112,24 +115,24 @@ def _names(row: Row) -> str:
     return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "") + mark
 
 
-def _show_document(inspected: Run, args: argparse.Namespace) -> None:
+def _show_document(history: History, args: argparse.Namespace) -> None:
     from olmo_train.data.inspect import find_documents
 
     if args.rank is not None:
         from olmo_train.errors import ConfigError
 
         raise ConfigError("--rank", "goes with --step; --document shows the rank of every visit")
-    mixture = inspected.attempts[-1].mixture()
+    mixture = history.attempts[-1].mixture()
     source, found = find_documents(mixture, args.document)
-    done, visits = inspected.last_step(), []
-    for start, visit, rank in _visits(inspected, mixture, args):
+    done, visits = history.last_step(), []
+    for start, visit, rank in _visits(history, mixture, args):
         visits.append({**asdict(visit), "rank": rank, "done": visit.step <= done, "start": start})
     visits.sort(key=lambda visit: (visit["step"], visit["row"]))
     reads = Counter(visit["start"] for visit in visits)
     documents = [{"source": mixture.names[source], **asdict(d), "reads": reads[d.start]} for d in found]
     if args.json:
         about = {"document": documents[0], "documents": documents}  # the first, and all of this id
-        print(json.dumps(about | {"done_steps": done, "total_steps": inspected.steps, "visits": visits}))
+        print(json.dumps(about | {"done_steps": done, "total_steps": history.steps, "visits": visits}))
         return
     if len(found) > 1:
         print(f"{args.document} is the id of {len(found):,} documents")
@@ -141,17 +144,17 @@ def _show_document(inspected: Run, args: argparse.Namespace) -> None:
     if found[0].denied:
         print("data.deny denies it: its tokens are read as context, and nothing is learned from predicting them")
     past = sum(visit["done"] for visit in visits)
-    print(f"{past} reads in the {done:,} steps done, {len(visits) - past} in those to come, up to step {inspected.steps:,}")
+    print(f"{past} reads in the {done:,} steps done, {len(visits) - past} in those to come, up to step {history.steps:,}")
     _print_visits(visits)
 
 
-def _visits(inspected: Run, newest: Mixture, args: argparse.Namespace):
+def _visits(history: History, newest: Mixture, args: argparse.Namespace):
     """(start of the document, visit, rank), attempt by attempt, each with its own order and processes."""
     from olmo_train.data.inspect import find_documents, rows_a_rank, visits_of
 
-    ends = [attempt.first_step - 1 for attempt in inspected.attempts[1:]] + [inspected.steps]
-    for i, (attempt, end) in enumerate(zip(inspected.attempts, ends, strict=True)):
-        same = attempt.view is inspected.view and attempt.batches == newest.batches
+    ends = [attempt.first_step - 1 for attempt in history.attempts[1:]] + [history.steps]
+    for i, (attempt, end) in enumerate(zip(history.attempts, ends, strict=True)):
+        same = attempt.config.data is history.config.data and attempt.batches == newest.batches
         mixture = newest if same else attempt.mixture()
         rank_size = rows_a_rank(mixture.batches.at(end), _world_size(attempt, args))
         first = attempt.first_step if i else 1  # a run that branched off read the same data before

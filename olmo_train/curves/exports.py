@@ -11,8 +11,9 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from olmo_train.curves.history import STEP_KEYS, Run, Series, collect, elapsed_seconds, json_lines, read_run
+from olmo_train.curves.history import STEP_KEYS, Run, Series, collect, elapsed_seconds, note_of, read_run
 from olmo_train.errors import ConfigError, DataError
+from olmo_train.history import json_lines
 
 # OLMo logs training FLOPs in units of 1e9 under this name; ours are in FLOPs under the other.
 GIGAFLOPS, FLOPS = "throughput/total_training_Gflops", "throughput/total_flops"
@@ -39,11 +40,11 @@ def read_runs(paths: list[Path], labels: list[str] = ()) -> list[Run]:
 
 def read_export(path: Path) -> list[Run]:
     """The runs of one exported file. Raises DataError when it has no step column or no numbers."""
-    notes: list[str] = []
+    broken: list[int] = []
     if path.suffix == ".csv":
         rows = _csv_rows(path)
     elif path.suffix in (".jsonl", ".json", ".ndjson"):
-        rows = list(json_lines(path, notes))
+        rows = list(json_lines(path, broken))
     else:
         raise DataError(path, f"has the ending '{path.suffix}'; name a run_dir, or a history as .csv or .jsonl")
     if not any(key in row for row in rows[:100] for key in STEP_KEYS):
@@ -56,7 +57,7 @@ def read_export(path: Path) -> list[Run]:
             giga = series[GIGAFLOPS]
             series[FLOPS] = Series(giga.steps, giga.values * 1e9)
         if series:
-            runs.append(Run(name, path, series, elapsed_seconds(clock), notes=notes))
+            runs.append(Run(name, path, series, elapsed_seconds(clock), notes=note_of(path, broken)))
     if not runs:
         raise DataError(path, "holds no metrics; export at least one metric beside the step")
     return runs

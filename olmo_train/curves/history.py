@@ -6,9 +6,8 @@ axes (tokens, FLOPs, time) are functions of the step, found by interpolation bet
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import numpy as np
 
 from olmo_train import config as yaml_config
 from olmo_train.errors import ConfigError, DataError
+from olmo_train.history import History
 
 # Bookkeeping of a line, no metrics: they are drawn only when --metric asks for them.
 BOOKKEEPING = ("step", "time", "attempt", "world_size", "sample_hash", "_step", "_timestamp", "_runtime")
@@ -71,42 +71,27 @@ def read_run(run_dir: Path) -> Run:
     A half-written last line is passed over, so a run can be read while it writes. Raises DataError when there is no
     metrics.jsonl or it holds no metrics yet.
     """
-    metrics = run_dir / "metrics.jsonl"
-    if not metrics.is_file():
+    history = History(run_dir)
+    if not history.metrics_file.is_file():
         raise DataError(run_dir, "holds no metrics.jsonl; name the run_dir of a run that was started")
-    notes: list[str] = []
-    events = [e for e in json_lines(run_dir / "events.jsonl", notes) if isinstance(e.get("step"), int) and "event" in e]
-    columns, clock = collect(json_lines(metrics, notes))
+    columns, clock = collect(history.lines())
     if not columns:
-        raise DataError(metrics, "holds no metrics yet; wait for the first line (--follow waits for you)")
+        raise DataError(history.metrics_file, "holds no metrics yet; wait for the first line (--follow waits for you)")
+    notes = [note for name, broken in history.broken.items() for note in note_of(run_dir / name, broken)]
     config: dict[str, Any] = {}
     if (run_dir / "config.yaml").is_file():
         try:
             config = yaml_config.flatten(yaml_config.decoded(yaml_config.read([run_dir / "config.yaml"])))
         except ConfigError as problem:
             notes.append(str(problem))
-    name = run_dir.resolve().name
-    return Run(name, run_dir, columns, elapsed_seconds(clock, events), events, config, notes)
+    elapsed = elapsed_seconds(clock, history.starts)
+    return Run(run_dir.resolve().name, run_dir, columns, elapsed, history.events, config, notes)
 
 
-def json_lines(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
-    """The JSON objects of a file, a line each; broken lines are counted in `notes`, a half-written last one is not."""
-    if not path.is_file():
-        return
-    broken = 0
-    with path.open("rb") as file:
-        for line in file:
-            try:
-                row = json.loads(line)
-            except ValueError:
-                broken += line.endswith(b"\n") and bool(line.strip())
-                continue
-            if isinstance(row, dict):
-                yield row
-            else:
-                broken += 1
-    if broken:
-        notes.append(f"{path}: {broken} broken line{'s' * (broken > 1)} passed over")
+def note_of(file: Path, broken: list[int]) -> list[str]:
+    """A note about the broken lines of a file, if it has any."""
+    many = "s" * (len(broken) > 1)
+    return [f"{file}: {len(broken)} broken line{many} skipped, the first is line {broken[0]}"] if broken else []
 
 
 def collect(rows: Iterable[dict[str, Any]]) -> tuple[dict[str, Series], list[tuple[int, float, int]]]:
@@ -140,17 +125,16 @@ def collect(rows: Iterable[dict[str, Any]]) -> tuple[dict[str, Series], list[tup
     return {name: s for name, s in series.items() if not np.isnan(s.values).all()}, clock
 
 
-def elapsed_seconds(clock: list[tuple[int, float, int]], events: list[dict[str, Any]] = ()) -> Series | None:
-    """Seconds of running at each step. An attempt begins at its start or resume event, so that pauses do not count."""
+def elapsed_seconds(clock: list[tuple[int, float, int]], starts: list[dict[str, Any]] = ()) -> Series | None:
+    """Seconds of running at each step. An attempt begins at its event in `starts`, so that pauses do not count."""
     if not clock:
         return None
-    starts = [e.get("time") for e in events if e["event"] in ("start", "resume", "branch")]
-    starts = sorted(_float(time) for time in starts if _is_number(time))
+    start_times = sorted(_float(event["time"]) for event in starts if _is_number(event.get("time")))
     total, steps, values = 0.0, [], []
     previous_time, previous_attempt = None, None
     for step, time, attempt in clock:
         if attempt != previous_attempt:  # count from the newest start before this line, if it lies after the last line
-            started = next((s for s in reversed(starts) if s <= time), time)
+            started = next((start for start in reversed(start_times) if start <= time), time)
             previous_time = started if previous_time is None or started >= previous_time else time
         total += max(0.0, time - previous_time)
         previous_time, previous_attempt = time, attempt

@@ -17,7 +17,7 @@ from olmo_train.errors import NonFiniteError
 from olmo_train.guards.forensics import Forensics
 from olmo_train.guards.nonfinite import check_skipped, look_at, name_checkpoint
 from olmo_train.guards.rewind import Rewind, plan_rewind
-from olmo_train.history import rewound
+from olmo_train.history import History
 from olmo_train.log.interval import StepStats, has_no_scored_token
 from olmo_train.log.run_logger import RunLogger
 from olmo_train.parallel.world import World
@@ -45,7 +45,7 @@ class AnomalyGuard:
         self.config, self.world, self.logger, self.checkpointer = config, world, logger, checkpointer
         self.forensics = forensics
         self.run_dir, self.first_step, self.in_a_row = Path(config.run_dir), first_step, skipped_in_a_row
-        self.rewinds = world.on_main(lambda: rewound(self.run_dir))
+        self.rewinds = world.on_main(lambda: History(self.run_dir).rewinds)
         self.passed_over = set(config.guards.skip_steps).union(*(rewind["skipped"] for rewind in self.rewinds))
         self._warned_of_unscored = False
         self._unread: list[StepStats] = []  # steps whose flags have not been read yet

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from olmo_train.errors import DataError
+from olmo_train.history import History
 from olmo_train.log.config import LogConfig
 from olmo_train.log.tensorboard import TensorboardMirror
 from olmo_train.log.wandb import WandbMirror, wandb_mode
-from olmo_train.storage import replace_file
 
 log = logging.getLogger(__name__)
 
@@ -72,9 +72,13 @@ class Recorder:
     def __init__(self, run_dir: Path, config: LogConfig, resolved: dict[str, Any], last_step: int):
         """`last_step`: the step that the run resumes from. Lines that an earlier attempt logged after it are removed, as these
         steps are computed again."""
-        self.path = run_dir / "metrics.jsonl"
-        kept = self._drop_after(last_step)
-        self._metrics, self._events = JsonLines(self.path), JsonLines(run_dir / "events.jsonl")
+        history = History(run_dir)
+        kept = [line for line in history.lines() if line["step"] <= last_step]
+        for number in history.broken["metrics.jsonl"]:
+            raise DataError(history.metrics_file, f"line {number} is not a line of metrics; remove it, or restore the file")
+        if history.metrics_file.exists():
+            os.truncate(history.metrics_file, history.offset(last_step + 1))
+        self._metrics, self._events = JsonLines(history.metrics_file), JsonLines(run_dir / "events.jsonl")
         self._mirrors = list(_mirrors(run_dir, config, resolved, last_step))
         for mirror in list(self._mirrors):  # send lines that a killed attempt logged but did not mirror
             missing = [line for line in kept if line["step"] > mirror.sent]
@@ -121,25 +125,6 @@ class Recorder:
                 log.warning("%s could not be finished: %s", mirror.name, problem)
         self._metrics.close()
         self._events.close()
-
-    def _drop_after(self, last_step: int) -> list[dict[str, Any]]:
-        """Remove the lines after last_step; returns the remaining ones."""
-        if not self.path.exists():
-            return []
-        lines = self.path.read_bytes().splitlines(keepends=True)
-        kept, read = [], []
-        for number, line in enumerate(lines, start=1):
-            try:
-                values = json.loads(line)
-                if values["step"] <= last_step:
-                    kept.append(line)
-                    read.append(values)
-            except (ValueError, KeyError, TypeError) as problem:
-                if number < len(lines):  # only the last line can be half-written
-                    raise DataError(self.path, f"line {number} is not a line of metrics: {problem!r}") from problem
-        if len(kept) < len(lines):
-            replace_file(self.path, b"".join(kept))
-        return read
 
 
 def _numbers(line: dict[str, Any]) -> dict[str, float]:

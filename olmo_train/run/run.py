@@ -29,7 +29,7 @@ from olmo_train.guards.replicas import divergence
 from olmo_train.guards.signals import StopSignals, too_slow_to_stop
 from olmo_train.guards.spikes import SpikeDetector
 from olmo_train.guards.watchdog import Watchdog, new_heartbeats
-from olmo_train.history import attempts
+from olmo_train.history import History
 from olmo_train.log.interval import StepStats
 from olmo_train.log.journal import Journal
 from olmo_train.log.profiling import StepProfiler
@@ -91,7 +91,7 @@ class Run:
         self._open_watchdog()
         resolved = configuration.dump(self.resolved, os.getcwd())
         world.on_main(lambda: replace_file(self.run_dir / "config.yaml", resolved.encode()))
-        attempt = world.on_main(lambda: 1 + attempts(self.run_dir))
+        attempt = world.on_main(lambda: 1 + len(History(self.run_dir).starts))
         self.logger = self.stack.enter_context(contextlib.closing(RunLogger(config, world, start.step, self.resolved)))
         self.journal = Journal(config, world, self.mixture, self.logger, attempt, start.state)
         self.spikes = SpikeDetector(world.device, start.state.get("spikes"))

@@ -10,7 +10,7 @@ from olmo_train import config as configuration
 from olmo_train.checkpoint import folders
 from olmo_train.data.mixture import Mixture
 from olmo_train.data.order import BatchSizes
-from olmo_train.history import is_logged
+from olmo_train.history import History
 from olmo_train.run.resume import check_changes, check_data, check_denied, check_skip_steps
 from olmo_train.train_config import TrainConfig
 
@@ -74,4 +74,4 @@ def owed_line(run_dir: Path, start: Start) -> dict[str, Any] | None:
     The checkpoint keeps the line for good, so metrics.jsonl decides. A branch does not log a step of its parent.
     """
     line = start.state.get("pending_line")
-    return None if start.kind == "branch" or line is None or is_logged(run_dir, start.step) else line
+    return None if start.kind == "branch" or line is None or History(run_dir).line(start.step) else line

@@ -8,7 +8,6 @@ changed otherwise, since that checkpoint.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import statistics
 import tempfile
@@ -24,7 +23,7 @@ from olmo_train.errors import ConfigError
 from olmo_train.eval.config import EvalConfig
 from olmo_train.guards.config import GuardConfig
 from olmo_train.guards.forensics import scored_tokens
-from olmo_train.history import Attempt, Run, rewound
+from olmo_train.history import Attempt, History
 from olmo_train.log.config import LogConfig, ProfileConfig, WandbConfig
 from olmo_train.log.console import duration
 from olmo_train.log.interval import StepStats
@@ -51,12 +50,10 @@ class Replay:
 
 
 def logged_lines(run_dir: Path) -> dict[int, dict[str, Any]]:
-    """{step: line of metrics} of the training lines. Raises ConfigError when there are none."""
-    file = run_dir / "metrics.jsonl"
-    if not file.is_file():
+    """{step: line of metrics} of the training lines. Raises ConfigError when the folder is not that of a run."""
+    if not (history := History(run_dir)).metrics_file.is_file():
         raise ConfigError(run_dir, "has no metrics.jsonl; name the run_dir of a run")
-    lines = (json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.endswith("}"))
-    return {line["step"]: line for line in lines if "train/CrossEntropyLoss" in line}
+    return {line["step"]: line for line in history.lines() if "train/CrossEntropyLoss" in line}
 
 
 def replay(run_dir: Path, step: int, announce: Callable[[str], None] = lambda text: None) -> Replay:
@@ -68,7 +65,9 @@ def replay(run_dir: Path, step: int, announce: Callable[[str], None] = lambda te
     target = min((logged for logged in lines if logged >= step), default=None)
     if target is None or step < 1:
         raise ConfigError("--step", f"{step} is not among the {len(lines)} logged steps, up to {max(lines, default=0)}")
-    attempts = Run.of_folder(run_dir, []).attempts
+    attempts = History(run_dir).attempts
+    if not attempts:
+        raise ConfigError(run_dir, "has no events.jsonl with the configuration of each attempt; restore it")
     folder = _start(run_dir, attempts[0], target)
     first = 1 + (folders.read_state(folder)["step"] if folder else 0)
     stretches = _stretches(run_dir, attempts, first, target)
@@ -87,8 +86,6 @@ def replay(run_dir: Path, step: int, announce: Callable[[str], None] = lambda te
 
 def _start(run_dir: Path, first: Attempt, target: int) -> Path | None:
     """The newest checkpoint before the target; None when the run begins with first weights. Raises CheckpointError."""
-    if not first.event:
-        raise ConfigError(run_dir, "has no events.jsonl, which holds the configuration of each attempt; restore it")
     earlier = [folder for saved, folder in folders.committed(run_dir).items() if saved < target]
     if earlier:
         return folders.resolve(earlier[-1])
@@ -159,15 +156,14 @@ def _train_to(config: TrainConfig, step: int) -> StepStats:
 
 def _guards(config: GuardConfig, run_dir: Path) -> GuardConfig:
     """Pass over the same steps as the run. Spikes are not handled again: the logged history is already without them."""
-    left = {step for rewind in rewound(run_dir) for step in rewind["skipped"]}
+    passed_over = History(run_dir).rewound_steps.union(config.skip_steps)
     policy = "skip" if config.spike == "skip" else "record"
-    return dataclasses.replace(config, spike=policy, skip_steps=tuple(sorted(left.union(config.skip_steps))))
+    return dataclasses.replace(config, spike=policy, skip_steps=tuple(sorted(passed_over)))
 
 
 def _sequences(stretch: Stretch, stats: StepStats) -> list[tuple[str, int, float]]:
     config, step, attempt = stretch
-    mixture = config.mixture()
-    mixture.set_batches(attempt.batches)
+    mixture = config.mixture(attempt.batches.changes)
     batch, scored = mixture.global_batch(step), scored_tokens(mixture, step)
     rows = zip(batch.source.tolist(), batch.instance.tolist(), stats.losses.tolist(), scored, strict=True)
     means = [(mixture.names[source], instance, loss / max(n, 1)) for source, instance, loss, n in rows]
