@@ -179,7 +179,7 @@ def test_instructions_are_scored_where_the_model_answers():
 def test_only_the_columns_that_are_needed_are_read(tmp_path):
     file = write(tmp_path, "parquet")
     (unit,) = find_units([str(file)])
-    assert set(tables.rows(next(chunks(unit, "text")))[0]) == {"id", "text"}
+    assert set(tables.rows(next(chunks(unit, "text")).payload)[0]) == {"id", "text"}
 
 
 def test_a_missing_input_and_an_empty_folder_are_refused(tmp_path):

@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int | None:
     from olmo_train.data.prepare.chunks import Skipped
-    from olmo_train.data.prepare.readers import read_texts
+    from olmo_train.data.prepare.inputs import read_texts
     from olmo_train.data.tokenizer import EOS_TEXT, save_tokenizer, train_tokenizer
 
     left_out: list[Skipped] = []

@@ -1,4 +1,4 @@
-"""A piece of an input file that travels to a worker, and the opening of compressed files."""
+"""Pieces of input files that travel to workers, and the opening of compressed files."""
 
 from __future__ import annotations
 
@@ -8,24 +8,47 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 CHUNK_BYTES = 2**20
-SIP_BYTES = 2**12
-INPUT_BYTES = 2**14  # of a compressed file, read at once
+SIP_BYTES = 2**12  # of a .zst file, read at once
+INPUT_BYTES = 2**14  # of a .gz file, read at once
 BREAKS_OFF = "the compressed stream breaks off"  # reasons
 OTHER = "zero padding, or something else"
 TRAILING = "bytes behind the end of the compressed data"
 
 
 @dataclass(frozen=True)
+class Unit:
+    """What is read as one sequence of records: one file of records, or several text files that fill a chunk."""
+
+    format: str
+    files: tuple[Path, ...]
+    origins: tuple[str, ...]  # the files as the user would name them
+    sizes: tuple[int, ...]  # bytes of each on disk
+
+    @property
+    def size(self) -> int:
+        return sum(self.sizes)
+
+
+class Piece(NamedTuple):
+    """What a format cuts from a unit for one chunk."""
+
+    payload: Any  # lines, an Arrow stream, or the names of text files
+    records: int  # records, or lines, in it
+    content: int  # size of the payload: bytes of lines or text files, or rows
+    end: int  # where in the unit it ends, in bytes on disk; at least the end of the piece before
+
+
+@dataclass(frozen=True)
 class Skipped:
-    """What did not become a document. The account in meta.json counts it under `reason`."""
+    """Input that did not become a document. The account in meta.json counts it under `reason`."""
 
     where: str  # file:record
     reason: str
-    detail: str = ""  # what to add to the reason, its punctuation included
-    size: int = 0  # of its chunk's `content`
+    detail: str = ""  # what to add to the reason, including punctuation
+    size: int = 0  # in the unit of its chunk's `content`
     records: int = 1
 
     @property
@@ -38,25 +61,24 @@ class Chunk:
     format: str
     origin: str
     first: int  # number of its first record, from 1
-    payload: Any  # lines, an Arrow stream, or the names of text files
-    content: int  # size of the payload: bytes of lines or text files, or rows
-    input_bytes: int  # bytes on disk that it stands for; those of all chunks of a file sum to its size
-    problem: Skipped | None = None  # instead of a payload: nothing more can be read from the file, because of this
+    payload: Any  # of its Piece
+    content: int  # of its Piece
+    input_bytes: int  # bytes on disk that it stands for; those of all chunks of a unit sum to the unit's size
+    problem: Skipped | None = None  # instead of a payload: why the rest of the file cannot be read
 
 
 class BreaksOff(Exception):
-    """Nothing more can be read from a file. All its contents before the break were read; `end` is where the break is."""
+    """The rest of a file cannot be read. Everything before the break was read; `end` is the position of the break in bytes."""
 
-    def __init__(self, why: object, end: int, reason: str = BREAKS_OFF):
+    def __init__(self, why: object, end: int, reason: str = BREAKS_OFF, records: int = 1):
         super().__init__(" ".join(str(why).split()))
         self.end, self.reason = end, reason
-        self.records = 0 if reason == TRAILING else 1  # that are lost, at least
+        self.records = 0 if reason == TRAILING else records  # how many are lost, at least
 
-    def chunk(self, format: str, origin: str, first: int) -> Chunk:
-        """The last chunk of the file, which counts what is lost from record `first` on."""
+    def skipped(self, where: str, size: int, records: int) -> Skipped:
+        """What is lost, for the account."""
         detail = f": {self}" if self.reason == TRAILING else f" here: {self}"
-        loss = Skipped(f"{origin}:{first}", self.reason, detail, 1, self.records)
-        return Chunk(format, origin, first, b"", 1, 0, loss)
+        return Skipped(where, self.reason, detail, size, records)
 
 
 def is_compressed(path: Path) -> bool:
@@ -64,13 +86,13 @@ def is_compressed(path: Path) -> bool:
 
 
 def read_blocks(path: Path) -> Iterator[tuple[bytes, int]]:
-    """The contents of a file, decompressed by its suffix, in blocks, each with the place in the file where it ends.
+    """The contents of a file, decompressed according to its suffix, in blocks, each with the position in the file where it ends.
 
-    Raises BreaksOff, after the contents before the break, when the file is damaged, cut off, or has more behind its end.
+    Raises BreaksOff, after the contents before the break, when the file is damaged or truncated, or has other bytes at its end.
     """
     with open(path, "rb") as raw:
         if is_compressed(path):
-            yield from DECOMPRESSORS[path.suffix.lower()](path, raw)
+            yield from DECOMPRESSORS[path.suffix.lower()](raw)
             return
         try:
             while block := raw.read(CHUNK_BYTES):
@@ -79,8 +101,8 @@ def read_blocks(path: Path) -> Iterator[tuple[bytes, int]]:
             raise BreaksOff(problem, raw.tell()) from problem
 
 
-def _read_gzip(path: Path, raw: BinaryIO) -> Iterator[tuple[bytes, int]]:
-    member, rest, member_end = None, b"", 0  # where the last whole member ends
+def _read_gzip(raw: BinaryIO) -> Iterator[tuple[bytes, int]]:
+    member, rest, member_end = None, b"", 0  # member_end: where the last complete member ends
     while rest := rest or raw.read(INPUT_BYTES):
         first, member = member is None, member or zlib.decompressobj(wbits=31)
         before = member.copy()
@@ -90,7 +112,7 @@ def _read_gzip(path: Path, raw: BinaryIO) -> Iterator[tuple[bytes, int]]:
             if first and member_end and "header" in str(problem):
                 raise BreaksOff(OTHER, member_end, TRAILING) from problem
             yield from _before_the_flaw(before, rest, raw.tell() - len(rest))
-            raise AssertionError("the flaw was not met again") from problem
+            raise AssertionError("the second pass did not fail") from problem
         rest = member.unused_data
         yield contents, raw.tell() - len(rest)
         if member.eof:
@@ -102,7 +124,7 @@ def _read_gzip(path: Path, raw: BinaryIO) -> Iterator[tuple[bytes, int]]:
 
 
 def _before_the_flaw(member: Any, data: bytes, start: int) -> Iterator[tuple[bytes, int]]:
-    """Decompress byte by byte what zlib discards together with the flawed byte; `start`: of `data` in the file."""
+    """Decompress `data` byte by byte up to the flaw, as zlib discards all output of a call that fails. `start`: its position."""
     contents = bytearray()
     for i in range(len(data)):
         try:
@@ -112,19 +134,19 @@ def _before_the_flaw(member: Any, data: bytes, start: int) -> Iterator[tuple[byt
             raise BreaksOff(problem, start + i) from problem
 
 
-def _read_zstd(path: Path, raw: BinaryIO) -> Iterator[tuple[bytes, int]]:
+def _read_zstd(raw: BinaryIO) -> Iterator[tuple[bytes, int]]:
     import pyarrow as pa
 
     done = end = 0
     try:
         stream = pa.CompressedInputStream(_Sips(raw), "zstd")
         while contents := stream.read(CHUNK_BYTES):
-            done, end = done + len(contents), max(end, raw.tell() - SIP_BYTES)  # at least: more was read than decompressed
+            done, end = done + len(contents), max(end, raw.tell() - SIP_BYTES)  # a lower bound: pyarrow reads ahead
             yield contents, end
         return
     except OSError as problem:
         why = str(problem)
-    # pyarrow discards what it read together with the flaw: read again up to it, byte by byte behind `end`
+    # pyarrow discards all output of a read that fails. Read again up to the flaw, byte by byte after `end`.
     contents = bytearray()
     raw.seek(0)
     try:
@@ -136,7 +158,7 @@ def _read_zstd(path: Path, raw: BinaryIO) -> Iterator[tuple[bytes, int]]:
     except OSError:
         pass
     trailing = "frame descriptor" in why and bool(end or contents)
-    end = raw.tell() - trailing  # the byte that is of no frame was read
+    end = raw.tell() - trailing  # the first byte that belongs to no frame was read too
     if contents:
         yield bytes(contents), end
     if "too much memory" in why:
@@ -145,7 +167,7 @@ def _read_zstd(path: Path, raw: BinaryIO) -> Iterator[tuple[bytes, int]]:
 
 
 class _Sips(io.RawIOBase):
-    """Hands out few bytes at a time, so that raw.tell() is near to what was decompressed; single ones behind `single_from`."""
+    """Returns few bytes per read, so that raw.tell() is close to what was decompressed; one byte per read after `single_from`."""
 
     def __init__(self, raw: BinaryIO, single_from: float = math.inf):
         self.raw, self.single_from = raw, single_from

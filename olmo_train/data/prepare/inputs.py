@@ -1,7 +1,7 @@
-"""Which files the inputs name, and as what each is read.
+"""Find the files that the inputs name, and the format of each.
 
-Nothing is passed over in silence: a file or folder that cannot be read is an error, and one that is not meant to be
-read is reported as a Skipped, with its bytes, so that the account of prepare-data covers the whole input.
+No file is ignored silently. A file or folder that cannot be read is an error, and one that is not meant to be read is reported as
+a Skipped, with its bytes, so that the account of prepare-data covers the whole input.
 """
 
 from __future__ import annotations
@@ -12,56 +12,45 @@ import re
 import shutil
 import stat
 import tempfile
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from olmo_train.data.documents import DOCUMENTS_FILE
 from olmo_train.data.meta import META_FILE
-from olmo_train.data.prepare.chunks import CHUNK_BYTES, BreaksOff, Skipped, is_compressed, read_blocks
+from olmo_train.data.prepare.chunks import CHUNK_BYTES, DECOMPRESSORS, BreaksOff, Skipped, Unit, is_compressed, read_blocks
+from olmo_train.data.prepare.readers import FORMATS, chunks, records
 from olmo_train.errors import ConfigError, DataError
 
-SUFFIXES = {  # suffix, after .gz or .zst was taken off -> format; other files are text, or JSON lines by their contents
-    ".jsonl": "jsonl",
-    ".jsonlines": "jsonl",
-    ".jl": "jsonl",
-    ".ndjson": "jsonl",
-    ".json": "json",
-    ".parquet": "parquet",
-    ".arrow": "arrow",
-    ".feather": "arrow",
-    ".csv": "csv",
-    ".tsv": "csv",
-}
+SUFFIXES = {suffix: name for name, format in FORMATS.items() for suffix in format.suffixes} | {".csv": "csv", ".tsv": "csv"}
 HUB_FILES = {"dataset_info.json", "state.json", "dataset_dict.json"}  # what `datasets` writes beside a data set's files
 WORK_FOLDER = ".unfinished"  # of prepare-data, in its output
-HEAD_BYTES = 2**16  # of a file, to tell JSON from text
+HEAD_BYTES = 2**16  # of a file, read to distinguish JSON from text
 TRAIN_WORDS = {"train", "training"}
 HELD_OUT_WORDS = {"valid", "validation", "val", "dev", "test", "testing", "eval", "evaluation"}
+WORD = re.compile(r"[^\W\d_]+")
+NOT_IN_A_NAME = re.compile(rf"\d+-of-\d+|({'|'.join(map(re.escape, (*SUFFIXES, *DECOMPRESSORS, '.txt', '.md')))})+$", re.I)
 READABLE = "make it readable, or take it out of the input"
-_copies = []  # of pipes, open so that they last as long as this process
+_copies = []  # of pipes, kept open until this process ends
+OnLeftOut = Callable[[Skipped], None]
 
 
-@dataclass(frozen=True)
-class Unit:
-    """What is read in one go: one file of records, or several text files that fill a chunk."""
-
-    format: str
-    files: tuple[Path, ...]
-    origins: tuple[str, ...]  # the files as the user would name them
-    sizes: tuple[int, ...]  # bytes of each on disk
-
-    @property
-    def size(self) -> int:
-        return sum(self.sizes)
+def read_texts(inputs: list[str], text_field: str, on_skip: OnLeftOut) -> Iterator[str]:
+    """All text of the inputs, in order, as a tokenizer is trained on it. `on_skip` is called for all that is not read."""
+    for unit in find_units(inputs, on_skip):
+        for chunk in chunks(unit, text_field):
+            for record in records(chunk, text_field):
+                if isinstance(record, Skipped):
+                    on_skip(record)
+                else:
+                    yield from (text for text, _ in record.segments)
 
 
-def find_units(inputs: list[str], on_left_out: Callable[[Skipped], None] = lambda skipped: None) -> list[Unit]:
-    """Every file that `inputs` name, in the order given; those of a folder by their relative path.
+def find_units(inputs: list[str], on_left_out: OnLeftOut = lambda skipped: None) -> list[Unit]:
+    """Every file that `inputs` name, in the order of the inputs; files of a folder by their relative path.
 
-    `on_left_out` gets what is in a folder and not read; its `size` is in bytes.
-    Raises ConfigError for an input that does not exist, holds nothing, or is a data set of which a split must be named,
-    and DataError for what cannot be read.
+    `on_left_out` is called for everything in a folder that is not read; its `size` is in bytes.
+    Raises ConfigError for an input that does not exist, is empty, or is a data set of several splits, and DataError for files
+    that cannot be read.
     """
     found: list[tuple[str, Path, str]] = []
     for word in inputs:
@@ -79,7 +68,7 @@ def find_units(inputs: list[str], on_left_out: Callable[[Skipped], None] = lambd
     for format, path, word in found:
         if format == "csv":
             raise ConfigError(word, "is a table of separated values, which is not read; convert it to Parquet or JSON lines")
-        origin = os.fsencode(word).decode("utf-8", "backslashreplace").replace("\n", "\\n")  # a name is bytes, of any kind
+        origin = os.fsencode(word).decode("utf-8", "backslashreplace").replace("\n", "\\n")  # a name may hold any bytes
         size, last = path.stat().st_size, units[-1] if units else None
         if last and format == last.format == "text" and last.size + size <= CHUNK_BYTES:
             units[-1] = Unit("text", (*last.files, path), (*last.origins, origin), (*last.sizes, size))
@@ -104,7 +93,7 @@ def _kind(mode: int) -> str:
 
 
 def _copy_of_pipe(word: str) -> Path:
-    """A temporary copy: an input is read more than once, and again after an interruption."""
+    """A temporary copy, since an input is read more than once."""
     copy = tempfile.NamedTemporaryFile(prefix="olmo_train-")  # noqa: SIM115
     _copies.append(copy)
     with open(word, "rb") as pipe:
@@ -114,7 +103,7 @@ def _copy_of_pipe(word: str) -> Path:
 
 
 def _format(path: Path) -> str:
-    """What the suffix says; JSON in a file of another suffix is found by its contents. Raises DataError for UTF-16."""
+    """The format of a file by its suffix; JSON lines under another suffix by their contents. Raises DataError for UTF-16."""
     format = SUFFIXES.get(_suffix(path), "text")
     try:
         head = _head(path, format)
@@ -126,7 +115,7 @@ def _format(path: Path) -> str:
         encoding = encoding.upper()
         raise DataError(path, f"is {encoding}, not UTF-8; convert it: iconv -f {encoding} -t UTF-8 {path}")
     head = head.removeprefix(b"\xef\xbb\xbf").lstrip()
-    if format == "json":  # lines, or an array or object over many of them; one line is read alike either way
+    if format == "json":  # lines, or an array or object over several lines; a single line is read alike either way
         return "jsonl" if _are_lines(head, least=2) else "json"
     return "jsonl" if format == "text" and head[:1] == b"{" and _are_lines(head, least=1) else format
 
@@ -162,35 +151,32 @@ def _is_object(line: bytes) -> bool:
         return False
 
 
-def _of_folder(folder: Path, on_left_out: Callable[[Skipped], None]) -> list[tuple[str, Path, str]]:
-    """(format, file, origin) of a folder: its files of records when they are at least half of all, else the others as text."""
+def _of_folder(folder: Path, on_left_out: OnLeftOut) -> list[tuple[str, Path, str]]:
+    """(format, file, origin) of a folder: its files of records if they are at least half of all, else the others as text."""
     files = [(_format(file), file) for file in _walk(folder, on_left_out)]
     if all(_suffix(file) == ".json" for _, file in files):
         records, texts = files, []
-    else:  # a .json that is not of lines is, among other files, more often settings than records
+    else:  # among other files, a .json that is not JSON lines holds settings more often than records
         records = [(format, file) for format, file in files if format not in ("text", "json", "csv")]
         texts = [("text", file) for format, file in files if format in ("text", "json")]
-    as_records = 2 * len(records) >= len(records) + len(texts)
-    kept = records if as_records else texts
-    if not kept:
-        kept = files  # tables of separated values alone
+    as_records = len(records) >= len(texts)
+    kept = (records if as_records else texts) or files  # the last: csv alone
     kept_files = {file for _, file in kept}
     if passed := [file for _, file in files if file not in kept_files]:
         kinds = ("files of records", "other files") if as_records else ("text files", "files of records or tables")
-        _report(on_left_out, folder, "files of another kind than most in their folder", passed,
-                f": {len(passed)} {kinds[1]}, such as {passed[0]}; the {len(kept)} {kinds[0]} are read")  # fmt: skip
+        detail = f": {len(passed)} {kinds[1]}, such as {passed[0]}; the {len(kept)} {kinds[0]} are read"
+        _report(on_left_out, folder, "files of another kind than most in their folder", passed, detail)
     _refuse_splits(folder, [file for _, file in kept], as_records)
     return [(format, file, str(file)) for format, file in kept]
 
 
-def _report(on_left_out: Callable[[Skipped], None], folder: Path, reason: str, files: Iterable[Path], detail: str = "") -> None:
-    sizes = [os.lstat(file).st_size for file in files]
-    if sizes:
-        on_left_out(Skipped(str(folder), reason, detail, sum(sizes), len(sizes)))
+def _report(on_left_out: OnLeftOut, folder: Path, reason: str, files: list[Path], detail: str = "") -> None:
+    if files:
+        on_left_out(Skipped(str(folder), reason, detail, sum(os.lstat(file).st_size for file in files), len(files)))
 
 
-def _walk(folder: Path, on_left_out: Callable[[Skipped], None]) -> list[Path]:
-    """The files of a folder and of the folders in it, linked ones included, by their relative path."""
+def _walk(folder: Path, on_left_out: OnLeftOut) -> list[Path]:
+    """The files of a folder and its subfolders, including linked ones, by their relative path."""
 
     def unreadable(problem: OSError) -> None:
         raise DataError(problem.filename, f"cannot be read: {problem.strerror}; {READABLE}") from problem
@@ -198,18 +184,19 @@ def _walk(folder: Path, on_left_out: Callable[[Skipped], None]) -> list[Path]:
     files, hidden, described = [], [], []
     seen = {_identity(folder)}
     for parent, folders, names in os.walk(folder, onerror=unreadable, followlinks=True):
-        if _is_prepared(parent, folders, names):
+        inside, folders[:] = sorted(folders), []  # folders: those that os.walk visits next
+        if WORK_FOLDER in inside or {META_FILE, DOCUMENTS_FILE} <= set(names):  # an output of prepare-data, finished or not
             if Path(parent) == folder:
                 raise ConfigError(folder, "is a folder that prepare-data wrote; name the text it was prepared from")
             on_left_out(Skipped(parent, "is a folder that prepare-data wrote", "; it is not read", records=0))
-            folders[:] = []
             continue
         if "dataset_dict.json" in names:
-            splits = sorted(name for name in folders if not name.startswith("."))
-            raise ConfigError(parent, f"is a data set of several splits; name one: {', '.join(f'{parent}/{s}' for s in splits)}")
-        hidden += [Path(parent, name) for name in (*folders, *names) if name.startswith(".")]
-        inside, folders[:] = sorted(name for name in folders if not name.startswith(".")), []
+            splits = ", ".join(f"{parent}/{name}" for name in inside if not name.startswith("."))
+            raise ConfigError(parent, f"is a data set of several splits; name one: {splits}")
+        hidden += [Path(parent, name) for name in (*inside, *names) if name.startswith(".")]
         for name in inside:
+            if name.startswith("."):
+                continue
             identity = _identity(Path(parent, name))
             if identity in seen:
                 on_left_out(Skipped(f"{parent}/{name}", "is a link to a folder that is read", "; it is read once", records=0))
@@ -223,7 +210,9 @@ def _walk(folder: Path, on_left_out: Callable[[Skipped], None]) -> list[Path]:
                 files.append(file)
             else:
                 on_left_out(Skipped(str(file), "is no file", f" but {_kind(mode)}; name it alone to read it"))
-    _report(on_left_out, folder, "a name that begins with a dot", _all_files(hidden))
+    inside_hidden = [file for path in hidden if path.is_dir() and not path.is_symlink() for file in path.rglob("*")]
+    hidden = [file for file in (*hidden, *inside_hidden) if file.is_symlink() or not file.is_dir()]
+    _report(on_left_out, folder, "a name that begins with a dot", hidden)
     _report(on_left_out, folder, "a description of a data set", described)
     if not files:
         raise ConfigError(folder, "holds no files")
@@ -235,59 +224,29 @@ def _identity(folder: Path) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def _is_prepared(parent: str, folders: list[str], names: list[str]) -> bool:
-    """Whether prepare-data wrote the folder, or has begun to: an output inside the input is no input."""
-    return WORK_FOLDER in folders or (META_FILE in names and DOCUMENTS_FILE in names)
-
-
-def _all_files(paths: list[Path]) -> Iterable[Path]:
-    for path in paths:
-        if path.is_dir() and not path.is_symlink():
-            for parent, _, names in os.walk(path):
-                yield from (Path(parent, name) for name in names)
-        else:
-            yield path
-
-
 def _refuse_splits(folder: Path, files: list[Path], as_records: bool) -> None:
-    """Training on a data set's held-out part must be the user's own wish, so a folder that has both is refused.
+    """Raise ConfigError for a folder that has training and held-out data, so that nobody trains on the latter by accident.
 
-    A file's part is the first word of its relative path that names one: c4-train.00000-of-01024.json.gz, test/0.parquet,
+    A file's split is the first word of its relative path that names one: c4-train.00000-of-01024.json.gz, test/0.parquet,
     val.jsonl. In a folder of texts such words may be topics (train-travel.md) or programs (train.py): there, at least half
-    of the files must name a part, and two must differ by it alone (wiki.train.tokens and wiki.test.tokens).
+    of the files must name a split, and two must differ by it alone (wiki.train.tokens and wiki.test.tokens).
     """
-    parts: dict[str, tuple[Path, set[str]]] = {}  # word: its first file, and what its files' names hold besides
+    splits: dict[str, tuple[str, set[str]]] = {}  # word: how to name its files on the command line, their other words
     n = 0
     for file in files:
-        words = re.findall(r"[^\W\d_]+", re.sub(r"\d+-of-\d+", "", _without_suffixes(file.relative_to(folder))).lower())
-        word = next((word for word in words if word in TRAIN_WORDS | HELD_OUT_WORDS), None)
-        if word:
+        path = str(file.relative_to(folder))
+        found = next((word for word in WORD.finditer(path) if word[0].lower() in TRAIN_WORDS | HELD_OUT_WORDS), None)
+        if found:
             n += 1
-            words.remove(word)
-            parts.setdefault(word, (file, set()))[1].add(" ".join(words))
-    train, held_out = ([parts[word] for word in sorted(parts) if word in of] for of in (TRAIN_WORDS, HELD_OUT_WORDS))
+            before, after = path[: found.start()], path[found.end() :]
+            example = path[: found.end()] + (after.partition("/")[0] if "/" in after else "*")
+            others = WORD.findall(NOT_IN_A_NAME.sub("", f"{before} {after}").lower())
+            splits.setdefault(found[0].lower(), (f"{folder / example}", set()))[1].add(" ".join(others))
+    train, held_out = ([splits[word] for word in sorted(splits) if word in words] for words in (TRAIN_WORDS, HELD_OUT_WORDS))
     if not as_records:
         alike = any(names & others for _, names in train for _, others in held_out)
         if not alike or 2 * n < len(files):
             return
     if train and held_out:
-        raise ConfigError(folder, f"holds the splits {', '.join(sorted(parts))}; name the files of one, such as "
-                                  f"{_name_of_part(folder, train[0][0])}")  # fmt: skip
-
-
-def _without_suffixes(path: Path) -> str:
-    """The path without the suffixes that tell its format; the words of another suffix, as of wiki.train.raw, stay."""
-    while path.suffix.lower() in {*SUFFIXES, ".gz", ".zst", ".txt", ".md"}:
-        path = path.with_suffix("")
-    return str(path)
-
-
-def _name_of_part(folder: Path, file: Path) -> str:
-    """A word for the command line that names the part of a split's file: its folder, or a pattern of file names."""
-    path = folder
-    for name in file.relative_to(folder).parts:
-        for match in re.finditer(r"[^\W\d_]+", name):
-            if match[0].lower() in TRAIN_WORDS | HELD_OUT_WORDS:
-                return str(path / (name[: match.end()] + ("*" if path / name == file else name[match.end() :])))
-        path = path / name
-    return str(file)
+        names = ", ".join(sorted(splits))
+        raise ConfigError(folder, f"holds the splits {names}; name the files of one, such as {train[0][0]}")

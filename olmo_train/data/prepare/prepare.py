@@ -20,8 +20,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from olmo_train.data.meta import META_FILE, Meta, hash_blocks, read_meta, write_json
-from olmo_train.data.prepare.chunks import Chunk, Skipped
-from olmo_train.data.prepare.inputs import WORK_FOLDER, Unit, find_units
+from olmo_train.data.prepare.chunks import Chunk, Skipped, Unit
+from olmo_train.data.prepare.inputs import WORK_FOLDER, find_units
 from olmo_train.data.prepare.readers import chunks
 from olmo_train.data.prepare.tokenize import HARMLESS, NO_TEXT, ChunkResult, count_left_out, tokenize_chunks
 from olmo_train.data.prepare.writer import SourceWriter, Tokenized, WriterState

@@ -1,8 +1,8 @@
 """Read input files of all formats as one ordered list of records.
 
-The input is cut into chunks of about 1 MiB, at places that depend on the files alone. The main process cuts chunks, which is
-cheap, and workers parse them. So the result is the same for any number of workers, and (unit, chunk) is all that a restart
-needs to know. A format is a row of FORMATS.
+The input is cut into chunks of about 1 MiB, at places that depend on the files alone. The main process cuts, which is cheap, and
+workers parse. So the result is the same for any number of workers, and a restart needs only (unit, chunk). A format is a row of
+FORMATS.
 """
 
 from __future__ import annotations
@@ -11,13 +11,23 @@ import codecs
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from io import BytesIO
 from typing import Any
 
 from olmo_train.data.prepare import tables
-from olmo_train.data.prepare.chunks import CHUNK_BYTES, TRAILING, BreaksOff, Chunk, Skipped, is_compressed, read_blocks
+from olmo_train.data.prepare.chunks import (
+    CHUNK_BYTES,
+    TRAILING,
+    BreaksOff,
+    Chunk,
+    Piece,
+    Skipped,
+    Unit,
+    is_compressed,
+    read_blocks,
+)
 from olmo_train.data.prepare.elements import json_elements
-from olmo_train.data.prepare.inputs import Unit, find_units
 
 NOT_UTF8, BINARY, NO_FILE = "is not UTF-8", "is binary, not text", "cannot be read"  # reasons
 ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names
@@ -26,25 +36,33 @@ FIELDS = ("id", "messages", "conversations", "prompt", "response", "completion",
 
 @dataclass(frozen=True)
 class Record:
-    """One document to be: its text in segments, each scored (trained on) or only read."""
+    """A document before tokenization: segments of text, each scored (trained on) or only read."""
 
     id: str | None
     origin: str
-    record: int | None  # counted from 1 in its file (of JSONL: its line); None where the file is the document
+    record: int | None  # counted from 1 in its file (in JSONL: its line); None if the file is the document
     segments: tuple[tuple[str, bool], ...]
-    size: int = field(default=0, compare=False)  # of its chunk's `content`
+    size: int = field(default=0, compare=False)  # in the unit of its chunk's `content`
 
 
 def chunks(unit: Unit, text_field: str) -> Iterator[Chunk]:
     """The chunks of a unit, in order; their input_bytes sum to the unit's size. A file that breaks off ends with a `problem`."""
-    waiting, rest = None, unit.size
-    for chunk in FORMATS[unit.format].cut(unit, text_field):
-        if waiting:
-            yield waiting
-        waiting, rest = chunk, rest - chunk.input_bytes
-    if waiting is None:  # a compressed file or a table without contents
-        waiting = Chunk("jsonl", unit.origins[0], 1, b"", 0, 0)
-    yield replace(waiting, input_bytes=waiting.input_bytes + rest)
+    origin, first, start = unit.origins[0], 1, 0
+    last = None  # not yielded yet, as the last chunk counts the bytes up to the end of the file
+    try:
+        for piece in FORMATS[unit.format].cut(unit, text_field):
+            if last:
+                yield last
+            end = min(max(piece.end, start), unit.size)
+            last = Chunk(unit.format, origin, first, piece.payload, piece.content, end - start)
+            first, start = first + piece.records, end
+    except BreaksOff as broken:
+        if last:
+            yield last
+        last = Chunk(unit.format, origin, first, b"", 1, 0, broken.skipped(f"{origin}:{first}", 1, broken.records))
+    if last is None:  # a compressed file or a table without contents
+        last = Chunk("jsonl", origin, 1, b"", 0, 0)
+    yield replace(last, input_bytes=last.input_bytes + unit.size - start)
 
 
 def records(chunk: Chunk, text_field: str) -> Iterator[Record | Skipped]:
@@ -55,21 +73,10 @@ def records(chunk: Chunk, text_field: str) -> Iterator[Record | Skipped]:
         yield from FORMATS[chunk.format].parse(chunk, text_field)
 
 
-def read_texts(inputs: list[str], text_field: str, on_skip: Callable[[Skipped], None]) -> Iterator[str]:
-    """All text of the inputs, in order: what a tokenizer is trained on."""
-    for unit in find_units(inputs, on_skip):
-        for chunk in chunks(unit, text_field):
-            for record in records(chunk, text_field):
-                if isinstance(record, Skipped):
-                    on_skip(record)
-                else:
-                    yield from (text for text, _ in record.segments)
-
-
-def _cut_lines(unit: Unit, text_field: str) -> Iterator[Chunk]:
-    """Whole lines, about CHUNK_BYTES of them; a longer line is a chunk alone."""
-    (path,), (origin,) = unit.files, unit.origins
-    line, reported, end, carry, broken = 1, 0, 0, bytearray(), None
+def _cut_lines(unit: Unit, text_field: str) -> Iterator[Piece]:
+    """Complete lines, about CHUNK_BYTES of them; a longer line is a piece alone."""
+    (path,) = unit.files
+    carry, start, end = bytearray(), 0, 0
     try:
         for block, end in read_blocks(path):
             cut = block.rfind(b"\n") + 1
@@ -77,22 +84,25 @@ def _cut_lines(unit: Unit, text_field: str) -> Iterator[Chunk]:
                 carry += block
                 continue
             carry += block[:cut]
-            data, carry = bytes(carry), bytearray(block[cut:])
-            data_end = end if is_compressed(path) else end - len(carry)
-            yield Chunk("jsonl", origin, line, data, len(data), data_end - reported)
-            line, reported = line + data.count(b"\n"), data_end
-    except BreaksOff as problem:
-        broken, end = problem, problem.end
-        whole = carry.rfind(b"\n") + 1
-        if broken.reason != TRAILING and not _is_json(carry[whole:]):  # the record in which the file breaks off
-            end = reported + (end - reported) * whole // max(len(carry), 1)
-            del carry[whole:]
-        else:
+            start = end if is_compressed(path) else end - len(block) + cut
+            yield _lines(carry, start)
+            carry = bytearray(block[cut:])
+    except BreaksOff as broken:
+        whole, end = carry.rfind(b"\n") + 1, broken.end
+        if broken.reason == TRAILING or _is_json(carry[whole:]):
             broken.records = 0
+        else:  # the record in which the file breaks off
+            end = start + (end - start) * whole // max(len(carry), 1)
+            del carry[whole:]
+        if carry:
+            yield _lines(carry, end)
+        raise
     if carry:
-        yield Chunk("jsonl", origin, line, bytes(carry), len(carry), end - reported)
-    if broken:
-        yield broken.chunk("jsonl", origin, line + carry.count(b"\n"))
+        yield _lines(carry, end)
+
+
+def _lines(payload: bytes | bytearray, end: int) -> Piece:
+    return Piece(bytes(payload), payload.count(b"\n"), len(payload), end)
 
 
 def _is_json(line: bytes) -> bool:
@@ -120,33 +130,31 @@ def _parse_lines(chunk: Chunk, text_field: str) -> Iterator[Record | Skipped]:
             yield to_record(values, chunk.origin, number, text_field, size)
 
 
-def _cut_json(unit: Unit, text_field: str) -> Iterator[Chunk]:
+def _cut_json(unit: Unit, text_field: str) -> Iterator[Piece]:
     """The elements of an array, or objects that follow one another, each as one line."""
-    (path,), (origin,) = unit.files, unit.origins
-    first, reported, end, lines, size = 1, 0, 0, [], 0
+    lines, size, end = [], 0, 0
     try:
-        for line, end in json_elements(path):
+        for line, end in json_elements(unit.files[0]):
             lines.append(line)
             size += len(line)
             if size >= CHUNK_BYTES:
-                yield _joined(origin, first, lines, end - reported)
-                first, reported, lines, size = first + len(lines), end, [], 0
-    except BreaksOff as problem:
+                yield _elements(lines, end)
+                lines, size = [], 0
+    except BreaksOff:
         if lines:
-            yield _joined(origin, first, lines, end - reported)
-        yield problem.chunk("jsonl", origin, first + len(lines))
-        return
+            yield _elements(lines, end)
+        raise
     if lines:
-        yield _joined(origin, first, lines, end - reported)
+        yield _elements(lines, end)
 
 
-def _joined(origin: str, first: int, lines: list[bytes], input_bytes: int) -> Chunk:
+def _elements(lines: list[bytes], end: int) -> Piece:
     payload = b"\n".join(lines)
-    return Chunk("jsonl", origin, first, payload, len(payload), input_bytes)
+    return Piece(payload, len(lines), len(payload), end)
 
 
-def _cut_text(unit: Unit, text_field: str) -> Iterator[Chunk]:
-    yield Chunk("text", unit.origins[0], 1, (unit.files, unit.origins, unit.sizes), unit.size, unit.size)
+def _cut_text(unit: Unit, text_field: str) -> Iterator[Piece]:
+    yield Piece((unit.files, unit.origins, unit.sizes), len(unit.files), unit.size, unit.size)
 
 
 def _parse_text(chunk: Chunk, text_field: str) -> Iterator[Record | Skipped]:
@@ -161,17 +169,17 @@ def _parse_text(chunk: Chunk, text_field: str) -> Iterator[Record | Skipped]:
             yield Skipped(origin, NO_FILE, f": {problem.strerror}", size)
             continue
         if broken and not data:
-            yield replace(broken.chunk("text", origin, 1).problem, where=origin, size=size, records=1)
+            yield broken.skipped(origin, size, 1)
             continue
         lost = size - broken.end if broken else 0
-        yield _text(data, origin, size - lost, whole=not broken)
+        yield _text(data, origin, size - lost, complete=not broken)
         if broken:
-            yield replace(broken.chunk("text", origin, 1).problem, where=origin, size=lost, records=0)
+            yield broken.skipped(origin, lost, 0)
 
 
-def _text(data: bytes, origin: str, size: int, whole: bool) -> Record | Skipped:
+def _text(data: bytes, origin: str, size: int, complete: bool) -> Record | Skipped:
     try:
-        text = codecs.getincrementaldecoder("utf-8-sig")().decode(data, final=whole)
+        text = codecs.getincrementaldecoder("utf-8-sig")().decode(data, final=complete)
     except UnicodeDecodeError as problem:
         if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
             return Skipped(origin, NOT_UTF8, " but UTF-16; convert it: iconv -f UTF-16 -t UTF-8", size)
@@ -183,14 +191,14 @@ def _text(data: bytes, origin: str, size: int, whole: bool) -> Record | Skipped:
     return Record(None, origin, None, ((text, True),), size)
 
 
-def _cut_table(unit: Unit, text_field: str) -> Iterator[Chunk]:
-    return tables.cut(unit.format, unit.files[0], unit.origins[0], unit.size, (text_field, *FIELDS))
+def _cut_table(open_table: Callable, unit: Unit, text_field: str) -> Iterator[Piece]:
+    return tables.cut(open_table, unit.files[0], (text_field, *FIELDS))
 
 
 def _parse_table(chunk: Chunk, text_field: str) -> Iterator[Record | Skipped]:
-    for number, values in enumerate(tables.rows(chunk), start=chunk.first):
+    for number, values in enumerate(tables.rows(chunk.payload), start=chunk.first):
         if isinstance(values, Exception):
-            yield Skipped(f"{chunk.origin}:{number}", "cannot be read", f": {values}", 1)
+            yield Skipped(f"{chunk.origin}:{number}", NO_FILE, f": {values}", 1)
         else:
             yield to_record(values, chunk.origin, number, text_field)
 
@@ -211,18 +219,19 @@ def to_record(values: Any, origin: str, number: int, text_field: str, size: int 
     try:
         segments = [(text.decode() if isinstance(text, bytes) else text, scored) for text, scored in segments]
         id = id.decode() if isinstance(id, bytes) else id if id is None else str(id)
+        for text, _ in segments:
+            if not isinstance(text, str):
+                return skipped(f"holds {type(text).__name__} where text is expected")
+        "".join([id or "", *(text for text, _ in segments)]).encode()
     except UnicodeDecodeError as problem:
         return skipped(NOT_UTF8, f" (byte {problem.start})")
-    for text, _ in segments:
-        if not isinstance(text, str):
-            return skipped(f"holds {type(text).__name__} where text is expected")
-    if not all(map(_encodable, (id or "", *(text for text, _ in segments)))):
+    except UnicodeEncodeError:
         return skipped("holds a lone surrogate, which no UTF-8 text has")
     return Record(id, origin, number, tuple(segments), size)
 
 
 def _segments(values: dict, text_field: str) -> list[tuple[Any, bool]] | None:
-    """(what is text in a good record, whether it is scored); None when no field is known."""
+    """(what must be text, whether it is scored); None when the record has no known field."""
     answer = next((values[key] for key in ("response", "completion") if values.get(key) is not None), None)
     if values.get(text_field) is not None:
         return [(values[text_field], True)]
@@ -238,7 +247,7 @@ def _segments(values: dict, text_field: str) -> list[tuple[Any, bool]] | None:
 
 
 def _chat(messages: list) -> list[tuple[Any, bool]]:
-    """`<|role|>\\ncontent\\n` a message, as OLMo's instruction models have it; what the assistant says is scored."""
+    """`<|role|>\\ncontent\\n` for each message, as in OLMo's instruction models; the assistant's messages are scored."""
     segments = []
     for message in messages:
         message = message if isinstance(message, dict) else {}
@@ -250,30 +259,25 @@ def _chat(messages: list) -> list[tuple[Any, bool]]:
 
 
 def _content(content: Any) -> list:
-    """The texts of a message: its content, or the parts of it; a part that is no text stays what it is."""
+    """The texts of a message: its content, or its parts. A part that is not text is returned as it is."""
     if not isinstance(content, list):
         return [content]
     return [part.get("text") if isinstance(part, dict) and "text" in part else part for part in content]
 
 
-def _encodable(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 @dataclass(frozen=True)
-class _Format:
-    cut: Callable[[Unit, str], Iterator[Chunk]]  # in the main process
+class Format:
+    """How files of a format are recognized and read; both functions get the name of the text field."""
+
+    suffixes: tuple[str, ...]  # in lower case, before .gz or .zst
+    cut: Callable[[Unit, str], Iterator[Piece]]  # in the main process
     parse: Callable[[Chunk, str], Iterator[Record | Skipped]]  # in a worker
 
 
 FORMATS = {
-    "jsonl": _Format(_cut_lines, _parse_lines),
-    "json": _Format(_cut_json, _parse_lines),
-    "parquet": _Format(_cut_table, _parse_table),
-    "arrow": _Format(_cut_table, _parse_table),
-    "text": _Format(_cut_text, _parse_text),
+    "jsonl": Format((".jsonl", ".jsonlines", ".jl", ".ndjson"), _cut_lines, _parse_lines),
+    "json": Format((".json",), _cut_json, _parse_lines),
+    "parquet": Format((".parquet",), partial(_cut_table, tables.open_parquet), _parse_table),
+    "arrow": Format((".arrow", ".feather"), partial(_cut_table, tables.open_arrow), _parse_table),
+    "text": Format((), _cut_text, _parse_text),  # every other file, unless it begins with JSON lines
 }
