@@ -231,12 +231,13 @@ def test_bf16_halves_the_file_and_is_proven_against_the_rounded_weights(tmp_path
 def test_only_the_block_that_computes_has_its_weights(tmp_path):
     config = ModelConfig(**(OLMO | {"n_layers": 3}))
     weights = write_random_checkpoint(tmp_path / "ours", config)
-    model, filled = folders._on_meta(config), []
+    model, filled = folders.on_meta(config), []
     for block in model.blocks:
         block.attn.register_forward_hook(
             lambda *_: filled.append([not next(block.parameters()).is_meta for block in model.blocks])
         )
-    with torch.no_grad(), check._weights_when_needed(model, model.blocks, weights.__getitem__):
+    check.load_when_needed(model, model.blocks, weights.__getitem__)
+    with torch.no_grad():
         model(TOKENS)
     assert filled == [[True, False, False], [False, True, False], [False, False, True]]
 

@@ -221,14 +221,18 @@ class Evil:
 
 
 def test_weights_that_do_not_fit_are_named(tmp_path):
-    their_checkpoint(tmp_path / "theirs", OLMO, {"weight_tying": True})
+    their_checkpoint(tmp_path / "theirs", OLMO, {})
     settings = json.loads((tmp_path / "theirs/config.yaml").read_text())
-    settings["model"]["mlp_hidden_size"] = 200
-    (tmp_path / "theirs/config.yaml").write_text(json.dumps(settings))
-    with pytest.raises(CheckpointError, match=r"blocks.0.ff_proj.weight is \(192, 64\), expected \(200, 64\)"):
-        olmo.import_olmo(tmp_path / "theirs", tmp_path / "ours")
+    for key, value, problem in (
+        ("mlp_hidden_size", 200, r"blocks.0.ff_proj.weight is \(192, 64\), expected \(200, 64\)"),
+        ("weight_tying", True, r"transformer.ff_out.weight is \(512, 64\), expected absent"),
+    ):
+        changed = settings | {"model": settings["model"] | {key: value}}
+        (tmp_path / "theirs/config.yaml").write_text(json.dumps(changed))
+        with pytest.raises(CheckpointError, match=problem):
+            olmo.import_olmo(tmp_path / "theirs", tmp_path / "ours")
     torch.save({"transformer.blocks.0.mixer.weight": torch.zeros(2)}, tmp_path / "theirs/model.pt")
-    with pytest.raises(ConfigError, match=r"transformer.blocks.0.mixer.weight: is no weight that we have"):
+    with pytest.raises(CheckpointError, match=r"transformer.blocks.0.mixer.weight is \(2,\), expected absent"):
         olmo.import_olmo(tmp_path / "theirs", tmp_path / "ours")
     (tmp_path / "theirs/model.pt").unlink()
     with pytest.raises(CheckpointError, match=r"holds no model.pt"):

@@ -11,6 +11,7 @@ import torch
 from references import olmo_parity as parity
 
 from olmo_train.convert import olmo
+from olmo_train.convert.families import pair
 from olmo_train.data.mixture import Mixture
 from olmo_train.model.init import init_std
 from olmo_train.optim import config as optim_config
@@ -71,8 +72,7 @@ def test_first_weights_have_the_deviations_of_olmos(folder, name):
     weights = parity.their_names(parity.first_weights(shape, seed=1))
     assert set(GOLDEN["deviations"][name]) == {key for key, value in weights.items() if value.ndim > 1}
     cut = 0.98658  # the deviation of a normal distribution that is cut at 3
-    shapes = {ours: value.shape for ours, value in parity.first_weights(shape, seed=1).items()}
-    for ours, theirs in ((ours, mapping.theirs) for ours, mapping in olmo.mappings(weights, shapes).items()):
+    for ours, theirs in ((ours, mapping.theirs) for mapping in pair(olmo.NAMES, shape) for ours in mapping.ours):
         if weights[theirs].ndim > 1:
             of_the_sample = 4 / math.sqrt(2 * weights[theirs].numel())
             expected = cut * init_std(ours, shape)

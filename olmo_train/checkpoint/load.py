@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -89,16 +90,16 @@ def state_tensors(model: Transformer, optimizer: torch.optim.Optimizer) -> dict[
 def _read_tensors(folder: Path, wanted: dict[str, Tensor], prefix: str, group: Any) -> None:
     """Read tensors in place. Among names that start with `prefix`, names and shapes must match in both directions."""
     reader = open_reader(folder)
-    stored = {
-        name: tuple(entry.size) for name, entry in reader.read_metadata().state_dict_metadata.items() if name.startswith(prefix)
-    }
-    shapes = {name: tuple(tensor.shape) for name, tensor in wanted.items()}
-    for name in sorted(stored.keys() | shapes.keys()):
-        if stored.get(name) != shapes.get(name):
-            raise CheckpointError(
-                folder,
-                f"{name} is {stored.get(name, 'absent')} in the checkpoint and {shapes.get(name, 'absent')} in this run",
-            )
+    stored = {name: entry.size for name, entry in reader.read_metadata().state_dict_metadata.items() if name.startswith(prefix)}
+    check_shapes(folder, stored, {name: tensor.shape for name, tensor in wanted.items()})
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # on purpose: no_dist
         dcp.load(wanted, storage_reader=reader, process_group=group, no_dist=group is None)
+
+
+def check_shapes(where: Path, found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises CheckpointError about the file or folder `where` unless it holds exactly the expected tensors: {name: shape}."""
+    for name in [*sorted(found.keys() - expected.keys()), *expected]:
+        stored, wanted = (tuple(shapes[name]) if name in shapes else "absent" for shapes in (found, expected))
+        if stored != wanted:
+            raise CheckpointError(where, f"{name} is {stored}, expected {wanted} for this model")

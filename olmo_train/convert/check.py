@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from olmo_train.convert import families
-from olmo_train.convert.folders import Read, TheirWeights, _on_meta, transformers
+from olmo_train.convert.folders import Read, TheirWeights, on_meta, transformers
 from olmo_train.errors import CheckpointError, check_choice
 from olmo_train.model.config import ModelConfig
 
-MAX_DIFFERENCE = 2e-5  # between logits of size 1, computed in fp32; gate and up swapped give 1 and more
+MAX_DIFFERENCE = 2e-5  # between logits of size 1, computed in fp32; with gate and up swapped it is 1 and more
 MAX_RELATIVE = 5e-6  # |difference| / |logits|, over all of them
 
 
@@ -39,29 +39,22 @@ class Agreement:
         return f"logits differ by at most {self.difference:.1e}, relative {self.relative:.1e}"
 
 
-def _require(agreement: Agreement, source: Path) -> None:
+@torch.no_grad()
+def check_logits(config: ModelConfig, read: Read, folder: Path, source: Path) -> Agreement:
+    """Compare our logits of our weights with transformers' logits of its `folder`, on the same tokens, in fp32.
+
+    Raises CheckpointError about `source`, which is being converted, when they do not agree.
+    """
+    tokens = torch.randint(config.vocab_size, (2, min(64, config.seq_len)), generator=torch.Generator().manual_seed(1))
+    model = on_meta(config).eval()
+    load_when_needed(model, model.blocks, read)
+    theirs = _their_logits(folder, tokens)
+    difference = (model(tokens) - theirs).abs()
+    relative = (difference.norm() / theirs.norm()).item()
+    agreement = Agreement(difference.max().item(), relative, theirs.abs().max().item(), config.n_layers)
     if not agreement.holds:
         raise CheckpointError(source, f"was not converted: {agreement}, more than {MAX_DIFFERENCE:g} and {MAX_RELATIVE:g}")
-
-
-# ---- proof
-
-
-def compare(config: ModelConfig, read: Read, folder: Path) -> Agreement:
-    """Our logits of our weights beside transformers' of its folder: on the same tokens, in fp32, in evaluation mode."""
-    tokens = torch.randint(config.vocab_size, (2, min(64, config.seq_len)), generator=torch.Generator().manual_seed(1))
-    ours = _our_logits(config, read, tokens)
-    theirs = _their_logits(folder, tokens)
-    difference = (ours - theirs).abs()
-    return Agreement(
-        difference.max().item(), (difference.norm() / theirs.norm()).item(), theirs.abs().max().item(), config.n_layers
-    )
-
-
-def _our_logits(config: ModelConfig, read: Read, tokens: Tensor) -> Tensor:
-    model = _on_meta(config).eval()
-    with torch.no_grad(), _weights_when_needed(model, model.blocks, read):
-        return model(tokens)
+    return agreement
 
 
 def _their_logits(folder: Path, tokens: Tensor) -> Tensor:
@@ -72,8 +65,9 @@ def _their_logits(folder: Path, tokens: Tensor) -> Tensor:
         model = getattr(library, families.FAMILIES[settings.model_type].architecture)(settings).eval()
     layers = next(m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == settings.num_hidden_layers)
     weights = TheirWeights(folder)
-    with torch.no_grad(), _weights_when_needed(model, layers, lambda name: weights(name).float()):
-        return model(tokens, use_cache=False).logits.float()
+    load_when_needed(model, layers, lambda name: weights(name).float())
+    model.tie_weights()
+    return model(tokens, use_cache=False).logits.float()
 
 
 @contextmanager
@@ -92,35 +86,18 @@ def _parameters_on_meta() -> Iterator[None]:
         hook.remove()
 
 
-@contextmanager
-def _weights_when_needed(model: nn.Module, blocks: nn.ModuleList, read: Read) -> Iterator[None]:
-    """A model on the meta device that can run: each block has its weights while it computes, the rest have them always."""
-    names = {id(parameter): name for name, parameter in model.named_parameters()}  # a tied one has one name
-    in_blocks = {id(module) for block in blocks for module in block.modules()}
-    meta = {module: dict(module._parameters) for module in model.modules()}
-    values: dict[str, nn.Parameter] = {}
+def load_when_needed(model: nn.Module, blocks: nn.ModuleList, read: Read) -> None:
+    """Give a model on the meta device its weights: each block only while it computes, the other layers for good."""
+    prefix = next(name for name, module in model.named_modules() if module is blocks)
 
-    def fill(modules: Iterator[nn.Module]) -> None:
-        for module in modules:
-            for key, parameter in meta[module].items():
-                if parameter is not None:
-                    name = names[id(parameter)]
-                    if name not in values:
-                        values[name] = nn.Parameter(read(name), requires_grad=False)
-                    module._parameters[key] = values[name]
-        values.clear()
+    def fill(module: nn.Module, names: list[str], prefix: str = "") -> None:
+        module.load_state_dict({name: read(prefix + name) for name in names}, strict=False, assign=True)
 
-    def empty(block: nn.Module) -> None:
-        for module in block.modules():
-            module._parameters.update(meta[module])
+    def empty(block: nn.Module, args: tuple, output: object) -> None:
+        block.to("meta")
 
-    fill(module for module in model.modules() if id(module) not in in_blocks)
-    hooks = []
-    for block in blocks:
-        hooks.append(block.register_forward_pre_hook(lambda block, args: fill(block.modules())))
-        hooks.append(block.register_forward_hook(lambda block, args, output: empty(block)))
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+    fill(model, [name for name, _ in model.named_parameters() if not name.startswith(f"{prefix}.")])  # a tied one has one name
+    for i, block in enumerate(blocks):
+        names = [name for name, _ in block.named_parameters()]
+        block.register_forward_pre_hook(lambda block, args, i=i, names=names: fill(block, names, f"{prefix}.{i}."))
+        block.register_forward_hook(empty)

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,6 @@ from torch import Tensor
 
 from olmo_train import config as configuration
 from olmo_train.checkpoint.format import FORMAT
-from olmo_train.convert import families
 from olmo_train.errors import CheckpointError, ConfigError
 from olmo_train.model.config import ModelConfig
 from olmo_train.model.transformer import Transformer
@@ -36,6 +36,12 @@ def transformers() -> Any:
         raise ConfigError("convert", what) from problem
     transformers.utils.logging.set_verbosity_error()
     return transformers
+
+
+def on_meta(config: ModelConfig) -> Transformer:
+    """The model with its shapes and without memory for its weights."""
+    with torch.device("meta"):
+        return Transformer(config)
 
 
 # ---- folders
@@ -67,29 +73,25 @@ def write_checkpoint(
     files: dict[str, bytes],
     step: int = 0,
     updates: int | None = None,
-    read_moment: Callable[[str, str], Tensor] | None = None,
+    moments: dict[str, Read] | None = None,
 ) -> dict[str, dict]:
     """Write the files of a checkpoint; returns their manifest entries.
 
-    `values` is its config.yaml, `files` go in as they are. With resume_from, a run goes on after `step`: with AdamW's
-    moments, which `updates` updates have made, or, where that is None, with a new optimizer.
+    `values` is its config.yaml, `files` are written as they are. A run with resume_from continues after `step`: with the
+    `moments` of AdamW, {exp_avg, exp_avg_sq: reader}, after `updates` updates; without them, with a new optimizer.
     """
-    sizes = {f"model.{name}": 4 * parameter.numel() for name, parameter in _on_meta(config).named_parameters()}
-    if updates is not None:
-        sizes |= {f"optim.{n[6:]}.{key}": size for n, size in sizes.items() for key in ("exp_avg", "exp_avg_sq")}
-
-    def read_any(name: str) -> Tensor:
-        kind, _, rest = name.partition(".")
-        return read(rest) if kind == "model" else read_moment(*rest.rsplit(".", 1))
-
-    entries, _ = _write_shards(folder, sizes, read_any)
+    kinds = {"model.{}": read} | {f"optim.{{}}.{key}": moment for key, moment in (moments or {}).items()}
+    parameters = dict(on_meta(config).named_parameters())
+    tensors = {kind.format(name): partial(source, name) for kind, source in kinds.items() for name in parameters}
+    sizes = {kind.format(name): 4 * parameter.numel() for kind in kinds for name, parameter in parameters.items()}
+    entries, _ = write_shards(folder, sizes, lambda name: tensors[name]())
     state = {"format": FORMAT, "attempt": 0, "world_size": 1, "data": {}, "interval": None, "pending_line": None}
     state |= {"total_tokens": 0, "step": step, "optimizer_steps": updates}
     texts = {"config.yaml": configuration.dump(values).encode(), "state.json": json.dumps(state, indent=1).encode(), **files}
     return entries | {name: write_file(folder / name, content) for name, content in texts.items()}
 
 
-def _write_shards(folder: Path, sizes: dict[str, int], read: Read) -> tuple[dict[str, dict], dict[str, str]]:
+def write_shards(folder: Path, sizes: dict[str, int], read: Read) -> tuple[dict[str, dict], dict[str, str]]:
     """Write tensors of these sizes in bytes into files of about SHARD_BYTES; returns the manifest entry of each file, and
     the file of each tensor."""
     groups: list[list[str]] = []
@@ -114,38 +116,17 @@ class TheirWeights:
 
     def __init__(self, folder: Path):
         index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-        self.folder = folder
-        if index.is_file():
-            self.files = {name: folder / file for name, file in json.loads(index.read_bytes())["weight_map"].items()}
-        elif single.is_file():
-            with safetensors.safe_open(single, "pt") as file:
-                self.files = dict.fromkeys(file.keys(), single)
-        else:
+        if not index.is_file() and not single.is_file():
             raise CheckpointError(folder, "holds no model.safetensors; save it again with safe_serialization=True")
+        files = set(json.loads(index.read_bytes())["weight_map"].values()) if index.is_file() else {single.name}
+        self.files: dict[str, Path] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        for file in files:
+            with safetensors.safe_open(folder / file, "pt") as tensors:
+                names = tensors.keys()
+                self.files |= dict.fromkeys(names, folder / file)
+                self.shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in names}
 
     def __call__(self, name: str) -> Tensor:
         with safetensors.safe_open(self.files[name], "pt") as file:
             return file.get_tensor(name)
-
-    def check(self, mappings: list[families.Mapping], config: ModelConfig) -> None:
-        """Raises CheckpointError unless exactly the tensors of this model are there, in their shapes."""
-        wanted = {mapping.theirs: list(mapping.shape) for mapping in mappings}
-        for name in sorted(wanted.keys() | {name for name in self.files if not self._is_derived(name, config)}):
-            found = self._shape(name)
-            if found != wanted.get(name):
-                raise CheckpointError(self.folder, f"{name} is {found or 'absent'}, expected {wanted.get(name) or 'absent'}")
-
-    def _shape(self, name: str) -> list[int] | None:
-        if name not in self.files:
-            return None
-        with safetensors.safe_open(self.files[name], "pt") as file:
-            return list(file.get_slice(name).get_shape())
-
-    def _is_derived(self, name: str, config: ModelConfig) -> bool:
-        """Tensors that some folders keep though they follow from others."""
-        return name.endswith("rotary_emb.inv_freq") or (config.tie_embeddings and name == "lm_head.weight")
-
-
-def _on_meta(config: ModelConfig) -> Transformer:
-    with torch.device("meta"):
-        return Transformer(config)

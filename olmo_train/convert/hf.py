@@ -17,8 +17,8 @@ from torch import Tensor
 from olmo_train import config as configuration
 from olmo_train.checkpoint import folders, load
 from olmo_train.convert import families
-from olmo_train.convert.check import Agreement, _require, compare
-from olmo_train.convert.folders import Read, TheirWeights, _write_shards, new_folder, transformers, write_checkpoint
+from olmo_train.convert.check import Agreement, check_logits
+from olmo_train.convert.folders import Read, TheirWeights, new_folder, transformers, write_checkpoint, write_shards
 from olmo_train.data.tokenizer import (
     CONFIG_FILE,
     OTHER_TOKENIZER,
@@ -69,8 +69,7 @@ def export_hf(
         for name, content in _text_files(family, config, tokenizer, eos_id, DTYPES[dtype]).items():
             write_file(temporary / name, content)
         _write_their_weights(temporary, family, config, read, DTYPES[dtype])
-        agreement = compare(config, lambda name: read(name).float(), temporary)
-        _require(agreement, source)
+        agreement = check_logits(config, lambda name: read(name).float(), temporary, source)
         os.rename(temporary, dest)
         flush_folder(dest.parent)
     return agreement
@@ -89,17 +88,15 @@ def import_hf(source: Path, dest: Path) -> Agreement:
     config = families.to_config(settings, tokenizer.vocab_size if tokenizer else None)
     mappings = families.mappings(settings["model_type"], config)
     theirs = TheirWeights(source)
-    theirs.check(mappings, config)
-    holders = {name: mapping for mapping in mappings for name in mapping.ours}
-
-    def read(name: str) -> Tensor:
-        return holders[name].split(theirs(holders[name].theirs))[name].float()
-
+    derived = [name for name in theirs.shapes if name.endswith("rotary_emb.inv_freq")]  # computed from the configuration
+    derived += ["lm_head.weight"] if config.tie_embeddings else []
+    shapes = {name: shape for name, shape in theirs.shapes.items() if name not in derived}
+    load.check_shapes(source, shapes, {mapping.theirs: mapping.shape for mapping in mappings})
     files = {"tokenizer.json": tokenizer.json.encode(), CONFIG_FILE: config_file(tokenizer.eos_text)} if tokenizer else {}
     with new_folder(dest) as temporary:
-        entries = write_checkpoint(temporary, config, {"model": configuration.to_dict(config)}, read, files)
-        agreement = compare(config, load.WeightReader(temporary), source)
-        _require(agreement, source)
+        values = {"model": configuration.to_dict(config)}
+        entries = write_checkpoint(temporary, config, values, families.reader(mappings, theirs), files)
+        agreement = check_logits(config, load.WeightReader(temporary), source, source)
         commit_folder(temporary, dest, entries)
     return agreement
 
@@ -110,7 +107,7 @@ def import_hf(source: Path, dest: Path) -> Agreement:
 def _write_their_weights(folder: Path, family: str, config: ModelConfig, read: Read, dtype: torch.dtype) -> None:
     mappings = {mapping.theirs: mapping for mapping in families.mappings(family, config)}
     sizes = {name: mapping.shape.numel() * dtype.itemsize for name, mapping in mappings.items()}
-    entries, where = _write_shards(folder, sizes, lambda name: mappings[name].join([read(part) for part in mappings[name].ours]))
+    entries, where = write_shards(folder, sizes, lambda name: mappings[name].join([read(part) for part in mappings[name].ours]))
     if len(entries) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where}
         write_file(folder / "model.safetensors.index.json", json.dumps(index, indent=1).encode())

@@ -119,13 +119,12 @@ def first_weights(shape: ModelConfig, seed: int) -> dict[str, torch.Tensor]:
 
 
 def their_names(ours: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    renamed = {}
-    for theirs, names in convert.NAMES.items():
-        for i in range(sum(name.endswith("attn.wo.weight") for name in ours) if "{i}" in names else 1):
-            parts = [ours[name] for name in names.replace("{i}", str(i)).split() if name in ours]
-            if parts:
-                renamed[theirs.replace("{i}", str(i))] = torch.cat(parts)
-    return renamed
+    parts: dict[str, list[torch.Tensor]] = {}
+    for i in range(sum(name.endswith("attn.wo.weight") for name in ours)):
+        for name, theirs in convert.NAMES.items():
+            if name.format(i=i) in ours and ("{i}" in name or i == 0):
+                parts.setdefault(theirs.format(i=i), []).append(ours[name.format(i=i)])
+    return {name: torch.cat(held) for name, held in parts.items()}
 
 
 def our_curves(run) -> dict[str, list[float]]:
