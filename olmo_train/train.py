@@ -50,7 +50,7 @@ def train_step(
     divisor = world.sum(counted.sum())  # 0: no token of the global batch is scored, and the optimizer skips this step
     if config.loss_divisor == "all_tokens":
         counted = (divisor > 0).expand_as(counted)
-        divisor = torch.full_like(divisor, batch.labels.numel() * world.size)
+        divisor = torch.full_like(divisor, batch.labels.numel() * world.data_size)
     sums = torch.zeros(2, len(config.data.sources), dtype=torch.float64, device=world.device)
     losses = []
     micro_batches = list(batch.micro_batches(config.rows_per_forward))

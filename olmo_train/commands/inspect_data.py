@@ -88,7 +88,7 @@ def _show_step(history: History, args: argparse.Namespace) -> None:
 
 
 def _world_size(attempt: Attempt, args: argparse.Namespace) -> int:
-    return args.world_size if args.world_size is not None else attempt.world_size or 1
+    return args.world_size if args.world_size is not None else attempt.event.get("data_size", attempt.world_size) or 1
 
 
 def _instance(row: Row, text: str | None) -> dict[str, Any]:

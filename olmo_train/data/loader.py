@@ -44,11 +44,11 @@ class Batch:
         return Batch(function(self.input_ids), function(self.labels), function(self.sources), documents, self.sample_hash)
 
 
-def read_batch(mixture: Mixture, step: int, rank: int, world_size: int) -> Batch:
-    """The rows of `rank` in step `step`: an equal, contiguous part of the global batch."""
+def read_batch(mixture: Mixture, step: int, data_rank: int, data_size: int) -> Batch:
+    """The rows of `data_rank` in step `step`: one of `data_size` equal, contiguous parts of the global batch."""
     global_batch = mixture.global_batch(step)
-    rows = len(global_batch) // world_size
-    mine = global_batch[rank * rows : (rank + 1) * rows]
+    rows = len(global_batch) // data_size
+    mine = global_batch[data_rank * rows : (data_rank + 1) * rows]
     tokens = torch.from_numpy(mixture.read(mine))
     input_ids, labels = split_labels(tokens, mixture.read_label_mask(mine), mixture.shifted)
     documents = None if mixture.eos_id is None else document_numbers(input_ids, mixture.eos_id)
@@ -74,8 +74,8 @@ def split_labels(tokens: Tensor, mask: np.ndarray | None, shifted: bool) -> tupl
 class Loader:
     """Iterates over this rank's batches from first_step on, without end; `close` ends its thread."""
 
-    def __init__(self, mixture: Mixture, rank: int, world_size: int, device: torch.device, first_step: int):
-        self.mixture, self.rank, self.world_size, self.device = mixture, rank, world_size, device
+    def __init__(self, mixture: Mixture, data_rank: int, data_size: int, device: torch.device, first_step: int):
+        self.mixture, self.data_rank, self.data_size, self.device = mixture, data_rank, data_size, device
         self._ready: queue.Queue[Batch | BaseException] = queue.Queue(maxsize=AHEAD)
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, args=(first_step,), name="loader", daemon=True)
@@ -110,7 +110,7 @@ class Loader:
     def _run(self, step: int) -> None:
         try:
             while not self._closed.is_set():
-                batch = read_batch(self.mixture, step, self.rank, self.world_size)
+                batch = read_batch(self.mixture, step, self.data_rank, self.data_size)
                 self._ready.put(batch.pinned() if self.device.type == "cuda" else batch)
                 step += 1
         except BaseException as problem:  # `get` raises it in the training loop
@@ -118,7 +118,7 @@ class Loader:
 
 
 def validation_batches(
-    source: TokenSource, seq_len: int, rows: int, rank: int, world_size: int, eos_id: int | None = None
+    source: TokenSource, seq_len: int, rows: int, data_rank: int, data_size: int, eos_id: int | None = None
 ) -> Iterator[Batch]:
     """One validation source in order, with every token a target once. With `eos_id`, attention stays within documents.
 
@@ -126,11 +126,11 @@ def validation_batches(
     the source are unscored, so sums over ranks are the same for every world size.
     """
     instances = -(-(source.n_tokens - 1) // seq_len)
-    for first in range(0, instances, rows * world_size):
+    for first in range(0, instances, rows * data_size):
         tokens = np.zeros((rows, seq_len + 1), dtype=np.int64)
         scored = np.zeros((rows, seq_len + 1), dtype=np.uint8)
         for row in range(rows):
-            start = (first + rank * rows + row) * seq_len
+            start = (first + data_rank * rows + row) * seq_len
             length = min(seq_len + 1, source.n_tokens - start)
             if length > 1:
                 source.read(start, tokens[row, :length])

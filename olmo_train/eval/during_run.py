@@ -86,7 +86,7 @@ class Evaluation:
     def _batches(self, source: TokenSource, heartbeat: Callable[[], None]) -> Iterator[Batch]:
         config, world = self.config, self.world
         rows, seq_len = config.rows_per_forward, config.model.seq_len
-        for batch in validation_batches(source, seq_len, rows, world.rank, world.size, self.mixture.eos_id):
+        for batch in validation_batches(source, seq_len, rows, world.data_rank, world.data_size, self.mixture.eos_id):
             heartbeat()
             yield batch
 
@@ -99,4 +99,4 @@ class Evaluation:
                 yield batch
 
         batch_tokens = self.config.micro_batch_size * self.config.model.seq_len
-        return score(model, task, batch_tokens, self.world.rank, self.world.size, stop, watch)
+        return score(model, task, batch_tokens, self.world.data_rank, self.world.data_size, stop, watch)

@@ -66,7 +66,8 @@ class Forensics:
         A failure in here is logged and never ends the run."""
         names, norms = stats.norms
         device = torch.cuda.get_device_name(stats.loss.device) if stats.loss.is_cuda else stats.loss.device.type
-        ranks = self.world.gather({"host": socket.gethostname(), "device": device, "losses": stats.losses.tolist()})
+        about = {"data_rank": self.world.data_rank, "host": socket.gethostname(), "device": device}
+        ranks = self.world.gather(about | {"losses": stats.losses.tolist()})
         by_name = dict(zip(names, full_tensor(norms).tolist(), strict=True))
         with self.watchdog.patient("writes forensics"):
             return self.world.on_main(lambda: self._try_to_write(stats, {"why": why, "done": done}, ranks, by_name))
@@ -94,7 +95,8 @@ class Forensics:
 
     def _about(self, stats: StepStats, why: dict[str, str], ranks: list[dict[str, Any]]) -> dict[str, Any]:
         """The contents of step.json."""
-        losses = [loss for rank in ranks for loss in rank.pop("losses")]
+        parts = {rank["data_rank"]: rank.pop("losses") for rank in ranks}
+        losses = [loss for part in range(self.world.data_size) for loss in parts[part]]
         return {
             "step": stats.step,
             **why,
@@ -116,7 +118,7 @@ class Forensics:
 
     def _sequences(self, step: int, losses: list[float]) -> list[dict[str, Any]]:
         """The sequences of the global batch, worst first; the first MOST_DOCUMENTED with their documents."""
-        rows = rows_of_step(self.mixture, step, self.world.size, documents=False)
+        rows = rows_of_step(self.mixture, step, self.world.data_size, documents=False)
         means = [loss / max(scored, 1) for loss, scored in zip(losses, scored_tokens(self.mixture, step), strict=True)]
         order = sorted(range(len(rows)), key=lambda i: (math.isfinite(means[i]), -means[i] if math.isfinite(means[i]) else 0.0))
         texts, sequences = TextReader(self.mixture), []
@@ -211,9 +213,10 @@ def _describe_sequences(sequences: list[dict[str, Any]], ranks: list[dict[str, A
     ]
     for number, sequence in enumerate(sequences[:SHOWN_SEQUENCES], start=1):
         documents = sequence["documents"]
+        host = next(rank["host"] for rank in ranks if rank["data_rank"] == sequence["rank"])
         lines.append(
             f"{number:3}. loss {sequence['loss']:.4g}: source {sequence['source']}, instance {sequence['instance']}, epoch "
-            f"{sequence['epoch']}, row {sequence['row']}, on rank {sequence['rank']} ({ranks[sequence['rank']]['host']})"
+            f"{sequence['epoch']}, row {sequence['row']}, on rank {sequence['rank']} ({host})"
         )
         for document in documents[:SHOWN_DOCUMENTS]:
             lines += _describe_document(document)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import socket
 import statistics
 import time
@@ -96,9 +95,8 @@ class Journal:
 
     def energy_kwh(self) -> float | None:
         """What all GPUs have used for the steps so far, those before a resume too; None where one cannot measure it."""
-        used = math.nan if self._meter is None else self._meter.kwh()
-        total = self.world.sum(torch.tensor(used, dtype=torch.float64, device=self.world.device)).item()
-        return None if math.isnan(total) else self._energy_before + total
+        used = self.world.gather(None if self._meter is None else self._meter.kwh())
+        return None if None in used else self._energy_before + sum(used)
 
     def state(self, step: int) -> dict[str, Any]:
         """What a checkpoint of this step keeps, so that a resumed run logs the same line."""

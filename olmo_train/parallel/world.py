@@ -30,20 +30,23 @@ GLOO_ERRORS = ("gloo/transport", "Connection closed by peer", "Application timeo
 class World:
     """This process among all processes of the run."""
 
-    rank: int
+    rank: int  # which of the processes this is
     size: int
+    data_rank: int  # which equal part of each batch it reads; processes that share a copy of the model read the same part
+    data_size: int  # how many parts there are
     device: torch.device
     mesh: DeviceMesh  # ("shard",), or ("replicate", "shard") when there are replicas
     background_group: Any = field(repr=False)  # gloo group for threads, which must not share one with the training loop
     control_group: Any = field(repr=False)  # gloo group for small values on the host, also in GPU runs
+    data_group: Any = field(repr=False, default=None)  # processes that read different parts, one for each; None: all
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
     def sum(self, values: Tensor) -> Tensor:
-        """Sum a tensor over all ranks, in place and on its device; returns it."""
-        dist.all_reduce(values)
+        """Sum a tensor over the parts of the batch, in place and on its device; returns it."""
+        dist.all_reduce(values, group=self.data_group)
         return values
 
     def any(self, flag: int | bool) -> int:
@@ -151,6 +154,8 @@ def join_world(replicas: int = 1, timeout_seconds: float = 600) -> Iterator[Worl
         yield World(
             rank=dist.get_rank(),
             size=size,
+            data_rank=dist.get_rank(),
+            data_size=size,
             device=device,
             mesh=mesh,
             background_group=dist.new_group(backend="gloo", timeout=timeout),

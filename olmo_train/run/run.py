@@ -50,7 +50,7 @@ class Run:
     """Everything around the training loop: the run_dir, the data, the log. Entered once, on every rank."""
 
     def __init__(self, config: TrainConfig, world: World, signals: StopSignals):
-        config.check_world(world.size)
+        config.check_world(world.data_size)
         self.config, self.world, self.signals = config, world, signals  # total_steps is set once the batch sizes are known
         self.resolved = configuration.to_dict(config)
         self.run_dir = Path(config.run_dir)
@@ -107,7 +107,8 @@ class Run:
             saved = configuration.read([start.folder / "config.yaml"]) if start.kind == "resume" else None
             for warning in schedule_warnings(config, saved, start.batches, start.step):
                 log.warning(warning)
-        about = {"attempt": attempt, "world_size": world.size, "checkpoint": str(start.folder or "")}
+        about = {"attempt": attempt, "world_size": world.size, "data_size": world.data_size}
+        about["checkpoint"] = str(start.folder or "")
         about |= {"batches": start.batches.changes, "total_steps": config.steps, "config": self.resolved}
         about["started_in"] = os.getcwd()
         self.logger.event(start.kind, start.step, **about)
@@ -185,7 +186,7 @@ class Run:
         self.logger.say(f"epochs of each source over the run:  {', '.join(parts)}")
 
     def loader(self) -> Loader:
-        return Loader(self.mixture, self.world.rank, self.world.size, self.world.device, self.start.step + 1)
+        return Loader(self.mixture, self.world.data_rank, self.world.data_size, self.world.device, self.start.step + 1)
 
     def profiler(self) -> StepProfiler:
         return StepProfiler(self.config.profile, self.run_dir / "profile", self.world.rank)
