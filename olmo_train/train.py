@@ -26,7 +26,8 @@ from olmo_train.log.interval import StepStats, has_no_scored_token, mean_loss
 from olmo_train.model.transformer import Transformer
 from olmo_train.optim import schedules
 from olmo_train.optim.build import set_lr
-from olmo_train.parallel import determinism, gradients
+from olmo_train.parallel import gradients
+from olmo_train.parallel.determinism import DETERMINISM, loss_terms
 from olmo_train.parallel.world import World, explain_lost_peers, join_world
 from olmo_train.run import allocator
 from olmo_train.run.build import build
@@ -45,6 +46,7 @@ def train_step(
     spikes: SpikeDetector,
 ) -> StepStats:
     """One update: sum the loss over tokens, and divide once by the number of scored tokens in the global batch."""
+    determinism = DETERMINISM[config.determinism]
     lr = schedules.lr_at(step, config.optim, config.steps)
     counted = batch.labels != IGNORE
     divisor = world.sum(counted.sum())  # 0: no token of the global batch is scored, and the optimizer skips this step
@@ -53,7 +55,7 @@ def train_step(
         divisor = torch.full_like(divisor, batch.labels.numel() * world.data_size)
     sums = torch.zeros(2, len(config.data.sources), dtype=torch.float64, device=world.device)
     losses = []
-    micro_batches = list(batch.micro_batches(config.rows_per_forward))
+    micro_batches = list(batch.micro_batches(determinism.rows_per_forward or config.micro_batch_size))
     for i, micro in enumerate(micro_batches):
         gradients.last_micro_batch(model, i == len(micro_batches) - 1)
         with record_function("forward"):
@@ -62,12 +64,12 @@ def train_step(
             (loss.sum() / divisor.clamp(min=1)).backward()
         losses.append(loss.detach())
     losses = torch.cat(losses)
-    sums[0].index_add_(0, batch.sources, determinism.loss_terms(losses))
+    sums[0].index_add_(0, batch.sources, loss_terms(losses))
     sums[1].index_add_(0, batch.sources, counted.sum(dim=1).double())
     world.sum(sums)
     with record_function("clip"):
         max_norm = schedules.max_grad_norm_at(step, config.optim)
-        grad_norm, norms = gradients.clip_gradients(model, max_norm, deterministic=config.determinism == "world")
+        grad_norm, norms = gradients.clip_gradients(model, max_norm, norm_function=determinism.norm_function)
     spike = spikes.judge(mean_loss(sums), grad_norm)
     unscored = has_no_scored_token(sums)
     unwanted = torch.maximum(spike, unscored) if config.guards.spike == "skip" else unscored
@@ -100,7 +102,7 @@ def train(config: TrainConfig, world: World | None = None) -> Generator[StepStat
     allocator.grow_gpu_segments()
     with contextlib.ExitStack() as stack:
         stack.enter_context(explain_lost_peers())
-        stack.enter_context(determinism.determinism(config.determinism))
+        stack.enter_context(DETERMINISM[config.determinism].prepare())
         report = Path(config.run_dir) / "forensics" / "out-of-memory"
         stack.enter_context(explain_out_of_memory(report, config.micro_batch_size, config.parallel.activation_checkpointing))
         signals = stack.enter_context(StopSignals().installed())

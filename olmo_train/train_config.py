@@ -94,11 +94,6 @@ class TrainConfig:
         return f"optim.warmup_steps {self.optim.warmup_steps} fills all {self.steps} steps: the schedule never starts; use fewer"
 
     @property
-    def rows_per_forward(self) -> int:
-        """Sequences in one forward on one process."""
-        return 1 if self.determinism == "world" else self.micro_batch_size
-
-    @property
     def tokens_per_step(self) -> int:
         return self.global_batch_size * self.model.seq_len
 

@@ -96,20 +96,21 @@ def test_gradients_too_large_to_be_added_exactly_skip_the_step(tiny_args, monkey
 
 
 def test_the_norm_is_the_norm():
-    from olmo_train.parallel import gradients, shard
+    from olmo_train.parallel import shard
+    from olmo_train.parallel.determinism import exact_norm
     from olmo_train.parallel.world import join_world
 
     torch.manual_seed(0)
     with join_world() as world:
         values = [torch.randn(40, 3), 1e-6 * torch.randn(7), torch.zeros(5), 1e4 * torch.randn(2, 2)]
         sharded = [shard.distribute_tensor(value, world.mesh) for value in values]
-        exactly = gradients.exact_norm(sharded)[0].item()
+        exactly = exact_norm(sharded)[0].item()
         assert exactly == pytest.approx(torch.cat([v.flatten() for v in values]).norm().item(), rel=1e-6)
         small = [shard.distribute_tensor(1e-6 * torch.randn(1000), world.mesh), sharded[0]]
-        assert gradients.exact_norm(small)[0].item() == pytest.approx(values[0].norm().item(), rel=1e-6)
+        assert exact_norm(small)[0].item() == pytest.approx(values[0].norm().item(), rel=1e-6)
         for bad in (float("nan"), float("inf"), -float("inf")):
             sharded[1].to_local()[3] = bad
-            assert gradients.exact_norm(sharded)[0].item() == float("inf")
+            assert exact_norm(sharded)[0].item() == float("inf")
 
 
 def test_losses_add_up_exactly_in_any_order():
@@ -127,3 +128,11 @@ def test_world_with_what_it_does_not_cover_is_refused(tiny_args):
             tiny_args("run", determinism="world", **{key: value})
     with pytest.raises(ConfigError, match="did you mean 'world'"):
         tiny_args("run", determinism="words")
+
+
+def test_the_configuration_accepts_the_rows_of_the_table(tiny_args):
+    from olmo_train.parallel.determinism import DETERMINISM
+
+    assert [tiny_args(determinism=name).determinism for name in DETERMINISM] == ["none", "run", "world"]
+    with pytest.raises(ConfigError, match="determinism"):
+        tiny_args(determinism="always")

@@ -16,6 +16,7 @@ from olmo_train.eval.perplexity import loss_sums
 from olmo_train.log.interval import loss_metrics
 from olmo_train.model.transformer import Transformer
 from olmo_train.parallel import shard
+from olmo_train.parallel.determinism import DETERMINISM
 from olmo_train.parallel.world import World
 from olmo_train.train_config import TrainConfig
 
@@ -85,7 +86,7 @@ class Evaluation:
 
     def _batches(self, source: TokenSource, heartbeat: Callable[[], None]) -> Iterator[Batch]:
         config, world = self.config, self.world
-        rows, seq_len = config.rows_per_forward, config.model.seq_len
+        rows, seq_len = DETERMINISM[config.determinism].rows_per_forward or config.micro_batch_size, config.model.seq_len
         for batch in validation_batches(source, seq_len, rows, world.data_rank, world.data_size, self.mixture.eos_id):
             heartbeat()
             yield batch

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from olmo_train.optim.adamw import DeterministicAdamW, adamw
+from olmo_train.optim.adamw import adamw
 from olmo_train.optim.config import OptimConfig
 from olmo_train.optim.groups import OnFullTensor, on_unsharded
 from olmo_train.optim.muon import muon
@@ -17,14 +17,11 @@ def build_optimizer(
     parameters: Mapping[str, nn.Parameter],
     config: OptimConfig,
     on_full_tensor: OnFullTensor = on_unsharded,
-    deterministic: bool = False,
+    adamw_class: type[torch.optim.AdamW] = torch.optim.AdamW,
 ) -> torch.optim.Optimizer:
-    """The optimizer over {name: parameter}, without frozen parameters; group_of decides their weight decay.
-
-    `deterministic`: the bits of an update do not depend on the sharding.
-    """
+    """The optimizer over {name: parameter}, without frozen parameters; group_of decides their weight decay."""
     parameters = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
-    return OPTIMIZERS[config.name](parameters, config, on_full_tensor, DeterministicAdamW if deterministic else torch.optim.AdamW)
+    return OPTIMIZERS[config.name](parameters, config, on_full_tensor, adamw_class)
 
 
 OPTIMIZERS = {"adamw": adamw, "muon": muon}

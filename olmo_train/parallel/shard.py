@@ -16,8 +16,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from olmo_train.model.init import initial_value
 from olmo_train.model.transformer import Transformer
-from olmo_train.parallel import determinism, kernels
+from olmo_train.parallel import kernels
 from olmo_train.parallel.config import ParallelConfig
+from olmo_train.parallel.determinism import DETERMINISM, Determinism, round_gradients
 from olmo_train.parallel.recompute import RECOMPUTED, SAVED_OPS
 from olmo_train.parallel.world import World
 
@@ -26,12 +27,17 @@ SAVED_OPS |= {f"aten._scaled_dot_product_{kind}_attention.default" for kind in (
 SAVED_OPS |= {"aten._scaled_dot_product_flash_attention_for_cpu.default"}
 
 
-def shard(model: Transformer, config: ParallelConfig, world: World, deterministic_rows: int | None = None) -> Transformer:
+def shard(
+    model: Transformer,
+    config: ParallelConfig,
+    world: World,
+    determinism: Determinism = DETERMINISM["none"],
+    global_batch_size: int = 1,
+) -> Transformer:
     """Prepare a model on the meta device for training in this world, in place: its parameters become DTensors on the
     device, with no values yet. Parameter names do not change.
 
-    `deterministic_rows`: the number of sequences in the global batch. With it, gradients sum to the same bits in any order, if
-    each sequence goes through the model alone (see determinism.py).
+    `global_batch_size` is the number of sequences whose gradients are summed, for the range of rounded gradients.
     """
     kernels.select_kernels(model, world.device, config.cpu_kernels, config.compile, config.float8)
     for block in model.blocks:
@@ -42,7 +48,7 @@ def shard(model: Transformer, config: ParallelConfig, world: World, deterministi
     # Activations between blocks already have the right precision; casting inputs would round the fp32 RoPE tables.
     policy = MixedPrecisionPolicy(
         param_dtype=DTYPES[config.precision],
-        reduce_dtype=torch.float64 if deterministic_rows else DTYPES[config.reduce_dtype],
+        reduce_dtype=determinism.reduce_dtype or DTYPES[config.reduce_dtype],
         cast_forward_inputs=False,
     )
     # A single rank holds all fp32 weights anyway; freeing the bf16 copies would only make it cast them again.
@@ -55,8 +61,8 @@ def shard(model: Transformer, config: ParallelConfig, world: World, deterministi
             # FSDP averages gradients over ranks; the loss is already divided by the tokens of the global batch, so sum them.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
-        if deterministic_rows:
-            determinism.round_gradients(module, functools.partial(_own_parameters, module), deterministic_rows)
+        if determinism.reduce_dtype:
+            round_gradients(module, functools.partial(_own_parameters, module), global_batch_size)
     model.keeps_weights = keeps_weights
     return model.to_empty(device=world.device)
 

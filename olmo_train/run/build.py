@@ -10,6 +10,7 @@ from olmo_train.checkpoint import folders, load
 from olmo_train.model.transformer import Transformer
 from olmo_train.optim.build import allocate_state, build_optimizer
 from olmo_train.parallel import shard
+from olmo_train.parallel.determinism import DETERMINISM
 from olmo_train.parallel.world import World
 from olmo_train.train_config import TrainConfig
 
@@ -18,9 +19,9 @@ def build(config: TrainConfig, world: World, checkpoint: Path | None) -> tuple[T
     """The sharded model and its optimizer, with the state of `checkpoint`, the weights of init_from, or first weights."""
     with torch.device("meta"):
         model = Transformer(config.model)
-    deterministic = config.determinism == "world"
-    shard.shard(model, config.parallel, world, config.global_batch_size if deterministic else None)
-    optimizer = build_optimizer(dict(model.named_parameters()), config.optim, shard.on_full_tensor, deterministic)
+    determinism = DETERMINISM[config.determinism]
+    shard.shard(model, config.parallel, world, determinism, config.global_batch_size)
+    optimizer = build_optimizer(dict(model.named_parameters()), config.optim, shard.on_full_tensor, determinism.adamw)
     allocate_state(optimizer)
     if checkpoint:
         load.load(checkpoint, model, optimizer, world)
