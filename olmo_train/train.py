@@ -31,8 +31,8 @@ from olmo_train.parallel.determinism import DETERMINISM, loss_terms
 from olmo_train.parallel.world import World, explain_lost_peers, join_world
 from olmo_train.run import allocator
 from olmo_train.run.build import build
+from olmo_train.run.open import open_run
 from olmo_train.run.out_of_memory import explain_out_of_memory
-from olmo_train.run.run import Run
 from olmo_train.train_config import TrainConfig
 
 
@@ -40,14 +40,13 @@ def train_step(
     model: Transformer,
     optimizer: torch.optim.Optimizer,
     batch: Batch,
-    step: int,
     config: TrainConfig,
     world: World,
     spikes: SpikeDetector,
 ) -> StepStats:
     """One update: sum the loss over tokens, and divide once by the number of scored tokens in the global batch."""
     determinism = DETERMINISM[config.determinism]
-    lr = schedules.lr_at(step, config.optim, config.steps)
+    lr = schedules.lr_at(batch.step, config.optim, config.steps)
     counted = batch.labels != IGNORE
     divisor = world.sum(counted.sum())  # 0: no token of the global batch is scored, and the optimizer skips this step
     if config.loss_divisor == "all_tokens":
@@ -68,7 +67,7 @@ def train_step(
     sums[1].index_add_(0, batch.sources, counted.sum(dim=1).double())
     world.sum(sums)
     with record_function("clip"):
-        max_norm = schedules.max_grad_norm_at(step, config.optim)
+        max_norm = schedules.max_grad_norm_at(batch.step, config.optim)
         grad_norm, norms = gradients.clip_gradients(model, max_norm, norm_function=determinism.norm_function)
     spike = spikes.judge(mean_loss(sums), grad_norm)
     unscored = has_no_scored_token(sums)
@@ -78,16 +77,16 @@ def train_step(
         set_lr(optimizer, lr)
         optimizer.step()
         optimizer.zero_grad()
-    return StepStats(step, lr, sums, grad_norm, skipped, losses, spike, norms=norms)
+    return StepStats(batch.step, lr, sums, grad_norm, skipped, losses, spike, norms=norms)
 
 
-def pass_over(batch: Batch, step: int, config: TrainConfig) -> StepStats:
+def pass_over(batch: Batch, config: TrainConfig) -> StepStats:
     """A step that is passed over: it uses up its number, learning rate and batch, but computes and changes nothing."""
     none = torch.zeros((), device=batch.labels.device)
     sums = torch.zeros(2, len(config.data.sources), dtype=torch.float64, device=none.device)
     losses = torch.full((len(batch.labels),), torch.nan, device=none.device)
-    lr = schedules.lr_at(step, config.optim, config.steps)
-    return StepStats(step, lr, sums, none + torch.nan, none + 1, losses, none, passed_over=True)
+    lr = schedules.lr_at(batch.step, config.optim, config.steps)
+    return StepStats(batch.step, lr, sums, none + torch.nan, none + 1, losses, none, passed_over=True)
 
 
 def train(config: TrainConfig, world: World | None = None) -> Generator[StepStats, None, None]:
@@ -121,8 +120,8 @@ def train(config: TrainConfig, world: World | None = None) -> Generator[StepStat
 def train_from_newest(config: TrainConfig, world: World, signals: StopSignals) -> Iterator[StepStats]:
     """The loop, from the newest checkpoint on. Raises Rewind to be called again."""
     with contextlib.ExitStack() as stack:
-        run = stack.enter_context(Run(config, world, signals))
-        if run.is_finished:
+        run = stack.enter_context(open_run(config, world, signals))
+        if run is None:  # finished
             return
         config = run.config  # with total_steps set
         model, optimizer = build(config, world, run.start.folder)
@@ -139,9 +138,9 @@ def train_from_newest(config: TrainConfig, world: World, signals: StopSignals) -
                 run.save_and_stop(step - 1, model, optimizer)
 
             if step in run.anomalies.passed_over:
-                stats = pass_over(batch, step, config)
+                stats = pass_over(batch, config)
             else:
-                stats = train_step(model, optimizer, batch, step, config, world, run.spikes)
+                stats = train_step(model, optimizer, batch, config, world, run.spikes)
             run.add(stats)
 
             is_logged = is_last or step % config.log.interval_steps == 0

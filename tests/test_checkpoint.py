@@ -53,20 +53,20 @@ def test_a_checkpoint_is_safetensors_and_json_with_hashes_of_what_was_written(fi
 def test_the_saved_model_is_the_trained_one(tiny_args):
     run = train(tiny_args("run", total_steps=3))
     trained_weights = None
-    from olmo_train import train as module
+    from olmo_train.run.run import Run
 
-    real = module.Run.save
+    real = Run.save
 
     def save(self, step, model, optimizer):
         nonlocal trained_weights
         trained_weights = {name: p.detach().full_tensor().clone() for name, p in model.named_parameters()}
         real(self, step, model, optimizer)
 
-    module.Run.save = save
+    Run.save = save
     try:
         list(run)
     finally:
-        module.Run.save = real
+        Run.save = real
     loaded = dict(load_model(tiny_args("run").run_dir).named_parameters())
     assert loaded.keys() == trained_weights.keys()
     assert all(torch.equal(loaded[name], weight) for name, weight in trained_weights.items())
@@ -302,21 +302,21 @@ def test_a_non_finite_state_is_never_committed(tiny_args):
 
     config = tiny_args("run")
     run = train(config)
-    from olmo_train import train as module
+    from olmo_train.run.run import Run
 
-    real = module.Run.save
+    real = Run.save
 
     def poisoned(self, step, model, optimizer):
         with torch.no_grad():
             next(model.parameters()).to_local()[0, 0] = float("nan")
         real(self, step, model, optimizer)
 
-    module.Run.save = poisoned
+    Run.save = poisoned
     try:
         with pytest.raises(NonFiniteError, match="not committed"):
             list(run)
     finally:
-        module.Run.save = real
+        Run.save = real
     assert steps_of(Path(config.run_dir)) == []
 
 

@@ -23,15 +23,15 @@ def watched(monkeypatch):
     """From step WARM on, train_step raises where it would wait for the GPU; gives the steps that were watched."""
     steps, real = [], module.train_step
 
-    def step(model, optimizer, batch, number, *rest):
-        if number <= WARM or not torch.cuda.is_available():
-            return real(model, optimizer, batch, number, *rest)
+    def step(model, optimizer, batch, *rest):
+        if batch.step <= WARM or not torch.cuda.is_available():
+            return real(model, optimizer, batch, *rest)
         torch.cuda.set_sync_debug_mode("error")
         try:
-            stats = real(model, optimizer, batch, number, *rest)
+            stats = real(model, optimizer, batch, *rest)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-        steps.append(number)
+        steps.append(batch.step)
         return stats
 
     monkeypatch.setattr(module, "train_step", step)
@@ -74,12 +74,12 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_is_not_waited_for(tin
             getattr(gradient, "_local_tensor", gradient).view(-1)[:1].fill_(float("nan"))
         return clip(model, max_norm, **options)
 
-    def noting(model, optimizer, batch, number, *rest):
+    def noting(model, optimizer, batch, *rest):
         weights = lambda: [getattr(p, "_local_tensor", p).detach().clone() for p in model.parameters()]  # noqa: E731
-        if number == 6:
+        if batch.step == 6:
             kept["before"] = weights()
-        stats = step(model, optimizer, batch, number, *rest)
-        if number == 6:
+        stats = step(model, optimizer, batch, *rest)
+        if batch.step == 6:
             kept["after"] = weights()
         return stats
 

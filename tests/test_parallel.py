@@ -101,8 +101,8 @@ def one_step(world, words) -> dict:
     batch, rows = whole_batch(), ROWS // world.size
     mine = slice(world.rank * rows, (world.rank + 1) * rows)
     optimizer = Recorder(model.parameters(), lr=0.0)
-    batch = Batch(batch.input_ids[mine], batch.labels[mine], batch.sources[mine])
-    stats = train.train_step(model, optimizer, batch, 1, config, world, train.SpikeDetector(world.device))
+    batch = Batch(batch.input_ids[mine], batch.labels[mine], batch.sources[mine], step=1)
+    stats = train.train_step(model, optimizer, batch, config, world, train.SpikeDetector(world.device))
     return {
         "loss": stats.loss.item(),
         "grad_norm": stats.grad_norm.item(),

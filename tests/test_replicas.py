@@ -44,9 +44,9 @@ def flip_after(step: int, rank: int, world, name: str, key: str | None = None) -
     """Flip one bit of one number of this rank's part of a weight, or of its optimizer's state, after a step."""
     ordinary = module.train_step
 
-    def train_step(model, optimizer, batch, now, *others):
-        stats = ordinary(model, optimizer, batch, now, *others)
-        if (now, world.rank) == (step, rank):
+    def train_step(model, optimizer, batch, *others):
+        stats = ordinary(model, optimizer, batch, *others)
+        if (batch.step, world.rank) == (step, rank):
             parameter = dict(model.named_parameters())[name]
             tensor = optimizer.state[parameter][key] if key else parameter.detach()
             local = tensor.to_local() if hasattr(tensor, "to_local") else tensor

@@ -1,6 +1,8 @@
 """What would cost speed without anybody noticing: reading a tensor on the host within a step, where a GPU would be waited
 for. The speed itself is measured by `olmo-train bench` and benchmarks/peers.py, not here."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -39,7 +41,7 @@ def a_step(config, world):
     tokens = torch.arange(config.global_batch_size * config.model.seq_len).view(config.global_batch_size, -1) % 512
     batch = Batch(tokens, tokens, torch.zeros(len(tokens), dtype=torch.int64)).to(world.device)
     spikes = SpikeDetector(world.device)
-    return lambda step: train.train_step(model, optimizer, batch, step, config, world, spikes)
+    return lambda step: train.train_step(model, optimizer, replace(batch, step=step), config, world, spikes)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

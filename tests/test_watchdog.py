@@ -26,6 +26,7 @@ from olmo_train.errors import CheckpointError, DataError, PeerError, UserError
 from olmo_train.guards.watchdog import group_timeout
 from olmo_train.log.interval import slow_ranks
 from olmo_train.parallel.world import explain_lost_peers, join_world
+from olmo_train.run.run import Run
 
 HANG_SECONDS = 2
 
@@ -120,7 +121,7 @@ def test_a_killed_rank_is_named_by_the_other(running, tmp_path, killed):
 
 def test_a_rank_that_hangs_by_itself_is_named_by_its_peer(running, tmp_path):
     def prepare(rank):
-        real = module.Run.next_batch
+        real = Run.next_batch
 
         def next_batch(self, loader):
             batch = real(self, loader)
@@ -129,7 +130,7 @@ def test_a_rank_that_hangs_by_itself_is_named_by_its_peer(running, tmp_path):
                 time.sleep(60)
             return batch
 
-        module.Run.next_batch = next_batch
+        Run.next_batch = next_batch
 
     pids, run_dir = running(prepare)
     codes = [ended(pid) for pid in pids]
@@ -142,14 +143,14 @@ def test_a_rank_that_hangs_by_itself_is_named_by_its_peer(running, tmp_path):
 
 def test_the_reason_of_a_rank_that_fails_alone_reaches_the_user(running, tmp_path):
     def prepare(rank):
-        real = module.Run.next_batch
+        real = Run.next_batch
 
         def next_batch(self, loader):
             if rank == 1 and self.done == 3:
                 raise DataError("part.bin", "token 5 has id 700")
             return real(self, loader)
 
-        module.Run.next_batch = next_batch
+        Run.next_batch = next_batch
 
     pids, _ = running(prepare, wait=False)
     assert [ended(pid, seconds=60) for pid in pids] == [6, 3]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ class Batch:
     sources: Tensor  # (rows,) int64, index into the mixture's names
     documents: Tensor | None = None  # (rows, T) int64, number of each token's document in its row; None: attend to all
     sample_hash: str = ""  # of the global batch
+    step: int = 0
 
     def micro_batches(self, rows: int) -> Iterator[Batch]:
         for start in range(0, len(self.input_ids), rows):
@@ -41,7 +42,8 @@ class Batch:
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
         documents = None if self.documents is None else function(self.documents)
-        return Batch(function(self.input_ids), function(self.labels), function(self.sources), documents, self.sample_hash)
+        changed = {"input_ids": function(self.input_ids), "labels": function(self.labels), "sources": function(self.sources)}
+        return replace(self, documents=documents, **changed)
 
 
 def read_batch(mixture: Mixture, step: int, data_rank: int, data_size: int) -> Batch:
@@ -52,7 +54,7 @@ def read_batch(mixture: Mixture, step: int, data_rank: int, data_size: int) -> B
     tokens = torch.from_numpy(mixture.read(mine))
     input_ids, labels = split_labels(tokens, mixture.read_label_mask(mine), mixture.shifted)
     documents = None if mixture.eos_id is None else document_numbers(input_ids, mixture.eos_id)
-    return Batch(input_ids, labels, torch.from_numpy(mine.source), documents, mixture.sample_hash(global_batch))
+    return Batch(input_ids, labels, torch.from_numpy(mine.source), documents, mixture.sample_hash(global_batch), step)
 
 
 def document_numbers(input_ids: Tensor, eos_id: int) -> Tensor:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 import threading
 from collections.abc import Iterator
+from typing import Any
+
+log = logging.getLogger(__name__)
 
 
 def too_slow_to_stop(step_seconds: float, save_seconds: float) -> str | None:
@@ -29,6 +33,7 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.received = 0  # the signal's number, 0 for none
+        self._warned = False
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[StopSignals]:
@@ -41,6 +46,15 @@ class StopSignals:
         finally:
             for name, handler in before.items():
                 signal.signal(name, handler)
+
+    def warn_if_too_slow(self, line: dict[str, Any]) -> None:
+        """Warn once when a line of metrics shows that a step and a save take too long for torchrun."""
+        save_seconds = line.get("throughput/checkpoint_write_seconds")
+        if self._warned or save_seconds is None:
+            return
+        if warning := too_slow_to_stop(line["throughput/step_seconds"], save_seconds):
+            log.warning(warning)
+            self._warned = True
 
     def _receive(self, number: int, frame: object) -> None:
         if self.received:

@@ -15,6 +15,7 @@ class RunLogger:
     def __init__(self, config: TrainConfig, world: World, last_step: int, resolved: dict[str, Any]):
         """`last_step`: the step that the run goes on from; `resolved`: the configuration as it is saved."""
         run_dir = Path(config.run_dir)
+        self._committed_step = last_step or -1  # a fresh run may save its step 0
         self._recorder = world.on_main_only(lambda: Recorder(run_dir, config.log, resolved, last_step))
         self._console = world.on_main_only(lambda: Console(config.run_dir, last_step, config.steps))
 
@@ -46,10 +47,13 @@ class RunLogger:
         if not self._is_silent:
             self._recorder.sync()
 
-    def settle(self, committed_step: int) -> None:
-        """No resume will repeat steps up to this one, so mirrors may upload them."""
+    def note_commit(self, step: int) -> None:
+        """Log once that the checkpoint of a step is committed: no resume repeats steps up to it, so mirrors may upload them."""
+        if step > self._committed_step:
+            self._committed_step = step
+            self.event("save", step)
         if not self._is_silent:
-            self._recorder.settle(committed_step)
+            self._recorder.settle(step)
 
     def close(self) -> None:
         if not self._is_silent:

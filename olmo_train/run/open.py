@@ -1,0 +1,147 @@
+"""Open a run: its data, its run_dir, the checkpoint to start from, its log and guards."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from olmo_train import config as configuration
+from olmo_train.checkpoint import folders
+from olmo_train.checkpoint.save import Checkpointer
+from olmo_train.data.mixture import Mixture
+from olmo_train.data.shards import check_ids
+from olmo_train.data.tokenizer import CONFIG_FILE, config_file, record_of_folder
+from olmo_train.errors import ConfigError, DataError
+from olmo_train.eval.during_run import Evaluation
+from olmo_train.guards.anomalies import AnomalyGuard
+from olmo_train.guards.forensics import Forensics
+from olmo_train.guards.heartbeats import new_heartbeats
+from olmo_train.guards.signals import StopSignals
+from olmo_train.guards.spikes import SpikeDetector
+from olmo_train.guards.watchdog import Watchdog
+from olmo_train.history import History
+from olmo_train.log.journal import Journal
+from olmo_train.log.run_logger import RunLogger
+from olmo_train.parallel.world import World, explain_lost_peers
+from olmo_train.run.run import Run
+from olmo_train.run.start import Start, find_checkpoint, owed_line, read_start
+from olmo_train.storage import RunLock, replace_file
+from olmo_train.train_config import TrainConfig, schedule_warnings
+
+log = logging.getLogger(__name__)
+CHECKED_TOKENS = 10**9  # a source of at most N tokens is checked completely before the first step, in seconds
+
+
+@contextlib.contextmanager
+def open_run(config: TrainConfig, world: World, signals: StopSignals) -> Iterator[Run | None]:
+    """The run of a configuration, on every rank; None if it is finished. Raises ConfigError, DataError and CheckpointError."""
+    config.check_world(world.data_size)
+    run_dir, resolved = Path(config.run_dir), configuration.to_dict(config)
+    with contextlib.ExitStack() as stack:
+        mixture, evaluation = _open_data(config, world)
+        world.on_main(lambda: stack.enter_context(_locked(run_dir)))
+        found = world.on_main(lambda: find_checkpoint(config))
+        start = world.together(lambda: read_start(config, resolved, mixture, *found))
+        mixture.set_batches(start.batches)
+        config = dataclasses.replace(config, total_steps=config.steps_with(start.batches), total_tokens=None)
+        pending_line = world.on_main(lambda: owed_line(run_dir, start))
+        if start.step >= config.steps and pending_line is None:
+            if world.is_main:
+                print(f"{run_dir} is finished: {start.step} of {config.steps} steps; set total_steps higher to go on")
+            yield None
+            return
+        world.on_main(lambda: _check_checkpoint_tokenizer(config, mixture, start))
+
+        watchdog = _start_watchdog(config, world, stack)
+        text = configuration.dump(resolved, os.getcwd()).encode()
+        world.on_main(lambda: replace_file(run_dir / "config.yaml", text))
+        attempt = world.on_main(lambda: 1 + len(History(run_dir).starts))
+        logger = stack.enter_context(contextlib.closing(RunLogger(config, world, start.step, resolved)))
+        journal = Journal(config, world, mixture, logger, attempt, start.state)
+        files = world.on_main_only(lambda: _checkpoint_files(text, mixture)) or {}  # rank 0 alone writes them
+        resumed_step = start.step if start.kind == "resume" else None
+        checkpointer = Checkpointer(run_dir, config.checkpoint, world, files, resumed_step)
+        stack.enter_context(contextlib.closing(checkpointer))
+        forensics = Forensics(run_dir, mixture, world, attempt, watchdog)
+        in_a_row = journal.interval.skipped_in_a_row()
+        anomalies = AnomalyGuard(config, world, logger, checkpointer, forensics, start.first_step, in_a_row)
+        spikes = SpikeDetector(world.device, start.state.get("spikes"))
+        _log_attempt(config, world, logger, start, {"attempt": attempt, "config": resolved})
+        yield Run(
+            config, world, signals, start, mixture, evaluation, watchdog, logger, journal, checkpointer, anomalies, spikes,
+            pending_line,
+        )  # fmt: skip
+
+
+def _open_data(config: TrainConfig, world: World) -> tuple[Mixture, Evaluation]:
+    """The training data and what is evaluated, checked on rank 0."""
+    mixture = world.together(config.mixture)
+    evaluation = world.together(lambda: Evaluation(config, world, mixture))
+
+    def check() -> None:
+        mixture.check_tokenizers(evaluation.sources, evaluation.tokenizer)
+        for source in (*mixture.sources, *evaluation.sources):
+            if source.n_tokens <= CHECKED_TOKENS:  # ids of larger sources are checked batch by batch
+                check_ids(source, config.model.vocab_size)
+
+    world.on_main(check)
+    return mixture, evaluation
+
+
+@contextlib.contextmanager
+def _locked(run_dir: Path) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(RunLock(run_dir))
+            folders.put_back(run_dir)
+        except OSError as problem:
+            raise ConfigError("run_dir", f"{run_dir} cannot be written: {problem}") from problem
+        yield
+
+
+def _check_checkpoint_tokenizer(config: TrainConfig, mixture: Mixture, start: Start) -> None:
+    """Check that the data have the tokenizer that the initial weights were trained with."""
+    folder = start.folder or (folders.resolve(Path(config.init_from)) if config.init_from else None)
+    if folder:
+        mixture.check_tokenizers((), record_of_folder(folder))
+
+
+def _start_watchdog(config: TrainConfig, world: World, stack: contextlib.ExitStack) -> Watchdog:
+    """Start the watchdog: from here on, errors name the rank that failed or hangs."""
+    run_dir = Path(config.run_dir)
+    heartbeats = world.on_main(lambda: new_heartbeats(run_dir))
+    watchdog = world.together(lambda: Watchdog(config.guards.hang_seconds, run_dir, heartbeats, world.rank, world.size))
+    stack.callback(watchdog.close)
+    stack.enter_context(watchdog.exit_report())
+    stack.enter_context(explain_lost_peers())
+    return watchdog
+
+
+def _checkpoint_files(config_yaml: bytes, mixture: Mixture) -> dict[str, bytes]:
+    """{name: contents} of the files that every checkpoint has a copy of: the configuration, and the tokenizer of the data."""
+    files = {"config.yaml": config_yaml}
+    prepared = next((source for source in mixture.sources if source.folder), None)
+    if prepared:
+        file = prepared.folder / "tokenizer.json"
+        try:
+            files |= {CONFIG_FILE: config_file(prepared.meta.eos_text), file.name: file.read_bytes()}
+        except OSError as problem:
+            raise DataError(file, f"cannot be read: {problem}; prepare the data again") from problem
+    return files
+
+
+def _log_attempt(config: TrainConfig, world: World, logger: RunLogger, start: Start, about: dict[str, Any]) -> None:
+    """Warn about the schedule, and log the event that begins an attempt."""
+    if world.is_main:
+        saved = configuration.read([start.folder / "config.yaml"]) if start.kind == "resume" else None
+        for warning in schedule_warnings(config, saved, start.batches, start.step):
+            log.warning(warning)
+    about |= {"world_size": world.size, "data_size": world.data_size, "checkpoint": str(start.folder or "")}
+    about |= {"batches": start.batches.changes, "total_steps": config.steps, "started_in": os.getcwd()}
+    logger.event(start.kind, start.step, **about)
