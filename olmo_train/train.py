@@ -23,6 +23,7 @@ from olmo_train.guards.signals import StopSignals
 from olmo_train.guards.spikes import SpikeDetector
 from olmo_train.guards.watchdog import group_timeout
 from olmo_train.log.interval import StepStats, has_no_scored_token, mean_loss
+from olmo_train.log.profiling import step_profiler
 from olmo_train.model.transformer import Transformer
 from olmo_train.optim import schedules
 from olmo_train.optim.build import set_lr
@@ -127,12 +128,11 @@ def train_from_newest(config: TrainConfig, world: World, signals: StopSignals) -
         model, optimizer = build(config, world, run.start.folder)
         run.begin(model, optimizer)
         loader = stack.enter_context(contextlib.closing(run.loader()))
-        profiler = stack.enter_context(contextlib.closing(run.profiler()))
+        profiler = stack.enter_context(step_profiler(config.profile, run.run_dir / "profile", world.rank, run.start.step + 1))
         stack.enter_context(allocator.no_automatic_gc())
 
         for step in range(run.start.step + 1, config.steps + 1):
             is_last = step == config.steps
-            profiler.before(step)
             batch = run.next_batch(loader)
             if run.agree_to_stop():
                 run.save_and_stop(step - 1, model, optimizer)
@@ -155,6 +155,8 @@ def train_from_newest(config: TrainConfig, world: World, signals: StopSignals) -
                 run.check_replicas(step, model, optimizer)
             if is_last or config.checkpoint.is_due(step):
                 run.save(step, model, optimizer)
+            if profiler:
+                profiler.step()
             yield stats
 
         if run.pending_line is not None:  # a signal came during the last evaluation

@@ -16,7 +16,7 @@ from olmo_train.run import allocator, out_of_memory
 from olmo_train.run.out_of_memory import OutOfMemoryError
 
 
-def test_the_chosen_steps_are_traced_and_their_dearest_operations_told(tiny_args):
+def test_the_chosen_steps_are_traced_and_their_slowest_operations_listed(tiny_args):
     config = tiny_args(**{"total_steps": 6, "profile.start_step": 3, "profile.steps": 2})
     for _ in train.train(config):
         pass
@@ -25,7 +25,7 @@ def test_the_chosen_steps_are_traced_and_their_dearest_operations_told(tiny_args
     assert sum(event.get("name") == "optimizer" and event["ph"] == "X" for event in events) == 2
     table = (folder / "rank-0000.txt").read_text()
     assert "aten::mm" in table
-    assert len([line for line in table.splitlines() if "::" in line or "forward" in line]) <= profiling.DEAREST
+    assert len([line for line in table.splitlines() if "::" in line or "forward" in line]) <= profiling.TABLE_ROWS
 
 
 def test_a_run_that_ends_within_the_chosen_steps_leaves_a_trace(tiny_args):

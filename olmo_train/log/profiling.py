@@ -1,46 +1,36 @@
-"""Profiler traces of chosen steps; no cost when it is off.
-
-torch.profiler writes a trace for the browser (ui.perfetto.dev or chrome://tracing) and a table for the terminal.
-"""
+"""Profiler traces of chosen steps: one for the browser (ui.perfetto.dev or chrome://tracing) and a table for the terminal."""
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import torch
 
 from olmo_train.log.config import ProfileConfig
 
-DEAREST = 10  # operations of the table
+TABLE_ROWS = 10  # operations in the table, the slowest first
 
 
-class StepProfiler:
-    """Traces the chosen steps of one process into `folder`; `before(step)` is called before each step."""
+def step_profiler(
+    config: ProfileConfig, folder: Path, rank: int, next_step: int
+) -> torch.profiler.profile | contextlib.nullcontext[None]:
+    """Profiles the chosen steps of this process; call `step()` at the end of each step, from `next_step` on.
 
-    def __init__(self, config: ProfileConfig, folder: Path, rank: int):
-        self._config, self._folder, self._rank = config, folder, rank
-        self._profiler: torch.profiler.profile | None = None
+    Writes rank-NNNN.json and rank-NNNN.txt to `folder`, also when the run ends earlier. Is None inside `with` if no step is left
+    to profile.
+    """
+    if config.start_step is None or config.start_step < next_step:
+        return contextlib.nullcontext()
 
-    def before(self, step: int) -> None:
-        first = self._config.start_step
-        if first is None:
-            return
-        if self._profiler is not None and step >= first + self._config.steps:
-            self.close()
-        elif step == first:
-            self._profiler = torch.profiler.profile(acc_events=True)  # of the CPU, and of the GPU where there is one
-            self._profiler.start()
-
-    def close(self) -> None:
-        """Write rank-NNNN.json and rank-NNNN.txt, when a trace is under way; also at the end of a shorter run."""
-        if self._profiler is None:
-            return
-        profiler, self._profiler = self._profiler, None
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        profiler.stop()
-        self._folder.mkdir(parents=True, exist_ok=True)
-        profiler.export_chrome_trace(str(self._folder / f"rank-{self._rank:04d}.json"))
+    def write(profiler: torch.profiler.profile) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        profiler.export_chrome_trace(str(folder / f"rank-{rank:04d}.json"))
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        table = profiler.key_averages().table(sort_by=f"self_{device}_time_total", row_limit=DEAREST)
-        (self._folder / f"rank-{self._rank:04d}.txt").write_text(table + "\n", encoding="utf-8")
+        table = profiler.key_averages().table(sort_by=f"self_{device}_time_total", row_limit=TABLE_ROWS)
+        (folder / f"rank-{rank:04d}.txt").write_text(table + "\n", encoding="utf-8")
+
+    skipped = config.start_step - next_step
+    warmup = min(skipped, 1)
+    schedule = torch.profiler.schedule(skip_first=skipped - warmup, wait=0, warmup=warmup, active=config.steps, repeat=1)
+    return torch.profiler.profile(schedule=schedule, on_trace_ready=write, acc_events=True)

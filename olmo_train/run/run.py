@@ -25,7 +25,6 @@ from olmo_train.guards.spikes import SpikeDetector
 from olmo_train.guards.watchdog import Watchdog
 from olmo_train.log.interval import StepStats
 from olmo_train.log.journal import Journal
-from olmo_train.log.profiling import StepProfiler
 from olmo_train.log.run_logger import RunLogger
 from olmo_train.model.transformer import Transformer
 from olmo_train.parallel import kernels
@@ -84,9 +83,6 @@ class Run:
 
     def loader(self) -> Loader:
         return Loader(self.mixture, self.world.data_rank, self.world.data_size, self.world.device, self.start.step + 1)
-
-    def profiler(self) -> StepProfiler:
-        return StepProfiler(self.config.profile, self.run_dir / "profile", self.world.rank)
 
     def next_batch(self, loader: Loader) -> Batch | None:
         """This rank's next batch; None when a signal came while waiting for it."""
