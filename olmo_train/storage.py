@@ -18,12 +18,13 @@ import socket
 import stat
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+import uuid
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NewType
 
-from olmo_train.errors import ConfigError
+from olmo_train.errors import ConfigError, UserError
 
 log = logging.getLogger(__name__)
 MANIFEST = "MANIFEST.json"
@@ -51,9 +52,9 @@ def cache_folder() -> Path:
     return folder
 
 
-def flush_folder(folder: Path) -> None:
-    """Flush the names in a folder to the disk, so that they survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def flush(path: Path) -> None:
+    """Flush a file, or the names in a folder, to the disk, so that they survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -92,23 +93,43 @@ def _chunks(pieces: Iterable[bytes | memoryview]) -> Iterator[memoryview]:
         yield memoryview(joined)
 
 
-def replace_file(path: Path, content: bytes) -> None:
-    """Write a file atomically: a reader sees the old content or the new, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+@contextlib.contextmanager
+def replacing(path: Path, flushed: bool = True) -> Iterator[Path]:
+    """Write a file atomically: the block writes the path that it gets, which then replaces `path`. A reader sees the old content
+    or the new, never a part. `flushed`: also after a power cut."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        write_file(temporary, content)
+        yield temporary
+        if flushed:
+            flush(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    flush_folder(path.parent)
+    if flushed:
+        flush(path.parent)
 
 
-def commit_folder(temporary: Path, final: Path, entries: dict[str, dict[str, Any]]) -> None:
-    """Write the manifest of a folder of flushed files and rename it to `final`. `entries`: {file name: manifest entry}."""
-    write_file(temporary / MANIFEST, json.dumps({"format": 1, "files": entries}, indent=1, sort_keys=True).encode())
-    flush_folder(temporary)
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file atomically; see `replacing`."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def temporary_folder(final: Path) -> Path:
+    """An empty folder beside `final` to write its files in. commit_folder renames it."""
+    temporary = final.with_name(f".{final.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)  # left by a process that was killed
+    temporary.mkdir(parents=True)
+    return temporary
+
+
+def commit_folder(temporary: Path, final: Path, entries: dict[str, dict[str, Any]] | None = None) -> None:
+    """Rename a folder of flushed files to `final`. `entries`: {file name: manifest entry}, of which a manifest is written."""
+    if entries is not None:
+        write_file(temporary / MANIFEST, json.dumps({"format": 1, "files": entries}, indent=1, sort_keys=True).encode())
+    flush(temporary)
     os.rename(temporary, final)
-    flush_folder(final.parent)
+    flush(final.parent)
 
 
 def remove_folder(folder: Path) -> None:
@@ -124,7 +145,6 @@ def remove_folder(folder: Path) -> None:
 
 
 def hash_file(path: Path) -> str:
-    """sha256 of a file's contents, in hexadecimal."""
     with open(path, "rb", buffering=0) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -189,28 +209,33 @@ def _problem_of(path: Path, name: str, size: int, sha256: str, contents: bool) -
     return None
 
 
-class RunLock:
-    """One run at a time in a run_dir. The lock is released when the process ends, however it ends, so it is never stale."""
+@contextlib.contextmanager
+def lock(file: Path, in_use: Callable[[str], UserError] | None = None) -> Iterator[None]:
+    """Hold a lock file, which names the process that holds it. The lock ends with the process, however it ends, so it is never
+    stale. If another process holds it, wait, or raise `in_use(holder)`.
 
-    def __init__(self, run_dir: Path):
-        self.path = run_dir / ".lock"
-
-    def __enter__(self) -> RunLock:
-        self._file = open(self.path, "a+", encoding="utf-8")
+    Not filelock's: older versions empty the file before they know whether another process holds it.
+    """
+    with open(file, "a+", encoding="utf-8") as stream:
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(stream, fcntl.LOCK_EX | (fcntl.LOCK_NB if in_use else 0))
         except BlockingIOError as problem:
-            self._file.seek(0)
-            holder = self._file.read().strip() or "another process"
-            self._file.close()
-            raise ConfigError(
-                "run_dir", f"{self.path.parent} is in use by {holder}; stop it, or choose another run_dir"
-            ) from problem
-        self._file.truncate(0)
-        self._file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
-        self._file.flush()
-        return self
+            assert in_use
+            stream.seek(0)
+            raise in_use(stream.read().strip() or "another process") from problem
+        stream.truncate(0)
+        stream.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+        stream.flush()
+        try:
+            yield
+        finally:
+            stream.truncate(0)
 
-    def __exit__(self, *error: object) -> None:
-        self._file.truncate(0)
-        self._file.close()
+
+def lock_run_dir(run_dir: Path) -> contextlib.AbstractContextManager[None]:
+    """One run at a time in a run_dir. Raises ConfigError when another process holds it."""
+
+    def in_use(holder: str) -> ConfigError:
+        return ConfigError("run_dir", f"{run_dir} is in use by {holder}; stop it, or choose another run_dir")
+
+    return lock(run_dir / ".lock", in_use)

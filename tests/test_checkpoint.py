@@ -19,7 +19,7 @@ from olmo_train.checkpoint import save as checkpoint_save
 from olmo_train.checkpoint.config import CheckpointConfig
 from olmo_train.checkpoint.load import load_model
 from olmo_train.errors import CheckpointError, SaveError, Stopped
-from olmo_train.storage import MANIFEST, RunLock, hash_file, problems_of
+from olmo_train.storage import MANIFEST, hash_file, lock_run_dir, problems_of
 from olmo_train.train import train
 
 
@@ -374,6 +374,6 @@ def test_a_dry_run_of_prune_needs_no_lock(tiny_args, capsys):
     for step in (1, 2):
         (Path(config.run_dir) / f"checkpoints/step-000000{step}").mkdir(parents=True)
     (Path(config.run_dir) / "config.yaml").write_text(configuration.dump(config))
-    with RunLock(Path(config.run_dir)):
+    with lock_run_dir(Path(config.run_dir)):
         assert main(["checkpoints", config.run_dir, "--prune", "--dry-run"]) == 0
         assert main(["checkpoints", config.run_dir, "--prune"]) == 2

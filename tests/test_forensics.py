@@ -197,7 +197,7 @@ def test_a_full_disk_is_a_warning(tiny_args, monkeypatch, caplog):
     def full(path, content):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(forensics, "replace_file", full)
+    monkeypatch.setattr(forensics, "write_file", full)
     config = tiny_args("run", total_steps=6)
     assert [stats.step for stats in train(config)] == [1, 2, 3, 4, 5, 6]
     assert "forensics of step 3 could not be written: [Errno 28] No space left on device" in caplog.text

@@ -309,7 +309,7 @@ def test_a_shard_without_instructions_has_no_mask_file(tmp_path):
 
 
 def test_two_runs_into_one_folder_are_refused(tmp_path):
-    with prepare._locked(tmp_path / "source"), pytest.raises(ConfigError, match="another prepare-data is writing here"):
+    with prepare._locked(tmp_path / "source"), pytest.raises(ConfigError, match="source: is being written by process [0-9]+ on"):
         prepare_source(tmp_path)
 
 

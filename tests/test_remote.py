@@ -60,7 +60,7 @@ def test_a_remote_shard_whose_hash_is_another_is_refused(server):
     with pytest.raises(DataError, match=r"tokens-00001.bin: sha256 is .* meta.json says"):
         open_source("test", SourceConfig(f"{url}/source"), 280)
     assert not list(cache_folder().rglob("tokens-00001.bin*[!k]"))
-    assert not list(cache_folder().rglob("*.part"))
+    assert not list(cache_folder().rglob("*.tmp"))
 
 
 def test_a_remote_folder_that_was_prepared_anew_is_fetched_anew(server):

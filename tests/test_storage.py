@@ -9,7 +9,7 @@ import pytest
 
 from olmo_train import storage
 from olmo_train.errors import ConfigError
-from olmo_train.storage import RunLock, commit_folder, problems_of, remove_folder, replace_file, write_file
+from olmo_train.storage import commit_folder, lock_run_dir, problems_of, remove_folder, replace_file, write_file
 
 
 @pytest.fixture
@@ -165,17 +165,17 @@ def test_all_is_flushed_before_a_folder_gets_its_name(tmp_path, monkeypatch):
 
 def test_one_run_at_a_time(tmp_path):
     told = rf"run_dir: {tmp_path} is in use by process {os.getpid()} on .* since"
-    with RunLock(tmp_path), pytest.raises(ConfigError, match=told):
-        RunLock(tmp_path).__enter__()
-    with RunLock(tmp_path):
+    with lock_run_dir(tmp_path), pytest.raises(ConfigError, match=told):
+        lock_run_dir(tmp_path).__enter__()
+    with lock_run_dir(tmp_path):
         pass
 
 
 def test_the_lock_of_a_killed_run_does_not_block(tmp_path):
-    program = "from olmo_train.storage import *; import sys; RunLock(Path(sys.argv[1])).__enter__(); os.kill(os.getpid(), 9)"
+    program = "from olmo_train.storage import *; import sys\nwith lock_run_dir(Path(sys.argv[1])): os.kill(os.getpid(), 9)"
     killed = subprocess.run([sys.executable, "-c", program, str(tmp_path)], cwd=os.path.dirname(os.path.dirname(__file__)))
     assert killed.returncode == -9 and (tmp_path / ".lock").read_text().startswith("process ")
-    with RunLock(tmp_path):
+    with lock_run_dir(tmp_path):
         assert (tmp_path / ".lock").read_text().startswith(f"process {os.getpid()} ")
 
 

@@ -37,7 +37,7 @@ from olmo_train.checkpoint.load import state_tensors
 from olmo_train.errors import NonFiniteError, SaveError
 from olmo_train.model.transformer import Transformer
 from olmo_train.parallel.world import World
-from olmo_train.storage import commit_folder, remove_folder, write_file
+from olmo_train.storage import commit_folder, remove_folder, temporary_folder, write_file
 
 log = logging.getLogger(__name__)
 # load_model and WeightReader read on one process, without a process group, on purpose.
@@ -144,8 +144,7 @@ class Checkpointer:
                 f"was not committed: {poisoned[0]} and {len(poisoned) - 1} other tensors hold non-finite values; "
                 f"the last good checkpoint is {newest_folder(self.run_dir)}; lower optim.peak_lr",
             )
-        temporary = final.with_name(f".{final.name}.tmp")
-        self._together(final, lambda: self._clear(temporary) if self.world.is_main else None)
+        temporary = self._together(final, lambda: temporary_folder(final) if self.world.is_main else None)[0]
         writer = _Writer(temporary)
         try:
             dcp.save(tensors, storage_writer=writer, process_group=self.world.background_group)
@@ -174,10 +173,6 @@ class Checkpointer:
         """The space that checkpoints need, for the error about a full disk."""
         size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         return f"a checkpoint needs {size / 1e9:.3g} GB, {shutil.disk_usage(self.run_dir).free / 1e9:.3g} GB are free"
-
-    def _clear(self, temporary: Path) -> None:
-        shutil.rmtree(temporary, ignore_errors=True)  # left by a save that was killed
-        temporary.mkdir(parents=True)
 
     def _commit(self, temporary: Path, final: Path, state: dict, entries: dict[str, dict]) -> None:
         for name, content in {"state.json": json.dumps(state, indent=1).encode(), **self.files}.items():

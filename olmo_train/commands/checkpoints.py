@@ -21,7 +21,7 @@ def run(arguments: argparse.Namespace) -> None:
     from olmo_train import config
     from olmo_train.checkpoint import folders as checkpoint
     from olmo_train.errors import CheckpointError, ConfigError
-    from olmo_train.storage import RunLock, problems_of, remove_folder
+    from olmo_train.storage import lock_run_dir, problems_of, remove_folder
     from olmo_train.train_config import TrainConfig
 
     run_dir = Path(arguments.run_dir)
@@ -38,7 +38,7 @@ def run(arguments: argparse.Namespace) -> None:
             damaged[folder] = problems
         print(describe(step, folder, retention.is_permanent(step), problems if arguments.verify else None))
     if arguments.prune:
-        with contextlib.nullcontext() if arguments.dry_run else RunLock(run_dir):  # a run may be in progress
+        with contextlib.nullcontext() if arguments.dry_run else lock_run_dir(run_dir):  # a run may be in progress
             for folder in checkpoint.superfluous(run_dir, retention):
                 print(f"{'would delete' if arguments.dry_run else 'deleted'} {folder}")
                 if not arguments.dry_run:

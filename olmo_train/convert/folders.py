@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from olmo_train.checkpoint.format import FORMAT
 from olmo_train.errors import CheckpointError, ConfigError
 from olmo_train.model.config import ModelConfig
 from olmo_train.model.transformer import Transformer
-from olmo_train.storage import write_file
+from olmo_train.storage import temporary_folder, write_file
 
 SHARD_BYTES = 1 << 30  # of one file of weights, which is in memory while it is written
 
@@ -47,22 +47,20 @@ def on_meta(config: ModelConfig) -> Transformer:
 # ---- folders
 
 
-@contextmanager
+@contextlib.contextmanager
 def new_folder(dest: Path) -> Iterator[Path]:
     """A folder beside `dest` to write in; the block renames it. Nothing stays behind an error."""
     if dest.resolve() == Path.cwd():  # which a rename would take from under the user's shell
         raise ConfigError(dest, "is the working directory; name a new folder")
     if dest.exists() and (not dest.is_dir() or any(dest.iterdir())):
         raise ConfigError(dest, "exists already; name a new folder")
-    temporary = dest.with_name(f".{dest.name}.tmp")
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)  # of a conversion that died
-        temporary.mkdir(parents=True)
-        yield temporary
-    except OSError as problem:
-        raise ConfigError(dest, f"cannot be written: {problem}; name another place") from problem
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with contextlib.ExitStack() as stack:
+        try:
+            temporary = temporary_folder(dest)
+            stack.callback(shutil.rmtree, temporary, ignore_errors=True)
+            yield temporary
+        except OSError as problem:
+            raise ConfigError(dest, f"cannot be written: {problem}; name another place") from problem
 
 
 def write_checkpoint(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from pathlib import Path
 
 import torch
@@ -31,7 +30,7 @@ from olmo_train.data.tokenizer import (
 )
 from olmo_train.errors import CheckpointError, ConfigError, DataError
 from olmo_train.model.config import ModelConfig
-from olmo_train.storage import commit_folder, flush_folder, write_file
+from olmo_train.storage import commit_folder, write_file
 
 log = logging.getLogger(__name__)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -70,8 +69,7 @@ def export_hf(
             write_file(temporary / name, content)
         _write_their_weights(temporary, family, config, read, DTYPES[dtype])
         agreement = check_logits(config, lambda name: read(name).float(), temporary, source)
-        os.rename(temporary, dest)
-        flush_folder(dest.parent)
+        commit_folder(temporary, dest)
     return agreement
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
-import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ from typing import Any, BinaryIO
 
 from olmo_train.data.meta import META_FILE, TOKENIZER_FILE, hash_file, read_meta
 from olmo_train.errors import ConfigError, DataError
-from olmo_train.storage import cache_folder
+from olmo_train.storage import cache_folder, lock, replacing
 
 log = logging.getLogger(__name__)
 FILE_SUFFIXES = (".npy", ".bin")  # a remote path that ends otherwise is a prepared folder
@@ -59,25 +58,19 @@ def _fetch_source(url: str) -> Path:
 
 def _fetch(url: str, sha256: str | None = None, refresh: bool = False) -> Path:
     """The local copy of one file. If several processes ask at once, one downloads and the others wait."""
-    from filelock import FileLock
-
     parent, _, name = url.partition("?")[0].rpartition("/")
     # One cache folder per remote folder, so that the files of a source lie side by side.
     folder = cache_folder() / "remote" / hashlib.sha256(parent.encode()).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
     place = folder / PurePosixPath(name).name
-    with FileLock(f"{place}.lock"):
+    with lock(Path(f"{place}.lock")):
         if not refresh and place.exists() and _still_good(url, place, sha256):
             return place
-        temporary = Path(f"{place}.part")
-        try:
+        with replacing(place) as temporary:
             _download(url, temporary)
             digest = hash_file(temporary)
             if sha256 not in (None, digest):
                 raise DataError(url, f"sha256 is {digest}, {META_FILE} says {sha256}; the remote files do not belong together")
-            os.replace(temporary, place)
-        finally:
-            temporary.unlink(missing_ok=True)
         Path(f"{place}.sha256").write_text(digest, encoding="utf-8")
     return place
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import platform
 import shutil
 import socket
@@ -27,7 +26,7 @@ from olmo_train.log.interval import StepStats
 from olmo_train.log.version import code_version
 from olmo_train.parallel.shard import full_tensor
 from olmo_train.parallel.world import World
-from olmo_train.storage import replace_file
+from olmo_train.storage import commit_folder, remove_folder, temporary_folder, write_file
 
 log = logging.getLogger(__name__)
 MOST_FOLDERS = 20  # of a run, so that a diverging run does not fill the disk
@@ -148,14 +147,13 @@ class Forensics:
 
 def _commit(folder: Path, files: dict[str, str]) -> None:
     """Write the folder and rename it to its final name, replacing an older one of the same step."""
-    temporary = folder.with_name(f".{folder.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    temporary = temporary_folder(folder)
     try:
         for name, text in files.items():
-            replace_file(temporary / name, text.encode())
-        shutil.rmtree(folder, ignore_errors=True)
-        os.rename(temporary, folder)
+            write_file(temporary / name, text.encode())
+        if folder.exists():
+            remove_folder(folder)
+        commit_folder(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from olmo_train.errors import ConfigError
+from olmo_train.storage import replacing
 
 STATES = {"T": "its process is stopped", "Z": "its process is dead", "X": "its process is gone"}  # of /proc/PID/stat
 
@@ -41,10 +42,8 @@ class Heartbeats:
 
     def write(self) -> None:
         self._pulse += 1
-        with contextlib.suppress(OSError):
-            temporary = self.file(self.rank, "tmp")
+        with contextlib.suppress(OSError), replacing(self.file(self.rank), flushed=False) as temporary:
             temporary.write_text(json.dumps({**self.me, "pulse": self._pulse}), encoding="utf-8")
-            os.replace(temporary, self.file(self.rank))
 
     def read(self, rank: int) -> dict[str, Any] | None:
         """What a rank wrote last; None if there is no such file."""

@@ -14,7 +14,6 @@ import os
 import platform
 import shutil
 import subprocess
-import tempfile
 from pathlib import Path
 
 import torch
@@ -24,7 +23,7 @@ from olmo_train.errors import ConfigError
 from olmo_train.model.loss import IGNORE
 from olmo_train.model.transformer import Mask
 from olmo_train.model.transformer import attend as attend_by_torch
-from olmo_train.storage import cache_folder
+from olmo_train.storage import cache_folder, replacing
 
 SOURCE = Path(__file__).with_name("cpu_kernels.cpp")
 COMPILERS = ("c++", "g++", "clang++")  # tried in this order, after $CXX
@@ -71,15 +70,12 @@ def _fingerprint(words: list[str]) -> str:
 
 
 def _build(words: list[str], built: Path) -> None:
-    """Build under another name and rename: several ranks may build at once, and each must find a complete file."""
     built.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=built.parent) as folder:
-        made = Path(folder, "made.so")
+    with replacing(built) as made:  # several ranks may build at once, and each must find a complete file
         done = subprocess.run([*words, str(SOURCE), "-o", str(made)], capture_output=True, text=True, errors="replace")
         if done.returncode:
             complaint = (done.stderr.strip().splitlines() or ["it said nothing"])[0]
             raise ConfigError("parallel.cpu_kernels", f"{' '.join(words)} failed: {complaint}; set CXX to another, or set false")
-        made.replace(built)
 
 
 # ---- attention

@@ -30,7 +30,7 @@ from olmo_train.log.run_logger import RunLogger
 from olmo_train.parallel.world import World, explain_lost_peers
 from olmo_train.run.run import Run
 from olmo_train.run.start import Start, find_checkpoint, owed_line, read_start
-from olmo_train.storage import RunLock, replace_file
+from olmo_train.storage import lock_run_dir, replace_file
 from olmo_train.train_config import TrainConfig, schedule_warnings
 
 log = logging.getLogger(__name__)
@@ -98,7 +98,7 @@ def _locked(run_dir: Path) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(RunLock(run_dir))
+            stack.enter_context(lock_run_dir(run_dir))
             folders.put_back(run_dir)
         except OSError as problem:
             raise ConfigError("run_dir", f"{run_dir} cannot be written: {problem}") from problem

@@ -7,7 +7,6 @@ is finished it has a meta.json and no .unfinished.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import reprlib
@@ -27,6 +26,7 @@ from olmo_train.data.prepare.tokenize import HARMLESS, NO_TEXT, ChunkResult, cou
 from olmo_train.data.prepare.writer import SourceWriter, Tokenized, WriterState
 from olmo_train.data.tokenizer import Tokenizer, load_tokenizer
 from olmo_train.errors import ConfigError, DataError, UserError, check_choice
+from olmo_train.storage import lock
 
 VALIDATION = "validation"  # folder of the held-out documents, inside the output
 SAVE_SECONDS = 10.0  # work that a kill costs
@@ -325,9 +325,9 @@ def _locked(output: Path) -> Iterator[Path]:
     """The work folder, for this process alone."""
     work = output / WORK_FOLDER
     work.mkdir(parents=True, exist_ok=True)
-    with open(work / "lock", "w", encoding="utf-8") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as problem:
-            raise ConfigError(output, "another prepare-data is writing here; wait for it or choose another --output") from problem
+
+    def in_use(holder: str) -> ConfigError:
+        return ConfigError(output, f"is being written by {holder}; wait for it, or choose another --output")
+
+    with lock(work / "lock", in_use):
         yield work

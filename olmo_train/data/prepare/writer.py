@@ -18,7 +18,7 @@ from olmo_train.data.documents import DOCUMENTS_FILE
 from olmo_train.data.meta import FORMAT_VERSION, TOKENIZER_FILE, Meta, ShardMeta, hash_blocks, hash_file, write_meta
 from olmo_train.data.prepare.documents import DocumentParts
 from olmo_train.data.tokenizer import Tokenizer
-from olmo_train.storage import flush_folder
+from olmo_train.storage import flush
 
 
 @dataclass
@@ -135,7 +135,7 @@ class SourceWriter:
         for file in (self._tokens, self._labels):
             if file:
                 file.flush()
-        flush_folder(self.folder)
+        flush(self.folder)
         self.state.parts = self._parts.save()
         return self.state
 
