@@ -156,11 +156,6 @@ def test_a_skipped_step_gives_no_loss_and_is_counted():
     add(interval, [math.inf], [10], skipped=1.0)
     found = interval.metrics(["a"], [None])
     assert (found["train/CrossEntropyLoss"], found["skipped"]) == (1.0, 2)
-    assert interval.skipped_in_a_row() == 2
-    interval.restart()
-    assert interval.skipped_in_a_row() == 2, "a row of skipped steps goes on over the lines of metrics"
-    add(interval, [10.0], [10])
-    assert interval.skipped_in_a_row() == 0
 
 
 def test_an_interval_goes_on_from_its_state():

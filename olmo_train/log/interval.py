@@ -72,22 +72,20 @@ class Interval:
     """
 
     # rows of the tensor of scalars
-    STEPS, SKIPPED, CLIPPED, SPIKES, IN_A_ROW = range(5)
+    STEPS, SKIPPED, CLIPPED, SPIKES = range(4)
 
     def __init__(self, sources: int, device: torch.device, state: dict[str, Any] | None = None):
         if state is None or len(state["sums"][0]) != sources:  # a fresh run, or a branch with other sources
-            state = {"sums": [[0.0] * sources] * 2, "counts": [0.0] * 5}
+            state = {"sums": [[0.0] * sources] * 2, "counts": [0.0] * 4}
         self.sums = torch.tensor(state["sums"], dtype=torch.float64, device=device)  # (2, sources): loss, scored tokens
-        self.counts = torch.tensor(state["counts"], dtype=torch.float64, device=device)
+        self.counts = torch.tensor(state["counts"][:4], dtype=torch.float64, device=device)
         self.data_wait = 0.0  # seconds
         self.timed_steps = 0  # steps of this process: steps before a resume took none of its time
 
     def add(self, sums: Tensor, skipped: Tensor, clipped: Tensor, spike: Tensor, data_wait: float) -> None:
         """sums (2, sources) of one step; skipped, clipped and spike are 0.0 or 1.0."""
         self.sums += torch.where(skipped > 0, torch.zeros_like(sums), sums)
-        self.counts[: self.IN_A_ROW] += torch.stack((torch.ones_like(skipped), skipped, clipped, spike))
-        in_a_row = self.counts[self.IN_A_ROW]  # a batch without a scored token does not change the count
-        self.counts[self.IN_A_ROW] = torch.where(has_no_scored_token(sums) > 0, in_a_row, (in_a_row + 1) * skipped)
+        self.counts += torch.stack((torch.ones_like(skipped), skipped, clipped, spike))
         self.data_wait += data_wait
         self.timed_steps += 1
 
@@ -99,7 +97,7 @@ class Interval:
 
     def metrics(self, names: list[str], bytes_per_token: list[float | None]) -> dict[str, float]:
         """Mean loss over the interval, in total and by source, the fraction of clipped steps, and skipped steps and spikes."""
-        (losses, tokens), (steps, skipped, clipped, spikes, _) = self.sums.tolist(), self.counts.tolist()
+        (losses, tokens), (steps, skipped, clipped, spikes) = self.sums.tolist(), self.counts.tolist()
         read = list(zip(names, losses, tokens, bytes_per_token, strict=True))
         known = all(ratio is not None for _, _, scored, ratio in read if scored)
         n_bytes = sum(scored * ratio for _, _, scored, ratio in read if scored) if known else None
@@ -107,15 +105,12 @@ class Interval:
         metrics |= {f"train/source/{name}/CrossEntropyLoss": loss / scored for name, loss, scored, _ in read if scored}
         return metrics | {"optim/clipping_rate": clipped / steps, "skipped": int(skipped), "spike": int(spikes)}
 
-    def skipped_in_a_row(self) -> int:
-        return int(self.counts[self.IN_A_ROW].item())
-
     def state(self) -> dict[str, Any]:
         return {"sums": self.sums.tolist(), "counts": self.counts.tolist()}
 
     def restart(self) -> None:
         self.sums.zero_()
-        self.counts[: self.IN_A_ROW] = 0
+        self.counts.zero_()
         self.data_wait, self.timed_steps = 0.0, 0
 
 

@@ -68,8 +68,7 @@ def open_run(config: TrainConfig, world: World, signals: StopSignals) -> Iterato
         checkpointer = Checkpointer(run_dir, config.checkpoint, world, files, resumed_step)
         stack.enter_context(contextlib.closing(checkpointer))
         forensics = Forensics(run_dir, mixture, world, attempt, watchdog)
-        in_a_row = journal.interval.skipped_in_a_row()
-        anomalies = AnomalyGuard(config, world, logger, checkpointer, forensics, start.first_step, in_a_row)
+        anomalies = AnomalyGuard(config, world, logger, checkpointer, forensics, start.first_step, start.skipped_in_a_row)
         spikes = SpikeDetector(world.device, start.state.get("spikes"))
         _log_attempt(config, world, logger, start, {"attempt": attempt, "config": resolved})
         yield Run(

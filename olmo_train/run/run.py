@@ -147,6 +147,7 @@ class Run:
                 "denied": self.mixture.denied_summary,
                 "batches": self.mixture.batches.changes,
                 "spikes": self.spikes.state(),
+                "skipped_in_a_row": self.anomalies.in_a_row,
                 "pending_line": self.pending_line,
             }
             self.checkpointer.save(step, model, optimizer, state)

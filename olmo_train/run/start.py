@@ -34,6 +34,12 @@ class Start:
         """The step before the run's own first one: 0, or the step that a branch leaves its parent at."""
         return self.step if self.kind == "branch" else 0
 
+    @property
+    def skipped_in_a_row(self) -> int:
+        """How many steps in a row were skipped before the first one. Earlier versions saved it with the interval's counts."""
+        counts = (self.state.get("interval") or {"counts": []})["counts"]
+        return int(self.state.get("skipped_in_a_row", sum(counts[4:])))
+
 
 def find_checkpoint(config: TrainConfig) -> tuple[str, Path | None]:
     """(kind, checkpoint folder): the newest checkpoint of run_dir that verifies, else resume_from, else none.
