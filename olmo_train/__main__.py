@@ -23,6 +23,7 @@ VERBS = {
     "prepare-data": "turn text into memory-mapped token shards",
     "verify-data": "check prepared data against its hashes",
     "inspect-data": "show what a step trains on, or which steps see a document",
+    "config": "print the complete configuration of a run, with its defaults",
     "plan": "tell memory, time, energy and schedule before a launch",
     "curves": "draw the curves of runs: page, picture or terminal",
     "checkpoints": "list, verify or prune the checkpoints of a run",

@@ -1,7 +1,8 @@
 """Read YAML files and key=value words into frozen dataclasses; no other module parses YAML.
 
-The dataclass is the schema; each section's is in the config.py of its folder. This module merges the sources left to right,
-walks the dataclass, and refuses values that do not fit, with the dotted key and the nearest known one.
+The dataclass is the schema; each section's is in the config.py of its folder. The types of its fields hold choices (`Literal`)
+and ranges (`Count`, `Positive`, ...). This module merges the sources left to right, walks the dataclass, and refuses values that
+do not fit, with the dotted key and the nearest known one.
 
 Scalars are read as text, and the type of the field decides their meaning: `2024_11_25` is a name for a text key and a number
 for a number key. YAML itself would turn a git hash such as 12e5678 into infinity, and a source called `no` into False.
@@ -12,13 +13,14 @@ from __future__ import annotations
 import dataclasses
 import glob
 import json
+import math
 import os
 import re
 import types
 import typing
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
 
 from olmo_train.errors import ConfigError, nearest
 from olmo_train.storage import FilePath
@@ -32,6 +34,21 @@ NUMBER = re.compile(r"[-+]?(\d[\d_]*(\.[\d_]*)?|\.\d[\d_]*)([eE][-+]?\d+)?", re.
 # Removed keys, still found in configurations saved by earlier versions: the value that equals today's behaviour.
 REMOVED = {"model.position": "rope", "log.wandb.artifacts": "false"}
 STARTED_IN = "# Relative paths start from "  # the first line of a run's config.yaml, then the folder as a JSON string
+TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false"}
+
+
+class Rule(NamedTuple):
+    """A condition on a value, as part of its type. NaN meets none of those below."""
+
+    text: str  # follows "must be" in the error
+    holds: Callable[[Any], bool]
+
+
+Count = Annotated[int, Rule("at least 1", lambda n: n >= 1)]
+Natural = Annotated[int, Rule("at least 0", lambda n: n >= 0)]
+Positive = Annotated[float, Rule("finite and above 0", lambda x: 0 < x < math.inf)]
+NonNegative = Annotated[float, Rule("finite and at least 0", lambda x: 0 <= x < math.inf)]
+Fraction = Annotated[float, Rule("at least 0 and below 1", lambda x: 0 <= x < 1)]
 
 
 class Word(str):
@@ -228,7 +245,7 @@ def words(tree: Any, base: str | None = None, quoted: bool = True) -> Any:
 
 def build(cls: type[T], values: dict[str, Any], where: str = "") -> T:
     """Make the frozen dataclass `cls` from a plain dict, strictly. `where` is the dotted key of `values`. Raises ConfigError."""
-    hints = typing.get_type_hints(cls)
+    hints = typing.get_type_hints(cls, include_extras=True)
     fields = {f.name: f for f in dataclasses.fields(cls)}
     made = {}
     for key, value in values.items():
@@ -299,6 +316,12 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     origin, args = get_origin(hint), get_args(hint)
     if isinstance(value, str) and value == MISSING:
         raise ConfigError(where, f"is missing ({MISSING}); set it")
+    if origin is Annotated:
+        made = _convert(args[0], value, where)
+        for rule in args[1:]:
+            if not rule.holds(made):
+                raise ConfigError(where, f"must be {rule.text}, got {made}")
+        return made
     if origin in (Union, types.UnionType):
         return _convert_union(args, value, where)
     if origin is Literal:
@@ -353,7 +376,7 @@ def _convert_scalar(hint: Any, value: Any, where: str) -> Any:
         if not -(2**63) <= value < 2**63:
             raise ConfigError(where, f"must lie between -2^63 and 2^63 - 1, got {value}")
         return int(value)
-    raise ConfigError(where, f"must be {_TYPE_NAMES[hint]}, got {decoded(value)!r}")
+    raise ConfigError(where, f"must be {TYPE_NAMES[hint]}, got {decoded(value)!r}")
 
 
 def _convert_text(hint: Any, value: Any, where: str) -> str:
@@ -373,6 +396,3 @@ def _found(path: str) -> str:
         if os.path.exists(there) or any(glob.iglob(there, recursive=True)):
             return there
     return path
-
-
-_TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false"}

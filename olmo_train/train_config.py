@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+import inspect
+import json
+import re
+import types
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from difflib import get_close_matches
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from olmo_train.checkpoint.config import CheckpointConfig
-from olmo_train.config import build
+from olmo_train.config import Count, Natural, Positive, build
 from olmo_train.data.config import DataConfig
 from olmo_train.data.mixture import Mixture
 from olmo_train.data.order import BatchSizes
-from olmo_train.errors import ConfigError, check_choice
+from olmo_train.errors import ConfigError
 from olmo_train.eval.config import EvalConfig
 from olmo_train.guards.config import GuardConfig
 from olmo_train.log.config import LogConfig, ProfileConfig
@@ -21,24 +26,30 @@ from olmo_train.optim.schedules import lr_at
 from olmo_train.parallel.config import ParallelConfig
 from olmo_train.storage import FilePath
 
+SHORT_NAMES = {int: "int", float: "float", bool: "bool", str: "text", FilePath: "path", type(None): "null"}
+
 
 @dataclass(frozen=True)
 class TrainConfig:
     """The configuration of a run. The defaults are OLMo-7B's recipe; only run_dir and data.sources must be set."""
 
-    run_dir: FilePath  # the folder for everything that the run writes
+    run_dir: FilePath  # folder for everything that the run writes
     data: DataConfig
-    seed: int = 6198  # of the weights, and of the data unless data.seed is set
-    total_steps: int | None = None  # updates
-    total_tokens: float | None = None  # tokens, instead of total_steps; if neither is set, 2e12 as OLMo
-    global_batch_size: int = 2048  # sequences a step, over all processes
-    micro_batch_size: int = 4  # sequences in one forward on one process
-    loss_divisor: str = "scored_tokens"  # divides loss and gradients; all_tokens: batch x seq_len, unscored tokens too, as OLMo
-    determinism: str = "none"  # run: same bits every time; world: also on any number of processes, one sequence at a time
-    resume: str = "auto"  # auto: from the newest checkpoint that verifies; strict: refuse when the newest one does not
-    resume_from: FilePath | None = None  # start a new run_dir from this checkpoint (of any run): weights, optimizer and step
-    init_from: FilePath | None = None  # start a new run_dir with the weights of this checkpoint, at step 0
-    allow_changes: tuple[str, ...] = ()  # dotted keys that may differ from the resumed checkpoint
+    seed: Natural = 6198  # of the weights, and of the data order unless data.seed is set
+    total_steps: Count | None = None  # length of the run in updates
+    total_tokens: Positive | None = None  # length in tokens, instead of total_steps; if neither is set, 2e12 as OLMo
+    global_batch_size: Count = 2048  # instances per step, over all processes
+    # instances per forward pass of one process; changes memory and speed, not what is learned
+    micro_batch_size: Count = 4
+    # tokens by whose number loss and gradients are divided; all_tokens: also unscored ones, to follow a run of OLMo exactly
+    loss_divisor: Literal["scored_tokens", "all_tokens"] = "scored_tokens"
+    # run: the same bits each time; world: also on any number of processes, with one instance per forward pass
+    determinism: Literal["none", "run", "world"] = "none"
+    # auto: from the newest checkpoint that verifies; strict: refuse when the newest one does not
+    resume: Literal["auto", "strict"] = "auto"
+    resume_from: FilePath | None = None  # start a new run_dir from this checkpoint of any run: weights, optimizer and step
+    init_from: FilePath | None = None  # start a new run_dir at step 0 from the weights of this checkpoint
+    allow_changes: tuple[str, ...] = ()  # dotted keys that may differ from those of the resumed checkpoint
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -49,20 +60,11 @@ class TrainConfig:
     log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self) -> None:
-        for key in ("global_batch_size", "micro_batch_size"):
-            if getattr(self, key) < 1:
-                raise ConfigError(key, f"must be at least 1, got {getattr(self, key)}")
-        for key, seed in (("seed", self.seed), ("data.seed", self.data.seed)):
-            if seed is not None and seed < 0:
-                raise ConfigError(key, f"must not be negative, got {seed}")
-        check_choice("loss_divisor", self.loss_divisor, ("scored_tokens", "all_tokens"))
-        check_choice("determinism", self.determinism, ("none", "run", "world"))
         parallel = self.parallel
         if self.determinism == "world" and (parallel.compile or parallel.float8 or parallel.reduce_dtype != "fp32"):
             raise ConfigError(
                 "determinism", "'world' sums gradients in fp64, uncompiled; leave out parallel.compile, float8 and reduce_dtype"
             )
-        check_choice("resume", self.resume, ("auto", "strict"))
         if self.resume_from and self.init_from:
             raise ConfigError("init_from", f"{self.init_from} and resume_from {self.resume_from} are both set; leave one out")
         if self.total_steps is not None and self.total_tokens is not None:
@@ -70,8 +72,6 @@ class TrainConfig:
                 "total_tokens",
                 f"{self.total_tokens:g} and total_steps {self.total_steps} are both set; leave one out",
             )
-        if self.steps < 1:
-            raise ConfigError("total_steps" if self.total_tokens is None else "total_tokens", "must be at least one step")
         if self.optim.schedule != "constant" and self.optim.warmup_steps >= self.steps and self.total_steps is None:
             raise ConfigError("optim.warmup_steps", f"{self.optim.warmup_steps} fills all {self.steps} steps; use fewer")
 
@@ -135,3 +135,63 @@ def schedule_warnings(config: TrainConfig, saved: dict[str, Any] | None, batches
                 f"optim.schedule_steps={was.optim.schedule_steps or steps} allow_changes=[optim.schedule_steps]"
             )
     return warnings
+
+
+class Key(NamedTuple):
+    """A key of the configuration, as documentation."""
+
+    name: str  # dotted; NAME stands for any name, N for a place in a list
+    kind: str  # its type, choices and range
+    default: str  # as it is typed; ??? for a key that must be set
+    meaning: str  # the comment beside or above the field
+
+
+def keys(cls: type = TrainConfig, where: str = "") -> Iterator[Key]:
+    """Every key of a configuration dataclass, in the order of its fields. Names start with `where`."""
+    hints, source = get_type_hints(cls, include_extras=True), inspect.getsource(cls)
+    for key in fields(cls):
+        hint, name = hints[key.name], where + key.name
+        if not is_dataclass(hint):
+            default = key.default if key.default_factory is MISSING else key.default_factory()
+            above, beside = re.search(rf"((?:^    # .+\n)*)^    {key.name}: .*?(  # .+)?$", source, re.MULTILINE).groups()
+            yield Key(name, _kind(hint), _typed(default), " ".join((beside or above).replace("# ", "").split()))
+        place = {dict: ".NAME", tuple: ".N"}.get(get_origin(hint), "")
+        for nested in (hint, *get_args(hint)):
+            if is_dataclass(nested):
+                yield from keys(nested, f"{name}{place}.")
+
+
+def find_keys(prefix: str) -> list[Key]:
+    """The keys that start with `prefix`. Raises ConfigError, with near ones, when there are none."""
+    known = list(keys())
+    if found := [key for key in known if key.name.startswith(prefix)]:
+        return found
+    names = [key.name for key in known]
+    sections = sorted({name.split(".")[0] for name in names})
+    near = [name for name in names if prefix in name][:3] or get_close_matches(prefix, [*names, *sections])
+    hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(sections)}"
+    raise ConfigError("--keys", f"no key starts with '{prefix}'; {hint}")
+
+
+def _typed(value: Any) -> str:
+    if value is MISSING:
+        return "???"
+    return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
+
+
+def _kind(hint: Any) -> str:
+    """A type as `train --keys` prints it, such as `int, at least 1 | null`."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        return ", ".join([_kind(args[0]), *(rule.text for rule in args[1:])])
+    if origin is Literal:
+        return " | ".join(args)
+    if origin in (Union, types.UnionType):
+        return " | ".join(map(_kind, args))
+    if origin is tuple:
+        return f"list of {_kind(args[0])}"
+    if origin is dict:
+        return f"{{NAME: {_kind(args[1])}}}"
+    if is_dataclass(hint):
+        return f"{{{', '.join(key.name for key in fields(hint))}}}"
+    return SHORT_NAMES[hint]

@@ -84,6 +84,7 @@ def test_a_mistake_leaves_no_run_dir(mistake, tiny_words, tmp_path):
         (["train"], "error: olmo-train train: the following arguments are required"),
         (["train", "--bogus", "a.yaml"], "error: olmo-train: unrecognized arguments: --bogus"),
         (["train", "run_dir=x"], "error: data"),
+        (["train", "--keys", "peak"], "error: --keys: no key starts with 'peak'; did you mean optim.peak_lr?"),
         (["train", "run_dir=x", "data.order=olmo"], "error: data.sources: names no data"),
         (["curves"], "error: olmo-train curves: the following arguments are required"),
         (["plan", "x=1", "--gpus", "many"], "error: olmo-train plan: argument --gpus"),

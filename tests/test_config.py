@@ -6,7 +6,7 @@ import pytest
 
 from olmo_train import config
 from olmo_train.errors import ConfigError
-from olmo_train.train_config import TrainConfig
+from olmo_train.train_config import TrainConfig, find_keys, keys
 
 LEAST = ["run_dir=runs/a", "data.sources.a.path=a.npy"]
 
@@ -151,6 +151,7 @@ def test_a_config_is_frozen():
         ("optim.schedule=cosin", "optim.schedule: 'cosin' is not a choice; did you mean 'cosine'?"),
         ("data.order=shuffle", "data.order: 'shuffle' is not a choice; known: olmo, permute"),
         ("parallel.precision=fp16", "parallel.precision: 'fp16' is not a choice"),
+        ("parallel.activation_checkpointing=some", "parallel.activation_checkpointing: 'some' is not a choice"),
         ("resume=never", "resume: 'never' is not a choice"),
     ],
 )
@@ -178,9 +179,13 @@ def test_an_unknown_key_or_choice_is_refused_with_the_nearest_known_one(word, to
         ("data.sources.a=null", "data.sources: names no data; set data.sources.NAME.path to a prepared folder or token file"),
         ("data.sources.b.weight=1", "data.sources.b.path: is missing and has no default; set it"),
         ("run_dir=", "run_dir: must be text, got None"),
+        ("seed=-1", "seed: must be at least 0, got -1"),
+        ("optim.peak_lr=.inf", "optim.peak_lr: must be finite and at least 0, got inf"),
+        ("optim.betas=[0.9,1]", "optim.betas.1: must be at least 0 and below 1, got 1.0"),
+        ("optim.max_grad_norm=0", "optim.max_grad_norm: must be above 0; .inf clips nothing, got 0.0"),
     ],
 )
-def test_a_wrong_type_is_refused_by_its_key(word, told):
+def test_a_wrong_type_or_range_is_refused_by_its_key(word, told):
     assert refusal(word) == told
 
 
@@ -193,7 +198,7 @@ def test_a_wrong_type_is_refused_by_its_key(word, told):
         ("optim.peak_lr=.inf", "optim.peak_lr"),
         ("optim.peak_lr=.nan", "optim.peak_lr"),
         ("optim.max_grad_norm=0", "optim.max_grad_norm"),
-        ("optim.betas=[0.9,1.0]", "optim.betas"),
+        ("optim.betas=[0.9,1.0]", "optim.betas.1"),
         ("optim.decay_steps=5", "optim.decay_steps"),
         ("model.n_heads=3", "model.n_heads"),
         ("model.n_kv_heads=5", "model.n_kv_heads"),
@@ -219,13 +224,19 @@ def test_a_wrong_type_is_refused_by_its_key(word, told):
         ("eval.interval_steps=0", "eval.interval_steps"),
         ("guards.max_skipped=0", "guards.max_skipped"),
         ("guards.hang_seconds=-1", "guards.hang_seconds"),
-        ("data.sources.a.weight=-1", "data.sources"),
+        ("guards.skip_steps=[3,0]", "guards.skip_steps.1"),
+        ("profile.start_step=0", "profile.start_step"),
+        ("profile.steps=0", "profile.steps"),
+        ("data.sources.a.path=''", "data.sources.a.path"),
+        ("data.sources.a.dtype=int64", "data.sources.a.dtype"),
+        ("data.sources.a.weight=-1", "data.sources.a.weight"),
         ("data.sources.a.weight=0", "data.sources"),
-        ("data.sources.a.weight=.inf", "data.sources"),
-        ("data.sources.a.weight=.nan", "data.sources"),
+        ("data.sources.a.weight=.inf", "data.sources.a.weight"),
+        ("data.sources.a.weight=.nan", "data.sources.a.weight"),
         ("data.stages=[{from_step: 1, weights: {a: 1}}]", "data.stages"),
         ("data.stages=[{from_step: 9, weights: {b: 1}}]", "data.stages.0.weights"),
-        ("data.stages=[{from_step: 9, weights: {a: -1}}]", "data.stages.0"),
+        ("data.stages=[{from_step: 9, weights: {a: -1}}]", "data.stages.0.weights.a"),
+        ("data.stages=[{from_step: 9, weights: {a: 0}}]", "data.stages.0"),
     ],
 )
 def test_a_value_that_makes_no_sense_is_refused_by_its_key(word, key):
@@ -302,3 +313,24 @@ def test_flatten_names_every_leaf():
 def test_a_removed_key_of_a_saved_configuration_is_read_back_but_has_no_other_value():
     assert load("model.position=rope", "log.wandb.artifacts=false") == load()
     assert refusal("model.position=learned").startswith("model.position: was removed")
+
+
+def test_every_key_has_a_meaning_and_its_default_can_be_typed():
+    assert [key.name for key in keys() if not key.meaning] == []
+    run = config.flatten(config.to_dict(load()))
+    typed = {key.name: f"{key.name}={key.default}" for key in keys()}
+    assert run.keys() - typed.keys() == {f"data.sources.a.{key}" for key in ("path", "weight", "dtype")}
+    assert load(*(word for name, word in typed.items() if not name.startswith(("data.", "run_dir")))) == load()
+
+
+def test_keys_are_found_by_the_start_of_their_name():
+    assert [tuple(key) for key in find_keys("optim.peak")] == [
+        ("optim.peak_lr", "float, finite and at least 0", "0.0003", "learning rate at the end of the warmup")
+    ]
+    (key,) = find_keys("profile.start")
+    assert key.kind == "int, at least 1 | null" and key.meaning.startswith(
+        "first step to trace; null: none. Traces are in run_dir"
+    )
+    for prefix, near in (("peak", "optim.peak_lr"), ("optim.peek_lr", "optim.peak_lr"), ("optin", "optim"), ("!", "known: ")):
+        with pytest.raises(ConfigError, match=f"^--keys: no key starts with '{prefix}'; .*{near}"):
+            find_keys(prefix)

@@ -1,12 +1,10 @@
 """The shipped YAML files: they say what their sources say, fit the configuration strictly, and start."""
 
 import ast
-import dataclasses
 import json
 import re
 import subprocess
 import sys
-import typing
 from pathlib import Path
 
 import pytest
@@ -16,7 +14,7 @@ from olmo_train import config
 from olmo_train.model.cost import count_parameters
 from olmo_train.model.transformer import Transformer
 from olmo_train.optim.schedules import lr_at
-from olmo_train.train_config import TrainConfig
+from olmo_train.train_config import TrainConfig, keys
 
 ROOT = Path(__file__).parent.parent
 MODELS = sorted((ROOT / "configs/models").glob("*.yaml"))
@@ -96,7 +94,7 @@ def shrunk(file: Path) -> list[str]:
 START = """
 import json, sys
 from olmo_train import config
-from olmo_train.train_config import TrainConfig
+from olmo_train.train_config import TrainConfig, keys
 from olmo_train.train import train
 for files, words in json.load(sys.stdin):
     losses = [float(stats.loss) for stats in train(config.load(TrainConfig, files, words))]
@@ -125,21 +123,11 @@ def test_data_files_name_sources_and_their_held_out_parts():
         assert data.sources.keys() == data.validation.keys()
 
 
-def fields(cls: type, where: str = ""):
-    """(dotted key, name) of every leaf field of a configuration dataclass, those inside dicts and tuples too."""
-    hints = typing.get_type_hints(cls)
-    for field in dataclasses.fields(cls):
-        inner = [hint for hint in (hints[field.name], *typing.get_args(hints[field.name])) if dataclasses.is_dataclass(hint)]
-        yield f"{where}{field.name}", field.name
-        for nested in inner:
-            yield from fields(nested, f"{where}{field.name}.")
-
-
 def test_every_configuration_key_has_a_reader():
     read = set()
     for file in (ROOT / "olmo_train").rglob("*.py"):
         read |= {node.attr for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Attribute)}
-    assert [key for key, name in fields(TrainConfig) if name not in read] == []
+    assert [key.name for key in keys() if key.name.rpartition(".")[2] not in read] == []
 
 
 TABLE = re.findall(r"^\| (\S+) \| (.+) \|$", (ROOT / "docs/architectures.md").read_text().split("## Parameters")[1], re.MULTILINE)

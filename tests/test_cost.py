@@ -1,10 +1,11 @@
 """The closed forms equal published models, hand-computed shapes, and the tensors of the model that is really built."""
 
 import itertools
+from typing import get_args
 
 import pytest
 
-from olmo_train.model.config import ACTIVATION_NAMES, BLOCK_NAMES, NORM_NAMES, ModelConfig
+from olmo_train.model.config import Activation, Block, ModelConfig, Norm
 from olmo_train.model.cost import block_parameters, count_parameters, flops_per_token, matrix_parameters
 
 OLMO_1B = ModelConfig(d_model=2048, n_layers=16, n_heads=16, mlp_hidden=8192, tie_embeddings=True)
@@ -59,7 +60,7 @@ def test_attention_flops_follow_the_heads_and_not_d_model():
 def every_shape():
     """Each combination of the fields that add or remove parameters."""
     for norm, bias, activation, block, qk_norm, (tied, rows), kv, head_dim in itertools.product(
-        NORM_NAMES, ("none", "norm"), ACTIVATION_NAMES, BLOCK_NAMES, (False, True), ((False, None), (True, 40)),
+        get_args(Norm), ("none", "norm"), get_args(Activation), get_args(Block), (False, True), ((False, None), (True, 40)),
         (None, 2, 1), (None, 6)):  # fmt: skip
         if bias == "none" or norm == "layer_norm":
             yield ModelConfig(d_model=16, n_layers=2, n_heads=4, n_kv_heads=kv, head_dim=head_dim, mlp_hidden=24,

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from olmo_train.model.config import ModelConfig
 from olmo_train.model.transformer import Transformer
 from olmo_train.optim import groups as optim_groups
 from olmo_train.optim import schedules
-from olmo_train.optim.build import allocate_state, build_optimizer, set_lr
+from olmo_train.optim.build import OPTIMIZERS, allocate_state, build_optimizer, set_lr
 from olmo_train.optim.config import OptimConfig
 from olmo_train.optim.schedules import lr_at
 from olmo_train.parallel.gradients import clip_gradients
@@ -24,6 +25,11 @@ OLMO_7B = {0: 3.0e-5, 1: 3.0054e-5, 2500: 1.65e-4, 4999: 2.99946e-4, 5000: 3.0e-
            476838: 3.0e-5, 500000: 3.0e-5}  # fmt: skip
 # 1B as released: cosine, 2000 steps of warmup, 739,328 steps.
 OLMO_1B = {0: 4e-5, 2000: 4e-4, 2001: 3.999999999983661e-4, 100000: 3.845348655775134e-4, 739328: 4e-5}
+
+
+def test_the_optimizers_and_schedules_are_the_choices_of_the_configuration():
+    hints = get_type_hints(OptimConfig)
+    assert (tuple(OPTIMIZERS), tuple(schedules.SCHEDULES)) == (get_args(hints["name"]), get_args(hints["schedule"]))
 
 
 @pytest.mark.parametrize("step, lr", OLMO_7B.items())

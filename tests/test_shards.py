@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from olmo_train.data.config import SourceConfig
 from olmo_train.data.shards import check_ids, open_source
 from olmo_train.data.tokenizer import load_tokenizer
-from olmo_train.errors import ConfigError, DataError
+from olmo_train.errors import DataError
 
 VOCAB = 50280
 EOS = 50279
@@ -183,13 +183,6 @@ def test_a_meta_file_that_leads_out_of_its_folder_is_refused(tmp_path):
     meta = folder / "meta.json"
     meta.write_text(meta.read_text().replace("tokens-00001.bin", "../tokens-00001.bin"))
     refused(folder, "does not lie in the folder", 280)
-
-
-def test_a_wrong_source_configuration_is_refused():
-    with pytest.raises(ConfigError, match="weight -1"):
-        SourceConfig("x", weight=-1)
-    with pytest.raises(ConfigError, match="'int64' is not a choice"):
-        SourceConfig("x", dtype="int64")
 
 
 def test_a_glob_of_folders_and_an_unreadable_file_are_named(tmp_path, monkeypatch):

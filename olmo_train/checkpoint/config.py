@@ -4,23 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from olmo_train.errors import ConfigError
+from olmo_train.config import Count
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    interval_steps: int = 1000  # save every N steps, and at the end
-    keep_last: int = 3  # keep the N newest checkpoints, besides the permanent ones
-    permanent_interval_steps: int | None = None  # checkpoints at multiples of this are never deleted
-    save_steps: tuple[int, ...] = ()  # further steps to save at, never deleted
+    interval_steps: Count = 1000  # save every N steps, at the end, and on a signal
+    keep_last: Count = 3  # keep the N newest checkpoints, besides the permanent ones
+    permanent_interval_steps: Count | None = None  # checkpoints at multiples of this are never deleted
+    save_steps: tuple[int, ...] = ()  # further steps to save at; these checkpoints are never deleted
     async_save: bool = True  # write in the background, from a copy in host memory
     required: bool = True  # a failed save ends the run; false: it logs a warning, and training continues
-
-    def __post_init__(self) -> None:
-        for key in ("interval_steps", "keep_last", "permanent_interval_steps"):
-            value = getattr(self, key)
-            if value is not None and value < 1:
-                raise ConfigError(f"checkpoint.{key}", f"must be at least 1, got {value}")
 
     def is_due(self, step: int) -> bool:
         return step % self.interval_steps == 0 or self.is_permanent(step)

@@ -134,11 +134,10 @@ def open_tokenizer(folder: Path, args: argparse.Namespace, vocab_size: int) -> T
     return tokenizer
 
 
-def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+def add_config_arguments(parser: argparse.ArgumentParser, nargs: str = "+") -> None:
     """CONFIG.yaml [MORE.yaml ...] [key=value ...]: what several verbs take."""
-    parser.add_argument(
-        "config", nargs="+", metavar="CONFIG.yaml|key=value", help="YAML files, merged left to right, then single keys"
-    )
+    text = "YAML files, merged left to right, then single keys"
+    parser.add_argument("config", nargs=nargs, metavar="CONFIG.yaml|key=value", help=text)
 
 
 def split_config(words: list[str]) -> tuple[list[str], list[str]]:

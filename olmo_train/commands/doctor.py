@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 
-from olmo_train.commands.common import split_config
+from olmo_train.commands.common import add_config_arguments, split_config
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", nargs="*", metavar="CONFIG.yaml|key=value", help="also check this configuration")
+    add_config_arguments(parser, nargs="*")
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
 
 

@@ -3,17 +3,45 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 
 from olmo_train.commands.common import add_config_arguments, split_config
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_config_arguments(parser)
+    add_config_arguments(parser, nargs="*")
+    text = "print the keys of a configuration, or those that start with PREFIX, such as optim"
+    parser.add_argument("--keys", nargs="?", const="", metavar="PREFIX", help=text)
 
 
 def run(arguments: argparse.Namespace) -> None:
     from olmo_train import config
+    from olmo_train.errors import ConfigError
+
+    if arguments.keys is not None:
+        print("\n".join(key_lines(arguments.keys)))
+        return
+    if not arguments.config:
+        raise ConfigError("olmo-train train", "the following arguments are required: CONFIG.yaml|key=value")
     from olmo_train.train import TrainConfig, train
 
     for _ in train(config.load(TrainConfig, *split_config(arguments.config))):
         pass
+
+
+def key_lines(prefix: str, width: int | None = None) -> Iterator[str]:
+    """Each key that starts with `prefix` as it is typed with its default, its type, and its meaning; an empty line between
+    sections. `width` is by default that of the terminal. Raises ConfigError when no key does."""
+    import shutil
+    import textwrap
+
+    from olmo_train.train_config import find_keys
+
+    width, last = width or min(shutil.get_terminal_size().columns, 100), None
+    for key in find_keys(prefix):
+        section = key.name.rpartition(".")[0].partition(".")[0]
+        if last not in (None, section):
+            yield ""
+        last = section
+        yield f"{key.name}={key.default}"
+        yield textwrap.indent(textwrap.fill(f"({key.kind}) {key.meaning}", width - 4, break_on_hyphens=False), "    ")

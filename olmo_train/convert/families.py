@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from olmo_train.config import build
 from olmo_train.convert.folders import Read, on_meta
 from olmo_train.errors import ConfigError, check_choice
 from olmo_train.model.config import ModelConfig
@@ -287,7 +288,7 @@ def to_config(theirs: dict[str, Any], vocab_size: int | None = None) -> ModelCon
     for field, default in (("n_kv_heads", ours["n_heads"]), ("head_dim", ours["d_model"] / ours["n_heads"])):
         if ours.get(field) == default:  # what null means
             ours[field] = None
-    return ModelConfig(**ours)
+    return build(ModelConfig, ours, "model")
 
 
 def _rope_theta(theirs: dict[str, Any]) -> float:

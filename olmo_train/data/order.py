@@ -281,6 +281,3 @@ class OlmoOrder:
             np.random.Generator(np.random.PCG64(self.seed + epoch)).shuffle(indices)
             self._shuffled = (epoch, indices)
         return self._shuffled[1]
-
-
-ORDERS = ("permute", "olmo")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from olmo_train.errors import ConfigError, check_choice
+from olmo_train.errors import ConfigError
 from olmo_train.model.config import ModelConfig
 from olmo_train.model.cost import (
     LOSS_PART_BYTES,
@@ -21,7 +21,6 @@ from olmo_train.model.cost import (
 )
 
 BYTES = {"bf16": 2, "fp32": 4}
-CHECKPOINTING = ("none", "selective", "full")
 RUNTIME_BYTES = 1_500_000_000  # assumed: CUDA context, NCCL buffers, cuBLAS workspaces, fragments between tensors
 MATRIX_COPIES = 5  # of Muon's largest matrix, whole and in fp32, while it is orthogonalized; sharded ones are gathered first
 
@@ -41,7 +40,6 @@ class Layout:
     optimizer: str = "adamw"
 
     def __post_init__(self) -> None:
-        check_choice("parallel.activation_checkpointing", self.activation_checkpointing, CHECKPOINTING)
         if self.gpus < 1 or self.gpus % self.replicas:
             raise ConfigError("parallel.replicas", f"{self.replicas} does not divide the {self.gpus} GPUs of the plan")
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from olmo_train.errors import ConfigError, DataError, nearest
+from olmo_train.parallel.config import Checkpointing
 
 if TYPE_CHECKING:
     import numpy as np
@@ -95,7 +96,7 @@ def make_plan(
                 checkpointing: memory.largest_micro_batch(
                     config.model, replace(layout, activation_checkpointing=checkpointing), gpu.memory_bytes
                 )
-                for checkpointing in memory.CHECKPOINTING
+                for checkpointing in get_args(Checkpointing)
             },
             "cost": asdict(cost),
         }
