@@ -1,10 +1,12 @@
 """Runs that die at a chosen file operation: forked children of the test, in which the operating system's calls are counted.
 
     run(words, world=2, die=Death(rank=0, at=7))      trains in forked processes; rank 0 is killed at its 7th operation
+    run(words, stop_in=2)                             trains; rank 0 gets SIGTERM in the middle of its second evaluation
 
 An operation is a call that changes the disk's structure or flushes it (open for writing, fsync, rename, replace, mkdir,
 unlink, rmdir) or a write. With `power_cut` the kill also empties every file that was never flushed and cuts appended ones
-to their last flushed length; with `torn` it is the next write that dies, leaving half of its bytes.
+to their last flushed length; with `torn` it is the next write that dies, leaving half of its bytes. With `stop` the process
+gets SIGTERM in place of the kill.
 """
 
 import builtins
@@ -32,6 +34,7 @@ class Death:
     at: int = 0  # the number of the operation; 0: only count
     power_cut: bool = False
     torn: bool = False
+    stop: bool = False
 
 
 class Disk:
@@ -98,7 +101,7 @@ class Disk:
             for path, size in list(self.unflushed.items()):  # another thread may be writing
                 with contextlib.suppress(OSError):
                     os.truncate(path, size)
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), signal.SIGTERM if self.death.stop else signal.SIGKILL)
 
 
 class Written:
@@ -134,7 +137,7 @@ def signal_in_evaluation(number: int, setattr=setattr) -> None:
     def interrupted(model, batches, stop):
         def signalled():
             for at, batch in enumerate(batches):
-                if at == 3 and len(seen) == number:
+                if at == 1 and len(seen) == number:
                     os.kill(os.getpid(), signal.SIGTERM)
                 yield batch
 
@@ -144,8 +147,11 @@ def signal_in_evaluation(number: int, setattr=setattr) -> None:
     setattr(during_run, "loss_sums", interrupted)
 
 
-def run(words: list[str], run_dir: Path, world: int = 1, die: Death | None = None) -> tuple[list[int], int]:
-    """Train in `world` forked processes. Gives their exit codes (-9: killed), and the operations of the rank that was to die."""
+def run(words: list[str], run_dir: Path, world: int = 1, die: Death | None = None, stop_in: int = 0) -> tuple[list[int], int]:
+    """Train in `world` forked processes. Gives their exit codes (-9: killed), and the operations of the rank that was to die.
+
+    `stop_in`: the number of the evaluation in which rank 0 gets SIGTERM; 0: none.
+    """
     death = die or Death()
     counter = run_dir.with_name(run_dir.name + ".count")
     with socket.socket() as free:
@@ -156,6 +162,8 @@ def run(words: list[str], run_dir: Path, world: int = 1, die: Death | None = Non
     for rank in range(world):
         child = os.fork()
         if child == 0:
+            if stop_in and rank == 0:
+                signal_in_evaluation(stop_in)
             _child(words, run_dir, rank, world, port, death, counter)
         children.append(child)
     codes = _wait(children)

@@ -2,26 +2,35 @@
 
 import json
 import random
+import shutil
 
 import pytest
 from crash import Death, run
 
 from olmo_train.checkpoint.folders import committed
 
-COMPARED = ("step", "train/CrossEntropyLoss", "optim/total_grad_norm", "optim/learning_rate_group0", "sample_hash", "skipped")
+COMPARED = ("step", "train/CrossEntropyLoss", "optim/total_grad_norm", "optim/learning_rate_group0", "sample_hash", "skipped",
+            "eval/v/CrossEntropyLoss")  # fmt: skip
+# The evaluation in which each start of a run is stopped, of those in this process; 0: none. The run evaluates after steps 3
+# and 6, and makes up for an interrupted evaluation first: each is interrupted twice.
+STOPS = (1, 1, 2, 1, 0)
 
 
 def history(run_dir):
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [tuple(line[name] for name in COMPARED) for line in lines]
+    return [tuple(line.get(name) for name in COMPARED) for line in lines]
 
 
 @pytest.fixture
-def few_steps(tiny_words, tmp_path):
-    """few_steps(name, **changes): the words of a run of six steps that saves every two and keeps one checkpoint."""
+def few_steps(tiny_words, tiny_tokens, tmp_path):
+    """few_steps(name, **changes): the words of a run of six steps that saves every two, evaluates every three on five
+    batches, and keeps one checkpoint."""
+    held_out = tmp_path / "held-out.npy"
+    held_out.write_bytes(tiny_tokens.read_bytes()[: 2 * 20 * 64 + 2])
 
     def words(name, **changes):
         small = {"total_steps": 6, "checkpoint.interval_steps": 2, "checkpoint.keep_last": 1, "model.n_layers": 1}
+        small |= {"eval.interval_steps": 3, "data.validation.v.path": held_out}
         return tiny_words(name, **{**small, **changes}), tmp_path / name
 
     return words
@@ -48,6 +57,43 @@ def sweep(few_steps, world, deaths, rank=0, **changes):
         assert names == {"step-0000006"}, f"left behind after {death}: {names}"
 
 
+def story(few_steps, deaths, world=1, **changes):
+    """Stop a run in each of its evaluations (STOPS). At each death, kill or stop one of its starts there besides, go on, and
+    compare it with a run that was left alone."""
+    words, whole = few_steps("whole", **changes)
+    assert run(words, whole, world)[0] == [0] * world
+    expected, before = history(whole), None
+    assert [line[0] for line in expected if line[-1]] == [3, 6]
+    for start, stop_in in enumerate(STOPS):
+        words, after = copied(few_steps, f"after-{start}", before, **changes)
+        codes, operations = run(words, after, world, Death(), stop_in)
+        assert codes == [75 if stop_in else 0] * world
+        for number, death in enumerate(deaths(operations)):
+            words, run_dir = copied(few_steps, f"start-{start}-{number}", before, **changes)
+            codes, _ = run(words, run_dir, world, death, stop_in)
+            what = f"start {start}, {death}: exit {codes}"
+            if death.stop:
+                assert set(codes) <= {0, 75, 128 + 15}, what  # 143: a second signal leaves at once
+            else:
+                assert codes[0] == -9 or death.torn, f"not reached: {what}"  # there is not always a write left
+            if 75 in codes:
+                assert max(line[0] for line in history(run_dir) or [(0,)]) <= max(committed(run_dir), default=-1), what
+            assert run(words, run_dir, world)[0] == [0] * world and history(run_dir) == expected, what
+            content = (run_dir / "metrics.jsonl").read_bytes()
+            assert run(words, run_dir, world)[0] == [0] * world and (run_dir / "metrics.jsonl").read_bytes() == content, what
+            shutil.rmtree(run_dir)
+        before = after
+    assert history(before) == expected
+
+
+def copied(few_steps, name, folder, **changes):
+    """The words and the run_dir of a run that goes on from a copy of another one's folder, or starts."""
+    words, run_dir = few_steps(name, **changes)
+    if folder is not None:
+        shutil.copytree(folder, run_dir)
+    return words, run_dir
+
+
 def some(operations, step, **kind):
     return [Death(at=at, **kind) for at in range(2, operations + 1, step)]
 
@@ -63,6 +109,13 @@ def test_a_power_cut_that_empties_unflushed_files_loses_nothing_committed(few_st
 
 def test_a_torn_write_is_never_taken_for_a_whole_one(few_steps):
     sweep(few_steps, 1, lambda operations: some(operations, 31, torn=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world, every", [(1, 61), (2, 151)])
+@pytest.mark.parametrize("kind", [{}, {"stop": True}, {"power_cut": True}, {"torn": True}])
+def test_stopped_in_evaluations_and_killed_or_stopped_besides_a_run_has_each_step_once(few_steps, kind, world, every):
+    story(few_steps, lambda operations: some(operations, every, **kind), world)
 
 
 @pytest.mark.slow
