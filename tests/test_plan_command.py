@@ -72,7 +72,7 @@ def test_missing_data_leave_epochs_unknown_and_name_the_reason(plan, tiny_words)
 
 
 def test_without_a_gpu_nothing_is_guessed(plan, tiny_words, monkeypatch):
-    monkeypatch.setattr("olmo_train.hardware.detect", lambda: None)
+    monkeypatch.setattr("olmo_train.plan.plan.detect", lambda: None)
     told = json.loads(plan(*tiny_words(), "--json")[1])
     assert told["cost"] is told["fits"] is told["gpu"] is None
     assert "unknown without a GPU" in plan(*tiny_words())[1]
@@ -141,3 +141,15 @@ def test_a_steps_time_tells_what_the_network_costs(plan):
     assert f"MFU {many['step']['mfu']:.1%}" in " ".join(text.split())
     assert max(map(len, text.splitlines())) <= 80
     assert json.loads(plan(OLMO_1B, "--gpus", 8, "--gpu", "l40s", "--json")[1])["step"] is None  # its links are not known here
+
+
+def test_more_gpus_are_compared_in_a_table(plan):
+    words = (OLMO_1B, "--gpus", 64, "--gpu", "h100", "micro_batch_size=1")
+    told = json.loads(plan(*words, "--json")[1])
+    assert [row["gpus"] for row in told["scaling"]] == [64, 256, 1024]  # 512 sequences a step: 2048 GPUs would have none
+    assert told["scaling"][0]["seconds"] == told["step"]["seconds"]
+    for row in told["scaling"]:
+        assert row["replicas"] == 1 and row["best"]["seconds"] <= row["seconds"]
+    assert told["scaling"][-1]["best"]["mfu"] > 1.2 * told["scaling"][-1]["mfu"]
+    text = plan(*words)[1]
+    assert f"{told['scaling'][-1]['best']['mfu']:.1%}" in text and max(map(len, text.splitlines())) <= 80

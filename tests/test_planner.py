@@ -25,7 +25,7 @@ from olmo_train.parallel import config as parallel_config
 from olmo_train.parallel import gradients, shard
 from olmo_train.plan import memory, time
 from olmo_train.plan.memory import Layout, memory_estimate
-from olmo_train.plan.time import run_cost
+from olmo_train.plan.time import Assumptions, run_cost
 
 OLMO_1B = ModelConfig(d_model=2048, n_layers=16, n_heads=16, mlp_hidden=8192, tie_embeddings=True)
 OLMO_7B = ModelConfig()
@@ -200,7 +200,7 @@ def test_the_papers_energy_gives_the_papers_carbon():
 
 
 def test_time_and_money_follow_from_the_tokens_per_second_of_the_assumed_mfu():
-    cost = run_cost(OLMO_1B, tokens=50.3e3 * 3600, gpus=1, hardware=lookup("h100"), mfu=0.4, price=2.0)
+    cost = run_cost(OLMO_1B, tokens=50.3e3 * 3600, gpus=1, hardware=lookup("h100"), assumed=Assumptions(mfu=0.4, price=2.0))
     assert cost.tokens_per_second == pytest.approx(50.3e3, rel=1e-3)  # the convention's table
     assert cost.seconds == pytest.approx(3600, rel=1e-3)
     assert cost.money == pytest.approx(2.0, rel=1e-3)
@@ -210,10 +210,10 @@ def test_time_and_money_follow_from_the_tokens_per_second_of_the_assumed_mfu():
 
 
 def test_more_gpus_take_less_time_for_the_same_money():
-    one, eight = (run_cost(OLMO_7B, 1e12, gpus, lookup("h100"), 0.4, price=2.0) for gpus in (1, 8))
+    one, eight = (run_cost(OLMO_7B, 1e12, gpus, lookup("h100"), Assumptions(0.4, price=2.0)) for gpus in (1, 8))
     assert one.seconds == pytest.approx(8 * eight.seconds)
     assert one.money == pytest.approx(eight.money)
-    assert run_cost(OLMO_7B, 1e12, 1, lookup("h100"), 0.4).money is None
+    assert run_cost(OLMO_7B, 1e12, 1, lookup("h100"), Assumptions(0.4)).money is None
 
 
 def test_checkpoints_that_stay_are_the_permanent_ones_and_the_last_of_the_others():

@@ -22,13 +22,12 @@ if TYPE_CHECKING:
 from olmo_train.commands.common import duration, energy, gigabytes, mass, table
 from olmo_train.curves.schedule import draw
 from olmo_train.plan.plan import UNNAMED, choose_gpu, make_plan, open_data
+from olmo_train.plan.time import PAPER_CARBON, PAPER_PUE, Assumptions
 
 FORMATS = (".png", ".svg", ".pdf", ".html")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from olmo_train.plan.time import PAPER_CARBON, PAPER_PUE
-
     add_config_arguments(parser)
     parser.add_argument("--gpus", type=int, default=1, metavar="N", help="number of GPUs (default: 1)")
     parser.add_argument("--gpu", metavar="NAME", help="the GPU, such as h100 or a100-80gb (default: this machine's)")
@@ -48,9 +47,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     check_arguments(arguments)
     config = load_config(arguments.config)
-    gpu = choose_gpu(arguments)
+    gpu = choose_gpu(arguments.gpu, arguments.gpu_memory, arguments.gpu_peak, arguments.gpu_power)
     mixture, why_not = open_data(config)
-    plan = make_plan(config, gpu, mixture, why_not, arguments)
+    assumed = Assumptions(arguments.mfu, arguments.price, arguments.pue, arguments.carbon)
+    plan = make_plan(config, arguments.gpus, gpu, mixture, why_not, assumed)
     if arguments.json:
         print(json.dumps(plan, indent=1))
     else:
@@ -164,8 +164,25 @@ def show_cost(console: Console, plan: dict[str, Any]) -> None:
             f"{duration(step['seconds'])}, {waiting:.1%} of it waiting: MFU {step['mfu']:.1%}, "
             f"{step['tokens_per_second']:,.0f} tokens/s."
         )
+    if len(plan["scaling"]) > 1:
+        show_scaling(console, plan)
     if plan["layout"]["precision"] != "bf16":
         console.print("The peak is that of bf16, and this run computes in fp32: it will take several times as long.")
+
+
+def show_scaling(console: Console, plan: dict[str, Any]) -> None:
+    """The same run on more GPUs, see docs/scaling.md."""
+
+    def cells(step: dict[str, Any]) -> list[str]:
+        return [duration(step["seconds"]), f"{step['exposed_seconds'] / step['seconds']:.1%}", f"{step['mfu']:.1%}"]
+
+    rows = []
+    for row in plan["scaling"]:
+        best = row["best"]
+        rows.append([f"{row['gpus']:,}", *cells(row), *([f"{best['replicas']:,}", *cells(best)] if best else "----")])
+    one = ("step", "waiting", "MFU")
+    title = "More GPUs: as configured, and with the fastest number of replicas that fits"
+    table(console, title, ["GPUs", *one, "replicas", *one], rows, text=())
 
 
 def show_schedule(console: Console, plan: dict[str, Any]) -> None:

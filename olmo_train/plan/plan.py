@@ -2,46 +2,41 @@
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, get_args
 
+import numpy as np
+
+from olmo_train.data.mixture import Mixture
 from olmo_train.errors import ConfigError, DataError, nearest
+from olmo_train.hardware import GPUS, Hardware, detect, lookup
+from olmo_train.model.cost import FLOPS_CONVENTION, count_parameters, flops_per_token
+from olmo_train.optim.schedules import lr_at
 from olmo_train.parallel.config import Checkpointing
-
-if TYPE_CHECKING:
-    import numpy as np
-
-    from olmo_train.data.mixture import Mixture
-    from olmo_train.hardware import Hardware
-    from olmo_train.train_config import TrainConfig
+from olmo_train.plan import memory, scaling, time
+from olmo_train.plan.time import Assumptions
+from olmo_train.train_config import TrainConfig
 
 UNNAMED = "(not named)"
 
 
-def choose_gpu(arguments: argparse.Namespace) -> Hardware | None:
-    """The named GPU's figures, or this machine's; what is given as an option goes before the table.
+def choose_gpu(name: str | None, memory_gb: float | None, tflops: float | None, power_watts: float | None) -> Hardware | None:
+    """The named GPU's figures, or this machine's; a figure that is given takes precedence over the table.
 
     None when no GPU is named and there is none here. Raises ConfigError when figures are missing.
     """
-    from olmo_train.hardware import GPUS, Hardware, detect, lookup
-
-    given = {
-        "memory_gb": arguments.gpu_memory,
-        "peak_flops": arguments.gpu_peak and arguments.gpu_peak * 1e12,
-        "power_watts": arguments.gpu_power,
-    }
-    known = lookup(arguments.gpu) if arguments.gpu else None
-    if known is None and arguments.gpu is None and not any(given.values()):
+    given = {"memory_gb": memory_gb, "peak_flops": tflops and tflops * 1e12, "power_watts": power_watts}
+    known = lookup(name) if name else None
+    if known is None and name is None and not any(given.values()):
         return detect()
     figures = (asdict(known) if known else {}) | {key: value for key, value in given.items() if value}
     if len(figures) < len(given):
-        name = (arguments.gpu or "").lower()
-        kinds = [key for key in GPUS if name and key.startswith(name)]
-        known_ones = f"one of {', '.join(kinds)}" if kinds else f"a known GPU: {nearest(name, GPUS)}"
-        what = f"'{arguments.gpu}' has no figures here" if arguments.gpu else "only some figures are given"
-        raise ConfigError("--gpu", f"{what}; give --gpu-memory, --gpu-peak and --gpu-power, or {known_ones}")
-    return Hardware(**({"name": arguments.gpu or "a GPU of your figures"} | figures))
+        word = (name or "").lower()
+        kinds = [key for key in GPUS if word and key.startswith(word)]
+        known_ones = f"one of {', '.join(kinds)}" if kinds else f"a known GPU: {nearest(word, GPUS)}"
+        what = f"'{name}' has no figures here" if name else "only some figures are given"
+        raise ConfigError("--gpu", f"{what}; set --gpu-memory, --gpu-peak and --gpu-power, or {known_ones}")
+    return Hardware(**({"name": name or "a GPU of your figures"} | figures))
 
 
 def open_data(config: TrainConfig) -> tuple[Mixture | None, str | None]:
@@ -57,19 +52,14 @@ def open_data(config: TrainConfig) -> tuple[Mixture | None, str | None]:
 
 
 def make_plan(
-    config: TrainConfig, gpu: Hardware | None, mixture: Mixture | None, why_not: str | None, arguments: argparse.Namespace
+    config: TrainConfig, gpus: int, gpu: Hardware | None, mixture: Mixture | None, why_not: str | None, assumed: Assumptions
 ) -> dict[str, Any]:
-    """The whole plan as plain data: what --json prints and what the tables show."""
-    from olmo_train.model.cost import FLOPS_CONVENTION, count_parameters, flops_per_token
-    from olmo_train.plan import memory, scaling, time
-
-    config.check_world(arguments.gpus)
-    layout = layout_of(config, arguments.gpus)
-    estimate = memory.memory_estimate(config.model, layout)
-    count = count_parameters(config.model)
-    tokens = config.steps * config.tokens_per_step
+    """The whole plan as plain data: what --json prints and what the tables show. `why_not`: the reason for no mixture."""
+    config.check_world(gpus)
+    layout = layout_of(config, gpus)
+    estimate, count = memory.memory_estimate(config.model, layout), count_parameters(config.model)
     plan = {
-        "gpus": arguments.gpus,
+        "gpus": gpus,
         "gpu": gpu and asdict(gpu),
         "parameters": asdict(count) | {"total": count.total},
         "flops_per_token": flops_per_token(config.model),
@@ -84,33 +74,26 @@ def make_plan(
         "largest_micro_batch_size": None,
         "cost": None,
         "step": None,
-        "assumptions": {"mfu": arguments.mfu, "price": arguments.price, "pue": arguments.pue, "carbon": arguments.carbon},
+        "scaling": [],
+        "assumptions": asdict(assumed),
     }
     if gpu:
-        cost = time.run_cost(
-            config.model, tokens, arguments.gpus, gpu, arguments.mfu, arguments.price, arguments.pue, arguments.carbon
-        )
-        plan |= {
-            "fits": estimate.fits(gpu.memory_bytes),
-            "largest_micro_batch_size": {
-                checkpointing: memory.largest_micro_batch(
-                    config.model, replace(layout, activation_checkpointing=checkpointing), gpu.memory_bytes
-                )
-                for checkpointing in get_args(Checkpointing)
-            },
-            "cost": asdict(cost),
+        plan["fits"] = estimate.fits(gpu.memory_bytes)
+        plan["largest_micro_batch_size"] = {
+            way: memory.largest_micro_batch(config.model, replace(layout, activation_checkpointing=way), gpu.memory_bytes)
+            for way in get_args(Checkpointing)
         }
+        plan["cost"] = asdict(time.run_cost(config.model, config.steps * config.tokens_per_step, gpus, gpu, assumed))
     if gpu and gpu.name in scaling.LINKS:
-        step = scaling.step_estimate(config.model, layout, gpu, scaling.LINKS[gpu.name], arguments.mfu)
+        step = scaling.step_estimate(config.model, layout, gpu, scaling.LINKS[gpu.name], assumed.mfu)
         plan["step"] = asdict(step) | {"exposed_seconds": step.exposed_seconds}
+        plan["scaling"] = scaling.scaling_rows(config.model, layout, gpu, assumed.mfu)
     return plan | schedule(config, plan["cost"], mixture, why_not)
 
 
-def layout_of(config: TrainConfig, gpus: int):
-    from olmo_train.plan.memory import Layout
-
+def layout_of(config: TrainConfig, gpus: int) -> memory.Layout:
     parallel = config.parallel
-    return Layout(
+    return memory.Layout(
         gpus=gpus,
         replicas=parallel.replicas,
         shard=parallel.shard,
@@ -125,9 +108,6 @@ def layout_of(config: TrainConfig, gpus: int):
 
 def schedule(config: TrainConfig, cost: dict | None, mixture: Mixture | None, why_not: str | None) -> dict[str, Any]:
     """Learning rate, tokens and time at milestones; epochs of each source; evaluations; checkpoints and their size."""
-    from olmo_train.optim.schedules import lr_at
-    from olmo_train.plan import memory, time
-
     steps, every = config.steps, config.eval.interval_steps
     saved, kept = time.checkpoint_counts(steps, config.checkpoint)
     bytes_each = memory.checkpoint_bytes(config.model, config.optim.name)

@@ -8,7 +8,8 @@ and compares them with published runs.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from olmo_train.hardware import GPUS, Hardware
 from olmo_train.model.config import ModelConfig
@@ -19,7 +20,9 @@ from olmo_train.model.cost import (
     flops_per_token,
     mlp_parameters,
 )
-from olmo_train.plan.memory import BYTES, Layout
+from olmo_train.plan.memory import BYTES, Layout, memory_estimate
+
+MOST_GPUS = 4096  # of the table of a plan
 
 
 @dataclass(frozen=True)
@@ -115,7 +118,7 @@ def step_estimate(model: ModelConfig, layout: Layout, hardware: Hardware, links:
         seconds += (layers - 1) * max(forward, gathers * gather) + forward + 3 * head
         sent = again * gather + last * scatter
         seconds += (layers - 1) * max(backward, sent, last * between) + backward
-        seconds += last * (scatter + scatter_root + max(between, between_root))  # nothing is left to compute
+        seconds += last * (scatter + scatter_root + max(between, between_root))  # no compute remains
     compute = layout.micro_batches * (layers * (forward + backward) + 3 * head)
 
     # Embedding, head and final norm stay whole between forward and backward; blocks are gathered for each.
@@ -133,3 +136,22 @@ def step_estimate(model: ModelConfig, layout: Layout, hardware: Hardware, links:
         tokens_per_second=all_tokens / seconds,
         mfu=all_tokens * flops_per_token(model) / (seconds * layout.gpus * hardware.peak_flops),
     )
+
+
+def scaling_rows(model: ModelConfig, layout: Layout, hardware: Hardware, efficiency: float) -> list[dict[str, Any]]:
+    """The step on the planned number of GPUs and on 4, 16, ... times as many up to MOST_GPUS, with the same global batch: with
+    the planned replicas, and as `best` with the fastest number of replicas that fits the GPU's memory, if any does."""
+
+    def row(trial: Layout) -> dict[str, Any]:
+        step = step_estimate(model, trial, hardware, LINKS[hardware.name], efficiency)
+        return {"replicas": trial.replicas, "seconds": step.seconds, "mfu": step.mfu, "exposed_seconds": step.exposed_seconds}
+
+    rows = []
+    while True:
+        ways = [replace(layout, replicas=2**i) for i in range(layout.gpus.bit_length()) if layout.gpus % 2**i == 0]
+        fitting = [row(way) for way in ways if memory_estimate(model, way).fits(hardware.memory_bytes)]
+        best = min(fitting, key=lambda fit: fit["seconds"], default=None)
+        rows.append({"gpus": layout.gpus, **row(layout), "best": best})
+        if layout.micro_batches % 4 or 4 * layout.gpus > MOST_GPUS:
+            return rows
+        layout = replace(layout, gpus=4 * layout.gpus, micro_batches=layout.micro_batches // 4)

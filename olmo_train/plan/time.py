@@ -5,21 +5,29 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
 
+from olmo_train.checkpoint.config import CheckpointConfig
 from olmo_train.hardware import Hardware
 from olmo_train.model.config import ModelConfig
-from olmo_train.model.cost import (
-    flops_per_token,
-)
+from olmo_train.model.cost import flops_per_token
 
 PAPER_PUE = 1.1  # Groeneveld et al. 2024, section 5 (power and carbon): data-centre power over GPU power
 PAPER_CARBON = 0.610  # kgCO2eq/kWh, ibid., for the run on A100s
 
 
 @dataclass(frozen=True)
+class Assumptions:
+    """What a plan cannot compute."""
+
+    mfu: float = 0.4  # fraction of the peak
+    price: float | None = None  # of a GPU-hour, in any currency
+    pue: float = PAPER_PUE
+    carbon: float = PAPER_CARBON  # kgCO2eq/kWh
+
+
+@dataclass(frozen=True)
 class RunCost:
-    """What a run takes; a field is None where its price or peak is not known."""
+    """The cost of a run; `money` is None without a price."""
 
     flops: float
     seconds: float
@@ -31,22 +39,11 @@ class RunCost:
     money: float | None
 
 
-def run_cost(
-    model: ModelConfig,
-    tokens: float,
-    gpus: int,
-    hardware: Hardware,
-    mfu: float,
-    price: float | None = None,
-    pue: float = PAPER_PUE,
-    carbon: float = PAPER_CARBON,
-) -> RunCost:
+def run_cost(model: ModelConfig, tokens: float, gpus: int, hardware: Hardware, assumed: Assumptions) -> RunCost:
     """Time from FLOPs and an assumed MFU; energy and carbon as the OLMo paper counts them: power x PUE x intensity.
-
-    `price` is per GPU-hour in any currency, `carbon` in kgCO2eq/kWh. Evaluation, saving and restarts are not in it.
-    """
+    Evaluation, saving and restarts are not included."""
     per_token = flops_per_token(model)
-    tokens_per_second = gpus * hardware.peak_flops * mfu / per_token
+    tokens_per_second = gpus * hardware.peak_flops * assumed.mfu / per_token
     seconds = tokens / tokens_per_second
     gpu_hours = gpus * seconds / 3600
     gpu_kwh = gpu_hours * hardware.power_watts / 1000
@@ -56,19 +53,19 @@ def run_cost(
         gpu_hours=gpu_hours,
         tokens_per_second=tokens_per_second,
         gpu_kwh=gpu_kwh,
-        kwh=gpu_kwh * pue,
-        co2_kg=co2_kg(gpu_kwh, pue, carbon),
-        money=None if price is None else gpu_hours * price,
+        kwh=gpu_kwh * assumed.pue,
+        co2_kg=co2_kg(gpu_kwh, assumed.pue, assumed.carbon),
+        money=None if assumed.price is None else gpu_hours * assumed.price,
     )
 
 
 def co2_kg(gpu_kwh: float, pue: float = PAPER_PUE, carbon: float = PAPER_CARBON) -> float:
-    """kgCO2eq of energy measured at the GPUs: the paper's 104 MWh on A100s give 70 t."""
+    """kgCO2eq of energy measured at the GPUs: 70 t for the paper's 104 MWh on A100s."""
     return gpu_kwh * pue * carbon
 
 
-def checkpoint_counts(total_steps: int, config: Any) -> tuple[int, int]:
-    """(checkpoints that a run saves, those still there at its end), from a CheckpointConfig (its module needs torch)."""
+def checkpoint_counts(total_steps: int, config: CheckpointConfig) -> tuple[int, int]:
+    """(checkpoints that a run saves, those that exist at its end)."""
     every, forever = config.interval_steps, config.permanent_interval_steps
     named = {step for step in config.save_steps if 1 <= step <= total_steps and not (forever and step % forever == 0)}
     permanent = len(named) + (total_steps // forever if forever else 0)
