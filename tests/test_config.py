@@ -3,6 +3,8 @@
 import dataclasses
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from olmo_train import config
 from olmo_train.errors import ConfigError
@@ -334,3 +336,50 @@ def test_keys_are_found_by_the_start_of_their_name():
     for prefix, near in (("peak", "optim.peak_lr"), ("optim.peek_lr", "optim.peak_lr"), ("optin", "optim"), ("!", "known: ")):
         with pytest.raises(ConfigError, match=f"^--keys: no key starts with '{prefix}'; .*{near}"):
             find_keys(prefix)
+
+
+# ---- whatever stands in a YAML file or in a word, the loader returns a configuration or refuses it in one line
+
+KEYS = sorted(config.flatten(config.to_dict(config.load(TrainConfig, [], ["run_dir=r", "data.sources.a.path=x"]))))
+KEYS += ["model", "data", "optim.betas", "data.sources", "data.sources.a", "data.stages", "log.wandb", "nothing", "a.b", ".", ""]
+VALUES = ["null", "~", "~/x", "", "no", "on", "true", "1", "010", "0x1", "-1", "1e3", "1e999", "9" * 400, "2024_11_25", "12e5678",
+          "12:30:45", ".nan", "-.inf", "???", "${seed}", "${", "${oc.env:HOME}", "${a.b}", "\\${x}", "[1, 2]", "{a: 1}",
+          "{a: {path: b}}", "[x", "'", '"\\x"', '"\\0"', '"\\ud800"', '"\\UFFFFFFFF"', "&a [*a]", "*a", "!!set {a}", "!x y",
+          "- 1", "a: b", "# c", "@", "---", "adamw", "muon", "olmo", "[{from_step: 5, weights: {a: 2}}]", "!!binary aGk=", "<<",
+          "=", "a\nb", "\u2028", "\ufeff", "\x85"]  # fmt: skip
+TEXT = st.one_of(st.sampled_from(VALUES), st.text(max_size=8), st.integers().map(str), st.floats().map(repr))
+WORDS = st.tuples(st.one_of(st.sampled_from(KEYS), st.text(max_size=6)), TEXT).map("=".join)
+
+
+@st.composite
+def yaml_files(draw) -> bytes:
+    """A file of known keys with odd values, in blocks or flows, and sometimes with bytes changed."""
+    lines = []
+    for key, value in draw(st.lists(st.tuples(st.sampled_from(KEYS), TEXT), max_size=4, unique_by=lambda pair: pair[0])):
+        parts = key.split(".")
+        lines.append(": {".join(parts) + ": " + value + "}" * (len(parts) - 1))
+    content = draw(st.sampled_from(["\n", "\r\n", "\n---\n"])).join(lines).encode("utf-8", "surrogatepass")
+    if draw(st.integers(0, 9)) < 3:
+        at = draw(st.integers(0, len(content)))
+        content = content[:at] + draw(st.binary(max_size=6)) + content[at:]
+    return content
+
+
+@pytest.mark.parametrize("examples", [200, pytest.param(2000, marks=pytest.mark.slow)])
+def test_any_file_and_words_are_a_configuration_or_one_error(tmp_path, examples):
+    file = tmp_path / "fuzz.yaml"
+
+    @settings(max_examples=examples, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+    @given(yaml_files(), st.lists(WORDS, max_size=4))
+    def check(content, words):
+        file.write_bytes(content)
+        try:
+            loaded = config.load(TrainConfig, [file], ["run_dir=r", "data.sources.a.path=x", *words])
+        except ConfigError as problem:
+            assert str(problem)
+            return
+        file.write_bytes(config.dump(loaded).encode())
+        assert config.load(TrainConfig, [file]) == loaded
+        assert config.decoded(config.read([file])) == config.to_dict(loaded)
+
+    check()

@@ -17,7 +17,7 @@ import olmo_train
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-HEAVY = {"torch", "numpy", "pyarrow", "tokenizers", "wandb", "rich", "matplotlib", "plotly", "plotext", "transformers"}
+HEAVY = {"torch", "numpy", "omegaconf", "pyarrow", "tokenizers", "wandb", "rich", "matplotlib", "plotly", "transformers"}
 
 
 def requirements() -> dict[str, Requirement]:

@@ -175,22 +175,9 @@ def small_chunks():
         yield
 
 
-CASES = given(
-    st.lists(FILES, max_size=5),
-    st.sampled_from([None, None, None, "loop", "pipe", "broken link"]),
-    st.sampled_from(["skip", "skip", "stop"]),
-)
-OPTIONS = {"deadline": None, "suppress_health_check": list(HealthCheck)}
-
-
-@settings(max_examples=100, derandomize=True, **OPTIONS)
-@CASES
-def test_every_byte_is_accounted_for_or_the_error_is_one_line(files, special, on_error):
-    check(files, special, on_error)
-
-
-@pytest.mark.slow
-@settings(max_examples=2000, derandomize=True, **OPTIONS)
-@CASES
-def test_every_byte_is_accounted_for_in_many_folders(files, special, on_error):
-    check(files, special, on_error)
+@pytest.mark.parametrize("examples", [100, pytest.param(2000, marks=pytest.mark.slow)])
+def test_every_byte_is_accounted_for_or_the_error_is_one_line(examples):
+    special = st.sampled_from([None, None, None, "loop", "pipe", "broken link"])
+    on_error = st.sampled_from(["skip", "skip", "stop"])
+    options = {"deadline": None, "derandomize": True, "suppress_health_check": list(HealthCheck)}
+    settings(max_examples=examples, **options)(given(st.lists(FILES, max_size=5), special, on_error)(check))()

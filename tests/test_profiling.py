@@ -1,12 +1,16 @@
-"""Chosen steps are traced; running out of memory ends with what to change; garbage waits for the end of a step."""
+"""Chosen steps are traced; running out of memory ends with what to change; garbage waits for the end of a step; a buffer that is
+taken again costs no page faults."""
 
 import gc
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from runs import trained
 
 from olmo_train import train
 from olmo_train.log import profiling
@@ -15,9 +19,7 @@ from olmo_train.run.out_of_memory import OutOfMemoryError
 
 
 def test_the_chosen_steps_are_traced_and_their_slowest_operations_listed(tiny_args):
-    config = tiny_args(**{"total_steps": 6, "profile.start_step": 3, "profile.steps": 2})
-    for _ in train.train(config):
-        pass
+    config = trained(tiny_args(**{"total_steps": 6, "profile.start_step": 3, "profile.steps": 2}))
     folder = Path(config.run_dir) / "profile"
     events = json.loads((folder / "rank-0000.json").read_text())["traceEvents"]
     assert sum(event.get("name") == "optimizer" and event["ph"] == "X" for event in events) == 2
@@ -27,17 +29,13 @@ def test_the_chosen_steps_are_traced_and_their_slowest_operations_listed(tiny_ar
 
 
 def test_a_run_that_ends_within_the_chosen_steps_leaves_a_trace(tiny_args):
-    config = tiny_args(**{"total_steps": 3, "profile.start_step": 3, "profile.steps": 5})
-    for _ in train.train(config):
-        pass
+    config = trained(tiny_args(**{"total_steps": 3, "profile.start_step": 3, "profile.steps": 5}))
     assert (Path(config.run_dir) / "profile" / "rank-0000.json").stat().st_size > 1000
 
 
 def test_no_profiler_is_made_when_none_is_asked_for(tiny_args, monkeypatch):
     monkeypatch.setattr(torch.profiler, "profile", None)
-    config = tiny_args(total_steps=2)
-    for _ in train.train(config):
-        pass
+    config = trained(tiny_args(total_steps=2))
     assert not (Path(config.run_dir) / "profile").exists()
 
 
@@ -84,3 +82,36 @@ def test_the_users_own_setting_of_the_gpus_allocator_comes_first(monkeypatch):
     monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF")
     allocator.grow_gpu_segments()
     assert os.environ["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
+
+
+# ---- freed memory is kept
+
+PROGRAM = """
+import json, resource
+import torch
+from olmo_train.run import allocator
+
+def faults():  # of ten rounds of taking and freeing 64 MB, after some in which the heap finds its size
+    for round in range(40):
+        if round == 30:
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.ones(2**24)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+before = faults()
+told = allocator.keep_freed_memory()
+print(json.dumps([told, before, faults()]))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="of glibc on Linux")
+def test_a_buffer_that_is_taken_again_costs_no_page_faults():
+    told, before, after = json.loads(subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True).stdout)
+    assert told
+    assert before > 10 * 2**26 // 4096 / 2, "the plain allocator maps such a buffer anew each time"
+    assert after < 100
+
+
+def test_other_systems_are_left_alone(monkeypatch):
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert not allocator.keep_freed_memory()

@@ -73,20 +73,6 @@ def test_a_logged_step_of_the_loop_reads_a_fixed_number_of_tensors(tiny_args):
 
 
 @on_a_gpu
-@pytest.mark.parametrize("compiled", [False, True])
-def test_on_a_gpu_a_step_never_waits_for_the_device(tiny_args, compiled):
-    with join_world() as world:
-        step = a_step(tiny_args(**{"parallel.precision": "bf16", "parallel.compile": compiled}), world)
-        step(1)  # allocates, and compiles when asked
-        torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            step(2)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-
-
-@on_a_gpu
 def test_on_a_gpu_the_compiled_loss_and_gradients_are_those_of_the_plain_step(tiny_args):
     norms = []
     for compiled in (False, True):
