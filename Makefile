@@ -52,7 +52,7 @@ endif
 	$(BIN)/olmo-train evaluate $(RUN) --output $(RUN)/evaluation.json
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 slow: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 -m slow

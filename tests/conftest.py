@@ -3,11 +3,11 @@
 tiny_tokens          a raw uint16 token file of a stream that a small model begins to learn within a dozen steps
 tiny_words(...)      the key=value words of a run on it, as a user would type them
 tiny_args(...)       the same as a TrainConfig
-run_cli(*words)      python -m olmo_train WORDS, or under torchrun with nproc=2
+run_main(*words)     the command line in this process
+run_cli(*words)      python -m olmo_train WORDS, or under torchrun with nproc=2, which takes seconds of imports
 read_metrics(dir)    metrics.jsonl as a list of dicts
 """
 
-import json
 import os
 import random
 import subprocess
@@ -50,43 +50,43 @@ def one_thread():
         sys.modules["torch"].set_num_threads(1)
 
 
-@pytest.fixture
-def tiny_tokens(tmp_path) -> Path:
+@pytest.fixture(scope="session")
+def stream() -> bytes:
     """40,000 tokens in the raw layout: little-endian uint16, no header."""
+    return markov_stream(40_000).tobytes()
+
+
+@pytest.fixture
+def tiny_tokens(tmp_path, stream) -> Path:
     file = tmp_path / "tokens.npy"
-    file.write_bytes(markov_stream(40_000).tobytes())
+    file.write_bytes(stream)
     return file
 
 
 @pytest.fixture
+def held_out(tmp_path, stream) -> Path:
+    """44 instances for validation: a run evaluates them at once, and all the tokens of a source not so soon."""
+    file = tmp_path / "held-out.npy"
+    file.write_bytes(stream[: 2 * (44 * 64 + 1)])
+    return file
+
+
+def words_of(run_dir: Path, tokens: Path, **changes) -> list[str]:
+    """The key=value words of a 12-step run; a change's key may be dotted, and None leaves the key out."""
+    values = {
+        "run_dir": run_dir, "seed": 3, "total_steps": 12, "global_batch_size": 8, "micro_batch_size": 4,
+        "model.d_model": 64, "model.n_layers": 2, "model.n_heads": 4, "model.mlp_hidden": 176, "model.seq_len": 64,
+        "model.vocab_size": VOCAB_SIZE, "model.padded_vocab_size": VOCAB_SIZE, "data.sources.a.path": tokens,
+        "optim.peak_lr": 3e-3, "optim.warmup_steps": 4, "parallel.precision": "fp32", "checkpoint.interval_steps": 5,
+        "log.interval_steps": 1, "log.wandb.mode": "disabled",
+    }  # fmt: skip
+    return [f"{key}={value}" for key, value in {**values, **changes}.items() if value is not None]
+
+
+@pytest.fixture
 def tiny_words(tmp_path, tiny_tokens):
-    """tiny_words(name, **changes): the words of a 12-step run in tmp_path/name; a change's key may be dotted."""
-
-    def words(name: str = "run", **changes) -> list[str]:
-        values = {
-            "run_dir": tmp_path / name,
-            "seed": 3,
-            "total_steps": 12,
-            "global_batch_size": 8,
-            "micro_batch_size": 4,
-            "model.d_model": 64,
-            "model.n_layers": 2,
-            "model.n_heads": 4,
-            "model.mlp_hidden": 176,
-            "model.vocab_size": VOCAB_SIZE,
-            "model.padded_vocab_size": VOCAB_SIZE,
-            "model.seq_len": 64,
-            "data.sources.a.path": tiny_tokens,
-            "optim.peak_lr": 3e-3,
-            "optim.warmup_steps": 4,
-            "parallel.precision": "fp32",
-            "checkpoint.interval_steps": 5,
-            "log.interval_steps": 1,
-            "log.wandb.mode": "disabled",
-        }
-        return [f"{key}={value}" for key, value in {**values, **changes}.items() if value is not None]
-
-    return words
+    """tiny_words(name, **changes): the words of a 12-step run in tmp_path/name."""
+    return lambda name="run", **changes: words_of(tmp_path / name, tiny_tokens, **changes)
 
 
 @pytest.fixture
@@ -100,6 +100,24 @@ def tiny_args(tiny_words):
         return config.load(TrainConfig, [], tiny_words(name, **changes))
 
     return args
+
+
+@pytest.fixture
+def run_main(capfd, tmp_path, monkeypatch):
+    """run_main(*words): as run_cli, in this process."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words) -> subprocess.CompletedProcess:
+        from olmo_train.__main__ import main
+
+        capfd.readouterr()
+        try:
+            code = main([str(word) for word in words])
+        except SystemExit as exit:
+            code = exit.code
+        return subprocess.CompletedProcess(words, code, *capfd.readouterr())
+
+    return run
 
 
 @pytest.fixture
@@ -127,7 +145,8 @@ def read_metrics():
     """read_metrics(run_dir): the lines of metrics.jsonl that hold a training step."""
 
     def read(run_dir: Path) -> list[dict]:
-        lines = [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
-        return [line for line in lines if "train/CrossEntropyLoss" in line]
+        from runs import LOSS, lines_of
+
+        return [line for line in lines_of(run_dir) if LOSS in line]
 
     return read

@@ -12,6 +12,7 @@ import safetensors.torch
 import torch
 import transformers
 from references.random_models import FALCON, GEMMA, LLAMA, OLMO, OLMO2, VARIANTS, write_random_checkpoint
+from runs import trained_on
 
 from olmo_train.checkpoint import load
 from olmo_train.convert import check, families, folders
@@ -295,23 +296,23 @@ def test_a_tokenizer_that_is_too_large_is_refused(tmp_path, tokenizer_file):
 # ---- an imported folder is a checkpoint
 
 
-def test_training_starts_from_an_imported_folder_and_goes_on_from_it(tmp_path, tiny_words, run_cli, read_metrics):
+def test_training_starts_from_an_imported_folder_and_goes_on_from_it(tmp_path, tiny_words, run_main, read_metrics):
     write_random_checkpoint(tmp_path / "ours", ModelConfig(**(OLMO | {"mlp_hidden": 176, "seq_len": 64})))
-    assert run_cli("convert", "export-hf", tmp_path / "ours", tmp_path / "theirs").returncode == 0
-    out = run_cli("convert", "import-hf", tmp_path / "theirs", tmp_path / "back")
+    assert run_main("convert", "export-hf", tmp_path / "ours", tmp_path / "theirs").returncode == 0
+    out = run_main("convert", "import-hf", tmp_path / "theirs", tmp_path / "back")
     assert out.returncode == 0 and "logits differ by at most" in out.stdout, out.stderr
     losses = {}
     for key in ("init_from", "resume_from"):
         words = tiny_words(key, total_steps=3, **{key: tmp_path / "back"})
-        out = run_cli("train", tmp_path / "back/config.yaml", *words)
+        out = run_main("train", tmp_path / "back/config.yaml", *words)
         assert out.returncode == 0, out.stderr
         losses[key] = [line["train/CrossEntropyLoss"] for line in read_metrics(tmp_path / key)]
     assert losses["init_from"] == losses["resume_from"] and len(losses["init_from"]) == 3
 
 
-def test_what_two_processes_saved_is_exported_whole(tmp_path, tiny_words, run_cli):
-    assert run_cli("train", *tiny_words("run", total_steps=1, micro_batch_size=2), nproc=2).returncode == 0
-    out = run_cli("convert", "export-hf", tmp_path / "run", tmp_path / "theirs", "--dtype", "fp32")
+def test_what_two_processes_saved_is_exported_whole(tmp_path, tiny_args, run_main):
+    trained_on(2, tiny_args("run", total_steps=1, micro_batch_size=2))
+    out = run_main("convert", "export-hf", tmp_path / "run", tmp_path / "theirs", "--dtype", "fp32")
     assert out.returncode == 0, out.stderr
     with torch.no_grad():
         ours, theirs = load.load_model(tmp_path / "run"), load_theirs(tmp_path / "theirs")

@@ -118,14 +118,14 @@ def test_a_file_that_leaves_keys_out_means_olmos_defaults():
         olmo.read_settings({"model": {}})
 
 
-def test_train_accepts_a_translated_file(tmp_path, tiny_tokens, run_cli):
+def test_train_accepts_a_translated_file(tmp_path, tiny_tokens, run_main):
     tiny = {**parity.RUN, "max_duration": 2, "model": parity.MODEL, "save_folder": "${path.choose:${oc.env:NOWHERE,x}/a,/b}"}
     (tmp_path / "olmo.yaml").write_text(json.dumps(tiny | {"data": {"drop_last": True, "paths": [str(tiny_tokens)]}}))
-    assert run_cli("convert", "import-olmo", "olmo.yaml", "ours.yaml").returncode == 0
-    out = run_cli("train", "ours.yaml", "run_dir=run", "log.wandb.mode=disabled")
+    assert run_main("convert", "import-olmo", "olmo.yaml", "ours.yaml").returncode == 0
+    out = run_main("train", "ours.yaml", "run_dir=run", "log.wandb.mode=disabled")
     assert out.returncode == 0, out.stderr
     (tmp_path / "olmo.yaml").write_text(json.dumps(tiny | {"max_grad_norm_ratio": 2.0}))
-    out = run_cli("convert", "import-olmo", "olmo.yaml", "other.yaml")
+    out = run_main("convert", "import-olmo", "olmo.yaml", "other.yaml")
     assert out.returncode == 2 and out.stderr.splitlines()[-1].startswith("error: max_grad_norm_ratio: 2.0 cannot be expressed")
 
 

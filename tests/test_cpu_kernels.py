@@ -7,6 +7,8 @@ import subprocess
 import pytest
 import torch
 import torch.nn.functional as F
+from ranks import exit_code, fork
+from runs import LOSS, cut, history, trained
 
 from olmo_train.errors import ConfigError
 from olmo_train.model.loss import IGNORE, differentiate_
@@ -148,32 +150,29 @@ def nothing_built(tmp_path, monkeypatch):
     cpu_kernels.library.cache_clear()
 
 
-def test_what_was_built_once_is_found(nothing_built, monkeypatch):
-    cpu_kernels.library()
-    built = list(cache_folder().rglob("*"))
-    assert [path.suffix for path in built if path.is_file()] == [".so"] and built[0].parent == cache_folder()
-    cpu_kernels.library.cache_clear()
+def test_what_was_built_once_is_found_and_a_damaged_library_is_told(nothing_built, monkeypatch, run_main, tiny_words):
+    def lanes():
+        return cpu_kernels.library().lanes()
+
+    found = exit_code(fork(lanes))  # in another process: this one would not load the file again
+    [built] = [path for path in cache_folder().rglob("*") if path.is_file()]
+    assert built.suffix == ".so" and built.parent.parent == cache_folder()
     monkeypatch.setattr(subprocess, "run", lambda *words, **options: pytest.fail("built again"))
-    assert cpu_kernels.library().lanes() in (4, 8, 16)
-
-
-def test_without_a_compiler_the_run_says_what_to_do_and_leaves_nothing(run_cli, tiny_words, tmp_path):
-    words = tiny_words(**{"parallel.cpu_kernels": "true"})
-    done = run_cli("train", *words, CXX="no-such-compiler", XDG_CACHE_HOME=str(tmp_path / "cache"))
-    assert done.returncode == 2
-    assert "error: parallel.cpu_kernels: cannot be built or loaded: " in done.stderr and "or set false" in done.stderr
-    done = run_cli("train", *words, CXX="c++ -no-such-option", XDG_CACHE_HOME=str(tmp_path / "cache"))
-    assert done.returncode == 2 and "no-such-option" in done.stderr and "set CXX to another" in done.stderr
-    assert not list((tmp_path / "cache").rglob("*.so"))
-
-
-def test_a_damaged_library_is_told(run_cli, tiny_words, nothing_built):
-    cpu_kernels.library()
-    [built] = cache_folder().rglob("*.so")
-    built.unlink()  # it is mapped
+    assert exit_code(fork(lanes)) == found and found in (4, 8, 16)
     built.write_bytes(b"not a library")
-    done = run_cli("train", *tiny_words(**{"parallel.cpu_kernels": "true"}))
+    done = run_main("train", *tiny_words(**{"parallel.cpu_kernels": "true"}))
     assert done.returncode == 2 and f"cannot be built or loaded: {built}" in done.stderr
+
+
+@pytest.mark.parametrize("compiler, said", [("no-such-compiler", "or set false"), ("c++ -no-such-option", "set CXX to another")])
+def test_without_a_compiler_the_run_says_what_to_do_and_leaves_nothing(
+    run_main, tiny_words, nothing_built, monkeypatch, compiler, said
+):
+    monkeypatch.setenv("CXX", compiler)
+    done = run_main("train", *tiny_words(**{"parallel.cpu_kernels": "true"}))
+    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("error: parallel.cpu_kernels: ")
+    assert "no-such-" in done.stderr and said in done.stderr
+    assert not list(cache_folder().rglob("*.so"))
 
 
 def test_no_compiler_at_all_is_told(nothing_built, monkeypatch):
@@ -186,35 +185,33 @@ def test_no_compiler_at_all_is_told(nothing_built, monkeypatch):
 # ---- in a run
 
 
-def test_they_are_for_cpus_and_used_where_there_is_a_compiler(nothing_built, monkeypatch):
+def test_they_are_for_cpus_and_used_where_there_is_a_compiler(monkeypatch, request):
     def has(device, asked=None):
         return kernels.has_cpu_kernels(asked, torch.device(device))
 
     assert [has("cpu"), has("cpu", True), has("cpu", False), has("cuda")] == [True, True, False, False]
     with pytest.raises(ConfigError, match="parallel.cpu_kernels: is for CPUs, and the device is cuda"):
         has("cuda", True)
-    cpu_kernels.library.cache_clear()
+    request.getfixturevalue("nothing_built")
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert not has("cpu")
     with pytest.raises(ConfigError, match="no-such-compiler"):
         has("cpu", True)
 
 
-def test_a_run_learns_the_same_and_resumes_with_the_same_bits(run_cli, tiny_words, read_metrics, tmp_path):
-    asked = {"parallel.cpu_kernels": "true"}
-    runs = {"plain": {"parallel.cpu_kernels": "false"}, "kernels": asked, "cut": asked | {"total_steps": 7}}
-    for name, changes in runs.items():
-        assert run_cli("train", *tiny_words(name, **{"optim.schedule_steps": 12}, **changes)).returncode == 0
-    assert run_cli("train", *tiny_words("cut", **asked, **{"optim.schedule_steps": 12})).returncode == 0
-    losses = {name: [line["train/CrossEntropyLoss"] for line in read_metrics(tmp_path / name)] for name in runs}
-    assert losses["cut"] == losses["kernels"] != losses["plain"]
-    assert losses["kernels"] == pytest.approx(losses["plain"], rel=1e-6)
+def test_a_run_learns_the_same_and_resumes_with_the_same_bits(tiny_args):
+    plain = trained(tiny_args("plain", **{"parallel.cpu_kernels": False}))
+    kernels = trained(tiny_args("kernels", **{"parallel.cpu_kernels": True}))
+    resumed = trained(cut(tiny_args("cut", **{"parallel.cpu_kernels": True}), steps=7))
+    plain, kernels, resumed = ([loss for (loss,) in history(c.run_dir, LOSS)] for c in (plain, kernels, resumed))
+    assert resumed == kernels != plain
+    assert kernels == pytest.approx(plain, rel=1e-6)
 
 
-def test_a_compiled_run_learns_the_same(run_cli, tiny_words, read_metrics, tmp_path):
-    for name, changes in {"plain": {"parallel.cpu_kernels": "false"}, "compiled": {"parallel.compile": "true"}}.items():
-        done = run_cli("train", *tiny_words(name, total_steps=4, **changes))
-        assert done.returncode == 0, done.stderr
+def test_a_compiled_run_learns_the_same(run_cli, tiny_words, tiny_args, read_metrics, tmp_path):
+    trained(tiny_args("plain", total_steps=4, **{"parallel.cpu_kernels": False}))
+    done = run_cli("train", *tiny_words("compiled", total_steps=4, **{"parallel.compile": "true"}))
+    assert done.returncode == 0, done.stderr
     assert re.search(r"^the first step took \d+\.\d s, including torch.compile$", done.stdout, re.MULTILINE)
     losses = {name: [line["train/CrossEntropyLoss"] for line in read_metrics(tmp_path / name)] for name in ("plain", "compiled")}
     assert losses["compiled"] == pytest.approx(losses["plain"], rel=1e-5) and losses["compiled"] != losses["plain"]

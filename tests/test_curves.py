@@ -8,6 +8,7 @@ import json
 import numpy as np
 import pytest
 from curves_runs import PAUSE_SECONDS, STEP_SECONDS, make_run
+from runs import lines_of
 
 from olmo_train.commands import curves as command
 from olmo_train.curves import exports, panels, terminal, thin
@@ -24,10 +25,6 @@ def draw(*words) -> None:
     parser = argparse.ArgumentParser()
     command.add_arguments(parser)
     command.run(parser.parse_args([str(word) for word in words]))
-
-
-def lines_of(run_dir) -> list[dict]:
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
 # ---------------------------------------------------------------- reading

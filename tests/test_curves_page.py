@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from curves_runs import make_run
+from runs import lines_of
 
 from olmo_train.curves import exports, page, panels, thin
 from olmo_train.curves.history import Run, Series
@@ -41,7 +42,7 @@ def test_the_values_in_the_page_are_those_of_metrics_jsonl(runs, tmp_path):
     drawn = set()
     for panel in data["panels"]:
         for curve in panel["curves"]:
-            lines = map(json.loads, (runs[curve["run"]] / "metrics.jsonl").read_text().splitlines())
+            lines = lines_of(runs[curve["run"]])
             logged = [(line["step"], line[curve["metric"]]) for line in lines if curve["metric"] in line]
             assert list(zip(curve["step"], curve["value"], strict=True)) == logged
             drawn.add(curve["metric"])

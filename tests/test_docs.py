@@ -1,13 +1,11 @@
 """The README's commands run as they stand there, on a text of a few kilobytes and for a few steps; its links lead somewhere."""
 
-import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from data_sources import texts
 
 from olmo_train.commands.train import key_lines
 
@@ -26,23 +24,14 @@ def commands(after: str) -> list[list[str]]:
 
 @pytest.fixture
 def clone(tmp_path):
-    """A folder that looks like the repository, with a text of one's own in it."""
+    """The working directory looks like the repository, with a text of one's own in it."""
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     (tmp_path / "my-text").mkdir()
     for name in range(40):
         (tmp_path / "my-text" / f"{name}.txt").write_text(f"Once there was a king of {name} castles. " * 40)
 
-    def run(words: list[str]) -> subprocess.CompletedProcess:
-        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-        return subprocess.run(
-            words, cwd=tmp_path, capture_output=True, text=True, timeout=300, env={**os.environ, "PYTHONPATH": path}
-        )
 
-    return run
-
-
-def test_the_commands_for_ones_own_model_run(clone):
-    olmo_train = [sys.executable, "-m", "olmo_train"]
+def test_the_commands_for_ones_own_model_run(clone, run_main):
     for program, verb, *words in commands("Your own model"):
         assert program == ".venv/bin/olmo-train"
         if verb == "train-tokenizer":
@@ -53,18 +42,35 @@ def test_the_commands_for_ones_own_model_run(clone):
             words[words.index("--step") + 1] = "2"
         elif verb == "generate":
             words += ["--max-new-tokens", "4"]
-        done = clone([*olmo_train, verb, *words])
+        done = run_main(verb, *words)
         assert done.returncode == 0, f"{verb}: {done.stderr}"
         assert done.stdout or verb in ("train-tokenizer", "prepare-data"), f"{verb} says nothing"
 
 
-def test_the_torchrun_command_runs(clone, tmp_path, tiny_tokens):
+def test_the_torchrun_command_runs(clone, run_cli, tmp_path, tiny_tokens):
     (words,) = commands("Eight GPUs, many nodes")
     (tmp_path / "my-data.yaml").write_text(f"data: {{sources: {{mine: {{path: {tiny_tokens}}}}}}}\n")
-    assert words[:3] == ["torchrun", "--standalone", "--nproc-per-node=8"]
-    done = clone([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *words[3:], *SMALL])
+    assert words[:5] == ["torchrun", "--standalone", "--nproc-per-node=8", "-m", "olmo_train"]
+    done = run_cli(*words[5:], *SMALL, nproc=2)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "runs/olmo-1b/checkpoints/step-0000002/MANIFEST.json").exists()
+
+
+def test_the_five_commands_of_the_data_page_bring_text_to_a_run(tmp_path, run_main):
+    page = (ROOT / "docs/data.md").read_text("utf-8")
+    block = lambda language: re.search(rf"```{language}\n(.*?)```", page, re.S).group(1)  # noqa: E731
+    (tmp_path / "my-text").mkdir()
+    for i, text in enumerate(texts(300)):
+        (tmp_path / "my-text" / f"{i:03d}.txt").write_text(text * 10)
+    (tmp_path / "my-run.yaml").write_text(block("yaml"))
+    few = ["total_steps=2", "global_batch_size=2", "micro_batch_size=2", "log.wandb.mode=disabled", "parallel.precision=fp32"]
+    commands = [shlex.split(line)[1:] for line in block("sh").splitlines()]
+    assert len(commands) == 5
+    for words in commands:
+        done = run_main(*words, *(few if words[0] == "train" else []))  # two steps stand for its thousand
+        assert done.returncode == 0, (words, done.stderr)
+    assert "my-text/" in done.stdout
+    assert (tmp_path / "runs" / "mine" / "metrics.jsonl").exists()
 
 
 def anchors(page: Path) -> set[str]:

@@ -48,8 +48,8 @@ def test_the_cache_and_a_launchers_environment_that_is_incomplete_are_reported(m
     assert launcher.status == "warning" and "has RANK=0, but not WORLD_SIZE" in launcher.finding
 
 
-def test_the_verb_prints_json_and_exits_by_the_findings(run_cli, tiny_words):
-    done = run_cli("doctor", *tiny_words(), "--json")
+def test_the_verb_prints_json_and_exits_by_the_findings(run_main, tiny_words):
+    done = run_main("doctor", *tiny_words(), "--json")
     assert done.returncode == 0 and {"environment", "gpus", "network"} <= {f["check"] for f in json.loads(done.stdout)}
 
 

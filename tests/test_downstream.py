@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from runs import first_model, trained
 from torch import nn
 
 from olmo_train.__main__ import main
@@ -19,7 +20,6 @@ from olmo_train.eval import tasks
 from olmo_train.eval.downstream import TokenizedTask, load_task, results_of, score
 from olmo_train.eval.tasks import Choice, Question, Task, read_task
 from olmo_train.model.config import ModelConfig
-from olmo_train.model.init import initial_value
 from olmo_train.model.transformer import Transformer
 
 V, SEQ_LEN = 64, 32
@@ -60,11 +60,7 @@ def random_rows(n: int, choices: int, seed: int, longest: int = 4, shared: bool 
 
 def tiny_model() -> Transformer:
     config = ModelConfig(d_model=32, n_layers=1, n_heads=2, mlp_hidden=48, vocab_size=V, padded_vocab_size=V, seq_len=SEQ_LEN)
-    model = Transformer(config)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(initial_value(name, parameter.shape, config, seed=1))
-    return model
+    return first_model(config)
 
 
 class ChainModel(nn.Module):
@@ -287,10 +283,8 @@ def test_the_model_is_left_in_the_mode_it_was_in(random_task):
 
 def test_the_command_measures_tasks_of_a_run(tiny_args, tmp_path, capsys):
     from olmo_train.data.tokenizer import save_tokenizer, train_tokenizer
-    from olmo_train.train import train
 
-    for _ in train(tiny_args("run", total_steps=1)):
-        pass
+    trained(tiny_args("run", total_steps=1))
     save_tokenizer(train_tokenizer(["1 2 3 4 5 6 7"] * 3, 300), tmp_path / "tokenizer.json")
     file = write_requests(tmp_path / "mine.jsonl", random_rows(12, 2, 3))
     words = ["evaluate", str(tmp_path / "run"), "--tokenizer", str(tmp_path / "tokenizer.json"), "--tasks", file]

@@ -6,12 +6,15 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import EOS_ID, markov_stream
+from conftest import EOS_ID, markov_stream, words_of
+from runs import trained
 
+from olmo_train import config
 from olmo_train.__main__ import main
 from olmo_train.data.config import SourceConfig
 from olmo_train.data.shards import open_source
 from olmo_train.eval.perplexity import mixed_counts, token_counts, unigram_loss
+from olmo_train.train_config import TrainConfig
 
 
 def token_file(path, ids) -> str:
@@ -19,17 +22,17 @@ def token_file(path, ids) -> str:
     return str(path)
 
 
-@pytest.fixture(params=[False])
-def finished_run(request, tiny_args, tmp_path):
-    """A run of four steps with two validation sources, the second with a ragged end; the parameter is data.document_mask."""
-    from olmo_train.train import train
-
-    files = [token_file(tmp_path / f"{name}.npy", markov_stream(size, seed=2)) for name, size in (("x", 641), ("y", 333))]
+@pytest.fixture(scope="module", params=[False])
+def finished_run(request, tmp_path_factory, stream):
+    """A run of four steps with two validation sources, the second with a ragged end, beside its token files; the parameter is
+    data.document_mask."""
+    folder = tmp_path_factory.mktemp("evaluated")
+    (folder / "tokens.npy").write_bytes(stream)
+    files = [token_file(folder / f"{name}.npy", markov_stream(size, seed=2)) for name, size in (("x", 641), ("y", 333))]
     changes = {"data.validation.x.path": files[0], "data.validation.y.path": files[1]}
-    changes |= {"data.document_mask": request.param, "data.eos_id": EOS_ID}
-    for _ in train(tiny_args("run", total_steps=4, **changes)):
-        pass
-    return tmp_path / "run"
+    changes |= {"data.document_mask": request.param, "data.eos_id": EOS_ID, "total_steps": 4}
+    trained(config.load(TrainConfig, [], words_of(folder / "run", folder / "tokens.npy", **changes)))
+    return folder / "run"
 
 
 @pytest.mark.parametrize("finished_run", [False, True], indirect=True)
@@ -56,7 +59,7 @@ def test_the_perplexity_is_that_of_the_exported_model_in_transformers(finished_r
     ours = json.loads(capsys.readouterr().out)["sources"]
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "theirs").eval()
     for name in ("x", "y"):
-        tokens = torch.from_numpy(np.fromfile(tmp_path / f"{name}.npy", "<u2").astype(np.int64))
+        tokens = torch.from_numpy(np.fromfile(finished_run.parent / f"{name}.npy", "<u2").astype(np.int64))
         instances = [tokens[i : i + 65] for i in range(0, len(tokens) - 1, 64)]
         with torch.no_grad():
             losses = [theirs(ids[None], labels=ids[None]).loss.item() * (len(ids) - 1) for ids in instances]
@@ -73,17 +76,19 @@ def test_a_folder_and_other_data_can_be_named(finished_run, tiny_tokens, tmp_pat
     assert "z" in printed and f"{result['loss']:.4f}" in printed
 
 
-def test_the_unigram_loss_is_that_of_the_training_datas_frequencies(finished_run, tiny_tokens, tmp_path, capsys):
+def test_the_unigram_loss_is_that_of_the_training_datas_frequencies(finished_run, capsys):
     assert main(["evaluate", str(finished_run), "--json"]) == 0
-    counts = np.bincount(np.fromfile(tiny_tokens, "<u2"), minlength=512) + 1
-    labels = np.fromfile(tmp_path / "x.npy", "<u2")[1:]
+    counts = np.bincount(np.fromfile(finished_run.parent / "tokens.npy", "<u2"), minlength=512) + 1
+    labels = np.fromfile(finished_run.parent / "x.npy", "<u2")[1:]
     expected = -np.log(counts / counts.sum())[labels].mean()
     assert json.loads(capsys.readouterr().out)["sources"]["x"]["unigram_loss"] == pytest.approx(expected, rel=1e-9)
 
 
-def test_without_its_training_data_a_checkpoint_is_evaluated_all_the_same(finished_run, tiny_tokens, capsys, caplog):
-    tiny_tokens.unlink()
+def test_without_its_training_data_a_checkpoint_is_evaluated_all_the_same(finished_run, capsys, caplog):
+    tokens = finished_run.parent / "tokens.npy"
+    moved = tokens.rename(tokens.with_name("moved.npy"))
     assert main(["evaluate", str(finished_run), "--json"]) == 0
+    moved.rename(tokens)
     assert json.loads(capsys.readouterr().out)["sources"]["x"]["unigram_loss"] is None
     assert "tokens.npy" in caplog.text
 

@@ -3,12 +3,14 @@
 import json
 import math
 import re
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 from data_sources import prepare_source
 from ranks import on_ranks
+from runs import trained
 from test_guards import EVERY, poison
 from test_rewind import SPIKE, spiking  # noqa: F401, a fixture
 
@@ -98,9 +100,7 @@ def test_a_poisoned_document_is_named_first(poisoned_args, ranks):
 
 
 def test_what_a_spike_leaves_agrees_with_the_record(spiking, read_metrics):  # noqa: F811
-    config = spiking("run", "record")
-    for _ in train(config):
-        pass
+    config = trained(spiking("run", "record"))
     (folder,) = folders(config)
     told, norms = read(folder), read(folder, "gradients.json")
     line = read_metrics(config.run_dir)[SPIKE - 1]
@@ -152,9 +152,7 @@ def test_a_frozen_parameter_ends_no_run(tiny_args, monkeypatch, determinism):
 
 def test_a_gradient_alone_that_is_not_finite_is_named(tiny_args, monkeypatch):
     poison(4, math.inf, monkeypatch)
-    config = tiny_args("run", **EVERY)
-    for _ in train(config):
-        pass
+    config = trained(tiny_args("run", **EVERY))
     (folder,) = folders(config)
     norms = read(folder, "gradients.json")["parameters"]
     assert [name for name, norm in norms.items() if norm == "inf"] == ["blocks.1.mlp.w_down.weight"]
@@ -166,13 +164,9 @@ def test_a_gradient_alone_that_is_not_finite_is_named(tiny_args, monkeypatch):
 @pytest.mark.parametrize("policy", ["stop", "rewind"])
 def test_the_evidence_is_there_before_the_run_ends_or_goes_back(spiking, policy):  # noqa: F811
     config = spiking("run", policy, **{"guards.max_rewinds": 1, "total_steps": 9})
-    if policy == "stop":
-        with pytest.raises(NonFiniteError, match=r"look at \S+/forensics/step-0000008/README.txt; run again"):
-            for _ in train(config):
-                pass
-    else:
-        for _ in train(config):
-            pass
+    expected = pytest.raises(NonFiniteError, match=r"look at \S+/forensics/step-0000008/README.txt; run again")
+    with expected if policy == "stop" else nullcontext():
+        trained(config)
     (folder,) = folders(config)
     assert read(folder)["done"] == policy
 
@@ -180,14 +174,11 @@ def test_the_evidence_is_there_before_the_run_ends_or_goes_back(spiking, policy)
 def test_too_many_skipped_steps_name_the_evidence_of_the_last(tiny_args, monkeypatch):
     poison((3, 4), math.nan, monkeypatch)
     with pytest.raises(NonFiniteError, match=r"look at \S+/forensics/step-0000004/README.txt; lower"):
-        for _ in train(tiny_args("run", **{"guards.max_skipped": 2})):
-            pass
+        trained(tiny_args("run", **{"guards.max_skipped": 2}))
 
 
 def test_a_healthy_run_leaves_none(tiny_args):
-    config = tiny_args("run", total_steps=4)
-    for _ in train(config):
-        pass
+    config = trained(tiny_args("run", total_steps=4))
     assert folders(config) == [] and not (Path(config.run_dir) / "forensics").exists()
 
 
@@ -207,8 +198,6 @@ def test_a_full_disk_is_a_warning(tiny_args, monkeypatch, caplog):
 def test_folders_are_bounded_and_the_limit_told_once(tiny_args, monkeypatch, caplog):
     monkeypatch.setattr(forensics, "MOST_FOLDERS", 2)
     poison((2, 3, 4, 5), math.nan, monkeypatch)
-    config = tiny_args("run", total_steps=6)
-    for _ in train(config):
-        pass
+    config = trained(tiny_args("run", total_steps=6))
     assert [folder.name for folder in folders(config)] == ["step-0000002", "step-0000003"]
     assert caplog.text.count("no more are written") == 1

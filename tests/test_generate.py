@@ -4,32 +4,19 @@ import json
 
 import pytest
 import torch
+from runs import first_model, trained
 
 from olmo_train.errors import ConfigError
 from olmo_train.model.config import ModelConfig
 from olmo_train.model.generate import Sampling, choose, generate
-from olmo_train.model.init import initial_value
 from olmo_train.model.transformer import Transformer
 
 PROMPTS = [[5], [9, 8, 7, 6, 5, 4, 3], [1, 2, 3], [40, 41, 42]]
 
 
 def tiny_model(**changes) -> Transformer:
-    shape = {
-        "d_model": 32,
-        "n_layers": 2,
-        "n_heads": 4,
-        "mlp_hidden": 48,
-        "vocab_size": 50,
-        "padded_vocab_size": 64,
-        "seq_len": 24,
-    }
-    config = ModelConfig(**(shape | changes))
-    model = Transformer(config)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(initial_value(name, parameter.shape, config, seed=1))
-    return model.eval()
+    shape = dict(d_model=32, n_layers=2, n_heads=4, mlp_hidden=48, vocab_size=50, padded_vocab_size=64, seq_len=24)
+    return first_model(ModelConfig(**(shape | changes))).eval()
 
 
 @pytest.mark.parametrize("changes", [{}, {"n_kv_heads": 1, "norm": "rms_norm", "block": "parallel", "tie_embeddings": True}])
@@ -125,10 +112,8 @@ def test_options_without_a_meaning_are_refused(options):
 def test_the_command_continues_prompts_of_a_run(tiny_args, tmp_path, capsys):
     from olmo_train.__main__ import main
     from olmo_train.data.tokenizer import save_tokenizer, train_tokenizer
-    from olmo_train.train import train
 
-    for _ in train(tiny_args("run", total_steps=2)):
-        pass
+    trained(tiny_args("run", total_steps=2))
     save_tokenizer(train_tokenizer(["a tale of two cities, and of one more"] * 3, 300), tmp_path / "tokenizer.json")
     words = ["generate", str(tmp_path / "run"), "--prompt", "a tale", "--prompt", "of", "--max-new-tokens", "9", "--json"]
     assert main(words) == 2 and "--tokenizer" in capsys.readouterr().err

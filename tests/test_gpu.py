@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+from runs import GRAD_NORM, LOSS, history
 
 from olmo_train import train as module
 from olmo_train.train import train
@@ -11,11 +12,10 @@ from olmo_train.train import train
 REHEARSAL = "REHEARSE_ON_CPU" in os.environ
 pytestmark = pytest.mark.skipif(not (torch.cuda.is_available() or REHEARSAL), reason="there is no GPU here")
 WARM = 3  # steps after which everything has been set up
-FIGURES = ("train/CrossEntropyLoss", "optim/total_grad_norm")
 
 
-def figures(read_metrics, config) -> list[list[float]]:
-    return [[line[name] for name in FIGURES] for line in read_metrics(config.run_dir)]
+def figures(config) -> list[tuple]:
+    return history(config.run_dir, LOSS, GRAD_NORM)
 
 
 @pytest.fixture
@@ -39,12 +39,12 @@ def watched(monkeypatch):
 
 
 @pytest.mark.parametrize("precision, tolerance", [("fp32", 1e-4), ("bf16", 1e-2)])
-def test_the_first_losses_are_those_of_the_cpu_in_fp32(tiny_args, tiny_words, run_cli, read_metrics, precision, tolerance):
+def test_the_first_losses_are_those_of_the_cpu_in_fp32(tiny_args, tiny_words, run_cli, precision, tolerance):
     config, on_cpu = tiny_args("gpu", **{"parallel.precision": precision, "total_steps": 5}), tiny_args("cpu")
     list(train(config))
     out = run_cli("train", *tiny_words("cpu", total_steps=5), CUDA_VISIBLE_DEVICES="")
     assert out.returncode == 0, out.stderr
-    for found, expected in zip(figures(read_metrics, config), figures(read_metrics, on_cpu), strict=True):
+    for found, expected in zip(figures(config), figures(on_cpu), strict=True):
         assert found[0] == pytest.approx(expected[0], rel=tolerance)
 
 
@@ -56,13 +56,13 @@ def test_no_step_waits_for_the_gpu(tiny_args, watched, checkpointing, compiled):
     assert watched == list(range(WARM + 1, 13)) or REHEARSAL
 
 
-def test_a_run_resumes_bit_for_bit(tiny_args, read_metrics):
+def test_a_run_resumes_bit_for_bit(tiny_args):
     changes = {"determinism": "run", "parallel.precision": "bf16", "optim.schedule_steps": 12}
     whole, cut = tiny_args("whole", **changes), tiny_args("cut", **changes)
     list(train(whole))
     list(train(tiny_args("cut", **changes, total_steps=7)))
     list(train(cut))
-    assert figures(read_metrics, cut) == figures(read_metrics, whole)
+    assert figures(cut) == figures(whole)
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing_and_is_not_waited_for(tiny_args, watched, monkeypatch):

@@ -1,21 +1,22 @@
 """A step that is not finite changes nothing on any rank; too many end the run; a signal ends it after a save, exactly."""
 
-import json
 import math
 import os
+import random
 import re
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from ranks import on_ranks
+from ranks import exit_code, fork, on_ranks
+from runs import cut, events_of, history, trained, wait_for
 
 from olmo_train import train as module
+from olmo_train.__main__ import main
 from olmo_train.checkpoint.folders import committed, read_state
 from olmo_train.data import loader
 from olmo_train.errors import NonFiniteError, Stopped
@@ -25,15 +26,18 @@ from olmo_train.guards.signals import StopSignals, too_slow_to_stop
 from olmo_train.train import train
 
 
-def poison(step: int, value: float, monkeypatch=None, rank: int = 0, world=None):
-    """From now on the gradient of update `step` holds `value`, in one element on one rank."""
+def poison(step: int, value: float, monkeypatch=None, rank: int = 0, world=None, choice: random.Random | None = None):
+    """From now on the gradient of update `step` holds `value`, in one element on one rank: in the first of blocks.1.mlp.w_down,
+    or where `choice` picks one."""
     real, seen = module.gradients.clip_gradients, []
 
     def poisoned(model, max_norm, **options):
         seen.append(1)
         if len(seen) in (step if isinstance(step, tuple) else (step,)) and (world is None or world.rank == rank):
-            gradient = model.blocks[1].mlp.w_down.weight.grad
-            getattr(gradient, "_local_tensor", gradient)[0, 0] = value
+            parameters = model.parameters() if choice else [model.blocks[1].mlp.w_down.weight]
+            shards = [getattr(p.grad, "_local_tensor", p.grad) for p in parameters]
+            shard = (choice or random).choice([shard for shard in shards if shard.numel()]).view(-1)
+            shard[choice.randrange(len(shard)) if choice else 0] = value
         return real(model, max_norm, **options)
 
     if monkeypatch:
@@ -92,11 +96,12 @@ def test_a_loss_that_is_not_finite_changes_nothing(tiny_args, read_metrics, monk
     assert lines[3]["train/CrossEntropyLoss"] is None and all(line["train/CrossEntropyLoss"] for line in lines[:3] + lines[4:])
 
 
-def test_a_nan_on_one_of_two_ranks_is_skipped_on_both(tiny_args, read_metrics):
+@pytest.mark.parametrize("value", [math.nan, 1e30])
+def test_a_value_on_one_of_two_ranks_is_skipped_on_both(tiny_args, read_metrics, value):
     config = tiny_args("run", **EVERY)
 
     def run(world):
-        poison(4, math.nan, rank=1, world=world)
+        poison(4, value, rank=1, world=world)
         return [[stats.skipped.item(), stats.grad_norm.isfinite().item()] for stats in train(config, world)]
 
     first, second = on_ranks(2, run)
@@ -105,6 +110,25 @@ def test_a_nan_on_one_of_two_ranks_is_skipped_on_both(tiny_args, read_metrics):
     assert states_of(config.run_dir, 6)["updates"] == 5
     assert [line["skipped"] for line in read_metrics(config.run_dir)] == [0, 0, 0, 1, 0, 0]
     assert read_metrics(config.run_dir)[3]["optim/total_grad_norm"] is None
+
+
+@pytest.mark.slow
+def test_in_50_seeds_no_checkpoint_holds_what_is_not_finite(tiny_args):
+    """Whatever the value, the element, the rank and the step."""
+    for seed in range(50):
+        choice = random.Random(seed)
+        ranks, step, value = choice.choice((1, 2)), choice.randint(1, 6), choice.choice((math.nan, math.inf, -math.inf, 1e30))
+        config, rank = tiny_args(f"run-{seed}", seed=seed, **EVERY), choice.randrange(ranks)
+
+        def run(world):
+            poison(step, value, None, rank, world, random.Random(seed))  # noqa: B023
+            return [stats.step for stats in train(config, world) if stats.skipped]  # noqa: B023
+
+        assert on_ranks(ranks, run) == [[step]] * ranks, (seed, ranks, step, rank, value)
+        assert list(committed(Path(config.run_dir))) == [1, 2, 3, 4, 5, 6]
+        for saved in range(1, 7):
+            tensors = states_of(config.run_dir, saved)
+            assert len(tensors) > 20 and all(torch.isfinite(t).all() for t in tensors.values()), (seed, saved)
 
 
 def mask_steps(steps: tuple[int, ...]):
@@ -131,8 +155,7 @@ def test_a_batch_without_a_scored_token_changes_nothing_and_is_counted(
     assert [line["train/CrossEntropyLoss"] is None for line in lines] == [False, False, True, True, True, False]
     assert "loss nan" not in capsys.readouterr().out
     assert [r.levelname for r in caplog.records if "no scored token in this batch" in r.getMessage()] == ["WARNING"]
-    events = [json.loads(line) for line in (Path(config.run_dir) / "events.jsonl").read_text().splitlines()]
-    skips = {event["step"]: event["why"] for event in events if event["event"] == "skip"}
+    skips = {event["step"]: event["why"] for event in events_of(config.run_dir, "skip")}
     assert skips == dict.fromkeys((3, 4, 5), "no scored token in this batch")
     assert read_state(committed(Path(config.run_dir))[6])["spikes"]["seen"] == 3  # the detector has not seen them
 
@@ -168,12 +191,10 @@ def test_too_many_in_a_row_end_the_run_with_the_last_good_checkpoint_named(tiny_
 def test_a_row_of_skipped_steps_is_counted_over_a_resume(tiny_args, monkeypatch):
     changes = {"guards.max_skipped": 4, "checkpoint.interval_steps": 1, "log.interval_steps": 2}
     poison((3, 4, 5), math.nan, monkeypatch)
-    for _ in train(tiny_args("run", total_steps=5, **changes)):
-        pass
+    trained(tiny_args("run", total_steps=5, **changes))
     poison(1, math.nan, monkeypatch)
     with pytest.raises(NonFiniteError, match="4 steps in a row"):
-        for _ in train(tiny_args("run", **changes)):
-            pass
+        trained(tiny_args("run", **changes))
 
 
 def test_the_limit_is_exact():
@@ -182,9 +203,9 @@ def test_the_limit_is_exact():
         check_skipped(10, GuardConfig(max_skipped=10), None)
 
 
-def test_a_poisoned_run_ends_with_exit_code_5(run_cli, tiny_words, tmp_path):
+def test_a_poisoned_run_ends_with_exit_code_5(run_main, tiny_words, tmp_path):
     """Weights that a step has made infinite give no finite loss again."""
-    done = run_cli("train", *tiny_words("run", **{"optim.peak_lr": 1e38, "guards.max_skipped": 3}))
+    done = run_main("train", *tiny_words("run", **{"optim.peak_lr": 1e38, "guards.max_skipped": 3}))
     assert done.returncode == 5
     assert done.stderr.splitlines()[-1].startswith("error: guards.max_skipped: 3 steps in a row")
     assert "Traceback" not in done.stderr and committed(tmp_path / "run") == {}
@@ -193,44 +214,22 @@ def test_a_poisoned_run_ends_with_exit_code_5(run_cli, tiny_words, tmp_path):
 # ---- signals
 
 
-def started(words, run_dir: Path, step: int, tmp_path, *launcher) -> subprocess.Popen:
-    """A run in a process of its own, or under a launcher, that has logged `step`."""
-    process = subprocess.Popen(
-        [sys.executable, *launcher, "-m", "olmo_train", "train", *words],
-        stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        text=True,
-    )
-    deadline = time.monotonic() + 60
-    while True:
-        file = run_dir / "metrics.jsonl"
-        if file.exists() and len(file.read_text().splitlines()) >= step:
-            return process
-        assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
-        time.sleep(0.01)
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_stops_the_run_after_a_save_and_it_goes_on_exactly(tiny_words, tiny_args, tmp_path, read_metrics, number):
     changes = {"total_steps": 200, "checkpoint.interval_steps": 1000}
-    process = started(tiny_words("run", **changes), tmp_path / "run", 5, tmp_path)
-    process.send_signal(number)
-    _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 75
+    run = fork(lambda: main(["train", *tiny_words("run", **changes)]), tmp_path / "stderr")
+    wait_for(tmp_path / "run", 5)
+    os.kill(run, number)
+    assert exit_code(run) == 75
     (step,) = committed(tmp_path / "run")
-    assert stderr.splitlines()[-1] == (
+    assert (tmp_path / "stderr").read_text().splitlines()[-1] == (
         f"error: {signal.Signals(number).name}: stopped after step {step} of 200 and saved; run the same command again to resume"
     )
-    events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
-    assert [event["event"] for event in events] == ["start", "signal", "save"]
+    assert [event["event"] for event in events_of(tmp_path / "run")] == ["start", "signal", "save"]
     assert len(read_metrics(tmp_path / "run")) == step  # no step was lost and none begun
     for name in ("run", "whole"):
-        for stats in train(tiny_args(name, **changes)):
-            if stats.step == step + 3:
-                break
-    keys = ("step", "train/CrossEntropyLoss", "optim/total_grad_norm", "optim/learning_rate_group0", "sample_hash")
-    cut, whole = ([[line[key] for key in keys] for line in read_metrics(tmp_path / name)] for name in ("run", "whole"))
-    assert cut == whole
+        cut(tiny_args(name, **changes), steps=step + 3)
+    assert history(tmp_path / "run") == history(tmp_path / "whole")
 
 
 def test_a_signal_to_one_rank_stops_both_after_the_same_step(tiny_args):
@@ -260,7 +259,9 @@ def test_a_signal_is_noted_and_the_handlers_of_before_come_back(number):
 
 def test_a_signal_to_torchrun_stops_both_processes_after_a_save(tiny_words, tmp_path, read_metrics):
     words = tiny_words("run", total_steps=2000, **{"checkpoint.interval_steps": 5000})
-    launched = started(words, tmp_path / "run", 3, tmp_path, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "olmo_train", "train"]
+    launched = subprocess.Popen([*torchrun, *words], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    wait_for(tmp_path / "run", 3)
     launched.send_signal(signal.SIGTERM)
     _, stderr = launched.communicate(timeout=60)
     assert launched.returncode != 0 and "SIGTERM: stopped after step" in stderr
@@ -282,8 +283,7 @@ def test_a_save_that_does_not_fit_in_torchruns_patience_is_told(monkeypatch):
 def test_a_run_says_so_once_when_its_saves_are_too_slow_for_torchrun(tiny_args, monkeypatch, caplog):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "0")
-    for _ in train(tiny_args("run", **{"checkpoint.interval_steps": 2, "checkpoint.async_save": False})):
-        pass
+    trained(tiny_args("run", **{"checkpoint.interval_steps": 2, "checkpoint.async_save": False}))
     assert caplog.text.count("a signal to torchrun would lose steps") == 1
 
 

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from runs import LOSS, history, trained, trained_on
 from torch import nn
 
 from olmo_train.checkpoint.load import load_model
 from olmo_train.optim import adamw, build, config
 from olmo_train.optim import muon as optim_muon
-from olmo_train.train import train
 
 SHAPES = {
     "embed.weight": (32, 16),
@@ -97,29 +97,21 @@ def test_only_matrices_of_the_blocks_have_muons_state():
     assert kept["norm.weight"] == {"step", "exp_avg", "exp_avg_sq"}
 
 
-def test_a_resumed_run_continues_bit_for_bit(tmp_path, tiny_args, read_metrics):
+def test_a_resumed_run_continues_bit_for_bit(tmp_path, tiny_args):
     changes = {"optim.name": "muon", "checkpoint.interval_steps": 4}
-    for _ in train(tiny_args("whole", total_steps=8, **changes)):
-        pass
+    trained(tiny_args("whole", total_steps=8, **changes))
     for steps in (4, 8):
-        for _ in train(tiny_args("parts", total_steps=steps, **{**changes, "optim.schedule_steps": 8})):
-            pass
-    whole, parts = (
-        [(line["train/CrossEntropyLoss"], line["optim/total_grad_norm"]) for line in read_metrics(tmp_path / name)]
-        for name in ("whole", "parts")
-    )
-    assert whole == parts and len(whole) == 8
+        trained(tiny_args("parts", total_steps=steps, **{**changes, "optim.schedule_steps": 8}))
+    assert history(tmp_path / "whole") == history(tmp_path / "parts") and len(history(tmp_path / "parts")) == 8
     ours = dict(load_model(tmp_path / "parts").named_parameters())
     assert all(torch.equal(p, ours[name]) for name, p in load_model(tmp_path / "whole").named_parameters())
 
 
-def test_two_processes_train_as_one(tmp_path, tiny_words, run_cli, read_metrics):
-    curves = []
-    for nproc in (0, 2):
-        out = run_cli("train", *tiny_words(f"on-{nproc}", **{"optim.name": "muon"}), nproc=nproc)
-        assert out.returncode == 0, out.stderr
-        curves.append(torch.tensor([line["train/CrossEntropyLoss"] for line in read_metrics(tmp_path / f"on-{nproc}")]))
+def test_two_processes_train_as_one(tmp_path, tiny_args):
+    for size in (1, 2):
+        trained_on(size, tiny_args(f"on-{size}", **{"optim.name": "muon"}))
+    curves = [torch.tensor(history(tmp_path / f"on-{size}", LOSS)).flatten() for size in (1, 2)]
     assert len(curves[0]) == 12 and curves[0][-1] < curves[0][0] - 0.1
     assert (curves[0] - curves[1]).abs().max() < 1e-5
-    one, two = (dict(load_model(tmp_path / f"on-{nproc}").named_parameters()) for nproc in (0, 2))
+    one, two = (dict(load_model(tmp_path / f"on-{size}").named_parameters()) for size in (1, 2))
     assert max((one[name] - two[name]).abs().max() for name in one) < 1e-5

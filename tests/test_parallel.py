@@ -11,6 +11,7 @@ from collections import Counter
 import pytest
 import torch
 from ranks import on_ranks
+from runs import GRAD_NORM, LOSS, first_model, history
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -19,7 +20,6 @@ from olmo_train import train
 from olmo_train.data.loader import IGNORE, Batch
 from olmo_train.errors import ConfigError
 from olmo_train.model import transformer as transforming
-from olmo_train.model.init import initial_value
 from olmo_train.model.transformer import Transformer
 from olmo_train.parallel import shard as parallel
 from olmo_train.parallel.world import join_world
@@ -127,10 +127,7 @@ def results():
 @pytest.fixture(scope="module")
 def reference():
     """(loss, gradient norm, gradients) of the plain model."""
-    model, batch = Transformer(run_config().model), whole_batch()
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            p.copy_(initial_value(name, p.shape, model.config, SEED))
+    model, batch = first_model(run_config().model, SEED), whole_batch()
     loss = model(batch.input_ids, batch.labels).sum() / (batch.labels != IGNORE).sum()
     loss.backward()
     gradients = [p.grad for p in model.parameters()]
@@ -272,13 +269,12 @@ def test_replicas_must_divide_the_processes():
 
 
 @pytest.mark.parametrize("shard", ["full", "grad_op"])
-def test_what_is_saved_after_an_evaluation_is_whole(tiny_args, tiny_tokens, read_metrics, shard):
+def test_what_is_saved_after_an_evaluation_is_whole(tiny_args, held_out, shard):
     """An evaluation gathers weights, and no backward frees them."""
-    changes = {"parallel.shard": shard, "data.validation.held.path": tiny_tokens, "eval.interval_steps": 1}
+    changes = {"parallel.shard": shard, "data.validation.held.path": held_out, "eval.interval_steps": 1}
     changes |= {"checkpoint.interval_steps": 1, "total_steps": 4, "optim.schedule_steps": 4}
     list(train.train(tiny_args("whole", **changes)))
     list(train.train(tiny_args("cut", **changes | {"total_steps": 2})))
     list(train.train(tiny_args("cut", **changes)))
-    names = ("train/CrossEntropyLoss", "optim/total_grad_norm", "eval/held/CrossEntropyLoss")
-    whole, cut = ([[line[name] for name in names] for line in read_metrics(tiny_args(n).run_dir)] for n in ("whole", "cut"))
+    whole, cut = (history(tiny_args(name).run_dir, LOSS, GRAD_NORM, "eval/held/CrossEntropyLoss") for name in ("whole", "cut"))
     assert cut == whole

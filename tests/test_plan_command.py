@@ -34,8 +34,8 @@ def test_a_models_file_alone_gives_a_plan_that_fits_80_columns(plan):
         assert figure in text
 
 
-def test_json_holds_the_learning_rates_and_epochs_of_the_run(plan, tiny_words):
-    code, text, _ = plan(*tiny_words(), "data.validation.a.path=" + tiny_words()[-5].split("=")[1], "--json")
+def test_json_holds_the_learning_rates_and_epochs_of_the_run(plan, tiny_words, tiny_tokens):
+    code, text, _ = plan(*tiny_words(), f"data.validation.a.path={tiny_tokens}", "--json")
     told = json.loads(text)
     assert code == 0
     config = OptimConfig(peak_lr=3e-3, warmup_steps=4)

@@ -1,15 +1,15 @@
 """A run that was killed and resumed can be audited: any of its steps, computed again, is equal to the last bit."""
 
-import json
+import os
 import random
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
+from ranks import exit_code, fork
+from runs import events_of, wait_for
 
+from olmo_train.__main__ import main
 from olmo_train.checkpoint.folders import committed
 from olmo_train.data.loader import IGNORE, read_batch
 from olmo_train.guards.forensics import scored_tokens
@@ -22,17 +22,11 @@ ENDS = ((13, signal.SIGKILL), (29, signal.SIGTERM), (44, signal.SIGKILL))  # (lo
 
 
 def train_until(words: list[str], run_dir: Path, lines: int, number: int) -> int:
-    """Train in a process of its own that gets the signal once so many lines are logged; its exit code."""
-    process = subprocess.Popen([sys.executable, "-m", "olmo_train", "train", *words], stdout=subprocess.DEVNULL)
-    try:
-        metrics = run_dir / "metrics.jsonl"
-        while process.poll() is None and (not metrics.is_file() or metrics.read_text().count("\n") < lines):
-            time.sleep(0.01)
-        process.send_signal(number)
-        return process.wait(timeout=300)
-    finally:
-        process.kill()
-        process.wait()
+    """Train in another process that gets the signal once this many lines are logged; its exit code."""
+    pid = fork(lambda: main(["train", *words]), os.devnull)
+    wait_for(run_dir, lines)
+    os.kill(pid, number)
+    return exit_code(pid)
 
 
 def test_a_lengthened_run_is_computed_again_with_the_configuration_of_each_attempt(tiny_args):
@@ -66,16 +60,13 @@ def test_the_losses_of_the_sequences_are_means_over_their_scored_tokens(tiny_arg
 
 
 @pytest.mark.slow
-def test_twenty_random_steps_of_a_run_with_resumes_are_equal_bit_for_bit(tiny_words, run_cli, tmp_path):
+def test_twenty_random_steps_of_a_run_with_resumes_are_equal_bit_for_bit(tiny_words, tmp_path):
     run_dir = tmp_path / "run"
     words = tiny_words("run", total_steps=STEPS, **{"checkpoint.interval_steps": 7})
     assert [train_until(words, run_dir, *end) for end in ENDS] == [-signal.SIGKILL, 75, -signal.SIGKILL]
-    assert (done := run_cli("train", *words)).returncode == 0, done.stderr
+    assert main(["train", *words]) == 0
     lines = logged_lines(run_dir)
     assert list(lines) == list(range(1, STEPS + 1)) and {line["attempt"] for line in lines.values()} == {1, 2, 3, 4}
-    assert (
-        len([event for event in (run_dir / "events.jsonl").read_text().splitlines() if json.loads(event)["event"] == "resume"])
-        == 3
-    )
+    assert len(events_of(run_dir, "resume")) == 3
     audited = random.Random(1).sample(range(1, STEPS + 1), AUDITED)
     assert {result.step: result.differing for result in (replay(run_dir, step) for step in audited)} == dict.fromkeys(audited, [])

@@ -1,83 +1,41 @@
 """The same command again goes on as if nothing had happened."""
 
-import json
 import os
 import signal
-import subprocess
-import sys
-import time
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 from crash import signal_in_evaluation
+from data_sources import contents
+from ranks import exit_code, fork
+from runs import cut, history, lines_of, trained, trained_on, wait_for
 
+from olmo_train.__main__ import main
 from olmo_train.errors import ConfigError, Stopped
 from olmo_train.history import History
 from olmo_train.train import train
 
-SAME = ("step", "train/CrossEntropyLoss", "optim/total_grad_norm", "optim/learning_rate_group0", "optim/clipping_rate",
-        "sample_hash", "skipped", "throughput/total_tokens", "throughput/total_flops")  # fmt: skip
-
-
-def trained(config):
-    for _ in train(config):
-        pass
-    return config
-
-
-def cut(config, steps):
-    """Train some steps and drop the run, as a kill between two steps would."""
-    run = train(config)
-    for stats in run:
-        if stats.step == steps:
-            run.close()
-    return config
-
 
 @pytest.fixture
-def history(read_metrics):
-    return lambda config: [tuple(line[name] for name in SAME) for line in read_metrics(config.run_dir)]
-
-
-@pytest.fixture
-def evaluated(tmp_path, tiny_tokens):
+def evaluated(held_out):
     """The changes to a run that evaluates every four steps, on 11 batches."""
-    held_out = tmp_path / "held-out.npy"
-    held_out.write_bytes(tiny_tokens.read_bytes()[: 2 * 44 * 64 + 2])
     return {"eval.interval_steps": 4, "data.validation.v.path": held_out}
 
 
-def test_killed_after_a_checkpoint_a_run_resumes_bit_for_bit(tiny_args, tiny_words, tmp_path, history):
-    whole = trained(tiny_args("whole"))
-    command = [sys.executable, "-m", "olmo_train", "train", *tiny_words("killed")]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    while not (tmp_path / "killed" / "checkpoints" / "step-0000005").exists():
-        assert process.poll() is None
-        time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    again = trained(tiny_args("killed"))
-    assert history(again) == history(whole)
-    events = [json.loads(line) for line in (tmp_path / "killed" / "events.jsonl").read_text().splitlines()]
-    resumed = [event for event in events if event["event"] == "resume"]
-    assert resumed and resumed[0]["step"] in (5, 10)
-
-
-def test_stopped_in_the_middle_of_an_interval_a_run_logs_the_same_lines(tiny_args, history):
+def test_stopped_in_the_middle_of_an_interval_a_run_logs_the_same_lines(tiny_args):
     changes = {"log.interval_steps": 4, "checkpoint.interval_steps": 5}
     whole = trained(tiny_args("whole", **changes))
     cut(tiny_args("cut", **changes), steps=7)
-    assert history(trained(tiny_args("cut", **changes))) == history(whole)
-    assert [line[0] for line in history(whole)] == [4, 8, 12]
+    assert history(trained(tiny_args("cut", **changes)).run_dir) == history(whole.run_dir)
+    assert history(whole.run_dir, "step") == [(4,), (8,), (12,)]
 
 
-def test_a_run_resumes_on_another_number_of_processes(tiny_args, tiny_words, run_cli, read_metrics, tmp_path):
+def test_a_run_resumes_on_another_number_of_processes(tiny_args, read_metrics, tmp_path):
     whole = trained(tiny_args("whole"))
-    cut(tiny_args("cut"), steps=6)
-    done = run_cli("train", *tiny_words("cut"), nproc=2)
-    assert done.returncode == 0, done.stderr
+    config = cut(tiny_args("cut"), steps=6)
+    trained_on(2, config)
     one, two = read_metrics(whole.run_dir), read_metrics(tmp_path / "cut")
     assert [line["world_size"] for line in two] == [1] * 5 + [2] * 7
     assert [line["sample_hash"] for line in one] == [line["sample_hash"] for line in two]
@@ -88,13 +46,9 @@ def test_a_run_resumes_on_another_number_of_processes(tiny_args, tiny_words, run
 
 def is_no_op(config):
     """Whether training again changes no file of the run."""
-
-    def files():
-        return {path: path.read_bytes() for path in Path(config.run_dir).rglob("*") if path.is_file()}
-
-    before = files()
+    before = contents(Path(config.run_dir))
     trained(config)
-    return files() == before
+    return contents(Path(config.run_dir)) == before
 
 
 def test_a_finished_run_is_a_no_op(tiny_args):
@@ -189,7 +143,7 @@ def test_moved_data_of_the_same_contents_are_accepted(tiny_args, tiny_tokens):
     trained(tiny_args("run", total_steps=3, **{"data.sources.a.path": moved}))
 
 
-def test_a_signal_during_training_and_during_evaluation_changes_no_line(tiny_args, evaluated, read_metrics, history):
+def test_a_signal_during_training_and_during_evaluation_changes_no_line(tiny_args, evaluated):
     """Stopped in the last evaluation, too: the resumed run does it again, once, and each step stands once."""
     whole = trained(tiny_args("whole", **evaluated))
     config = tiny_args("run", **evaluated)
@@ -197,18 +151,18 @@ def test_a_signal_during_training_and_during_evaluation_changes_no_line(tiny_arg
     stops = [stop_in_evaluation(config, number) for number in (1, 1, 2, 1, 2, 1)]
     assert stops == [4, 4, 8, 8, 12, 12]
     trained(config)
-    assert history(config) == history(whole)
-    losses = [[line.get("eval/v/CrossEntropyLoss") for line in read_metrics(c.run_dir)] for c in (whole, config)]
+    assert history(config.run_dir) == history(whole.run_dir)
+    losses = [[line.get("eval/v/CrossEntropyLoss") for line in lines_of(c.run_dir)] for c in (whole, config)]
     assert losses[0] == losses[1] and sum(loss is not None for loss in losses[0]) == 3
     assert is_no_op(config)
 
 
-def test_killed_after_a_made_up_evaluation_a_run_logs_its_step_once(tiny_args, evaluated, history):
+def test_killed_after_a_made_up_evaluation_a_run_logs_its_step_once(tiny_args, evaluated):
     changes = evaluated | {"checkpoint.interval_steps": 100, "total_steps": 8}
     whole = trained(tiny_args("whole", **changes))
     assert stop_in_evaluation(tiny_args("run", **changes), 1) == 4
     cut(tiny_args("run", **changes), steps=6)
-    assert history(trained(tiny_args("run", **changes))) == history(whole)
+    assert history(trained(tiny_args("run", **changes)).run_dir) == history(whole.run_dir)
 
 
 def test_a_branch_does_not_log_the_step_that_its_parent_owes(tiny_args, evaluated, read_metrics, tmp_path):
@@ -228,11 +182,9 @@ def test_a_signal_before_the_first_step_of_a_resumed_run_saves_nothing_again(tin
     assert folder.stat().st_ino == before
 
 
-def test_a_line_of_an_evaluation_alone_tells_where_it_comes_from(tiny_args):
-    path = tiny_args("x").data.sources["a"].path
-    config = trained(tiny_args("run", **{"eval.interval_steps": 3, "log.interval_steps": 4, "data.validation.v.path": path}))
-    with open(f"{config.run_dir}/metrics.jsonl") as file:
-        lines = {line["step"]: line for line in map(json.loads, file)}
+def test_a_line_of_an_evaluation_alone_tells_where_it_comes_from(tiny_args, evaluated):
+    config = trained(tiny_args("run", **evaluated | {"eval.interval_steps": 3, "log.interval_steps": 4}))
+    lines = {line["step"]: line for line in lines_of(config.run_dir)}
     assert list(lines) == [3, 4, 6, 8, 9, 12]
     assert all(line.keys() >= {"sample_hash", "skipped", "attempt", "world_size"} for line in lines.values())
     assert "train/CrossEntropyLoss" not in lines[3] and "eval/v/CrossEntropyLoss" in lines[3]
@@ -259,24 +211,26 @@ def signal_at_the_first_batch():
         yield
 
 
-def test_two_runs_cannot_share_a_run_dir(tiny_args, tiny_words, run_cli):
-    run = train(tiny_args("run"))
-    next(run)
-    other = run_cli("train", *tiny_words("run"))
-    assert other.returncode == 2 and f"in use by process {os.getpid()}" in other.stderr.splitlines()[-1]
-    run.close()
+def test_two_runs_cannot_share_a_run_dir(tiny_args, tiny_words, run_main, tmp_path):
+    words = tiny_words("run", total_steps=100_000, **{"checkpoint.interval_steps": 100_000})
+    run = fork(lambda: main(["train", *words]), os.devnull)
+    wait_for(tmp_path / "run", 1)
+    other = run_main("train", *words)
+    assert other.returncode == 2 and f"in use by process {run}" in other.stderr.splitlines()[-1]
+    os.kill(run, signal.SIGKILL)
+    assert exit_code(run) == -signal.SIGKILL
     trained(tiny_args("run", total_steps=3))  # the lock ended with its holder
 
 
-def test_a_branch_goes_on_in_a_run_dir_of_its_own(tiny_args, read_metrics, tmp_path):
+def test_a_branch_goes_on_in_a_run_dir_of_its_own(tiny_args, tmp_path):
     trained(tiny_args("trunk", total_steps=10))
     folder = tmp_path / "trunk" / "checkpoints" / "step-0000005"
     branch = {"total_steps": 10, "resume_from": folder}
     trained(tiny_args("same", **branch))
     trained(tiny_args("other", **branch, **{"data.seed": 9, "optim.peak_lr": 1e-3}))
-    trunk, same, other = (read_metrics(tmp_path / name) for name in ("trunk", "same", "other"))
-    assert [[line[name] for name in SAME] for line in same] == [[line[name] for name in SAME] for line in trunk[5:]]
-    assert other[0]["step"] == 6 and other[0]["sample_hash"] != trunk[5]["sample_hash"]
+    assert history(tmp_path / "same") == history(tmp_path / "trunk")[5:]
+    ((step, other), *_), trunk = history(tmp_path / "other", "step", "sample_hash"), history(tmp_path / "trunk", "sample_hash")
+    assert step == 6 and other != trunk[5][0]
 
 
 def test_init_from_takes_weights_alone(tiny_args, read_metrics, tmp_path):

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from ranks import on_ranks
+from runs import cut, events_of, history, trained
 from test_guards import EVERY, states_of, unchanged
 
 from olmo_train import train as module
@@ -56,24 +57,11 @@ def spoil(at, monkeypatch):
     monkeypatch.setattr(module.gradients, "clip_gradients", clip)
 
 
-def trained(config, world=None):
-    return list(train(config, world))
-
-
-def events_of(config, *kinds):
-    lines = (Path(config.run_dir) / "events.jsonl").read_text().splitlines()
-    return [event for event in map(json.loads, lines) if event["event"] in kinds]
-
-
-def history(config, read_metrics):
-    return [tuple(line[name] for name in COMPARED) for line in read_metrics(config.run_dir)]
-
-
 def test_a_spike_is_an_event_and_a_metric_of_its_step(spiking, read_metrics):
     config = spiking("run", "record")
-    assert [s.step for s in trained(config) if s.spike] == [SPIKE]
+    assert [s.step for s in train(config) if s.spike] == [SPIKE]
     assert [line["spike"] for line in read_metrics(config.run_dir)] == [0] * 7 + [1] + [0] * 4
-    (event,) = events_of(config, "spike", "skip")
+    (event,) = events_of(config.run_dir, "spike", "skip")
     line = read_metrics(config.run_dir)[SPIKE - 1]
     assert (event["event"], event["step"]) == ("spike", SPIKE)
     assert event["loss"] == line["train/CrossEntropyLoss"] and event["grad_norm"] == line["optim/total_grad_norm"]
@@ -88,14 +76,11 @@ def test_a_spike_that_is_skipped_changes_nothing_and_counts_as_skipped(spiking, 
 
 
 def test_what_was_seen_before_a_resume_judges_as_without_it(spiking, read_metrics):
-    whole, cut = spiking("whole", "skip"), spiking("cut", "skip")
+    whole, config = spiking("whole", "skip"), spiking("cut", "skip")
     trained(whole)
-    for stats in (run := train(cut)):
-        if stats.step == 7:
-            run.close()
-    trained(cut)
-    assert history(cut, read_metrics) == history(whole, read_metrics)
-    last = [read_state(newest_folder(Path(config.run_dir))) for config in (cut, whole)]
+    trained(cut(config, steps=7))
+    assert history(config.run_dir, *COMPARED) == history(whole.run_dir, *COMPARED)
+    last = [read_state(newest_folder(Path(c.run_dir))) for c in (config, whole)]
     assert last[0]["spikes"] == last[1]["spikes"] and last[0]["spikes"]["seen"] == 12
 
 
@@ -111,11 +96,11 @@ def test_a_spike_that_stops_the_run_is_not_committed(spiking):
 def test_rewinding_gives_the_run_that_never_took_the_step(spiking, read_metrics, capsys):
     """Bit for bit, with each step once in the record."""
     config, named = spiking("run", "rewind"), spiking("named", "record", **{"guards.skip_steps": f"[{SPIKE}]"})
-    assert [s.step for s in trained(config)] == [*range(1, 8), *range(7, 13)]
+    assert [s.step for s in train(config)] == [*range(1, 8), *range(7, 13)]
     trained(named)
-    assert history(config, read_metrics) == history(named, read_metrics)
+    assert history(config.run_dir, *COMPARED) == history(named.run_dir, *COMPARED)
     assert unchanged_between(config, named, 12)
-    (event,) = events_of(config, "rewind")
+    (event,) = events_of(config.run_dir, "rewind")
     assert (event["from"], event["to"], event["skipped"]) == (SPIKE, 6, [SPIKE])
     assert f"step {SPIKE} is a spike" in (said := capsys.readouterr().out) and "rewinding to step 6" in said
     lines = read_metrics(config.run_dir)
@@ -131,7 +116,7 @@ def unchanged_between(one, other, step):
 
 def test_a_spike_before_the_first_checkpoint_goes_back_to_the_first_weights(spiking):
     config = spiking("run", "rewind", **{"checkpoint.interval_steps": 100})
-    assert [s.step for s in trained(config)] == [*range(1, 8), *range(1, 13)]
+    assert [s.step for s in train(config)] == [*range(1, 8), *range(1, 13)]
 
 
 def test_spikes_on_and_on_are_passed_over_in_doubling_stretches_and_end_the_run(spiking):
@@ -140,7 +125,7 @@ def test_spikes_on_and_on_are_passed_over_in_doubling_stretches_and_end_the_run(
         NonFiniteError, match="guards.max_rewinds: step 15 is a spike after 3 rewinds in a row, the first from step 8"
     ):
         trained(config)
-    assert [event["skipped"] for event in events_of(config, "rewind")] == [[8], [9, 10], [11, 12, 13, 14]]
+    assert [event["skipped"] for event in events_of(config.run_dir, "rewind")] == [[8], [9, 10], [11, 12, 13, 14]]
 
 
 def test_rewinds_elsewhere_are_counted_anew():
@@ -175,7 +160,7 @@ def test_killed_in_a_rewind_a_run_goes_on_as_it_would_have(spiking, read_metrics
             os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     trained(config)
-    assert history(config, read_metrics) == history(whole, read_metrics)
+    assert history(config.run_dir, *COMPARED) == history(whole.run_dir, *COMPARED)
     assert unchanged_between(config, whole, 12)
 
 
@@ -183,7 +168,7 @@ def test_two_ranks_rewind_together(spiking, read_metrics):
     config = spiking("run", "rewind")
 
     def run(world):
-        return [s.step for s in trained(config, world)]
+        return [s.step for s in train(config, world)]
 
     assert on_ranks(2, run) == [[*range(1, 8), *range(7, 13)]] * 2
     assert [line["skipped"] for line in read_metrics(config.run_dir)] == [0] * 7 + [1] + [0] * 4
@@ -204,7 +189,7 @@ def test_a_verdict_that_is_read_late_is_exact_all_the_same(spiking, read_metrics
             outcomes.append(states_of(config.run_dir, 12))
         finally:
             anomalies.READ_AT_ONCE = real
-    told = [[(e["event"], e["step"], e.get("skipped")) for e in events_of(c, "spike", "rewind")] for c in (soon, late)]
+    told = [[(e["event"], e["step"], e.get("skipped")) for e in events_of(c.run_dir, "spike", "rewind")] for c in (soon, late)]
     assert told[0] == told[1]
     if policy == "stop":
         assert "is a spike" in outcomes[0]
@@ -218,7 +203,7 @@ def test_a_verdict_that_is_read_late_is_exact_all_the_same(spiking, read_metrics
 
 def test_named_steps_are_passed_over_without_an_update(tiny_args, read_metrics):
     config = tiny_args("run", **EVERY, **{"guards.skip_steps": "[2,5]", "guards.max_skipped": 1})
-    assert [s.skipped.item() for s in trained(config)] == [0, 1, 0, 0, 1, 0]
+    assert [s.skipped.item() for s in train(config)] == [0, 1, 0, 0, 1, 0]
     assert unchanged(config.run_dir, 1, 2) and unchanged(config.run_dir, 4, 5) and not unchanged(config.run_dir, 5, 6)
     assert states_of(config.run_dir, 6)["updates"] == 4
     plain = tiny_args("plain", **EVERY)
@@ -232,7 +217,7 @@ def test_steps_to_come_may_be_named_on_a_resume_those_done_may_not(tiny_args):
     with pytest.raises(ConfigError, match=r"guards.skip_steps: differ in step 3, which is before the checkpoint of step 4"):
         trained(tiny_args("run", total_steps=6, **{"guards.skip_steps": "[3,5]"}))
     config = tiny_args("run", total_steps=6, **{"guards.skip_steps": "[5]"})
-    assert [s.skipped.item() for s in trained(config)] == [1, 0]
+    assert [s.skipped.item() for s in train(config)] == [1, 0]
     trained(tiny_args("run", total_steps=7, allow_changes="[guards.skip_steps]"))
 
 
@@ -266,4 +251,4 @@ def test_a_step_that_is_not_finite_is_an_event(tiny_args, monkeypatch):
     poison(4, math.nan, monkeypatch)
     config = tiny_args("run", total_steps=6)
     trained(config)
-    assert [(event["step"], event["grad_norm"]) for event in events_of(config, "skip", "spike")] == [(4, None)]
+    assert [(event["step"], event["grad_norm"]) for event in events_of(config.run_dir, "skip", "spike")] == [(4, None)]

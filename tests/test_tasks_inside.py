@@ -4,17 +4,16 @@ import json
 import os
 import random
 import signal
-from pathlib import Path
 
 import pytest
 from ranks import on_ranks
+from runs import lines_of, trained
 
 from olmo_train.__main__ import main
 from olmo_train.data.tokenizer import save_tokenizer, train_tokenizer
 from olmo_train.errors import ConfigError, Stopped
 from olmo_train.eval import during_run
 from olmo_train.guards.watchdog import Watchdog
-from olmo_train.train import train
 
 NAMES = ("acc", "len_norm", "bpb")
 
@@ -36,20 +35,14 @@ def with_tasks(tmp_path):
     return {"eval.downstream": tasks, "eval.tokenizer": tmp_path / "tokenizer.json", "eval.interval_steps": 4, "total_steps": 6}
 
 
-def run_through(config, world=None) -> None:
-    for _ in train(config, world):
-        pass
-
-
 def results(run_dir) -> list[tuple]:
     """(step, all results of both tasks) of each line that has any."""
-    lines = [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
     names = [f"eval/downstream/{task}_{name}" for task in ("long", "short") for name in NAMES]
-    return [(line["step"], *(line[name] for name in names)) for line in lines if names[0] in line]
+    return [(line["step"], *(line[name] for name in names)) for line in lines_of(run_dir) if names[0] in line]
 
 
 def test_the_numbers_are_those_of_the_command(tiny_args, with_tasks, tmp_path, capsys):
-    run_through(tiny_args("run", **with_tasks, **{"eval.downstream_limit": 15}))
+    trained(tiny_args("run", **with_tasks, **{"eval.downstream_limit": 15}))
     found = results(tmp_path / "run")
     assert [line[0] for line in found] == [4, 6]
     capsys.readouterr()
@@ -68,11 +61,11 @@ def test_two_processes_and_another_micro_batch_give_the_same_numbers(tiny_args, 
     def run(world):
         real = Watchdog.heartbeat
         Watchdog.heartbeat = lambda self, step, *about: beats.append(step) or real(self, step, *about)
-        run_through(config, world)
+        trained(config, world)
         return beats.count(4)
 
     beats_of_ranks = on_ranks(2, run)
-    run_through(tiny_args("one", **with_tasks))
+    trained(tiny_args("one", **with_tasks))
     one, two = results(tmp_path / "one"), results(tmp_path / "two")
     assert [line[0] for line in one] == [line[0] for line in two] == [4, 6]
     for mine, other in zip(one, two, strict=True):
@@ -81,7 +74,7 @@ def test_two_processes_and_another_micro_batch_give_the_same_numbers(tiny_args, 
 
 
 def test_a_signal_within_a_task_stops_after_its_batch_and_the_line_stands_once(tiny_args, with_tasks, tmp_path, monkeypatch):
-    run_through(tiny_args("whole", **with_tasks))
+    trained(tiny_args("whole", **with_tasks))
     forwards, real = [], during_run.score
 
     def interrupted(model, *arguments):
@@ -98,9 +91,9 @@ def test_a_signal_within_a_task_stops_after_its_batch_and_the_line_stands_once(t
 
     monkeypatch.setattr(during_run, "score", interrupted)
     with pytest.raises(Stopped):
-        run_through(tiny_args("run", **with_tasks))
+        trained(tiny_args("run", **with_tasks))
     assert len(forwards) == 2 and results(tmp_path / "run") == []
-    run_through(tiny_args("run", **with_tasks))
+    trained(tiny_args("run", **with_tasks))
     assert results(tmp_path / "run") == results(tmp_path / "whole")
 
 
@@ -118,7 +111,7 @@ def test_what_cannot_be_evaluated_is_refused_at_once(tiny_args, with_tasks, tmp_
     save_tokenizer(train_tokenizer([f"{i} {i * i}" for i in range(2000)], 600), tmp_path / "large.json")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match=told) as caught:
-        run_through(tiny_args("run", **{**with_tasks, **changes}))
+        trained(tiny_args("run", **{**with_tasks, **changes}))
     assert caught.value.where == key and not (tmp_path / "run").exists()
 
 
@@ -129,5 +122,5 @@ def test_the_tokenizer_is_that_of_the_data_folder(tiny_args, with_tasks, tmp_pat
     assert main(["prepare-data", str(text), *options]) == 0
     given = {**with_tasks, "data.sources.a.path": tmp_path / "data", "model.seq_len": 32}
     for name, tokenizer in (("named", tmp_path / "tokenizer.json"), ("found", None)):
-        run_through(tiny_args(name, **{**given, "eval.tokenizer": tokenizer}))
+        trained(tiny_args(name, **{**given, "eval.tokenizer": tokenizer}))
     assert results(tmp_path / "named") == results(tmp_path / "found") != []

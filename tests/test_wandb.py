@@ -8,56 +8,59 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+from ranks import exit_code, fork
 from references.wandb_stub import Server
+from runs import lines_of, wait_for
+
+from olmo_train.__main__ import main
+from olmo_train.log import wandb as log_wandb
 
 WANDB = Path(sys.executable).parent / "wandb"
-REPOSITORY = Path(__file__).parent.parent
-# The run's patience with W&B is cut short, so that the tests are.
-PROGRAM = """
-import sys
-from olmo_train.log import wandb
-wandb.PATIENCE = 4
-from olmo_train.__main__ import main
-sys.exit(main(sys.argv[1:]))
-"""
 
 
 @pytest.fixture
 def start(tiny_words, tmp_path):
-    """start(url, **changes): a run in a process of its own that mirrors to W&B, offline or to the server at `url`."""
+    """start(url, **changes): the pid of a run that mirrors to W&B, offline or to the server at `url`."""
 
-    def begin(url: str | None = None, wandb: dict[str, str] | None = None, **changes) -> subprocess.Popen:
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
-        environment |= {"PYTHONPATH": str(REPOSITORY), "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
-        environment |= {f"WANDB_{name}": value for name, value in (wandb or {}).items()}
-        if url:
-            environment |= {"WANDB_BASE_URL": url, "WANDB_API_KEY": "a" * 40}
+    def begin(url: str | None = None, wandb: dict[str, str] | None = None, **changes) -> int:
         no_warning = {"optim.warmup_steps": 0, "optim.schedule": "constant"}  # however long a run is, or grows
         words = tiny_words("run", **{"log.wandb.mode": "auto", "model.n_layers": 1, **no_warning, **changes})
-        command = [sys.executable, "-c", PROGRAM, "train", *words]
-        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+
+        def run() -> int:
+            for name in [name for name in os.environ if name.startswith("WANDB_")]:
+                del os.environ[name]
+            os.environ |= {f"WANDB_{name}": value for name, value in (wandb or {}).items()}
+            if url:
+                os.environ |= {"WANDB_BASE_URL": url, "WANDB_API_KEY": "a" * 40}
+            os.chdir(tmp_path)
+            log_wandb.PATIENCE = 4  # seconds: the run's patience with W&B is cut short, so that the tests are
+            return main(["train", *words])
+
+        (tmp_path / "stderr").write_text("")
+        return fork(run, tmp_path / "stderr", HOME=str(tmp_path))
 
     return begin
 
 
-def finished(process: subprocess.Popen) -> list[str]:
-    """The warnings of a run that ended well."""
-    _, stderr = process.communicate(timeout=120)
-    assert process.returncode == 0, stderr
-    return [line for line in stderr.splitlines() if line.strip()]
+@pytest.fixture
+def finished(tmp_path):
+    """finished(pid): the warnings of a run that ended well."""
+
+    def warnings(pid: int) -> list[str]:
+        code, stderr = exit_code(pid, 120), (tmp_path / "stderr").read_text()
+        assert code == 0, stderr
+        return [line for line in stderr.splitlines() if line.strip()]
+
+    return warnings
 
 
-def killed_at(process: subprocess.Popen, run_dir: Path, step: int) -> None:
-    deadline = time.monotonic() + 60
-    while not (run_dir / "metrics.jsonl").exists() or f'{{"step": {step}, ' not in (run_dir / "metrics.jsonl").read_text():
-        assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.communicate(timeout=60)
+def killed_at(pid: int, run_dir: Path, step: int) -> None:
+    wait_for(run_dir, step)
+    os.kill(pid, signal.SIGKILL)
+    assert exit_code(pid) == -signal.SIGKILL
 
 
 def records(run_dir: Path) -> list[dict]:
@@ -75,11 +78,11 @@ def plain(row: dict) -> dict:
 
 def logged(run_dir: Path) -> list[dict]:
     """metrics.jsonl as W&B should have it: numbers alone, the step under W&B's name for it."""
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{"_step" if key == "step" else key: v for key, v in line.items() if isinstance(v, (int, float))} for line in lines]
+    numbers = [{key: v for key, v in line.items() if isinstance(v, (int, float))} for line in lines_of(run_dir)]
+    return [{"_step" if key == "step" else key: v for key, v in line.items()} for line in numbers]
 
 
-def test_offline_history_equals_the_metrics_after_two_kills_and_a_resume(start, tmp_path):
+def test_offline_history_equals_the_metrics_after_two_kills_and_a_resume(start, finished, tmp_path):
     run_dir = tmp_path / "run"
     changes = {"total_steps": 24, "log.interval_steps": 1, "checkpoint.interval_steps": 5}
     killed_at(start(**changes), run_dir, 8)
@@ -94,7 +97,7 @@ def test_offline_history_equals_the_metrics_after_two_kills_and_a_resume(start, 
     assert sorted(kinds) == ["killed", "killed", "offline"]  # `wandb sync` takes those that begin with `offline`
 
 
-def test_name_group_tags_configuration_and_code_are_told(start, tmp_path):
+def test_name_group_tags_configuration_and_code_are_told(start, finished, tmp_path):
     changes = {"log.wandb.group": "tiny", "log.wandb.name": "first", "log.wandb.tags": "[a,b]", "log.wandb.project": "p"}
     assert finished(start(total_steps=3, **changes)) == []
     told = records(tmp_path / "run")
@@ -113,7 +116,7 @@ def test_name_group_tags_configuration_and_code_are_told(start, tmp_path):
     assert {key: summary[key] for key in last} == last
 
 
-def test_the_environment_fills_in_what_the_configuration_leaves_open(start, tmp_path):
+def test_the_environment_fills_in_what_the_configuration_leaves_open(start, finished, tmp_path):
     words = {"PROJECT": "p", "NAME": "n", "RUN_GROUP": "g", "TAGS": "a,b", "ENTITY": "e", "MODE": "OFFLINE"}
     assert finished(start(wandb=words, total_steps=1)) == []
     runs = [record["run"] for record in records(tmp_path / "run") if record["type"] == "run"]
@@ -121,7 +124,7 @@ def test_the_environment_fills_in_what_the_configuration_leaves_open(start, tmp_
     assert told == [("p", "n", "g", ["a", "b"], "e")]
 
 
-def test_a_server_gets_each_step_once_over_a_kill_and_a_resume(start, tmp_path):
+def test_a_server_gets_each_step_once_over_a_kill_and_a_resume(start, finished, tmp_path):
     run_dir = tmp_path / "run"
     changes = {"total_steps": 16, "log.interval_steps": 1, "checkpoint.interval_steps": 5}
     with Server("works") as server:
@@ -138,7 +141,9 @@ def test_a_server_gets_each_step_once_over_a_kill_and_a_resume(start, tmp_path):
 
 
 @pytest.mark.parametrize("manner", ["refuses", "hangs", "dies", "is not there"])
-def test_whatever_ails_the_server_the_run_ends_well_with_complete_metrics_and_at_most_one_warning(start, tmp_path, manner):
+def test_whatever_ails_the_server_the_run_ends_well_with_complete_metrics_and_at_most_one_warning(
+    start, finished, tmp_path, manner
+):
     with Server(manner) as server:
         if manner == "is not there":
             server.stop()
@@ -151,7 +156,7 @@ def test_whatever_ails_the_server_the_run_ends_well_with_complete_metrics_and_at
         assert rows == logged(tmp_path / "run")
 
 
-def test_a_folder_that_wandb_cannot_use_is_one_warning(start, tmp_path):
+def test_a_folder_that_wandb_cannot_use_is_one_warning(start, finished, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/wandb").write_text("a file in the way")
     (warning,) = finished(start(total_steps=3, **{"log.interval_steps": 1}))

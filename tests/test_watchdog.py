@@ -1,23 +1,18 @@
 """A rank that is stopped, killed or failed ends the run on all ranks, which name it; a healthy run is left alone."""
 
-import gc
-import json
 import os
 import signal
-import socket
-import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import ranks
 import torch
-from ranks import on_ranks
+from ranks import environments, exit_code, fork, on_ranks
+from runs import events_of, lines_of, wait_for
 
-from olmo_train import config as configuration
 from olmo_train import train as module
-from olmo_train.__main__ import _run
+from olmo_train.__main__ import main
 from olmo_train.checkpoint import folders
 from olmo_train.checkpoint.save import Checkpointer
 from olmo_train.data.loader import Loader
@@ -39,18 +34,11 @@ def running(tiny_words, tmp_path):
 
     def start(prepare=lambda rank: None, wait=True, **changes):
         words = tiny_words("run", **{"total_steps": 100_000, "guards.hang_seconds": HANG_SECONDS, **changes})
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        gc.collect()
-        for rank in range(2):
-            if not (pid := os.fork()):
-                child(rank, port, words, tmp_path / f"{rank}.stderr", prepare)
-            pids.append(pid)
-        metrics, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 60
-        while wait and not (metrics.exists() and metrics.read_text().count("\n") > 5):
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+        for rank, environment in enumerate(environments(2)):
+            child = lambda rank=rank: prepare(rank) or main(["train", *words])  # noqa: E731
+            pids.append(fork(child, tmp_path / f"{rank}.stderr", **environment))
+        if wait:
+            wait_for(tmp_path / "run", 6)
         return pids, tmp_path / "run"
 
     yield start
@@ -62,33 +50,6 @@ def running(tiny_words, tmp_path):
             pass
 
 
-def child(rank, port, words, stderr, prepare):
-    code = 1
-    try:
-        gc.freeze()
-        for number in (1, 2):  # also of what writes to the descriptors
-            os.dup2(os.open(os.devnull if number == 1 else stderr, os.O_WRONLY | os.O_CREAT), number)
-        sys.stdout, sys.stderr = open(1, "w"), open(2, "w")  # noqa: SIM115
-        os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        prepare(rank)
-        config = configuration.load(module.TrainConfig, [], words)
-        code = _run(lambda _: [None for _ in module.train(config)] and 0, SimpleNamespace(debug=False, verb="train"))
-    finally:
-        sys.stderr.flush()
-        os._exit(code)
-
-
-def ended(pid, seconds=HANG_SECONDS + 15):
-    """The exit code of a process that ends within so many seconds."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        done, status = os.waitpid(pid, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.02)
-    raise AssertionError(f"process {pid} is still there after {seconds} s")
-
-
 def last_line(tmp_path, rank):
     lines = (tmp_path / f"{rank}.stderr").read_text().splitlines()
     return lines[-1] if lines else ""
@@ -98,7 +59,7 @@ def last_line(tmp_path, rank):
 def test_a_stopped_rank_is_named_by_the_other_and_ends_both(running, tmp_path, stopped):
     pids, run_dir = running()
     os.kill(pids[stopped], signal.SIGSTOP)
-    assert ended(pids[1 - stopped]) == 6
+    assert exit_code(pids[1 - stopped], HANG_SECONDS + 15) == 6
     line = last_line(tmp_path, 1 - stopped)
     assert line.startswith("error: guards.hang_seconds: no progress for ")
     assert f"rank {stopped}: its process is stopped, last seen after step" in line and "last batch" in line
@@ -106,7 +67,7 @@ def test_a_stopped_rank_is_named_by_the_other_and_ends_both(running, tmp_path, s
     assert "olmo_train/train.py" in (hang / f"rank-{1 - stopped:04d}.txt").read_text()
     assert f"rank {stopped}: its process is stopped" in (hang / f"rank-{stopped:04d}.txt").read_text()
     os.kill(pids[stopped], signal.SIGCONT)
-    assert ended(pids[stopped]) == 6
+    assert exit_code(pids[stopped], HANG_SECONDS + 15) == 6
     assert last_line(tmp_path, 1) == "" or stopped == 0
 
 
@@ -114,7 +75,7 @@ def test_a_stopped_rank_is_named_by_the_other_and_ends_both(running, tmp_path, s
 def test_a_killed_rank_is_named_by_the_other(running, tmp_path, killed):
     pids, run_dir = running()
     os.kill(pids[killed], signal.SIGKILL)
-    assert ended(pids[1 - killed], seconds=30) == 6
+    assert exit_code(pids[1 - killed], 30) == 6
     line = last_line(tmp_path, 1 - killed)
     assert line.startswith(f"error: peers: rank {killed} was killed, or died without a word, after step "), line
 
@@ -133,7 +94,7 @@ def test_a_rank_that_hangs_by_itself_is_named_by_its_peer(running, tmp_path):
         Run.next_batch = next_batch
 
     pids, run_dir = running(prepare)
-    codes = [ended(pid) for pid in pids]
+    codes = [exit_code(pid, HANG_SECONDS + 15) for pid in pids]
     assert codes == [6, 6]
     assert "no progress" in last_line(tmp_path, 0) and last_line(tmp_path, 1) == ""
     assert "rank 1: keeps the others waiting in next_batch" in last_line(tmp_path, 0)
@@ -153,7 +114,7 @@ def test_the_reason_of_a_rank_that_fails_alone_reaches_the_user(running, tmp_pat
         Run.next_batch = next_batch
 
     pids, _ = running(prepare, wait=False)
-    assert [ended(pid, seconds=60) for pid in pids] == [6, 3]
+    assert [exit_code(pid) for pid in pids] == [6, 3]
     assert last_line(tmp_path, 0) == "error: peers: rank 1 failed: part.bin: token 5 has id 700; run the same command again"
     assert last_line(tmp_path, 1) == ""
 
@@ -186,10 +147,10 @@ HEARTBEATS = (
 
 
 @pytest.mark.parametrize("owner, name, problem, code, told", [HELD_OUT, STATE, HEARTBEATS])
-def test_what_one_rank_alone_cannot_open_ends_all_ranks_with_its_reason(tiny_args, tiny_tokens, owner, name, problem, code, told):
-    config = tiny_args("run", total_steps=2, **{"data.validation.v.path": tiny_tokens})
+def test_what_one_rank_alone_cannot_open_ends_all_ranks_with_its_reason(tiny_args, held_out, owner, name, problem, code, told):
+    config = tiny_args("run", total_steps=2, **{"data.validation.v.path": held_out})
     list(module.train(config))
-    config = tiny_args("run", total_steps=4, **{"data.validation.v.path": tiny_tokens})
+    config = tiny_args("run", total_steps=4, **{"data.validation.v.path": held_out})
     real = getattr(owner, name)
 
     def fails(*args, **options):
@@ -268,8 +229,7 @@ def test_a_rank_that_needs_three_times_the_median_is_told_and_an_equal_one_is_no
         list(module.train(config, world))
 
     on_ranks(2, train)
-    lines = (Path(config.run_dir) / "events.jsonl").read_text().splitlines()
-    told = [event for event in map(json.loads, lines) if event["event"] == "slow"]
+    told = events_of(config.run_dir, "slow")
     assert [event["rank"] for event in told] == ([1] if late else [])  # once in ten lines
     assert not late or told[0]["own_seconds"] > late > told[0]["median_seconds"]
 
@@ -288,9 +248,9 @@ def test_a_healthy_run_is_left_alone_also_while_it_saves_and_evaluates(running, 
             slow(owner, name)
 
     pids, run_dir = running(prepare, wait=False, total_steps=4, **{"guards.hang_seconds": 0.6, "checkpoint.interval_steps": 4})
-    assert [ended(pid, seconds=60) for pid in pids] == [0, 0]
+    assert [exit_code(pid) for pid in pids] == [0, 0]
     assert not (run_dir / "forensics").exists() and not (run_dir / ".heartbeats").exists()
-    assert [json.loads(line)["step"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3, 4]
+    assert [line["step"] for line in lines_of(run_dir)] == [1, 2, 3, 4]
 
 
 def slow(owner, name):

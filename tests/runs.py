@@ -1,0 +1,74 @@
+"""What many tests do with a run: train in this process, cut it off, read what it wrote.
+
+trained(config)              train to the end; returns config
+trained_on(size, config)     the same on forked ranks
+cut(config, steps)           train some steps and drop the run, as a kill between two steps would
+lines_of(run_dir)            metrics.jsonl as a list of dicts
+events_of(run_dir, *kinds)   events.jsonl, only the events of these kinds
+history(run_dir, *names)     these figures of every line that holds a training step
+first_model(config)          a whole Transformer with its first values
+wait_for(run_dir, lines)     until another process has logged this many lines
+"""
+
+import json
+import time
+from pathlib import Path
+
+import torch
+from ranks import on_ranks
+
+from olmo_train.model.config import ModelConfig
+from olmo_train.model.init import initial_value
+from olmo_train.model.transformer import Transformer
+from olmo_train.train import train
+
+LOSS, GRAD_NORM = "train/CrossEntropyLoss", "optim/total_grad_norm"
+# The figures of a step that a resumed run repeats bit for bit.
+SAME = ("step", LOSS, GRAD_NORM, "optim/learning_rate_group0", "optim/clipping_rate", "sample_hash", "skipped",
+        "throughput/total_tokens", "throughput/total_flops")  # fmt: skip
+
+
+def trained(config, world=None):
+    for _ in train(config, world):
+        pass
+    return config
+
+
+def trained_on(size: int, config):
+    on_ranks(size, lambda world: trained(config, world) and None)
+    return config
+
+
+def cut(config, steps: int):
+    run = train(config)
+    for stats in run:
+        if stats.step == steps:
+            run.close()
+    return config
+
+
+def first_model(config: ModelConfig, seed: int = 1) -> Transformer:
+    model = Transformer(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(initial_value(name, parameter.shape, config, seed))
+    return model
+
+
+def lines_of(run_dir, name: str = "metrics.jsonl") -> list[dict]:
+    return [json.loads(line) for line in (Path(run_dir) / name).read_text().splitlines()]
+
+
+def events_of(run_dir, *kinds: str) -> list[dict]:
+    return [event for event in lines_of(run_dir, "events.jsonl") if not kinds or event["event"] in kinds]
+
+
+def wait_for(run_dir, lines: int, seconds: float = 60) -> None:
+    metrics, deadline = Path(run_dir) / "metrics.jsonl", time.monotonic() + seconds
+    while not metrics.exists() or metrics.read_text().count("\n") < lines:
+        assert time.monotonic() < deadline, f"{metrics} has no {lines} lines after {seconds} s"
+        time.sleep(0.005)
+
+
+def history(run_dir, *names: str) -> list[tuple]:
+    return [tuple(line[name] for name in names or SAME) for line in lines_of(run_dir) if LOSS in line]
