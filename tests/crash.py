@@ -11,19 +11,15 @@ gets SIGTERM in place of the kill.
 
 import builtins
 import contextlib
-import gc
 import io
 import os
 import signal
-import socket
-import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from olmo_train import config
-from olmo_train.__main__ import _run
-from olmo_train.train_config import TrainConfig
+from ranks import environments, exit_code, fork
+
+from olmo_train.__main__ import main
 
 PATIENCE = 120  # seconds for a run of a few steps on a busy machine
 
@@ -152,62 +148,19 @@ def run(words: list[str], run_dir: Path, world: int = 1, die: Death | None = Non
 
     `stop_in`: the number of the evaluation in which rank 0 gets SIGTERM; 0: none.
     """
-    death = die or Death()
-    counter = run_dir.with_name(run_dir.name + ".count")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    children = []
-    gc.collect()  # process groups of earlier tests, whose threads a child would wait for in vain
-    for rank in range(world):
-        child = os.fork()
-        if child == 0:
-            if stop_in and rank == 0:
-                signal_in_evaluation(stop_in)
-            _child(words, run_dir, rank, world, port, death, counter)
-        children.append(child)
-    codes = _wait(children)
-    return codes, int(counter.read_text()) if counter.exists() else 0
+    death, counter = die or Death(), run_dir.with_name(run_dir.name + ".count")
 
-
-def _child(words, run_dir, rank, world, port, death, counter) -> None:
-    code = 1
-    try:
-        gc.freeze()
-        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
-        os.environ.pop("RANK", None)
-        if world > 1:
-            os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    def train(rank: int) -> int:
         disk = Disk(run_dir, death)
+        if stop_in and rank == 0:
+            signal_in_evaluation(stop_in)
         if rank == death.rank:
             disk.install()
-        code = _run(lambda _: _train(words), type("Arguments", (), {"debug": False, "verb": "train"}))
+        code = main(["train", *words])
         if rank == death.rank:
             counter.write_text(str(disk.count))
-    finally:
-        os._exit(code)
+        return code
 
-
-def _train(words: list[str]) -> int:
-    from olmo_train.train import train
-
-    for _ in train(config.load(TrainConfig, [], words)):
-        pass
-    return 0
-
-
-def _wait(children: list[int]) -> list[int]:
-    """Exit codes; when one child was killed, the others get some time to notice by themselves."""
-    codes: dict[int, int] = {}
-    deadline = time.monotonic() + PATIENCE
-    while len(codes) < len(children):
-        for child in set(children) - set(codes):
-            done, status = os.waitpid(child, os.WNOHANG)
-            if done:
-                codes[child] = os.waitstatus_to_exitcode(status)
-        if time.monotonic() > deadline:
-            for child in set(children) - set(codes):
-                os.kill(child, signal.SIGKILL)
-            deadline = float("inf")
-        time.sleep(0.01)
-    return [codes[child] for child in children]
+    places = environments(world) if world > 1 else [{}]
+    children = [fork(lambda rank=rank: train(rank), os.devnull, **place) for rank, place in enumerate(places)]
+    return [exit_code(child, PATIENCE) for child in children], int(counter.read_text()) if counter.exists() else 0

@@ -58,6 +58,8 @@ def exit_code(pid: int, seconds: float = 60) -> int:
         if done:
             return os.waitstatus_to_exitcode(status)
         time.sleep(0.01)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
     raise AssertionError(f"process {pid} is still there after {seconds} s")
 
 
