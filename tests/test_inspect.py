@@ -13,7 +13,7 @@ from conftest import EOS_ID
 from olmo_train import config
 from olmo_train.__main__ import main
 from olmo_train.data.config import DataConfig, SourceConfig, StageConfig
-from olmo_train.data.inspect import find_document, rows_of_step, visits_of
+from olmo_train.data.inspect import find_documents, rows_of_step, visits_of
 from olmo_train.data.mixture import Mixture
 from olmo_train.errors import ConfigError, DataError
 from olmo_train.history import History, data_config
@@ -71,7 +71,7 @@ def test_every_reading_of_every_document_is_found_from_both_ends(tmp_path, order
             for d in row.documents:
                 forward.setdefault((row.source, d.start), []).append((step, row.row, row.instance))
     for (name, start), seen in forward.items():
-        source, document = find_document(mixture, f"{name}:@{start}")
+        source, (document,) = find_documents(mixture, f"{name}:@{start}")
         assert [(v.step, v.row, v.instance) for v in visits_of(mixture, source, document, 1, steps)] == sorted(seen)
     last = raw_mixture(tmp_path, order).sources[0].documents(0, 1000)
     assert {start for name, start in forward if name == "a"} == {d.start for d in last}  # and none was left out
@@ -100,8 +100,8 @@ def test_ranks_share_the_rows_in_order(tmp_path):
 def test_visits_follow_a_change_of_the_mix(tmp_path):
     mixture = raw_mixture(tmp_path, stages=(StageConfig(11, {"a": 1.0}),))
     for name, last in (("a", 60), ("b", 10)):
-        documents = [find_document(mixture, f"{name}:@{position}") for position in range(0, 700, 50)]
-        steps = {visit.step for document in documents for visit in visits_of(mixture, *document, 1, 60)}
+        found = [find_documents(mixture, f"{name}:@{position}") for position in range(0, 700, 50)]
+        steps = {visit.step for source, (document,) in found for visit in visits_of(mixture, source, document, 1, 60)}
         assert min(steps) <= 3 and last - 2 <= max(steps) <= last
 
 
@@ -109,7 +109,7 @@ def test_wrong_documents_are_told(tmp_path):
     mixture = raw_mixture(tmp_path)
     for word, problem in (("a", ConfigError), ("c:1", ConfigError), ("a:@1000", DataError), ("a:d1", DataError)):
         with pytest.raises(problem):
-            find_document(mixture, word)
+            find_documents(mixture, word)
 
 
 def run_words(tiny_words, prepared, **changes) -> list[str]:

@@ -44,7 +44,7 @@ def test_a_remote_folder_is_the_local_one(server):
     here = open_source("test", SourceConfig(str(folder)), 280)
     there = open_source("test", SourceConfig(f"{url}/source"), 280)
     assert there.fingerprint == here.fingerprint
-    assert there.find_document("doc-7").start == here.find_document("doc-7").start
+    assert there.find_documents({"doc-7"})[0].start == here.find_documents({"doc-7"})[0].start
     Handler.requests.clear()
     open_source("test", SourceConfig(f"{url}/source"), 280)
     assert [path for path in Handler.requests if "tokens-" in path or path.endswith("parquet")] == []

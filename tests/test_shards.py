@@ -136,7 +136,7 @@ def test_raw_documents_are_found_by_their_eos(tmp_path):
     assert [(d.start, d.end) for d in source.documents(2, 4)] == [(0, 2), (3, 4)]
     assert source.documents(0, 1)[0].id is None
     with pytest.raises(DataError, match="keep no ids"):
-        source.find_document("x")
+        source.find_documents({"x"})[0]
 
 
 def test_documents_of_a_prepared_source_are_found_by_position_and_id(tmp_path):
@@ -147,7 +147,7 @@ def test_documents_of_a_prepared_source_are_found_by_position_and_id(tmp_path):
     documents = source.documents(0, source.n_tokens)
     assert [d.id for d in documents] == [f"doc-{i}" for i in range(60)]
     for document, text in zip(documents, texts(60), strict=True):
-        assert source.find_document(document.id) == document
+        assert source.find_documents({document.id})[0] == document
         ids = np.zeros(document.end - document.start + 1, np.int64)
         source.read(document.start, ids)
         assert tokenizer.decode(ids[:-1]) == text
@@ -155,7 +155,7 @@ def test_documents_of_a_prepared_source_are_found_by_position_and_id(tmp_path):
         assert source.documents(document.end, document.end + 1) == [document]  # its EOS is the document's
     assert documents[6].origin == f"{tmp_path}/source.jsonl:7"
     with pytest.raises(DataError, match="knows no document 'doc-60'"):
-        source.find_document("doc-60")
+        source.find_documents({"doc-60"})[0]
 
 
 def test_a_changed_prepared_source_is_refused(tmp_path):

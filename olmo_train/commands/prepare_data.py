@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 
 
@@ -41,20 +42,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int | None:
     from olmo_train.data.prepare.prepare import PrepareOptions, prepare
 
-    options = PrepareOptions(
-        inputs=tuple(args.inputs),
-        output=args.output,
-        tokenizer=args.tokenizer,
-        eos=args.eos,
-        text_field=args.text_field,
-        workers=args.workers,
-        max_shard_tokens=args.max_shard_tokens,
-        validation_fraction=args.validation_fraction,
-        on_error=args.on_error,
-    )
+    options = PrepareOptions(tuple(args.inputs), **{f.name: getattr(args, f.name) for f in fields(PrepareOptions)[1:]})
     begun = time.monotonic()
     with _ProgressLine() as line:
-        result = prepare(options, line.update, lambda s: line.warn(f"{s.where}: {s.why}; left out"), line.warn)
+        result = prepare(options, line.update, line.warn)
     _report(args.output, result, time.monotonic() - begun, line.new_tokens)
 
 

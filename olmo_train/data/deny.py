@@ -1,7 +1,6 @@
-"""Documents that nothing is learned from: the words of data.deny, resolved once into spans of the sources' streams.
+"""Documents excluded from the loss: the words of data.deny, resolved once into spans of the sources' streams.
 
-Whether a token is denied is then a binary search, so a list of any length costs nothing a batch. Where the documents lie,
-and with it the order of the data, does not change.
+Whether a token is denied is then a binary search, so the length of the list does not matter. The order of the data is the same.
 """
 
 from __future__ import annotations
@@ -22,28 +21,29 @@ class Denied:
     """The denied spans of one source."""
 
     def __init__(self, spans: list[tuple[int, int]]):
-        """spans: [start, end) of documents in the source's stream, in any order, with or without repetitions."""
+        """spans: [start, end) of documents in the source's stream, in any order; a repeated one counts once."""
         self.starts, self.ends = np.array(sorted(set(spans)), dtype=np.int64).reshape(-1, 2).T
 
     def __len__(self) -> int:
         return len(self.starts)
 
     def hide(self, start: int, scored: np.ndarray) -> None:
-        """Set the denied ones of the tokens [start, start + len(scored)) to 0."""
+        """Set `scored`, which describes the tokens [start, start + len(scored)), to 0 where they are denied."""
         low = int(np.searchsorted(self.ends, start, side="right"))
         high = int(np.searchsorted(self.starts, start + len(scored), side="left"))
         for begin, end in zip(self.starts[low:high].tolist(), self.ends[low:high].tolist(), strict=True):
             scored[max(begin - start, 0) : end - start] = 0
 
     def holds(self, document: Document) -> bool:
+        """Whether the document is denied."""
         at = int(np.searchsorted(self.starts, document.start, side="right")) - 1
         return at >= 0 and document.start < int(self.ends[at])
 
 
 def denied_spans(words: tuple[str, ...], sources: list[TokenSource]) -> list[Denied]:
-    """What the words of data.deny deny in each source: documents with their EOS. Raises ConfigError and DataError.
+    """The denied spans of each source: documents with their EOS. An id denies every document that has it.
 
-    Ids that occur more than once in a source deny every document of that id.
+    Raises ConfigError and DataError.
     """
     named: list[set[str]] = [set() for _ in sources]
     for word, where in _listed(words):
@@ -58,7 +58,7 @@ def denied_spans(words: tuple[str, ...], sources: list[TokenSource]) -> list[Den
 
 
 def summary(denied: list[Denied], names: list[str]) -> dict[str, object] | None:
-    """What a checkpoint keeps of the list: how many documents of each source, and the sha256 of their spans; None when none."""
+    """What a checkpoint stores about the list: documents of each source, and the sha256 of their spans; None if it is empty."""
     if not any(map(len, denied)):
         return None
     counts = {name: len(of) for name, of in zip(names, denied, strict=True) if len(of)}
@@ -70,7 +70,7 @@ def summary(denied: list[Denied], names: list[str]) -> dict[str, object] | None:
 
 
 def _listed(words: tuple[str, ...]) -> list[tuple[str, str]]:
-    """(word, where it stands): those of the key itself, and the lines of the files that it names."""
+    """(word, where it was found): the words of the key itself, and the lines of the files that it names."""
     found = []
     for word in words:
         if not Path(word).is_file():

@@ -1,8 +1,8 @@
 """documents.parquet: which document each token belongs to, for billions of rows.
 
-Rows are in token order, in row groups that never cross a shard. The row group of a position is found by bisecting the groups'
-statistics, and only that group is read. Ids are found through documents.ids,
-an array of (hash of the id, position) sorted by hash. pyarrow is imported only when a table is opened or written.
+Rows are in token order, in row groups that never cross a shard. A bisection of the groups' statistics finds the row group of a
+position, and only that group is read. Ids are looked up in documents.ids, an array of (hash of the id, position) sorted by hash.
+pyarrow is imported only when a table is opened.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -28,24 +28,28 @@ SCAN_TOKENS = 2**22  # how far a raw file is scanned for an EOS before and after
 
 @dataclass(frozen=True)
 class Document:
+    """A document of a source, as a span of tokens."""
+
     id: str | None  # the record's own id, else origin:record; None in raw files
     origin: str  # source file, with :record where the file holds several
-    start: int  # of its first token; in the stream, or in the shard where a shard is spoken of
+    start: int  # position of its first token, in the stream or in the shard
     end: int  # exclusive, before its EOS
-    denied: bool = False  # by data.deny: nothing is learned from it
+    denied: bool = False  # by data.deny: its tokens are no labels in training
 
     def shifted(self, by: int) -> Document:
+        """The document with positions that are `by` higher."""
         return replace(self, start=self.start + by, end=self.end + by)
 
 
 def id_hash(id: str) -> int:
+    """64 bits of the id's BLAKE2b hash."""
     return int.from_bytes(hashlib.blake2b(id.encode(), digest_size=8).digest(), "little")
 
 
 def scan_documents(tokens: np.ndarray, start: int, stop: int, eos_id: int, origin: str) -> list[Document]:
-    """The documents of a raw file that overlap [start, stop), by its EOS tokens.
+    """The documents of a raw file that overlap [start, stop), found by its EOS tokens. A document ends at the end of its file.
 
-    Looks at most SCAN_TOKENS to either side: a longer document is cut there. A file's border is a document's border.
+    Scans at most SCAN_TOKENS to either side: a longer document is cut there.
     """
     low = _after_last_eos(tokens, max(start - SCAN_TOKENS, 0), start, eos_id)
     found, begin = [], low
@@ -60,7 +64,7 @@ def scan_documents(tokens: np.ndarray, start: int, stop: int, eos_id: int, origi
 
 
 def _after_last_eos(tokens: np.ndarray, low: int, start: int, eos_id: int) -> int:
-    """Where the document that holds position `start` begins, at the earliest `low`; searched in growing steps."""
+    """Where the document that holds position `start` begins, not before `low`; searched backwards in growing steps."""
     stop, step = start, 4096
     while stop > low:
         begin = max(stop - step, low)
@@ -89,38 +93,43 @@ class DocumentTable:
 
     @property
     def n_documents(self) -> int:
+        """Rows of the table."""
         return self._parquet.metadata.num_rows
 
     def _group_key(self, group: int) -> tuple[int, int]:
+        """(shard, start) of the first row of a row group."""
         row_group = self._parquet.metadata.row_group(group)
         return row_group.column(self._shard).statistics.min, row_group.column(self._start).statistics.min
 
-    def overlapping(self, shard: int, start: int, stop: int) -> list[Document]:
-        """The documents that overlap [start, stop) of a shard, in order, positions in the shard."""
+    def _group_of(self, shard: int, position: int) -> int:
+        """The row group of the document that holds this position of a shard."""
         groups = range(self._parquet.num_row_groups)
-        group = max(bisect_right(groups, (shard, start), key=self._group_key) - 1, 0)
+        return max(bisect_right(groups, (shard, position), key=self._group_key) - 1, 0)
+
+    def overlapping(self, shard: int, start: int, stop: int) -> list[Document]:
+        """The documents that overlap [start, stop) of a shard, in order; their positions are in the shard."""
+
+        def rows(starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
+            # `end` is the position of the EOS, which belongs to the document
+            return np.arange(np.searchsorted(ends, start, side="left"), np.searchsorted(starts, stop, side="left"))
+
         found = []
-        while group < len(groups) and self._group_key(group) < (shard, stop):
-            if self._group_key(group)[0] == shard:
-                found += self._rows(group, start, stop)
-            group += 1
+        for group in range(self._group_of(shard, start), self._parquet.num_row_groups):
+            key = self._group_key(group)
+            if key >= (shard, stop):
+                break
+            if key[0] == shard:
+                found += self._documents(group, rows)
         return found
 
-    def _rows(self, group: int, start: int, stop: int) -> list[Document]:
-        spans = self._parquet.read_row_group(group, columns=["start", "end"])
-        starts, ends = spans["start"].to_numpy(), spans["end"].to_numpy()
-        low = int(np.searchsorted(ends, start, side="left"))  # `end` is the place of the EOS, which counts as the document's
-        high = int(np.searchsorted(starts, stop, side="left"))
-        if low >= high:
-            return []
-        texts = self._parquet.read_row_group(group, columns=["id", "origin", "record"]).slice(low, high - low).to_pylist()
-        return [
-            Document(row["id"], _origin(row), int(s), int(e))
-            for row, s, e in zip(texts, starts[low:high], ends[low:high], strict=True)
-        ]
+    def _documents(self, group: int, rows: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> list[Document]:
+        """The documents in the rows of a row group that `rows(starts, ends)` returns."""
+        table = self._parquet.read_row_group(group, columns=["id", "start", "end", "origin", "record"])
+        chosen = table.take(rows(table["start"].to_numpy(), table["end"].to_numpy()))
+        return [Document(row["id"], _origin(row), row["start"], row["end"]) for row in chosen.to_pylist()]
 
     def spans(self, shard: int) -> tuple[np.ndarray, np.ndarray]:
-        """(documents of the shard,) their starts and ends."""
+        """(documents of the shard,) their starts and ends. Raises DataError."""
         import pyarrow as pa
 
         groups = range(self._parquet.num_row_groups)
@@ -139,53 +148,39 @@ class DocumentTable:
         except (OSError, ValueError) as problem:
             raise DataError(file, f"cannot be read: {problem}; prepare the source again") from problem
 
-    def find(self, id: str, shard_starts: list[int]) -> Document:
-        """The first document of that id, positions in the stream. Raises DataError when there is none."""
-        return min(self.find_all({id}, shard_starts), key=lambda document: document.start)
+    def find(self, ids: set[str], shard_starts: list[int]) -> list[Document]:
+        """Every document of these ids, in order; their positions are in the stream. Each row group is read once.
 
-    def find_all(self, ids: set[str], shard_starts: list[int]) -> list[Document]:
-        """Every document of these ids, positions in the stream; each row group is read once.
-
-        Raises DataError on an id of which there is none.
+        Raises DataError when an id is unknown.
         """
         wanted: dict[int, dict[int, str]] = {}  # row group: {start in the shard: id}
-        groups = range(self._parquet.num_row_groups)
         for id in ids:
             for start in self._starts_of(id):
                 shard = bisect_right(shard_starts, start) - 1
                 local = start - shard_starts[shard]
-                group = max(bisect_right(groups, (shard, local), key=self._group_key) - 1, 0)
-                wanted.setdefault(group, {})[local] = id
+                wanted.setdefault(self._group_of(shard, local), {})[local] = id
         found = []
         for group, starts in sorted(wanted.items()):
             base = shard_starts[self._group_key(group)[0]]
-            found += [d.shifted(base) for d in self._at(group, sorted(starts)) if starts.get(d.start) == d.id]
+            documents = self._documents(group, lambda column, _, starts=starts: np.searchsorted(column, sorted(starts)))
+            found += [d.shifted(base) for d in documents if starts.get(d.start) == d.id]
         if missing := ids - {document.id for document in found}:
             raise DataError(self.file, f"knows no document '{min(missing)}'; {self._nearest(min(missing))}")
         return found
 
+    def _starts_of(self, id: str) -> list[int]:
+        """Positions in the stream of the documents whose id has this one's hash."""
+        hashes, wanted = self._ids["hash"], id_hash(id)  # bisect reads few of them; np.searchsorted would copy all
+        low = bisect_left(hashes, wanted)
+        return self._ids["start"][low : bisect_right(hashes, wanted, lo=low)].tolist()
+
     def _nearest(self, id: str) -> str:
-        """The known ids that are like this one, among at most LIKE_ROWS of the source."""
+        """Known ids that resemble this one, among at most LIKE_ROWS ids of the source."""
         groups = range(0, self._parquet.num_row_groups, -(-self._parquet.num_row_groups // LIKE_GROUPS))
         columns = [self._parquet.read_row_group(group, columns=["id"])["id"][: LIKE_ROWS // len(groups)] for group in groups]
         known = [known for column in columns for known in column.to_pylist()]
         near = difflib.get_close_matches(id, known, n=3, cutoff=0.6)
         return f"did you mean {' or '.join(map(repr, dict.fromkeys(near)))}?" if near else f"an id of it is {known[0]!r}"
-
-    def _starts_of(self, id: str) -> Iterator[int]:
-        """Positions in the stream of the documents whose id has this one's hash."""
-        hashes, wanted = self._ids["hash"], id_hash(id)
-        for at in range(bisect_left(hashes, wanted), len(hashes)):
-            if int(hashes[at]) != wanted:
-                break
-            yield int(self._ids["start"][at])
-
-    def _at(self, group: int, starts: list[int]) -> list[Document]:
-        """The documents of a row group that begin at these positions of its shard."""
-        table = self._parquet.read_row_group(group, columns=["id", "start", "end", "origin", "record"])
-        rows = np.searchsorted(table["start"].to_numpy(), starts)
-        texts = table.take(rows).to_pylist()
-        return [Document(row["id"], _origin(row), row["start"], row["end"]) for row in texts]
 
 
 def _origin(row: dict) -> str:

@@ -31,13 +31,16 @@ class Batch:
     step: int = 0
 
     def micro_batches(self, rows: int) -> Iterator[Batch]:
+        """The batch in parts of `rows` rows."""
         for start in range(0, len(self.input_ids), rows):
             yield self._map(lambda tensor, start=start: tensor[start : start + rows])
 
     def to(self, device: torch.device) -> Batch:
+        """The batch on another device."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pinned(self) -> Batch:
+        """The batch in pinned memory, from which copies to a GPU are asynchronous."""
         return self._map(lambda tensor: tensor.contiguous().pin_memory())
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
@@ -64,7 +67,10 @@ def document_numbers(input_ids: Tensor, eos_id: int) -> Tensor:
 
 
 def split_labels(tokens: Tensor, mask: np.ndarray | None, shifted: bool) -> tuple[Tensor, Tensor]:
-    """(input_ids, labels) of instances: each token's label is the next one; with `shifted` the last has none."""
+    """(input_ids, labels), each (rows, T) int64, of instances (rows, T + 1), or (rows, T) with `shifted`.
+
+    The label of a token is the next token; with `shifted`, the last one has none. `mask` is 0 for tokens that are no labels.
+    """
     if mask is None and not shifted:
         return tokens[:, :-1], tokens[:, 1:]
     labels = tokens.clone() if mask is None else tokens.masked_fill(torch.from_numpy(mask) == 0, IGNORE)
@@ -74,7 +80,7 @@ def split_labels(tokens: Tensor, mask: np.ndarray | None, shifted: bool) -> tupl
 
 
 class Loader:
-    """Iterates over this rank's batches from first_step on, without end; `close` ends its thread."""
+    """Iterates over the batches of one rank from first_step on, without end; call `close` at the end."""
 
     def __init__(self, mixture: Mixture, data_rank: int, data_size: int, device: torch.device, first_step: int):
         self.mixture, self.data_rank, self.data_size, self.device = mixture, data_rank, data_size, device
@@ -88,7 +94,7 @@ class Loader:
             yield batch
 
     def get(self, give_up: Callable[[], int] = lambda: 0) -> Batch | None:
-        """Wait for the next batch; None if `give_up()` is true while waiting."""
+        """Wait for the next batch; None if `give_up()` becomes true while waiting."""
         while True:
             try:
                 item = self._ready.get(timeout=PATIENCE)
@@ -101,6 +107,7 @@ class Loader:
             return item.to(self.device)
 
     def close(self) -> None:
+        """End the thread."""
         self._closed.set()
         while self._thread.is_alive():
             try:
@@ -122,7 +129,7 @@ class Loader:
 def validation_batches(
     source: TokenSource, seq_len: int, rows: int, data_rank: int, data_size: int, eos_id: int | None = None
 ) -> Iterator[Batch]:
-    """One validation source in order, with every token a target once. With `eos_id`, attention stays within documents.
+    """A validation source in order, with every token but the first a label once. With `eos_id`, attention stays within documents.
 
     All ranks get the same number of batches of the same shape (rows, seq_len), as sharded models need. Rows beyond the end of
     the source are unscored, so sums over ranks are the same for every world size.

@@ -21,44 +21,49 @@ META_FILE = "meta.json"
 TOKENIZER_FILE = "tokenizer.json"
 DTYPES = ("uint16", "uint32")
 BLOCK_BYTES = 4096
-BLOCKS = 16  # blocks of a shard that blocks_sha256 covers, evenly spread, the first and the last among them
+BLOCKS = 16  # blocks of a shard in blocks_sha256, evenly spread, including the first and the last
 
 
 @dataclass(frozen=True)
 class ShardMeta:
+    """A shard, as meta.json lists it."""
+
     file: str  # name in the folder
     tokens: int
     size: int  # bytes
-    sha256: str  # of the whole file
-    blocks_sha256: str  # of BLOCKS blocks: what can be compared quickly when a large source is opened
-    labels: dict | None = None  # {"file", "sha256"} of the label mask, one byte a token, 1 = scored; null: all scored
+    sha256: str  # of the file
+    blocks_sha256: str  # of BLOCKS blocks, compared when a large source is opened
+    labels: dict | None = None  # {"file", "sha256"} of the label mask, one byte per token, 1 = scored; null: all scored
 
 
 @dataclass(frozen=True)
 class Meta:
+    """The contents of meta.json."""
+
     format_version: int
     dtype: str  # uint16 or uint32, little-endian
     tokenizer: str  # its name or the file it was read from
-    tokenizer_sha256: str  # of tokenizer.json, a copy of which lies in the folder
+    tokenizer_sha256: str  # of tokenizer.json in the folder
     vocab_size: int
     eos_id: int
     eos_text: str
-    tokens: int  # of all shards, EOS included: the documents' tokens + one EOS a document
+    tokens: int  # of all shards: those of the documents, and one EOS per document
     documents: int
     bytes: int  # UTF-8 bytes of the documents' text, EOS not included
     shards: tuple[ShardMeta, ...]
     documents_sha256: str  # of documents.parquet
-    skipped: dict = field(default_factory=dict)  # {"records": n, "empty": n, "first": [...]}: what did not become a document
+    skipped: dict = field(default_factory=dict)  # {"records": n, "empty": n, "first": [...]}: input without a document
     account: dict = field(default_factory=dict)  # where every byte and record of the input went; docs/data.md
-    recipe: dict = field(default_factory=dict)  # inputs and options that prepare-data was given
+    recipe: dict = field(default_factory=dict)  # inputs and options of prepare-data
 
     @property
     def has_label_mask(self) -> bool:
+        """Whether some tokens are not scored."""
         return any(shard.labels for shard in self.shards)
 
 
 def read_meta(folder: Path) -> Meta:
-    """Raises DataError when the folder has no meta.json, or one that this version cannot read."""
+    """Read meta.json. Raises DataError when the folder has none, or one that this version cannot read."""
     file = folder / META_FILE
     if not file.exists():
         raise DataError(
@@ -82,7 +87,7 @@ def read_meta(folder: Path) -> Meta:
     total = sum(shard.tokens for shard in meta.shards)
     if total != meta.tokens:
         raise DataError(file, f"lists {meta.tokens} tokens, but its shards sum to {total}; prepare the source again")
-    for shard in meta.shards:  # a folder from elsewhere must not make us read outside of it
+    for shard in meta.shards:  # a name must not lead out of the folder, which may come from anybody
         for name in (shard.file, shard.labels["file"] if shard.labels else shard.file):
             if Path(name).name != name:
                 raise DataError(file, f"names the shard {name!r}, which does not lie in the folder")

@@ -1,11 +1,9 @@
-"""The data of a run: open sources and the data order. Lists and reads the global batch of any step, in any order of steps.
-
-Needs only numpy, so a run can be inspected on a machine without torch.
-"""
+"""The data of a run: open sources and the order of their instances. Needs only numpy, so a run is inspected without torch."""
 
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import replace
 
@@ -15,7 +13,7 @@ from olmo_train.data.config import DataConfig
 from olmo_train.data.deny import denied_spans, summary
 from olmo_train.data.documents import Document
 from olmo_train.data.order import BatchSizes, Instances, OlmoOrder, PermutedOrder
-from olmo_train.data.shards import TokenSource, open_source
+from olmo_train.data.shards import TokenSource, check_block, open_source
 from olmo_train.data.tokenizer import TokenizerRecord, check_same_tokenizer
 from olmo_train.errors import ConfigError, DataError
 
@@ -24,7 +22,7 @@ class Mixture:
     """Open sources and their order: lists, reads and hashes the global batch of any step."""
 
     def __init__(self, config: DataConfig, seed: int, global_batch_size: int, seq_len: int, vocab_size: int):
-        """Raises DataError when a source cannot be read or is too small."""
+        """Raises ConfigError, and DataError when a source cannot be read or is too small."""
         self.config, self.seq_len = config, seq_len
         self.sources = [open_source(name, source, vocab_size, config.eos_id) for name, source in config.sources.items()]
         self.names = [source.name for source in self.sources]
@@ -32,12 +30,13 @@ class Mixture:
         self.shifted = config.order == "olmo"  # an instance is seq_len tokens, the last of which has no label
         self.eos_id = self._eos_id() if config.document_mask else None  # if set, attention stays within documents
         self.vocab_size = vocab_size
-        self.sizes = [self._instances_of(source) for source in self.sources]
+        self._before = [self._instances_before(source) for source in self.sources]
+        self.sizes = [before[-1] for before in self._before]  # instances of each source
         self.seed = seed if config.seed is None else config.seed
         self.set_batches(BatchSizes(((1, global_batch_size),)))
 
     def set_batches(self, batches: BatchSizes) -> None:
-        """Read the data in batches of these sizes. Raises DataError when a source is too small."""
+        """Change the sizes of the global batches. Raises DataError when a source is too small."""
         self.batches = batches
         if self.shifted:
             self._check_size(sum(self.sizes), max(size for _, size in batches.changes), ", ".join(self.names))
@@ -49,7 +48,7 @@ class Mixture:
             self.order = PermutedOrder(self.names, self.sizes, stages, self.seed)
 
     def open_validation(self) -> list[TokenSource]:
-        """The sources of data.validation. Raises DataError as __init__ does."""
+        """The sources of data.validation. Raises ConfigError and DataError."""
         return [open_source(name, s, self.vocab_size, self.eos_id) for name, s in self.config.validation.items()]
 
     def check_tokenizers(self, validation: Iterable[TokenSource] = (), *others: TokenizerRecord | None) -> None:
@@ -61,12 +60,12 @@ class Mixture:
 
     @property
     def fingerprint(self) -> dict[str, str]:
-        """{source: hash of its contents}, compared at a resume."""
+        """{source: hash of its contents}, compared when a run resumes."""
         return {source.name: source.fingerprint for source in self.sources}
 
     @property
     def denied_summary(self) -> dict[str, object] | None:
-        """A summary of what data.deny denies, compared at a resume; None if nothing is denied."""
+        """A summary of what data.deny denies, compared when a run resumes; None if nothing is denied."""
         return summary(self.denied, self.names)
 
     def marked(self, source: int, documents: list[Document]) -> list[Document]:
@@ -83,7 +82,7 @@ class Mixture:
         return dict(zip(self.names, visits.tolist(), strict=True))
 
     def sample_hash(self, batch: Instances) -> str:
-        """sha256 of the batch's sorted (source, instance) pairs: equal for equal batches, whatever the order of rows."""
+        """sha256 of the batch's sorted (source, instance) pairs, which does not depend on the order of rows."""
         pairs = sorted((self.names[s], int(i)) for s, i in zip(batch.source, batch.instance, strict=True))
         return hashlib.sha256("".join(f"{name}\t{instance}\n" for name, instance in pairs).encode()).hexdigest()
 
@@ -92,12 +91,16 @@ class Mixture:
         if not self.shifted:
             start = instance * self.seq_len
             return start, start + self.seq_len + 1
-        # OLMo cuts each file separately and drops the remainder.
-        starts = self.sources[source].starts
-        before = np.concatenate(([0], np.cumsum(np.diff(starts) // self.seq_len)))
-        file = int(np.searchsorted(before, instance, side="right")) - 1
-        start = int(starts[file]) + (instance - int(before[file])) * self.seq_len
+        before, starts = self._before[source], self.sources[source].starts
+        file = bisect_right(before, instance) - 1
+        start = int(starts[file]) + (instance - before[file]) * self.seq_len
         return start, start + self.seq_len
+
+    def _instances_before(self, source: TokenSource) -> list[int]:
+        """The number of instances before each part of a source that is cut separately, and at the end."""
+        if self.shifted:  # OLMo cuts each file separately and drops the remainder
+            return np.concatenate(([0], np.cumsum(np.diff(source.starts) // self.seq_len))).tolist()
+        return [0, max(source.n_tokens - 1, 0) // self.seq_len]
 
     def read(self, batch: Instances) -> np.ndarray:
         """Token ids of these instances, (rows, seq_len + 1) int64; seq_len columns with order: olmo."""
@@ -112,12 +115,8 @@ class Mixture:
         row, column = np.argwhere(tokens >= self.vocab_size)[0]
         source = self.sources[batch.source[row]]
         at = self.span(int(batch.source[row]), int(batch.instance[row]))[0] + int(column)
-        file = int(np.searchsorted(source.starts, at, side="right")) - 1
-        raise DataError(
-            source.files[file],
-            f"token {at - int(source.starts[file])} has id {tokens[row, column]}, but the last id of the vocabulary is "
-            f"{self.vocab_size - 1}; another dtype, another tokenizer, or model.vocab_size is too small",
-        )
+        file = bisect_right(source.starts, at) - 1
+        check_block(source, file, at - int(source.starts[file]), tokens[row, column : column + 1], self.vocab_size)
 
     def read_label_mask(self, batch: Instances) -> np.ndarray | None:
         """1 for each token that is scored as a label, in the shape of `read`, uint8; None if all are."""
@@ -134,20 +133,12 @@ class Mixture:
     def _eos_id(self) -> int:
         known = {source.eos_id for source in self.sources}
         if len(known) != 1 or None in known:
-            raise ConfigError(
-                "data.document_mask", f"needs one EOS id, and the sources have {known}; set data.eos_id for raw files"
-            )
+            what = f"needs one EOS id, and the sources have {known}; set data.eos_id for raw files"
+            raise ConfigError("data.document_mask", what)
         return known.pop()
-
-    def _instances_of(self, source: TokenSource) -> int:
-        if self.shifted:
-            return int((np.diff(source.starts) // self.seq_len).sum())
-        return max(source.n_tokens - 1, 0) // self.seq_len
 
     def _check_size(self, size: int, needed: int, name: str) -> None:
         if size < needed:
             files = ", ".join(str(file) for file in sorted({s.files[0] for s in self.sources if s.name in name.split(", ")}))
-            raise DataError(
-                f"data.sources.{name}",
-                f"{size} instances of {self.seq_len} tokens in {files}, at least {needed} are needed",
-            )
+            what = f"{size} instances of {self.seq_len} tokens in {files}, at least {needed} are needed"
+            raise DataError(f"data.sources.{name}", what)

@@ -4,9 +4,13 @@ The order is a keyed permutation: a Feistel network keyed by (seed, source, epoc
 memory and can be inverted. So "what was in step 12345" and "which step read instance 9" are arithmetic, a run resumes from
 its step alone, and every world size reads the same global batches.
 
-Terms: a *place* is an index into the endless list of instances that a run reads; a row of a step has place = instances read in
-earlier steps + row. A *period* is PERIOD consecutive places, in which every source has exactly its share. A *visit* is the
-k-th place of a source, counted over the run; it is in epoch k // n of the source's n instances.
+Terms, with 8 instances per step and sources a and b of weights 3 and 1:
+
+    place    index into the endless list of instances that a run reads; step 2, row 5 has place 8 + 5 = 13
+    period   PERIOD = 10,000 consecutive places, in which every source has exactly its share: 7,500 of a, 2,500 of b
+    visit    the k-th place of a source, counted over the run; if a has n instances, visit k is in its epoch k // n
+
+PermutedOrder.at computes place -> (source, visit) -> (epoch, position in the epoch) -> instance, and places_of goes back.
 """
 
 from __future__ import annotations
@@ -21,8 +25,8 @@ import numpy as np
 from olmo_train.errors import ConfigError
 
 PERIOD = 10_000  # places in which shares are exact: weights have four decimals
-KEPT_TABLES = 8  # cached periods: a global batch spans one or two
-ROUNDS = 8  # of the Feistel network; four already look random, eight cost microseconds
+KEPT_TABLES = 8  # periods in the cache; a global batch spans one or two
+ROUNDS = 8  # of the Feistel network; four already look random, and eight cost microseconds
 
 
 def key_of(*parts: object) -> np.ndarray:
@@ -70,7 +74,7 @@ def permute(x: np.ndarray, n: int, key: np.ndarray, backwards: bool = False) -> 
 
 
 def quotas(weights: Sequence[float], period: int = PERIOD) -> np.ndarray:
-    """Places of each source in one period, (sources,) int64, with sum `period`, by largest remainders."""
+    """Places of each source in one period, (sources,) int64, which sum to `period`: shares rounded by largest remainders."""
     exact = np.asarray(weights, dtype=np.float64) / np.sum(weights) * period
     places = np.floor(exact).astype(np.int64)
     largest = np.argsort(-(exact - places), kind="stable")[: period - places.sum()]
@@ -131,8 +135,8 @@ class Instances:
 class PermutedOrder:
     """`order: permute`: sources mixed by weight; each epoch of each source has a separate permutation.
 
-    sizes: instances of each source. stages: [(first place, weights)], the first at place 0; later stages change the mix from
-    their first place on. The order does not depend on the length of the run.
+    sizes: instances of each source. stages: [(first place, weights)], the first at place 0; a stage sets the mix from its first
+    place on. The order does not depend on the length of the run.
     """
 
     def __init__(self, names: Sequence[str], sizes: Sequence[int], stages: Sequence[tuple[int, Sequence[float]]], seed: int):
@@ -199,7 +203,7 @@ class PermutedOrder:
         return periods * self.quotas[stage] + part
 
     def _table(self, stage: int, period: int) -> tuple[np.ndarray, np.ndarray]:
-        """(source of each place of the period, how many places of that source come before it in the period)."""
+        """(source of each place of the period, number of earlier places of that source in the period)."""
         if (stage, period) not in self._tables:
             slots = permute(np.arange(PERIOD), PERIOD, key_of("period", self.seed, stage, period))
             owner = np.searchsorted(np.cumsum(self.quotas[stage]), slots, side="right")
@@ -231,6 +235,7 @@ class OlmoOrder:
         self._shuffled: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.uint32))
 
     def at(self, places: np.ndarray) -> Instances:
+        """The instances at these places (any 1-D array of int64)."""
         epoch, position = self._positions(np.asarray(places, dtype=np.int64))
         flat = np.empty_like(position)
         for e in np.unique(epoch):
@@ -239,6 +244,7 @@ class OlmoOrder:
         return Instances(source, flat - np.concatenate(([0], self.ends))[source], epoch)
 
     def places_of(self, source: int, instance: int, last_place: int) -> np.ndarray:
+        """Every place below `last_place` at which the instance is read: at most one per epoch."""
         flat = instance + (int(self.ends[source - 1]) if source else 0)
         first_place, first_epoch, first_position, length = self._stretches.T
         places = []

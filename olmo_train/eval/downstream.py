@@ -1,9 +1,8 @@
-"""Downstream tasks: which of several texts is the likeliest after a question, according to the model?
+"""Downstream tasks: which of several texts does the model find most likely after a question?
 
-Each choice of a question gets one number, its log-likelihood. `score` returns a vector of them that is 0 for the choices of
-other ranks, so the caller sums the ranks' vectors without rounding, and `results_of` computes accuracy and the other metrics
-from the sum. Batches depend on the task alone and are distributed over the ranks, so any number of ranks computes the same
-batches.
+`score` returns the log-likelihood of every choice, and 0 for the choices of other ranks, so that the sum of the ranks' vectors is
+exact. `results_of` computes accuracy and the other metrics from that sum. Batches depend on the task alone and are distributed
+over the ranks, so every number of ranks computes the same batches.
 """
 
 from __future__ import annotations
@@ -19,12 +18,12 @@ from torch import Tensor, nn
 from olmo_train.data.tokenizer import Tokenizer
 from olmo_train.eval.tasks import Task, read_task
 
-ROUND = 16  # lengths of batches are multiples of it
+ROUND = 16  # the length of a batch is a multiple of this number of tokens
 
 
 @dataclass(frozen=True)
 class Row:
-    """One choice as tokens: what the model reads, and the targets that its last positions are scored on."""
+    """One choice as tokens: the input of the model, and the targets of its last positions."""
 
     input_ids: tuple[int, ...]  # context and choice without its last token, at most seq_len, cut on the left
     targets: tuple[int, ...]  # the choice
@@ -32,18 +31,21 @@ class Row:
 
 @dataclass(frozen=True)
 class TokenizedTask:
+    """A task and the tokens of its choices."""
+
     task: Task
     rows: tuple[Row, ...]  # the choices of all questions, in order
 
     @property
     def label(self) -> str:
+        """The task's name in the metrics."""
         return self.task.label
 
 
 def load_task(word: str, tokenizer: Tokenizer, seq_len: int, limit: int | None = None) -> TokenizedTask:
-    """A task (see read_task), tokenized for a model of seq_len. Raises ConfigError and DataError.
+    """Read a task (see read_task) and tokenize it for a model of seq_len. Raises ConfigError and DataError.
 
-    Context and choice are encoded separately, as OLMo does.
+    Context and choice are encoded separately, as in OLMo.
     """
     task = read_task(word, limit)
     choices = [choice for question in task.questions for choice in question.choices]
@@ -69,9 +71,9 @@ def score(
 ) -> Tensor:
     """(rows,) float64 on the model's device: the log-likelihood in nats of each choice; 0 for those of other ranks.
 
-    batch_tokens: most tokens of one forward, padding included. All ranks make the same number of forwards, as sharded models
-    need. `stop` is asked after each; the scores are not to be used when it says so. `watch` may show progress: it is given the
-    items, what they are of and how many, and returns the items.
+    batch_tokens: most tokens of one forward, padding included. All ranks run the same number of forwards, as sharded models need.
+    `stop` is called after each forward; once it is true, scoring ends and the scores are incomplete. `watch(items, label, n)`
+    returns the items and may show progress.
     """
     device = next(model.parameters()).device
     scores = torch.zeros(len(task.rows), dtype=torch.float64, device=device)
@@ -91,7 +93,7 @@ def score(
 
 
 def _batches(task: TokenizedTask, batch_tokens: int) -> list[list[list[int]]]:
-    """Batches of groups of rows: rows of one input are computed once, and inputs of like length together, the longest first."""
+    """Batches of groups of rows: rows with the same input form a group, and groups of similar length a batch, longest first."""
     same: dict[tuple[int, ...], list[int]] = {}
     for i, row in enumerate(task.rows):
         same.setdefault(row.input_ids, []).append(i)
@@ -106,7 +108,7 @@ def _batches(task: TokenizedTask, batch_tokens: int) -> list[list[list[int]]]:
 
 
 def _likelihoods(model: nn.Module, task: TokenizedTask, indices: list[list[int]], device: torch.device) -> Tensor:
-    """(choices,) float64, in the order of `indices`, whose groups share a line of the batch."""
+    """(choices,) float64, in the order of `indices`; each group shares a line of the batch."""
     inputs = [task.rows[same[0]].input_ids for same in indices]
     width = -(-max(map(len, inputs)) // ROUND) * ROUND
     # Attention is causal, so padding on the right changes nothing.
@@ -130,8 +132,8 @@ class Downstream:
 
     task: str
     questions: int
-    chance: float | None  # accuracy of blind guessing
-    acc: float | None  # share of questions whose right choice is the likeliest
+    chance: float | None  # accuracy of random guessing
+    acc: float | None  # share of questions whose right choice is the most likely
     acc_error: float | None  # standard error of acc
     len_norm: float | None  # the same, with log-likelihoods divided by the characters of the choice
     bits_per_byte: float  # of the right choice: mean over the questions
@@ -143,7 +145,7 @@ class Downstream:
 
 
 def results_of(task: TokenizedTask, scores: list[float]) -> Downstream:
-    """Read the results off the log-likelihoods of all choices, (rows,). The space before a choice counts in no length."""
+    """Metrics from the log-likelihoods of all choices, (rows,). Lengths do not include the space before a choice."""
     right, right_normed, bits, chance, first = 0, 0, 0.0, 0.0, 0
     for question in task.task.questions:
         texts = [choice.text.removeprefix(" ") for choice in question.choices]

@@ -1,6 +1,6 @@
-"""The loss of a model on held-out sources, compared with two models without context: unigram and uniform.
+"""The loss of a model on held-out sources, beside that of two models without context: unigram and uniform.
 
-Uses the same batches and sums as the evaluation during a run, so both return the same numbers.
+Batches and sums are those of the evaluation during a run, so both return the same numbers.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from olmo_train.eval.perplexity import bits_per_byte, loss_sums, mixed_counts, u
 from olmo_train.model.transformer import Transformer
 
 log = logging.getLogger(__name__)
-Watch = Callable[[Iterable, str, int], Iterable]  # (items, what they are of, how many) -> the items: a progress bar
+Watch = Callable[[Iterable, str, int], Iterable]  # (items, label, number of items) -> the items; shows progress
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """One source. Losses are nats a token."""
+    """The results on one source. Losses are in nats per token."""
 
     source: str
     tokens: int  # scored
     loss: float
     perplexity: float
-    bits_per_byte: float | None  # None where the bytes of the tokens are not known
-    unigram_loss: float | None  # of the model that knows how often each token occurs in training; None without its data
+    bits_per_byte: float | None  # None if the bytes of the text are not known
+    unigram_loss: float | None  # of the model that predicts each token by its frequency in training; None without that data
     uniform_loss: float  # ln(vocab_size)
 
 
@@ -44,15 +44,15 @@ def measure(
     train_counts: np.ndarray | None,
     watch: Watch = lambda items, *_: items,
 ) -> HeldOut:
-    """Evaluate a model on all tokens of a source, `rows` sequences of seq_len tokens at once.
+    """Evaluate a model on all tokens of a source, `rows` sequences of seq_len tokens at a time.
 
-    document_mask: attention stays within documents, as in the training. train_counts: (vocab_size,) how often each id occurs
-    in training. Raises ConfigError when documents are asked for and the source does not know its EOS.
+    document_mask: attention stays within documents, as in training. train_counts: (vocab_size,) occurrences of each id in
+    training. Raises ConfigError when document_mask is set and the EOS of the source is not known.
     """
     config = model.config
     if document_mask and source.eos_id is None:
         raise ConfigError("data.eos_id", f"is needed for data.document_mask, since {source.name} is made of raw token files")
-    seen = np.zeros(config.vocab_size, dtype=np.int64)  # how often each id is a scored label
+    seen = np.zeros(config.vocab_size, dtype=np.int64)  # occurrences of each id as a scored label
 
     def counted(batches: Iterable[Batch]) -> Iterable[Batch]:
         for batch in batches:
@@ -75,7 +75,7 @@ def measure(
 
 
 def training_counts(open_mixture: Callable[[], Mixture], step: int) -> np.ndarray | None:
-    """How often each id occurs in what a run reads up to `step`, (vocab_size,); None, and a warning, without its data."""
+    """Occurrences of each id in the data that a run reads up to `step`, (vocab_size,); None, with a warning, without its data."""
     try:
         mixture = open_mixture()
     except DataError as problem:

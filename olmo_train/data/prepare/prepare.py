@@ -1,8 +1,8 @@
 """prepare-data: turn text files into a source folder.
 
 The output depends only on the inputs, the tokenizer and the options (together: the recipe), not on the number of workers or
-interruptions. OUTPUT/.unfinished holds the state from which an interrupted run of the same recipe continues. Once the folder
-is finished it has a meta.json and no .unfinished.
+interruptions. OUTPUT/.unfinished holds the state from which an interrupted run of the same recipe continues. A finished folder
+has a meta.json and no .unfinished.
 """
 
 from __future__ import annotations
@@ -29,13 +29,15 @@ from olmo_train.errors import ConfigError, DataError, UserError, check_choice
 from olmo_train.storage import lock
 
 VALIDATION = "validation"  # folder of the held-out documents, inside the output
-SAVE_SECONDS = 10.0  # work that a kill costs
-SAVE_ROWS = 2**17  # documents whose rows are kept in memory
-NAMED = 20  # skipped records that meta.json and the console name; the rest is counted
+SAVE_SECONDS = 10.0  # between saves; the most work that a kill costs
+SAVE_ROWS = 2**17  # most documents with rows in memory
+NAMED = 20  # most skipped records that meta.json and the console name; the others are only counted
 
 
 @dataclass(frozen=True)
 class PrepareOptions:
+    """The arguments of prepare-data."""
+
     inputs: tuple[str, ...]
     output: Path
     tokenizer: str  # a tokenizer.json or the name of an OLMo tokenizer
@@ -44,7 +46,7 @@ class PrepareOptions:
     workers: int = 1
     max_shard_tokens: int = 2**28  # 512 MiB as uint16
     validation_fraction: float | None = None  # of the documents; null: none is held out
-    on_error: str = "skip"  # what a corrupt record does: skip, or stop
+    on_error: str = "skip"  # skip a corrupt record, or stop at the first one
 
     def __post_init__(self) -> None:
         check_choice("--on-error", self.on_error, ("skip", "stop"))
@@ -57,22 +59,24 @@ class PrepareOptions:
 
     @property
     def hold_out_every(self) -> int | None:
+        """N, if every N-th document is held out."""
         return None if self.validation_fraction is None else round(1 / self.validation_fraction)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Progress:
-    """Where the work is: what a progress bar needs."""
+    """How far the work is, for a progress bar."""
 
-    input_bytes: int = 0  # done, of total_bytes
-    total_bytes: int = 0
-    tokens: int = 0
-    documents: int = 0
-    resumed_tokens: int = 0  # of these, those that an earlier run made
+    input_bytes: int  # done, of total_bytes
+    total_bytes: int
+    tokens: int
+    resumed_tokens: int  # of `tokens`, those of an earlier run
 
 
-@dataclass
+@dataclass(frozen=True)
 class PrepareResult:
+    """The finished folders."""
+
     meta: Meta
     validation: Meta | None
     already_finished: bool = False
@@ -80,10 +84,10 @@ class PrepareResult:
 
 @dataclass
 class _State:
-    """Kept as JSON in the work folder."""
+    """What a restart needs, stored as JSON in the work folder."""
 
     recipe: dict
-    unit: int = 0  # the chunk to go on with
+    unit: int = 0  # (unit, chunk): the next chunk
     chunk: int = 0
     input_bytes: int = 0
     documents: int = 0  # held-out ones included
@@ -96,16 +100,16 @@ class _State:
 def prepare(
     options: PrepareOptions,
     on_progress: Callable[[Progress], None] = lambda progress: None,
-    on_skip: Callable[[Skipped], None] = lambda skipped: None,
     on_note: Callable[[str], None] = lambda note: None,
 ) -> PrepareResult:
-    """Tokenize the inputs into the output folder, going on where an earlier run of the same recipe was interrupted.
+    """Tokenize the inputs into the output folder, continuing an interrupted run of the same recipe.
 
-    Raises ConfigError for wrong options or an output that belongs to another recipe, DataError for inputs that give no
-    documents, and for the first corrupt record with on_error 'stop'; after a DataError the output folder is as before.
+    `on_note` is called with a line for each skipped record, up to NAMED, and for files that are not read.
+    Raises ConfigError for wrong options or an output with another recipe, and DataError for inputs without documents or, with
+    on_error 'stop', for the first corrupt record; after a DataError the output folder is as before.
     """
     tokenizer = load_tokenizer(options.tokenizer, eos=options.eos)
-    unread: dict[str, dict[str, int]] = {}
+    unread: dict[str, dict[str, int]] = {}  # files of the inputs that are not opened: {reason: {"records": files, "bytes": n}}
 
     def on_left_out(skipped: Skipped) -> None:
         if skipped.records:
@@ -124,16 +128,15 @@ def prepare(
         return PrepareResult(meta, held_out, already_finished=True)
     existed = output.exists()
     with _locked(output) as work:
-        state = _load_state(output, work, recipe)
-        run = _Run(options, tokenizer, units, unread, state, work, on_progress, on_skip)
+        run = _Run(options, tokenizer, units, unread, _load_state(output, work, recipe), work, on_note)
         try:
-            meta, held_out = run.run()
+            meta, held_out = run.run(on_progress)
         except UserError:
             run.discard()
             if not existed:
                 shutil.rmtree(output)
             raise
-        except OSError as problem:  # a full disk, most often: what is done is kept
+        except OSError as problem:  # most often a full disk; what was saved stays
             raise DataError(problem.filename or output, f"{problem.strerror}; the same command goes on from here") from problem
         finally:
             run.close()
@@ -142,38 +145,29 @@ def prepare(
 
 
 class _Run:
-    """One run from the state it finds to the finished folder."""
+    """One run, from the state that it finds to the finished folder."""
 
-    def __init__(self, options, tokenizer, units, unread, state, work, on_progress, on_skip):
+    def __init__(self, options, tokenizer, units, unread, state, work, on_note):
         self.options, self.tokenizer, self.units, self.state, self.work = options, tokenizer, units, state, work
-        self.unread = unread  # files of the inputs that are not opened: reason: {"records": files, "bytes": n}
-        self.on_progress, self.on_skip = on_progress, on_skip
-        most, output = options.max_shard_tokens, options.output
+        self.unread, self.on_note = unread, on_note
+        most, output, self.every = options.max_shard_tokens, options.output, options.hold_out_every
         self.train = SourceWriter(output, work / "train", tokenizer, most, state.train)
-        self.every = options.hold_out_every
-        self.held_out = None
+        self.writers = [self.train]
         if self.every:
             self.held_out = SourceWriter(output / VALIDATION, work / VALIDATION, tokenizer, most, state.validation)
-        self.writers = [writer for writer in (self.held_out, self.train) if writer]  # the folder itself is finished last
-        self.progress = Progress(state.input_bytes, sum(unit.size for unit in units))
-        self.progress.resumed_tokens = self._count()
+            self.writers.insert(0, self.held_out)  # the output folder itself is finished last
 
-    def _count(self) -> int:
-        self.progress.documents = self.state.documents
-        self.progress.tokens = sum(writer.n_tokens for writer in self.writers)
-        return self.progress.tokens
-
-    def run(self) -> tuple[Meta, Meta | None]:
+    def run(self, on_progress: Callable[[Progress], None]) -> tuple[Meta, Meta | None]:
+        """Process the remaining chunks and finish the folders; returns their meta.json, the second of the held-out documents."""
         state, saved = self.state, time.monotonic()
         if state.first and self.options.on_error == "stop":
             raise DataError(state.first[0]["where"], state.first[0]["why"])
+        total_bytes, resumed_tokens = sum(unit.size for unit in self.units), self._n_tokens()
         places: deque[tuple[int, int]] = deque()
-        results = tokenize_chunks(self._chunks(places), self.tokenizer, self.options.text_field, self.options.workers)
-        for result in results:
+        for result in tokenize_chunks(self._chunks(places), self.tokenizer, self.options.text_field, self.options.workers):
             self._take(result)
             state.unit, state.chunk = places.popleft()
-            self._count()
-            self.on_progress(self.progress)
+            on_progress(Progress(state.input_bytes, total_bytes, self._n_tokens(), resumed_tokens))
             rows = sum(writer.unsaved_rows for writer in self.writers)
             if time.monotonic() - saved > SAVE_SECONDS or rows > SAVE_ROWS:
                 self._save()
@@ -187,8 +181,11 @@ class _Run:
         metas = [writer.finish(skipped, account, state.recipe) for writer in self.writers]
         return metas[-1], metas[0] if self.every else None
 
+    def _n_tokens(self) -> int:
+        return sum(writer.n_tokens for writer in self.writers)
+
     def _chunks(self, places: deque[tuple[int, int]]) -> Iterator[Chunk]:
-        """The chunks that are still to do; `places` gets, for each, where to go on once it is done."""
+        """The remaining chunks; for each, the (unit, chunk) after it is appended to `places`."""
         for unit in range(self.state.unit, len(self.units)):
             skip = self.state.chunk if unit == self.state.unit else 0
             for number, chunk in enumerate(chunks(self.units[unit], self.options.text_field)):
@@ -203,29 +200,24 @@ class _Run:
                 raise DataError(skipped.where, f"{skipped.why}; correct it, or leave it out with --on-error skip")
             if len(state.first) < NAMED:
                 state.first.append({"where": skipped.where, "why": skipped.why})
-                self.on_skip(skipped)
+                self.on_note(f"{skipped.where}: {skipped.why}; left out")
         for reason, n in result.left_out.items():
             count_left_out(state.left_out, reason, **n)
         state.input_bytes += result.input_bytes
-        self.progress.input_bytes = state.input_bytes
-        documents = result.documents
+        self._write(result.documents)
+        state.documents += len(result.documents)
+
+    def _write(self, documents: Tokenized) -> None:
+        """Hold out the last of every `every` documents of the whole input."""
         if self.every is None:
             self.train.add(documents)
-        else:
-            self._split(documents)
-        state.documents += len(documents)
-
-    def _split(self, documents: Tokenized) -> None:
-        """Every `every`-th document of the whole input is held out, the last of each `every`."""
+            return
         low, n = 0, len(documents)
-        first = (self.every - 1 - self.state.documents) % self.every
-        for held in range(first, n, self.every):
-            if low < held:
-                self.train.add(documents.part(low, held))
+        for held in range((self.every - 1 - self.state.documents) % self.every, n, self.every):
+            self.train.add(documents.part(low, held))
             self.held_out.add(documents.part(held, held + 1))
             low = held + 1
-        if low < n:
-            self.train.add(documents.part(low, n))
+        self.train.add(documents.part(low, n))
 
     def _refuse_nothing(self) -> None:
         state = self.state
@@ -235,10 +227,8 @@ class _Run:
             raise DataError(" ".join(self.options.inputs), f"contains no documents ({records} records were skipped){why}")
         if self.every and not self.held_out.state.documents:
             fraction = self.options.validation_fraction
-            raise DataError(
-                "--validation-fraction",
-                f"{fraction} holds out every {self.every}th document, but there are {state.documents}; raise it",
-            )
+            what = f"{fraction} holds out every {self.every}th document, but there are {state.documents}; raise it"
+            raise DataError("--validation-fraction", what)
 
     def _account(self) -> dict:
         """Where every byte and record of the input went. Bytes are those of the files on disk, compressed or not."""
@@ -251,7 +241,7 @@ class _Run:
         records, bytes = (sum(n[key] for n in left_out.values()) for key in ("records", "bytes"))
         unread_files, unread_bytes = (sum(n[key] for n in self.unread.values()) for key in ("records", "bytes"))
         read = {"files": recipe["input_files"] + unread_files, "bytes": state.input_bytes + unread_bytes}
-        written = {"documents": state.documents, "bytes": read["bytes"] - bytes, "tokens": self._count()}
+        written = {"documents": state.documents, "bytes": read["bytes"] - bytes, "tokens": self._n_tokens()}
         return {"in": {**read, "records": state.documents + records}, "out": written, "left_out": left_out}
 
     def _save(self) -> None:
@@ -260,13 +250,13 @@ class _Run:
         write_json(self.work / "state.json", asdict(self.state))
 
     def discard(self) -> None:
-        """Take back everything that was written."""
+        """Delete everything that was written."""
         self.close()
         for folder in {writer.folder for writer in self.writers}:
             for pattern in ("tokens-*.bin", "labels-*.bin", "documents.*", "tokenizer.json", META_FILE):
                 for file in folder.glob(pattern):
                     file.unlink()
-        if self.held_out:
+        if self.every:
             self.held_out.folder.rmdir()
         shutil.rmtree(self.work)
 
@@ -276,7 +266,7 @@ class _Run:
 
 
 def _recipe(options: PrepareOptions, tokenizer: Tokenizer, units: list[Unit]) -> dict:
-    """What the output depends on. Contents of large inputs are compared by blocks."""
+    """All that the output depends on. Contents of large inputs are compared by blocks."""
     digest, files, size = hashlib.sha256(), 0, 0
     for unit in units:
         for path, origin in zip(unit.files, unit.origins, strict=True):
@@ -297,7 +287,7 @@ def _recipe(options: PrepareOptions, tokenizer: Tokenizer, units: list[Unit]) ->
 
 def _same_recipe(output: Path, before: dict, now: dict) -> None:
     for key in now:
-        if before.get(key, now[key]) != now[key]:  # an earlier version may not have recorded it
+        if before.get(key, now[key]) != now[key]:  # an earlier version may not have stored it
             was, is_now = (reprlib.repr(recipe.get(key)) for recipe in (before, now))
             raise ConfigError(output, f"was prepared with {key} {was}, now it is {is_now}; choose another --output")
 
@@ -322,7 +312,7 @@ def _load_state(output: Path, work: Path, recipe: dict) -> _State:
 
 @contextmanager
 def _locked(output: Path) -> Iterator[Path]:
-    """The work folder, for this process alone."""
+    """The work folder, locked for this process."""
     work = output / WORK_FOLDER
     work.mkdir(parents=True, exist_ok=True)
 

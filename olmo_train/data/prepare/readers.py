@@ -44,6 +44,11 @@ class Record:
     segments: tuple[tuple[str, bool], ...]
     size: int = field(default=0, compare=False)  # in the unit of its chunk's `content`
 
+    @property
+    def place(self) -> str:
+        """file, or file:record; the id of a record without one."""
+        return self.origin if self.record is None else f"{self.origin}:{self.record}"
+
 
 def chunks(unit: Unit, text_field: str) -> Iterator[Chunk]:
     """The chunks of a unit, in order; their input_bytes sum to the unit's size. A file that breaks off ends with a `problem`."""

@@ -1,14 +1,15 @@
 """Write one source folder: shards, label masks, documents.parquet, documents.ids and, last, meta.json.
 
 `save` flushes everything written so far and returns a small state; a writer created with that state truncates the files to it
-and continues. So a kill at any moment costs only the work since the last `save`. A document is never split over two shards;
-a document longer than the shard limit gets a shard to itself.
+and continues. So a kill costs only the work since the last `save`. A document is never split over two shards; a document longer
+than the shard limit gets a shard to itself.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from olmo_train.storage import flush
 
 @dataclass
 class Tokenized:
-    """Documents as tokens, each with its EOS behind it."""
+    """Documents as tokens, each followed by its EOS."""
 
     tokens: np.ndarray  # (n,) of the tokenizer's dtype
     lengths: np.ndarray  # (documents,) tokens of each, EOS not included
@@ -37,7 +38,7 @@ class Tokenized:
         return len(self.ids)
 
     def ends(self) -> np.ndarray:
-        """(documents,) where each ends in `tokens`, EOS included."""
+        """(documents,) the end of each in `tokens`, EOS included."""
         return np.cumsum(self.lengths + 1)
 
     def part(self, low: int, high: int) -> Tokenized:
@@ -51,9 +52,9 @@ class Tokenized:
 
 @dataclass
 class WriterState:
-    """What is durable. Kept as JSON between two runs."""
+    """What is on the disk, stored as JSON between two runs."""
 
-    shards: list[dict] = field(default_factory=list)  # finished ones
+    shards: list[dict] = field(default_factory=list)  # the finished ones
     shard_tokens: int = 0  # of the unfinished shard
     shard_labels: bool = False  # whether it has a label mask
     documents: int = 0
@@ -62,7 +63,7 @@ class WriterState:
 
 
 class SourceWriter:
-    """Appends documents to a source folder. `work` is a folder for what must not stay."""
+    """Appends documents to a source folder. `work` is a folder for temporary files."""
 
     def __init__(self, folder: Path, work: Path, tokenizer: Tokenizer, max_shard_tokens: int, state: WriterState):
         folder.mkdir(parents=True, exist_ok=True)
@@ -78,7 +79,7 @@ class SourceWriter:
         return f"tokens-{index:05d}.bin", f"labels-{index:05d}.bin"
 
     def add(self, documents: Tokenized) -> None:
-        """Append documents; a shard that is full is closed."""
+        """Append documents, and close each shard that is full."""
         low = 0
         while low < len(documents):
             rest = documents.part(low, len(documents)) if low else documents
@@ -110,28 +111,27 @@ class SourceWriter:
 
     def _close_shard(self) -> None:
         tokens, labels, state = self._tokens, self._labels, self.state
-        tokens.close()
-        mask = None
-        if labels:
-            labels.close()
-            mask = {"file": labels.path.name, "sha256": labels.digest.hexdigest()}
-        digest, size = tokens.digest.hexdigest(), state.shard_tokens * self.tokenizer.dtype.itemsize
+        size = state.shard_tokens * self.tokenizer.dtype.itemsize
+        sha256 = tokens.close()
         assert tokens.path.stat().st_size == size, (tokens.path, tokens.path.stat().st_size, size)
-        blocks = hash_blocks(tokens.path)
-        state.shards.append(asdict(ShardMeta(tokens.path.name, state.shard_tokens, size, digest, blocks, mask)))
+        mask = {"file": labels.path.name, "sha256": labels.close()} if labels else None
+        shard = ShardMeta(tokens.path.name, state.shard_tokens, size, sha256, hash_blocks(tokens.path), mask)
+        state.shards.append(asdict(shard))
         state.shard_tokens, state.shard_labels, self._labels = 0, False, None
         self._tokens = _HashedFile(self.folder / self._names()[0], 0)
 
     @property
     def n_tokens(self) -> int:
+        """Tokens written so far, EOS included."""
         return self.state.shard_tokens + sum(shard["tokens"] for shard in self.state.shards)
 
     @property
     def unsaved_rows(self) -> int:
+        """Documents whose rows are in memory."""
         return self._parts.rows
 
     def save(self) -> WriterState:
-        """Flush everything to the disk; the state that it can be taken up from."""
+        """Flush everything to the disk; returns the state to continue from."""
         for file in (self._tokens, self._labels):
             if file:
                 file.flush()
@@ -140,11 +140,11 @@ class SourceWriter:
         return self.state
 
     def finish(self, skipped: dict, account: dict, recipe: dict) -> Meta:
-        """Close the last shard, write the documents and meta.json. Call `save` before."""
+        """Close the last shard, write the documents and meta.json. Call `save` first."""
         if self.state.shard_tokens:
             self._close_shard()
         self._tokens.close()
-        self._tokens.path.unlink()
+        self._tokens.path.unlink()  # an empty shard
         shards = tuple(ShardMeta(**shard) for shard in self.state.shards)
         rows, document_tokens = self._parts.merge(self.folder, [shard.tokens for shard in shards])
         state, tokenizer = self.state, self.tokenizer
@@ -173,24 +173,21 @@ class SourceWriter:
         return meta
 
     def close(self) -> None:
-        """Let go of the open files, as they are."""
+        """Close the open files without finishing the folder."""
         for file in (self._tokens, self._labels):
             if file:
-                try:
+                with suppress(OSError):  # the disk is full; what was not saved is written again in the next run
                     file.stream.close()
-                except OSError:  # the disk is full: what was not saved comes again
-                    pass
 
 
 class _HashedFile:
-    """A file that is appended to and knows the sha256 of what it holds. Opening it cuts it to `size` bytes."""
+    """A file to append to, with the sha256 of its contents. Opening it truncates it to `size` bytes."""
 
     def __init__(self, path: Path, size: int):
         self.path, self.digest = path, hashlib.sha256()
         self.stream = open(path, "r+b" if path.exists() else "w+b")  # noqa: SIM115
         self.stream.truncate(size)
-        while block := self.stream.read(2**22):
-            self.digest.update(block)
+        hashlib.file_digest(self.stream, lambda: self.digest)
 
     def write(self, array: np.ndarray) -> None:
         data = memoryview(np.ascontiguousarray(array)).cast("B") if len(array) else b""
@@ -201,6 +198,8 @@ class _HashedFile:
         self.stream.flush()
         os.fsync(self.stream.fileno())
 
-    def close(self) -> None:
+    def close(self) -> str:
+        """Flush and close; returns the sha256."""
         self.flush()
         self.stream.close()
+        return self.digest.hexdigest()
