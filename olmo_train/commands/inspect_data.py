@@ -150,13 +150,13 @@ def _show_document(history: History, args: argparse.Namespace) -> None:
 
 def _visits(history: History, newest: Mixture, args: argparse.Namespace):
     """(start of the document, visit, rank), attempt by attempt, each with its own order and processes."""
-    from olmo_train.data.inspect import find_documents, rows_a_rank, visits_of
+    from olmo_train.data.inspect import find_documents, rows_per_rank, visits_of
 
     ends = [attempt.first_step - 1 for attempt in history.attempts[1:]] + [history.steps]
     for i, (attempt, end) in enumerate(zip(history.attempts, ends, strict=True)):
         same = attempt.config.data is history.config.data and attempt.batches == newest.batches
         mixture = newest if same else attempt.mixture()
-        rank_size = rows_a_rank(mixture.batches.at(end), _world_size(attempt, args))
+        rank_size = rows_per_rank(mixture.batches.at(end), _world_size(attempt, args))
         first = attempt.first_step if i else 1  # a run that branched off read the same data before
         source, documents = find_documents(mixture, args.document)
         for document in documents:

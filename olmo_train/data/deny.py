@@ -85,11 +85,8 @@ def _listed(words: tuple[str, ...]) -> list[tuple[str, str]]:
 
 
 def _spans(source: TokenSource, ids: set[str]) -> list[tuple[int, int]]:
-    documents = []
-    places = {id for id in ids if id.startswith("@") and id[1:].isdigit()}
     try:
-        documents += [source.document_at(int(id[1:])) for id in sorted(places)]
-        documents += source.find_documents(ids - places)
+        documents = source.find_documents(ids)
     except DataError as problem:
         raise DataError(KEY, f"{problem}; correct the word or leave it out") from problem
     return [(document.start, source.end_with_eos(document)) for document in documents]

@@ -41,7 +41,7 @@ class Visit:
     instance: int
 
 
-def rows_a_rank(batch_size: int, world_size: int) -> int:
+def rows_per_rank(batch_size: int, world_size: int) -> int:
     """Rows of the global batch per rank. Raises ConfigError when the batch cannot be divided equally."""
     if world_size < 1 or batch_size % world_size:
         raise ConfigError("--world-size", f"{world_size} does not divide the global batch of {batch_size}")
@@ -61,7 +61,7 @@ def rows_of_step(
     Without `documents`, the documents are not looked up, which takes most of the time. Raises ConfigError.
     """
     batch_size = mixture.batches.at(step)
-    rank_size = rows_a_rank(batch_size, world_size)
+    rank_size = rows_per_rank(batch_size, world_size)
     if rank is not None and not 0 <= rank < world_size:
         raise ConfigError("--rank", f"{rank} is not one of the {world_size} ranks; use 0 to {world_size - 1}")
     first, stop = (0, batch_size) if rank is None else (rank * rank_size, (rank + 1) * rank_size)
@@ -85,10 +85,7 @@ def find_documents(mixture: Mixture, word: str) -> tuple[int, list[Document]]:
         raise ConfigError("--document", f"'{word}' is not SOURCE:ID")
     check_choice("--document", name, mixture.names)
     index = mixture.names.index(name)
-    source = mixture.sources[index]
-    is_position = id.startswith("@") and id[1:].isdigit()
-    found = [source.document_at(int(id[1:]))] if is_position else source.find_documents({id})
-    return index, mixture.marked(index, found)
+    return index, mixture.marked(index, mixture.sources[index].find_documents({id}))
 
 
 def visits_of(mixture: Mixture, source: int, document: Document, first_step: int, last_step: int) -> list[Visit]:

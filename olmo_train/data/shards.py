@@ -91,20 +91,25 @@ class TokenSource:
                 found += [d.shifted(base) for d in scan_documents(self._views[shard], low, high, self.eos_id, origin)]
         return found
 
-    def find_documents(self, ids: set[str]) -> list[Document]:
-        """Every document of these ids, in order. Raises DataError when an id is unknown, or when the source is raw files."""
+    def find_documents(self, words: set[str]) -> list[Document]:
+        """The documents that these words name: `@N` is the one that holds token N; an id, every document that has it, in order.
+
+        Raises DataError for an unknown word, or an id if the source is raw files; ConfigError for `@N` if no EOS is known.
+        """
+        positions = {word for word in words if word.startswith("@") and word[1:].isdigit()}
+        found = [self._document_at(int(word[1:])) for word in sorted(positions)]
+        ids = words - positions
         if not ids:
-            return []
+            return found
         if self.meta is None:
             raise DataError(
                 self.name,
                 f"is made of raw token files, which keep no ids of documents such as '{min(ids)}'; use prepare-data, "
                 f"or {self.name}:@N for the one that holds token N",
             )
-        return self._table.find(ids, self._starts)
+        return found + self._table.find(ids, self._starts)
 
-    def document_at(self, position: int) -> Document:
-        """The document that holds this token of the stream. Raises DataError, and ConfigError when no EOS is known."""
+    def _document_at(self, position: int) -> Document:
         if position >= self.n_tokens:
             raise DataError(self.name, f"has {self.n_tokens} tokens, so there is none at {position}")
         if self.meta is None and self.eos_id is None:
