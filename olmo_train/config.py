@@ -10,6 +10,7 @@ for a number key. YAML itself would turn a git hash such as 12e5678 into infinit
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import glob
 import json
@@ -269,6 +270,16 @@ def build(cls: type[T], values: dict[str, Any], where: str = "") -> T:
 def load(cls: type[T], files: list[str | Path], overrides: list[str] = ()) -> T:
     """`build(cls, read(files, overrides))`: what commands call."""
     return build(cls, read(files, overrides))
+
+
+def names_in(table: str, file: Path) -> tuple[str, ...]:
+    """The names of the rows of a table `TABLE = {"name": ..., }` in a Python file, read without importing the file, which may
+    need torch."""
+    for statement in ast.parse(file.read_text(encoding="utf-8")).body:
+        if isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == table:
+            assert isinstance(statement.value, ast.Dict), f"{table} of {file} is no {{...}}"
+            return tuple(ast.literal_eval(key) for key in statement.value.keys)
+    raise AssertionError(f"{file} has no table {table}")
 
 
 def to_dict(config: Any) -> Any:

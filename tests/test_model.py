@@ -2,12 +2,17 @@
 
 import itertools
 import math
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 from typing import get_args, get_type_hints
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from olmo_train.model import loss
 from olmo_train.model.config import ModelConfig
 from olmo_train.model.init import INITS, init_std, initial_value, param_seed
 from olmo_train.model.loss import IGNORE
@@ -149,6 +154,40 @@ def test_every_row_of_the_tables_is_named_in_the_configuration_and_used_above():
         if field != "init":
             used = {getattr(ModelConfig(**{**SMALL, **options}), field) for options in VARIANTS.values()}
             assert used == set(table)
+
+
+NEW_ROWS = {  # file: its table and a row to add
+    "model/norms.py": ("NORMS", '"new": lambda size, eps, bias: RMSNorm(size, eps, offset=0.5)'),
+    "model/transformer.py": ("ACTIVATIONS", '"newglu": F.relu'),
+    "model/init.py": ("INITS", '"new": lambda kind, layer, config: 0.5'),
+    "optim/schedules.py": ("SCHEDULES", '"new": lambda step, config, total_steps: config.peak_lr / step'),
+    "optim/build.py": ("OPTIMIZERS", '"new": lambda parameters, *rest: torch.optim.SGD(parameters.values(), lr=0.5)'),
+}
+USE_THEM = """
+import torch
+from olmo_train.model.config import ModelConfig
+from olmo_train.model.init import init_std
+from olmo_train.model.transformer import Transformer
+from olmo_train.optim.build import build_optimizer
+from olmo_train.optim.config import OptimConfig
+from olmo_train.optim.schedules import lr_at
+config = ModelConfig(n_layers=1, d_model=8, n_heads=2, mlp_hidden=8, vocab_size=9, norm="new", activation="newglu", init="new")
+model = Transformer(config)
+model(torch.tensor([[1, 2]]))
+optim = OptimConfig(name="new", schedule="new", warmup_steps=0, peak_lr=1.0)
+optimizer = build_optimizer(dict(model.named_parameters()), optim)
+print(init_std("head.weight", config), lr_at(4, optim, 9), type(optimizer).__name__)
+"""
+
+
+def test_a_row_in_one_file_is_all_that_a_new_choice_takes(tmp_path):
+    shutil.copytree(Path(loss.__file__).parents[1], tmp_path / "olmo_train")
+    for file, (table, row) in NEW_ROWS.items():
+        source = (tmp_path / "olmo_train" / file).read_text("utf-8")
+        assert source.count(f"{table} = {{") == 1
+        (tmp_path / "olmo_train" / file).write_text(source.replace(f"{table} = {{", f"{table} = {{{row}, "), "utf-8")
+    out = subprocess.run([sys.executable, "-c", USE_THEM], capture_output=True, text=True, cwd=tmp_path)
+    assert out.stdout.split() == ["0.5", "0.25", "SGD"], out.stderr
 
 
 # ---- shapes and first values

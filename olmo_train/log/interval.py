@@ -33,6 +33,10 @@ class StepStats:
         """Mean over the counted tokens (see loss_divisor) of the global batch, in nats; NaN if there are none."""
         return mean_loss(self.sums)
 
+    def metrics(self) -> dict[str, float]:
+        """The figures of this one step, by their names in metrics.jsonl. Reads the device."""
+        return {"optim/total_grad_norm": self.grad_norm.item(), "optim/learning_rate_group0": self.lr}
+
 
 def mean_loss(sums: Tensor) -> Tensor:
     return sums[0].sum() / sums[1].sum()

@@ -61,8 +61,7 @@ class Journal:
         """The metrics of the interval that ends with this step; starts the next interval."""
         config, world, device = self.config, self.world, hardware.detect()
         metrics = self.interval.metrics(self.mixture.names, self._bytes_per_token)
-        metrics |= {"optim/total_grad_norm": stats.grad_norm.item(), "optim/learning_rate_group0": stats.lr}
-        metrics |= throughput_metrics(
+        metrics |= stats.metrics() | throughput_metrics(
             steps=self.interval.timed_steps,
             seconds=self.clock.seconds,
             data_wait=self.interval.data_wait,

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
-from olmo_train.config import Count, Fraction, Positive
+from olmo_train.config import Count, Fraction, Positive, names_in
 from olmo_train.errors import ConfigError
 
-# The alternatives are implemented in transformer.py, norms.py and init.py, which import torch; a test compares the names.
-Norm = Literal["layer_norm_nonparametric", "layer_norm", "rms_norm", "rms_norm_offset"]
-Activation = Literal["swiglu", "geglu", "gelu"]
-Block = Literal["sequential", "parallel", "reordered_norm"]
-Init = Literal["mitchell", "normal"]
+FOLDER = Path(__file__).parent
+if TYPE_CHECKING:
+    Norm: TypeAlias = str
+    Activation: TypeAlias = str
+    Block: TypeAlias = str
+    Init: TypeAlias = str
+else:  # the names of the rows, read without importing torch
+    Norm = Literal[names_in("NORMS", FOLDER / "norms.py")]
+    Activation = Literal[names_in("ACTIVATIONS", FOLDER / "transformer.py")]
+    Block = Literal[names_in("BLOCKS", FOLDER / "transformer.py")]
+    Init = Literal[names_in("INITS", FOLDER / "init.py")]
 
 
 @dataclass(frozen=True)
@@ -31,7 +38,7 @@ class ModelConfig:
     norm: Norm = "layer_norm_nonparametric"  # nonparametric: no weights; offset: multiplies by 1 + weight, as Gemma
     norm_eps: Positive = 1e-5  # added to the variance by norms
     qk_norm: bool = False  # normalize the whole q and k vectors before they are split into heads, as OLMo2
-    activation: Activation = "swiglu"  # activation of the MLP; swiglu and geglu are gated
+    activation: Activation = "swiglu"  # activation of the MLP; gated, with w_gate, if its name ends in glu
     block: Block = "sequential"  # parallel: attention and MLP read one norm, as PaLM; reordered_norm: norms on outputs, as OLMo2
     bias: Literal["none", "norm"] = "none"  # none: no Linear and no norm has a bias; norm: the norms with weights have one
     rope_theta: Positive = 10_000.0  # base of the wavelengths of the rotary position embedding
@@ -59,16 +66,20 @@ class ModelConfig:
 
     @property
     def kv_heads(self) -> int:
+        """The number of key and value heads."""
         return self.n_heads if self.n_kv_heads is None else self.n_kv_heads
 
     @property
     def head_size(self) -> int:
+        """The width of one head, D in the shapes of transformer.py."""
         return self.d_model // self.n_heads if self.head_dim is None else self.head_dim
 
     @property
     def vocab_rows(self) -> int:
+        """The rows of the embedding and the head, V in the shapes of transformer.py."""
         return -(-self.vocab_size // 128) * 128 if self.padded_vocab_size is None else self.padded_vocab_size
 
     @property
     def gated(self) -> bool:
-        return self.activation in ("swiglu", "geglu")
+        """Whether the MLP has a gate, as all gated linear units (Shazeer 2020) do: their names end in glu."""
+        return self.activation.endswith("glu")

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 
-from olmo_train.config import Count, Fraction, Natural, NonNegative, Rule
+from olmo_train.config import Count, Fraction, Natural, NonNegative, Rule, names_in
 from olmo_train.errors import ConfigError
 
+FOLDER = Path(__file__).parent
+if TYPE_CHECKING:
+    Optimizer: TypeAlias = str
+    Schedule: TypeAlias = str
+else:  # the names of the rows, read without importing torch
+    Optimizer = Literal[names_in("OPTIMIZERS", FOLDER / "build.py")]
+    Schedule = Literal[names_in("SCHEDULES", FOLDER / "schedules.py")]
 Clip = Annotated[float, Rule("above 0; .inf clips nothing", lambda norm: norm > 0)]
 
 
@@ -15,7 +23,7 @@ Clip = Annotated[float, Rule("above 0; .inf clips nothing", lambda norm: norm > 
 class OptimConfig:
     """Defaults are OLMo-7B's (Groeneveld et al. 2024, table 2). build.py has the optimizers, schedules.py the schedules."""
 
-    name: Literal["adamw", "muon"] = "adamw"  # muon: Muon for the matrices of the blocks, AdamW for the other parameters
+    name: Optimizer = "adamw"  # muon: Muon for the matrices of the blocks, AdamW for the other parameters
     peak_lr: NonNegative = 3e-4  # learning rate at the end of the warmup
     betas: tuple[Fraction, Fraction] = (0.9, 0.95)  # decay rates of AdamW's running means of the gradient and its square
     eps: NonNegative = 1e-5  # added to sqrt(v) after bias correction
@@ -28,7 +36,7 @@ class OptimConfig:
     grad_clip_warmup_factor: NonNegative = 1.0  # factor of grad_clip_warmup_steps; OLMo-7B has 1000 steps and 10.0
     # learning rate after the warmup; linear, cosine: decay to final_lr_ratio; inverse_sqrt: peak * sqrt(warmup / step); wsd: the
     # peak, then a linear decay over the last decay_steps
-    schedule: Literal["linear", "cosine", "constant", "inverse_sqrt", "wsd"] = "linear"
+    schedule: Schedule = "linear"
     warmup_steps: Natural = 5000  # steps of linear warmup
     warmup_start_ratio: NonNegative = 0.1  # the warmup starts at this fraction of the peak, as in OLMo, not at zero
     final_lr_ratio: NonNegative = 0.1  # the last learning rate, as a fraction of the peak
