@@ -2,15 +2,15 @@
 #   make train                      two sources: plays of Shakespeare and the source code of Python's standard library
 #   make train TEXT=folder          the .txt and .md files, or any other text, of a folder of your own
 #   make train TEXT=documents.jsonl one document a line, its text under "text"; with few documents also HELD_OUT=0.5
-#   make train TEXT=folder RUN=runs/second   a new run, such as of a text that was edited after its first run
+#   make train TEXT=folder RUN=runs/second   a new run, such as for a text that was edited after its first run
 #   make train ARGS="total_steps=2000" PROMPT="To be"    any key=value words for the training; how the sample begins
 # Everything is made once; the same command again resumes an unfinished run, and a finished one has nothing left to do.
 #   make test    the tests
-#   make slow    the longer ones: a run killed at every file operation, storms, many worlds
+#   make slow    the longer ones: a run killed at every file operation, and many processes
 #   make check   style, types and the import rules
 #   make test-tools   a browser and other tools; without them a few tests are skipped
 #   make bench   throughput of the first run's model on this machine
-# All that is written lies under .venv/, data/ and runs/.
+# All of them write only to .venv/, data/ and runs/.
 
 PYTHON ?= python3
 HELD_OUT ?= 0.05
@@ -69,7 +69,7 @@ check: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/olmo-train bench configs/runs/first-run.yaml $(ARGS)
 
-# The environment, made anew when the project's requirements change.
+# The environment, created again when the requirements change.
 $(INSTALLED): pyproject.toml constraints.txt
 	@echo "Installing into .venv, which takes a minute or two"
 	$(PYTHON) -m venv .venv
@@ -90,7 +90,7 @@ $(DATA)/%/meta.json: $(DATA)/%.jsonl $(DATA)/tokenizer.json
 	rm -rf $(@D)
 	$(BIN)/olmo-train prepare-data $< --output $(@D) --tokenizer $(DATA)/tokenizer.json --validation-fraction $(HELD_OUT) --workers 2
 
-# The same of the user's own text, whose folders are named by its contents: make's time stamps miss an edited file. A run of
+# The same for the user's own text. Its folders are named by its contents, since make's time stamps miss an edited file. A run of
 # other contents is not continued.
 prepare-text: | $(INSTALLED)
 	test -e $(DATA)/tokenizer.json || $(BIN)/olmo-train train-tokenizer $(QUOTED) --output $(DATA)/tokenizer.json --vocab-size 4096

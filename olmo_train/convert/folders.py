@@ -22,9 +22,9 @@ from olmo_train.model.config import ModelConfig
 from olmo_train.model.transformer import Transformer
 from olmo_train.storage import temporary_folder, write_file
 
-SHARD_BYTES = 1 << 30  # of one file of weights, which is in memory while it is written
+SHARD_BYTES = 1 << 30  # bytes in one file of weights; a file is in memory while it is written
 
-Read = Callable[[str], Tensor]  # the tensor that is called so
+Read = Callable[[str], Tensor]  # reads a tensor by its name
 
 
 def transformers() -> Any:
@@ -39,7 +39,7 @@ def transformers() -> Any:
 
 
 def on_meta(config: ModelConfig) -> Transformer:
-    """The model with its shapes and without memory for its weights."""
+    """The model on the meta device: its shapes, without memory for its weights."""
     with torch.device("meta"):
         return Transformer(config)
 
@@ -50,7 +50,7 @@ def on_meta(config: ModelConfig) -> Transformer:
 @contextlib.contextmanager
 def new_folder(dest: Path) -> Iterator[Path]:
     """A folder beside `dest` to write in; the block renames it. Nothing stays behind an error."""
-    if dest.resolve() == Path.cwd():  # which a rename would take from under the user's shell
+    if dest.resolve() == Path.cwd():  # a rename would leave the user's shell in a removed folder
         raise ConfigError(dest, "is the working directory; name a new folder")
     if dest.exists() and (not dest.is_dir() or any(dest.iterdir())):
         raise ConfigError(dest, "exists already; name a new folder")

@@ -42,7 +42,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 def export_hf(
     source: Path, dest: Path, dtype: str = "fp32", tokenizer: Tokenizer | None = None, check_tokenizer: bool = True
 ) -> Agreement:
-    """Write a checkpoint as a folder that transformers loads. The tokenizer is the checkpoint's own unless one is given.
+    """Write a checkpoint as a folder that transformers loads. The tokenizer is the checkpoint's own unless you pass one.
 
     Raises ConfigError with the key that no family expresses, CheckpointError when the logits do not agree, and, with
     `check_tokenizer`, DataError when the tokenizer is not the checkpoint's: the logits, of ids, could not show it.
@@ -99,7 +99,7 @@ def import_hf(source: Path, dest: Path) -> Agreement:
     return agreement
 
 
-# ---- their side
+# ---- files of a transformers folder
 
 
 def _write_their_weights(folder: Path, family: str, config: ModelConfig, read: Read, dtype: torch.dtype) -> None:

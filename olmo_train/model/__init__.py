@@ -1,1 +1,1 @@
-"""The transformer: layers, first values, loss, cost, generation. Knows nothing about devices, ranks, data or training."""
+"""The transformer: layers, initial values, loss, cost, generation. Knows nothing about devices, ranks, data or training."""

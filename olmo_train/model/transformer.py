@@ -185,7 +185,7 @@ class KVCache:
 
 
 class Transformer(nn.Module):
-    """A language model. Built on the meta device it takes no memory; init.py computes its first values."""
+    """A language model. Built on the meta device it takes no memory; init.py computes its initial values."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()

@@ -12,7 +12,7 @@ from olmo_train.optim.config import OptimConfig
 
 @dataclass(frozen=True)
 class Group:
-    """What all parameters of a group share."""
+    """What all parameters of a group share. `set_lr` multiplies the learning rate by `lr_scale`."""
 
     decay: bool  # whether weight decay applies
     lr_scale: float = 1.0  # times the learning rate of the schedule

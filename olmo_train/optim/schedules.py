@@ -44,6 +44,7 @@ def cosine(step: int, config: OptimConfig, total_steps: int) -> float:
 
 
 def constant(step: int, config: OptimConfig, total_steps: int) -> float:
+    """The peak to the end of the run; final_lr_ratio is not read."""
     return config.peak_lr
 
 
