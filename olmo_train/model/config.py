@@ -38,7 +38,7 @@ class ModelConfig:
     norm: Norm = "layer_norm_nonparametric"  # nonparametric: no weights; offset: multiplies by 1 + weight, as Gemma
     norm_eps: Positive = 1e-5  # added to the variance by norms
     qk_norm: bool = False  # normalize the whole q and k vectors before they are split into heads, as OLMo2
-    activation: Activation = "swiglu"  # activation of the MLP; gated, with w_gate, if its name ends in glu
+    activation: Activation = "swiglu"  # activation of the MLP; those ending in glu are gated
     block: Block = "sequential"  # parallel: attention and MLP read one norm, as PaLM; reordered_norm: norms on outputs, as OLMo2
     bias: Literal["none", "norm"] = "none"  # none: no Linear and no norm has a bias; norm: the norms with weights have one
     rope_theta: Positive = 10_000.0  # base of the wavelengths of the rotary position embedding
