@@ -1,7 +1,8 @@
-"""What on this machine would keep a run from working, each finding with its remedy."""
+"""Checks of this machine for what would stop a run, each finding with its remedy."""
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import shutil
@@ -13,12 +14,10 @@ from pathlib import Path
 
 from olmo_train.errors import ConfigError, UserError
 from olmo_train.log.wandb import wandb_mode
-from olmo_train.model.cost import count_parameters
 from olmo_train.parallel.processes import announced
+from olmo_train.plan.memory import checkpoint_bytes
 from olmo_train.storage import cache_folder
 from olmo_train.train_config import TrainConfig
-
-BYTES_PER_PARAMETER = 12  # of a checkpoint: the fp32 weight and AdamW's two moments
 
 
 @dataclass(frozen=True)
@@ -29,17 +28,16 @@ class Finding:
     remedy: str = ""
 
 
+def judge(check: str, is_ok: bool, finding: str, remedy: str, otherwise: str = "warning") -> Finding:
+    """A finding whose remedy is shown only when it is not ok."""
+    return Finding(check, "ok", finding) if is_ok else Finding(check, otherwise, finding, remedy)
+
+
 def examine(config: TrainConfig | None) -> list[Finding]:
     """All findings, of the machine alone or of a configuration on it. Never raises: a check that fails is a finding."""
     checks: list[Callable[[], Iterator[Finding]]] = [environment, cache, launcher, processors, network, gpus]
     if config is not None:
-        checks += [
-            lambda: world(config),
-            lambda: disk(config),
-            lambda: kernels(config),
-            lambda: data(config),
-            lambda: tracking(config),
-        ]
+        checks += [functools.partial(check, config) for check in (world, disk, kernels, data, tracking)]
     findings = []
     for check in checks:
         try:
@@ -56,8 +54,7 @@ def environment() -> Iterator[Finding]:
 
     versions = f"Python {sys.version.split()[0]}, torch {torch.__version__}"
     known = (2, 11) <= tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 14)
-    remedy = "" if known else "install torch>=2.11,<2.14, with which this version is tested"
-    yield Finding("environment", "ok" if known else "warning", versions, remedy)
+    yield judge("environment", known, versions, "install torch>=2.11,<2.14, with which this version is tested")
     if importlib.util.find_spec("wandb") is None:
         yield Finding("wandb", "problem", "is not installed", "pip install wandb, or log.wandb.mode=disabled")
 
@@ -66,21 +63,22 @@ def processors() -> Iterator[Finding]:
     import torch
 
     usable, threads = len(os.sched_getaffinity(0)), torch.get_num_threads()
-    status = "ok" if threads <= usable else "warning"
-    remedy = "" if status == "ok" else f"set OMP_NUM_THREADS={usable}: more threads than cores wait for each other"
-    yield Finding("processors", status, f"{usable} usable cores, {threads} threads a process", remedy)
+    remedy = f"set OMP_NUM_THREADS={usable}: more threads than cores wait for each other"
+    yield judge("processors", threads <= usable, f"{usable} usable cores, {threads} threads per process", remedy)
     available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     yield Finding("memory", "ok", f"{available / 1e9:.1f} GB of host memory are free")
 
 
 def cache() -> Iterator[Finding]:
     folder = cache_folder()
-    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-    writable = os.access(existing, os.W_OK)
-    remedy = (
-        "" if writable else "set XDG_CACHE_HOME to a folder that you can write; without a cache every start checks the data again"
-    )
-    yield Finding("cache", "ok" if writable else "warning", f"{folder}{'' if writable else ' cannot be written'}", remedy)
+    writable = os.access(existing_part(folder), os.W_OK)
+    remedy = "set XDG_CACHE_HOME to a folder that you can write; without a cache every start checks the data again"
+    yield judge("cache", writable, f"{folder}{'' if writable else ' cannot be written'}", remedy)
+
+
+def existing_part(folder: Path) -> Path:
+    """The folder, or the nearest one above it that exists."""
+    return next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
 
 
 def launcher() -> Iterator[Finding]:
@@ -122,16 +120,11 @@ def gpus() -> Iterator[Finding]:
     for index in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(index)
         name = torch.cuda.get_device_name(index)
-        status = "ok" if free > 0.9 * total else "warning"
-        remedy = "" if status == "ok" else "another process holds its memory: see nvidia-smi"
-        yield Finding(f"gpu {index}", status, f"{name}, {free / 1e9:.1f} of {total / 1e9:.1f} GB free", remedy)
+        found = f"{name}, {free / 1e9:.1f} of {total / 1e9:.1f} GB free"
+        yield judge(f"gpu {index}", free > 0.9 * total, found, "another process holds its memory: see nvidia-smi")
         if hardware.lookup(name) is None:
-            yield Finding(
-                f"gpu {index}",
-                "warning",
-                f"the peak of {name} is not known, so MFU is not logged",
-                "add a sourced row to hardware.py",
-            )
+            unknown = f"the peak of {name} is not known, so MFU is not logged"
+            yield Finding(f"gpu {index}", "warning", unknown, "add a sourced row to hardware.py")
 
 
 def world(config: TrainConfig) -> Iterator[Finding]:
@@ -148,24 +141,23 @@ def kernels(config: TrainConfig) -> Iterator[Finding]:
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if has_cpu_kernels(config.parallel.cpu_kernels, device):
-        yield Finding("kernels", "ok", "attention and loss are by C++ of our own, which is built")
+        yield Finding("kernels", "ok", "attention and loss are by C++ kernels, which are built")
     elif device.type == "cpu":
-        remedy = "install a C++ compiler, and see with parallel.cpu_kernels=true what it says"
-        yield Finding("kernels", "ok", "attention and loss are by torch, which takes a CPU longer", remedy)
+        remedy = "install a C++ compiler; parallel.cpu_kernels=true shows its errors"
+        yield Finding("kernels", "ok", "attention and loss are by torch, which is slower on a CPU", remedy)
 
 
 def disk(config: TrainConfig) -> Iterator[Finding]:
-    folder = Path(config.run_dir).absolute()
-    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    existing = existing_part(Path(config.run_dir).absolute())
     if not os.access(existing, os.W_OK):
         yield Finding("run_dir", "problem", f"{existing} cannot be written", "choose another run_dir, or change its owner")
         return
-    one = count_parameters(config.model).total * BYTES_PER_PARAMETER
+    one = checkpoint_bytes(config.model, config.optim.name)
     needed, free = one * (config.checkpoint.keep_last + 1), shutil.disk_usage(existing).free
     kept = f"{config.checkpoint.keep_last} checkpoints and one being written take {needed / 1e9:.1f} GB"
     found = f"{free / 1e9:.1f} GB free at {existing}; {kept}"
-    remedy = "" if free > needed else "make room, keep fewer (checkpoint.keep_last), or choose another run_dir"
-    yield Finding("disk", "ok" if free > needed else "problem", found, remedy)
+    remedy = "make room, keep fewer (checkpoint.keep_last), or choose another run_dir"
+    yield judge("disk", free > needed, found, remedy, "problem")
 
 
 def data(config: TrainConfig) -> Iterator[Finding]:
@@ -173,9 +165,11 @@ def data(config: TrainConfig) -> Iterator[Finding]:
     mixture.check_tokenizers(mixture.open_validation())
     epochs = mixture.epochs(config.steps).values()
     for source, epoch in zip(mixture.sources, epochs, strict=True):
-        status = "warning" if epoch > 4 else "ok"  # Muennighoff et al. 2023: up to 4 epochs are nearly as good as new data
-        remedy = "" if status == "ok" else "more than 4 epochs teach little: add data, or lower the weight"
-        yield Finding(f"data {source.name}", status, f"{source.n_tokens:,} tokens, read {epoch:.2f} times in the run", remedy)
+        found = f"{source.n_tokens:,} tokens, read {epoch:.2f} times in the run"
+        remedy = "more than 4 epochs teach little: add data, or lower the weight"
+        yield judge(
+            f"data {source.name}", epoch <= 4, found, remedy
+        )  # Muennighoff et al. 2023: 4 epochs are nearly like new data
 
 
 def tracking(config: TrainConfig) -> Iterator[Finding]:
