@@ -18,7 +18,7 @@ from olmo_train.log import version as log_version
 from olmo_train.log import wandb as log_wandb
 from olmo_train.log.config import LogConfig, WandbConfig
 from olmo_train.log.console import Console
-from olmo_train.log.interval import Interval, loss_metrics, throughput_metrics
+from olmo_train.log.interval import Interval, MeanLoss, throughput_metrics
 from olmo_train.log.recorder import JsonLines, Recorder
 from olmo_train.log.wandb import wandb_mode
 from olmo_train.train import train
@@ -169,9 +169,9 @@ def test_an_interval_goes_on_from_its_state():
 
 
 def test_no_tokens_give_no_loss_and_no_crash():
-    found = loss_metrics("eval/x", 0.0, 0.0, None)
+    found = MeanLoss(0.0, 0.0, None).metrics("eval/x")
     assert math.isnan(found["eval/x/CrossEntropyLoss"])
-    assert loss_metrics("eval/x", 1e6, 1.0, None)["eval/x/Perplexity"] > 1e300
+    assert MeanLoss(1e6, 1.0, None).metrics("eval/x")["eval/x/Perplexity"] > 1e300
 
 
 def test_throughput_is_arithmetic_and_an_unknown_device_has_no_mfu():

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from olmo_train.model.transformer import Transformer
     from olmo_train.train_config import TrainConfig
 
+FIGURES = ("source", "tokens", "loss", "perplexity", "bits_per_byte", "unigram_loss", "uniform_loss")  # of a held-out source
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
@@ -109,8 +111,12 @@ def _sources(vocab_size: int, folder: Path, config: TrainConfig | None, args: ar
 
 def _report(result: dict[str, Any], args: argparse.Namespace) -> None:
     held_out, tasks = result.get("sources", []), result.get("tasks", [])
-    plain = {"checkpoint": result["checkpoint"], "step": result["step"]}
-    plain |= {"sources": {h.source: asdict(h) for h in held_out}, "tasks": {t.task: asdict(t) for t in tasks}}
+    plain = {
+        "checkpoint": result["checkpoint"],
+        "step": result["step"],
+        "sources": {h.source: {name: getattr(h, name) for name in FIGURES} for h in held_out},
+        "tasks": {t.task: asdict(t) for t in tasks},
+    }
     text = json.dumps(plain, indent=1)
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,7 @@ from olmo_train.data.tokenizer import TokenizerRecord, load_tokenizer
 from olmo_train.errors import ConfigError
 from olmo_train.eval.downstream import TokenizedTask, load_task, results_of, score
 from olmo_train.eval.perplexity import loss_sums
-from olmo_train.log.interval import loss_metrics
+from olmo_train.log.interval import MeanLoss
 from olmo_train.model.transformer import Transformer
 from olmo_train.parallel import shard
 from olmo_train.parallel.determinism import DETERMINISM
@@ -76,7 +76,7 @@ class Evaluation:
                 return None
             loss, tokens = sums.tolist()
             # A source's n_bytes are the text of all its tokens, all of which but the first are scored.
-            metrics |= loss_metrics(f"eval/{source.name}", loss, tokens, source.n_bytes)
+            metrics |= MeanLoss(loss, tokens, source.n_bytes).metrics(f"eval/{source.name}")
         for task in self.tasks:
             scores = self.world.sum(self._scores(task, model, heartbeat, stop))
             if stop():

@@ -16,7 +16,8 @@ from olmo_train.data.loader import IGNORE, Batch, validation_batches
 from olmo_train.data.mixture import Mixture
 from olmo_train.data.shards import TokenSource
 from olmo_train.errors import ConfigError, DataError
-from olmo_train.eval.perplexity import bits_per_byte, loss_sums, mixed_counts, unigram_loss
+from olmo_train.eval.perplexity import loss_sums, mixed_counts, unigram_loss
+from olmo_train.log.interval import MeanLoss
 from olmo_train.model.transformer import Transformer
 
 log = logging.getLogger(__name__)
@@ -24,14 +25,10 @@ Watch = Callable[[Iterable, str, int], Iterable]  # (items, label, number of ite
 
 
 @dataclass(frozen=True)
-class HeldOut:
-    """The results on one source. Losses are in nats per token."""
+class HeldOut(MeanLoss):
+    """The loss on one source, beside that of two models without context, in nats per token."""
 
     source: str
-    tokens: int  # scored
-    loss: float
-    perplexity: float
-    bits_per_byte: float | None  # None if the bytes of the text are not known
     unigram_loss: float | None  # of the model that predicts each token by its frequency in training; None without that data
     uniform_loss: float  # ln(vocab_size)
 
@@ -62,16 +59,8 @@ def measure(
     batches = validation_batches(source, config.seq_len, rows, 0, 1, source.eos_id if document_mask else None)
     n_batches = -(-(source.n_tokens - 1) // (config.seq_len * rows))
     loss, tokens = loss_sums(model, watch(counted(batches), source.name, n_batches)).tolist()
-    mean = loss / max(tokens, 1)
-    return HeldOut(
-        source=source.name,
-        tokens=int(tokens),
-        loss=mean,
-        perplexity=math.exp(min(mean, 700.0)),
-        bits_per_byte=bits_per_byte(loss, source.n_bytes),
-        unigram_loss=None if train_counts is None else unigram_loss(train_counts, seen),
-        uniform_loss=math.log(config.vocab_size),
-    )
+    unigram = None if train_counts is None else unigram_loss(train_counts, seen)
+    return HeldOut(loss, int(tokens), source.n_bytes, source.name, unigram, math.log(config.vocab_size))
 
 
 def training_counts(open_mixture: Callable[[], Mixture], step: int) -> np.ndarray | None:

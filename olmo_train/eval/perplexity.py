@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 
 import numpy as np
@@ -63,8 +62,3 @@ def unigram_loss(train_counts: np.ndarray, validation_counts: np.ndarray) -> flo
     """Mean loss in nats of the model that knows how often each id occurs in training, plus one, and nothing else."""
     probabilities = (train_counts + 1) / (train_counts.sum() + len(train_counts))
     return float(-(validation_counts * np.log(probabilities)).sum() / max(validation_counts.sum(), 1))
-
-
-def bits_per_byte(loss_sum: float, n_bytes: int | None) -> float | None:
-    """Summed nats as bits per byte of the text; None where the bytes are not known."""
-    return loss_sum / math.log(2) / n_bytes if n_bytes else None

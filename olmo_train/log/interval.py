@@ -105,7 +105,7 @@ class Interval:
         read = list(zip(names, losses, tokens, bytes_per_token, strict=True))
         known = all(ratio is not None for _, _, scored, ratio in read if scored)
         n_bytes = sum(scored * ratio for _, _, scored, ratio in read if scored) if known else None
-        metrics = loss_metrics("train", sum(losses), sum(tokens), n_bytes)
+        metrics = MeanLoss(sum(losses), sum(tokens), n_bytes).metrics("train")
         metrics |= {f"train/source/{name}/CrossEntropyLoss": loss / scored for name, loss, scored, _ in read if scored}
         return metrics | {"optim/clipping_rate": clipped / steps, "skipped": int(skipped), "spike": int(spikes)}
 
@@ -128,13 +128,31 @@ def slow_ranks(own_seconds: list[float]) -> list[int]:
     return [rank for rank, own in enumerate(own_seconds) if own > SLOW * median and own > median + LEAST_SLOW]
 
 
-def loss_metrics(prefix: str, loss: float, tokens: float, n_bytes: float | None) -> dict[str, float]:
-    """Mean loss in nats per token, its perplexity, and bits per byte if the bytes of the tokens are known."""
-    mean = loss / tokens if tokens else math.nan
-    metrics = {f"{prefix}/CrossEntropyLoss": mean, f"{prefix}/Perplexity": math.exp(min(mean, 700.0))}
-    if n_bytes:
-        metrics[f"{prefix}/BitsPerByte"] = loss / math.log(2) / n_bytes
-    return metrics
+@dataclass(frozen=True)
+class MeanLoss:
+    """A loss summed over scored tokens, in nats, and its mean in the units that are logged."""
+
+    nats: float
+    tokens: float  # scored
+    n_bytes: float | None  # of the text of these tokens, if known
+
+    @property
+    def loss(self) -> float:
+        """Nats per token; NaN without tokens."""
+        return self.nats / self.tokens if self.tokens else math.nan
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(min(self.loss, 700.0))
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        """None if the bytes are not known."""
+        return self.nats / math.log(2) / self.n_bytes if self.n_bytes else None
+
+    def metrics(self, prefix: str) -> dict[str, float]:
+        metrics = {f"{prefix}/CrossEntropyLoss": self.loss, f"{prefix}/Perplexity": self.perplexity}
+        return metrics if self.bits_per_byte is None else metrics | {f"{prefix}/BitsPerByte": self.bits_per_byte}
 
 
 def throughput_metrics(
