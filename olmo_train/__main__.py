@@ -18,17 +18,17 @@ from olmo_train.errors import ConfigError, DataError, UserError
 from olmo_train.parallel.processes import rank
 
 VERBS = {
-    "train": "train a model, or go on with a run",
+    "train": "train a model, or resume a run",
     "train-tokenizer": "make a tokenizer from text",
     "prepare-data": "turn text into memory-mapped token shards",
     "verify-data": "check prepared data against its hashes",
     "inspect-data": "show what a step trains on, or which steps see a document",
     "config": "print the complete configuration of a run, with its defaults",
-    "plan": "tell memory, time, energy and schedule before a launch",
+    "plan": "estimate memory, time, energy and schedule before a launch",
     "curves": "draw the curves of runs: page, picture or terminal",
     "checkpoints": "list, verify or prune the checkpoints of a run",
     "replay": "compute a logged step again and compare it, bit for bit",
-    "doctor": "look for what would keep a run from working on this machine",
+    "doctor": "check this machine for problems that would stop a run",
     "bench": "measure how fast a configuration trains on this machine",
     "evaluate": "measure a checkpoint on held-out text",
     "convert": "take checkpoints to and from transformers folders and OLMo checkpoints",
@@ -121,7 +121,7 @@ def _parse(words: list[str]) -> tuple[Callable[[argparse.Namespace], int | None]
             why = f"is not text in this locale's encoding, {sys.getfilesystemencoding()}"
             parser.error(f"{ascii(word)} {why}; rename the file, or use a UTF-8 locale")
     arguments, rest = parser.parse_known_args(words)
-    if rest:  # key=value words behind an option: argparse leaves them over
+    if rest:  # key=value words after an option, which argparse does not take
         if not hasattr(arguments, "config") or not all("=" in word and not word.startswith("-") for word in rest):
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
         arguments.config += rest

@@ -52,7 +52,7 @@ class PeerError(UserError):  # a peer was lost or hung
     exit_code = 6
 
 
-class Stopped(UserError):  # stopped by a signal after saving: the same command again goes on
+class Stopped(UserError):  # stopped by a signal after saving: the same command again resumes
     exit_code = 75
 
 

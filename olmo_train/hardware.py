@@ -1,7 +1,7 @@
 """Peak figures of GPUs from their data sheets, for MFU, plans and energy.
 
-Every figure has a source. For an unknown name the functions return None, and no MFU is logged: a guessed peak would give an
-MFU that looks right and is wrong.
+Every figure has a source. For an unknown name the functions return None, and no MFU is logged: a guessed peak would lead
+to an MFU that looks right and is wrong.
 """
 
 from __future__ import annotations

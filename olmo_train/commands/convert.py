@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_allow_argument(parser)
     what = "import-olmo: an option of OLMo to train without"
     parser.add_argument("--leave-out", action="append", default=[], metavar="KEY", help=what)
-    parser.add_argument("--step", type=int, metavar="N", help="import-olmo: go on after this step (default: as the files say)")
+    parser.add_argument("--step", type=int, metavar="N", help="import-olmo: continue after this step (default: as the files say)")
 
 
 def run(args: argparse.Namespace) -> None:

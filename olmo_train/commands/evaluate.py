@@ -98,9 +98,9 @@ def _sources(vocab_size: int, folder: Path, config: TrainConfig | None, args: ar
         words = [word.partition("=") for word in args.data]
         named = {name: SourceConfig(os.path.expanduser(path)) for name, _, path in words}
         if len(named) < len(words):
-            raise ConfigError("--data", f"names a source twice: {' '.join(args.data)}; give each its own name")
+            raise ConfigError("--data", f"names a source twice: {' '.join(args.data)}; each needs a different name")
     if not named:
-        raise ConfigError("data.validation", "names no held-out source in this run; give one with --data NAME=PATH, or --tasks")
+        raise ConfigError("data.validation", "names no held-out source in this run; use --data NAME=PATH, or --tasks")
     eos_id = config.data.eos_id if config else None
     sources = [open_source(name, source, vocab_size, eos_id) for name, source in named.items()]
     allowed = args.allow_other_tokenizer or (args.data is None and not config.data.check_tokenizer)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_checkpoint_arguments(parser)
     parser.add_argument(
-        "--prompt", action="append", metavar="TEXT", help="may be given several times; without it a new document is begun"
+        "--prompt", action="append", metavar="TEXT", help="text to continue; may be repeated. Without it a new document starts"
     )
     parser.add_argument("--samples", type=int, default=1, metavar="N", help="continuations of each prompt (default: 1)")
     parser.add_argument("--max-new-tokens", type=int, default=100, metavar="N", help="default: 100")

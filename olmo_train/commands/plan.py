@@ -152,7 +152,7 @@ def show_cost(console: Console, plan: dict[str, Any]) -> None:
         ["tokens/s", f"{cost['tokens_per_second']:,.0f}", f"assumed MFU {assumed['mfu']:.0%} of {peak} (--mfu)"],
         ["time", duration(cost["seconds"]), "without evaluation, saving, restarts"],
         ["GPU-hours", f"{cost['gpu_hours']:,.{0 if cost['gpu_hours'] >= 100 else 2}f}", f"{plan['gpus']} GPUs"],
-        ["money", money, f"{assumed['price']:g} a GPU-hour" if assumed["price"] is not None else "give --price of a GPU-hour"],
+        ["money", money, f"{assumed['price']:g} a GPU-hour" if assumed["price"] is not None else "set --price, of a GPU-hour"],
         ["energy", energy(cost["kwh"]), f"{gpu['power_watts']:g} W a GPU x PUE {assumed['pue']:g} (--pue)"],
         ["CO2eq", mass(cost["co2_kg"]), f"{assumed['carbon']:g} kg a kWh (--carbon)"],
     ]

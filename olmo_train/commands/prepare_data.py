@@ -12,7 +12,7 @@ from pathlib import Path
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Tokenizes text into a source folder for training. The same command again goes on after an interruption; "
+        "Tokenizes text into a source folder for training. The same command again continues after an interruption; "
         "a finished folder is left as it is."
     )
     parser.add_argument(
@@ -43,10 +43,10 @@ def run(args: argparse.Namespace) -> int | None:
     from olmo_train.data.prepare.prepare import PrepareOptions, prepare
 
     options = PrepareOptions(tuple(args.inputs), **{f.name: getattr(args, f.name) for f in fields(PrepareOptions)[1:]})
-    begun = time.monotonic()
+    started = time.monotonic()
     with _ProgressLine() as line:
         result = prepare(options, line.update, line.warn)
-    _report(args.output, result, time.monotonic() - begun, line.new_tokens)
+    _report(args.output, result, time.monotonic() - started, line.new_tokens)
 
 
 def _report(output: Path, result, seconds: float, new_tokens: int) -> None:
@@ -92,7 +92,7 @@ class _ProgressLine:
         columns = ("{task.percentage:>3.0f}%", "{task.fields[tokens]:,} tokens", "{task.fields[speed]:,.0f} tokens/s")
         parts = (BarColumn(), *map(TextColumn, columns), TimeRemainingColumn())
         self.bar = Progress(*parts, console=self.console, disable=not is_terminal(sys.stderr))
-        self.begun = self.printed = time.monotonic()
+        self.started = self.printed = time.monotonic()
         self.new_tokens = 0
 
     def __enter__(self) -> _ProgressLine:
@@ -109,14 +109,14 @@ class _ProgressLine:
     def update(self, progress) -> None:
         now = time.monotonic()
         self.new_tokens = progress.tokens - progress.resumed_tokens
-        speed = self.new_tokens / max(now - self.begun, 1e-9)
+        speed = self.new_tokens / max(now - self.started, 1e-9)
         self.bar.update(
             self.task, completed=progress.input_bytes, total=progress.total_bytes, tokens=progress.tokens, speed=speed
         )
         if self.bar.disable and now - self.printed > 10:
             self.printed = now
             share = progress.input_bytes / max(progress.total_bytes, 1)
-            left = (now - self.begun) * (1 - share) / max(share, 1e-9)
+            left = (now - self.started) * (1 - share) / max(share, 1e-9)
             print(
                 f"{share:4.0%}  {progress.tokens:,} tokens  {speed:,.0f} tokens/s  {left:,.0f} s left",
                 file=sys.stderr,

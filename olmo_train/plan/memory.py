@@ -27,7 +27,7 @@ MATRIX_COPIES = 5  # of Muon's largest matrix, whole and in fp32, while it is or
 
 @dataclass(frozen=True)
 class Layout:
-    """How one step lies on the GPUs; the names are those of the configuration's `parallel`, and `optim.name`."""
+    """How a step is distributed over the GPUs. Names are those of the configuration's `parallel` section, and `optim.name`."""
 
     gpus: int = 1
     replicas: int = 1
@@ -57,7 +57,7 @@ class MemoryEstimate:
 
     @property
     def peak(self) -> int:
-        """Bytes of live tensors at the highest moment, without the runtime's own."""
+        """Bytes of live tensors at the highest moment, without RUNTIME_BYTES."""
         return sum(self.moments[self.moment].values())
 
     def fits(self, memory_bytes: float) -> bool:
@@ -68,8 +68,8 @@ def memory_estimate(model: ModelConfig, layout: Layout) -> MemoryEstimate:
     """Bytes of one GPU by part at the three moments of a step that can be the highest.
 
     loss: the loss is differentiated, and every block's activations are kept.
-    backward: a block is differentiated, with activation checkpointing after it was computed again.
-    update: all gradients are there, those of the embedding and the head are reduced, and the optimizer steps.
+    backward: a block is differentiated; with activation checkpointing, after it was recomputed.
+    update: all gradients exist, those of the embedding and the head are reduced, and the optimizer steps.
     """
     total, block = count_parameters(model).total, block_parameters(model)
     root = total - model.n_layers * block  # embedding, head and final norm, which are gathered as one unit
@@ -118,9 +118,8 @@ def memory_estimate(model: ModelConfig, layout: Layout) -> MemoryEstimate:
 
 
 def loss_bytes(model: ModelConfig, tokens: int, width: int) -> int:
-    """Bytes of the logits, which become their own gradients (model/loss.py), and of the larger of what stands beside them:
-    fp32 probabilities of the part that is worked on, with that part itself in fp32, or the gradients of the head's weight
-    and input."""
+    """Bytes of the logits, which become their own gradients (model/loss.py), and of the larger of two further buffers: the fp32
+    probabilities of the part in progress, with that part itself in fp32, or the gradients of the head's weight and input."""
     logits = tokens * model.vocab_rows
     part = min(4 * logits, LOSS_PART_BYTES) * (1 if width == 4 else 2)
     return width * logits + max(part, width * model.d_model * (model.vocab_rows + tokens))
@@ -145,18 +144,18 @@ def matrix_working_bytes(model: ModelConfig, optimizer: str) -> int:
 
 
 def kept_activation_bytes(model: ModelConfig, layout: Layout) -> int:
-    """Bytes a token that one block keeps from its forward until its backward."""
+    """Bytes per token that one block keeps from its forward until its backward."""
     width = BYTES[layout.precision]
     if layout.activation_checkpointing == "none":
         return block_activation_bytes(model, layout.precision)
     kept = width * model.d_model  # its input
-    if layout.activation_checkpointing == "selective":  # and what attention and the two output matrices give
+    if layout.activation_checkpointing == "selective":  # and the results of attention and the two output matrices
         kept += product_bytes(model, layout.precision) + 2 * width * model.d_model
     return kept
 
 
 def product_bytes(model: ModelConfig, precision: str) -> int:
-    """Bytes a token of what one block's input matrices and attention give, which are kept with and without selective
+    """Bytes per token of the results of one block's input matrices and attention, which are kept with and without selective
     activation checkpointing."""
     width = BYTES[precision]
     queries, keys = model.n_heads * model.head_size, model.kv_heads * model.head_size
@@ -165,12 +164,12 @@ def product_bytes(model: ModelConfig, precision: str) -> int:
 
 
 def final_activation_bytes(model: ModelConfig, precision: str) -> int:
-    """Bytes a token that is kept outside the blocks and is no logit: the final norm, the head's input, the ids."""
+    """Bytes per token kept outside the blocks, without the logits: the final norm, the head's input, the ids."""
     return norm_activation_bytes(model, model.d_model, precision) + BYTES[precision] * model.d_model + 16
 
 
 def block_activation_bytes(model: ModelConfig, precision: str) -> int:
-    """Bytes a token that one block keeps: what each operation of Attention, MLP and the norms saves for its backward."""
+    """Bytes per token that one block keeps: what each operation of Attention, MLP and the norms saves for its backward."""
     width = BYTES[precision]
     queries, keys = model.n_heads * model.head_size, model.kv_heads * model.head_size
     norms = 1 if model.block == "parallel" else 2
@@ -186,15 +185,15 @@ def block_activation_bytes(model: ModelConfig, precision: str) -> int:
 
 
 def norm_activation_bytes(model: ModelConfig, size: int, precision: str) -> int:
-    """Bytes a token that one norm of `size` features keeps: LayerNorm its input, mean and deviation; RMSNorm, which is
+    """Bytes per token that one norm of `size` features keeps: LayerNorm its input, mean and deviation; RMSNorm, which is
     written out in fp32, its input and its quotient in fp32, and the root."""
     width = BYTES[precision]
     return width * size + 2 * width if model.norm.startswith("layer_norm") else 8 * size + 4
 
 
 def block_working_bytes(model: ModelConfig, layout: Layout) -> int:
-    """Bytes a token at the height of a block's backward beside what all blocks keep: the gradients of the residual
-    stream and of the MLP's two factors (or of its one hidden vector), and what was computed again."""
+    """Bytes per token at the peak of a block's backward, in addition to what all blocks keep: the gradients of the residual
+    stream and of the MLP's two factors (or of its one hidden vector), and the recomputed activations."""
     width = BYTES[layout.precision]
     gradients = width * (model.d_model + (2 if model.gated else 1) * model.mlp_hidden)
     if layout.activation_checkpointing == "none":

@@ -21,7 +21,7 @@ UNNAMED = "(not named)"
 
 
 def choose_gpu(name: str | None, memory_gb: float | None, tflops: float | None, power_watts: float | None) -> Hardware | None:
-    """The named GPU's figures, or this machine's; a figure that is given takes precedence over the table.
+    """The named GPU's figures, or this machine's; figures passed here take precedence over the table.
 
     None when no GPU is named and there is none here. Raises ConfigError when figures are missing.
     """
@@ -34,13 +34,13 @@ def choose_gpu(name: str | None, memory_gb: float | None, tflops: float | None, 
         word = (name or "").lower()
         kinds = [key for key in GPUS if word and key.startswith(word)]
         known_ones = f"one of {', '.join(kinds)}" if kinds else f"a known GPU: {nearest(word, GPUS)}"
-        what = f"'{name}' has no figures here" if name else "only some figures are given"
+        what = f"'{name}' has no figures here" if name else "some figures are missing"
         raise ConfigError("--gpu", f"{what}; set --gpu-memory, --gpu-peak and --gpu-power, or {known_ones}")
     return Hardware(**({"name": name or "a GPU of your figures"} | figures))
 
 
 def open_data(config: TrainConfig) -> tuple[Mixture | None, str | None]:
-    """The sources, opened, or why they could not be; a plan goes on without them."""
+    """The sources, opened, or the reason why they cannot be; a plan is made without them too."""
     if UNNAMED in config.data.sources:
         return None, "no data are named"
     try:

@@ -174,5 +174,5 @@ def data(config: TrainConfig) -> Iterator[Finding]:
 
 def tracking(config: TrainConfig) -> Iterator[Finding]:
     mode = wandb_mode(config.log.wandb)
-    remedy = "" if mode == "online" else "metrics.jsonl is complete all the same; `wandb login`, or WANDB_API_KEY, goes online"
+    remedy = "" if mode == "online" else "metrics.jsonl is complete without it; `wandb login` or WANDB_API_KEY goes online"
     yield Finding("wandb", "ok", f"will be {mode}", remedy)
