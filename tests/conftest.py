@@ -71,7 +71,7 @@ def held_out(tmp_path, stream) -> Path:
     return file
 
 
-def words_of(run_dir: Path, tokens: Path, **changes) -> list[str]:
+def words_of(run_dir: Path, tokens: Path, /, **changes) -> list[str]:
     """The key=value words of a 12-step run; a change's key may be dotted, and None leaves the key out."""
     values = {
         "run_dir": run_dir, "seed": 3, "total_steps": 12, "global_batch_size": 8, "micro_batch_size": 4,

@@ -37,6 +37,13 @@ def prepare_source(folder: Path, *inputs: Path, name: str = "source", **options)
     return folder / name, result
 
 
+def flip_bit(file: Path, at: int) -> None:
+    """Change the lowest bit of the byte at `at`."""
+    data = bytearray(file.read_bytes())
+    data[at] ^= 1
+    file.write_bytes(data)
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file under a folder."""
     return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}

@@ -7,9 +7,11 @@ lines_of(run_dir)            metrics.jsonl as a list of dicts
 events_of(run_dir, *kinds)   events.jsonl, only the events of these kinds
 history(run_dir, *names)     these figures of every line that holds a training step
 first_model(config)          a whole Transformer with its first values
+load_script(file)            a script that is not in a package, as a module
 wait_for(run_dir, lines)     until another process has logged this many lines
 """
 
+import importlib.util
 import json
 import time
 from pathlib import Path
@@ -53,6 +55,13 @@ def first_model(config: ModelConfig, seed: int = 1) -> Transformer:
         for name, parameter in model.named_parameters():
             parameter.copy_(initial_value(name, parameter.shape, config, seed))
     return model
+
+
+def load_script(file: Path):
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def lines_of(run_dir, name: str = "metrics.jsonl") -> list[dict]:

@@ -1,11 +1,12 @@
 """The script for a machine with a GPU, rehearsed from end to end where there is none."""
 
-import importlib.util
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+
+from runs import load_script
 
 SCRIPT = Path(__file__).parent / "benchmarks/gpu.py"
 
@@ -23,9 +24,7 @@ def test_a_rehearsal_gives_the_whole_table(tmp_path):
 
 
 def test_what_failed_is_told_beside_what_did_not():
-    specification = importlib.util.spec_from_file_location("gpu", SCRIPT)
-    script = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(script)
+    script = load_script(SCRIPT)
     row = {"seq_len": 4096, "micro_batch_size": 8, "activation_checkpointing": "selective", "error": "error: out of memory"}
     tests = {"outcomes": {"test_a": "PASSED", "test_b": "FAILED"}, "said": "assert 1 == 2"}
     peers = {"olmo-1b-2048": {"litgpt": {"table": "", "error": "not installed"}}}

@@ -18,18 +18,13 @@ from olmo_train.commands.common import split_config
 
 
 @pytest.fixture
-def mistake(capfd, tmp_path, monkeypatch):
-    """mistake(*words): (exit code, last line on stderr) of the command, run in this process and in tmp_path."""
-    monkeypatch.chdir(tmp_path)
+def mistake(run_main):
+    """mistake(*words): (exit code, last line on stderr) of the command."""
 
     def call(*words):
-        try:
-            code = main([str(word) for word in words])
-        except SystemExit as exit:
-            code = exit.code
-        out = capfd.readouterr()
-        assert "Traceback" not in out.err
-        return code, (out.err.splitlines() or [""])[-1]
+        done = run_main(*words)
+        assert "Traceback" not in done.stderr
+        return done.returncode, (done.stderr.splitlines() or [""])[-1]
 
     return call
 

@@ -128,9 +128,6 @@ def test_words_that_name_nothing_are_told(prepared, tmp_path, word, told):  # no
         mixture_of({"a": prepared}, deny=(word,))
 
 
-DENIED = ("d7", "d11", "d29")
-
-
 def built(words):
     return config.load(TrainConfig, [], words)
 
@@ -141,19 +138,11 @@ def counted_tokens(a_config, world=None) -> list[float]:
 
 def test_the_loss_is_divided_by_what_is_left_on_one_rank_and_on_two(tiny_words, prepared, tmp_path, read_metrics):  # noqa: F811
     changes = {"total_steps": 4, "micro_batch_size": 2}
-    one = built(
-        [
-            *run_words(tiny_words, prepared, run_dir=tmp_path / "one", **changes),
-            f"data.deny=[{','.join(f'a:{d}' for d in DENIED)}]",
-        ]
+    changes |= {"data.deny": "[a:d7,a:d11,a:d29]"}
+    one, two, plain = (
+        built(run_words(tiny_words, prepared, **changes | {"run_dir": tmp_path / name} | more))
+        for name, more in (("one", {}), ("two", {}), ("plain", {"data.deny": None}))
     )
-    two = built(
-        [
-            *run_words(tiny_words, prepared, run_dir=tmp_path / "two", **changes),
-            f"data.deny=[{','.join(f'a:{d}' for d in DENIED)}]",
-        ]
-    )
-    plain = built(run_words(tiny_words, prepared, run_dir=tmp_path / "plain", **changes))
     mixture = Mixture(one.data, one.seed, one.global_batch_size, one.model.seq_len, one.model.vocab_size)
     expected = [float((read_batch(mixture, step, 0, 1).labels != IGNORE).sum()) for step in range(1, 5)]
     assert counted_tokens(one) == expected and min(expected) < 8 * 16 == counted_tokens(plain)[0]

@@ -44,15 +44,8 @@ def prepared(tmp_path):
     lines = [json.dumps({"id": f"d{i}", "text": " ".join(f"w{(i * 7 + k) % 50}" for k in range(3 + i % 30))}) for i in range(40)]
     (tmp_path / "in.jsonl").write_text("\n".join(lines) + "\n")
     assert main(["train-tokenizer", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "t.json"), "--vocab-size", "300"]) == 0
-    words = [
-        "prepare-data",
-        str(tmp_path / "in.jsonl"),
-        "--output",
-        str(tmp_path / "docs"),
-        "--tokenizer",
-        str(tmp_path / "t.json"),
-    ]
-    assert main([*words, "--workers", "1"]) == 0
+    words = ["--output", str(tmp_path / "docs"), "--tokenizer", str(tmp_path / "t.json"), "--workers", "1"]
+    assert main(["prepare-data", str(tmp_path / "in.jsonl"), *words]) == 0
     return tmp_path / "docs"
 
 

@@ -1,6 +1,5 @@
 """The launchers, and the text of the first run."""
 
-import importlib.util
 import os
 import signal
 import subprocess
@@ -8,19 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from runs import load_script
 
 LAUNCH = Path(__file__).parent.parent / "launch"
 
 
-def load(name: str):
-    spec = importlib.util.spec_from_file_location(name, LAUNCH / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_the_standard_library_is_gathered_without_tests_and_other_packages():
-    names = [name for name, _ in load("gather_text").standard_library()]
+    names = [name for name, _ in load_script(LAUNCH / "gather_text.py").standard_library()]
     assert "argparse.py" in names and "asyncio/events.py" in names
     assert not [name for name in names if "test" in Path(name).parts or "site-packages" in name]
 
@@ -83,7 +76,7 @@ def test_a_text_is_named_by_its_path_and_hashed_by_its_contents(tmp_path, monkey
         (tmp_path / folder).mkdir(parents=True)
         (tmp_path / folder / "1.txt").write_text("same")
     (tmp_path / "documents.jsonl").write_text("{}")
-    naming = load("name_text")
+    naming = load_script(LAUNCH / "name_text.py")
     names = [naming.name(Path(word)) for word in ("corpus", "a/corpus", "b/corpus", "my text", "documents.jsonl")]
     assert len(set(names)) == 5 and names[0] == "corpus" and names[4] == "documents"
     assert all(name.startswith(("corpus-", "my-text-")) and " " not in name for name in names[1:4])

@@ -6,7 +6,7 @@ from functools import partial
 import fsspec
 import numpy as np
 import pytest
-from data_sources import prepare_source
+from data_sources import flip_bit, prepare_source
 
 from olmo_train.data import remote
 from olmo_train.data.config import SourceConfig
@@ -53,10 +53,7 @@ def test_a_remote_folder_is_the_local_one(server):
 def test_a_remote_shard_whose_hash_is_another_is_refused(server):
     url, served = server
     folder, _ = prepare_source(served)
-    file = folder / "tokens-00001.bin"
-    data = bytearray(file.read_bytes())
-    data[7] ^= 1
-    file.write_bytes(data)
+    flip_bit(folder / "tokens-00001.bin", 7)
     with pytest.raises(DataError, match=r"tokens-00001.bin: sha256 is .* meta.json says"):
         open_source("test", SourceConfig(f"{url}/source"), 280)
     assert not list(cache_folder().rglob("tokens-00001.bin*[!k]"))

@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from data_sources import prepare_source, texts
+from data_sources import flip_bit, prepare_source, texts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -117,9 +117,7 @@ def test_the_fingerprint_is_of_contents_not_of_paths(tmp_path):
     raw(tmp_path / "b", 100, 50)
     first, second = (open_source("test", SourceConfig(str(tmp_path / f / "*.npy")), VOCAB) for f in "ab")
     assert first.fingerprint == second.fingerprint
-    data = bytearray((tmp_path / "b" / "part-1.npy").read_bytes())
-    data[60] ^= 1
-    (tmp_path / "b" / "part-1.npy").write_bytes(data)
+    flip_bit(tmp_path / "b" / "part-1.npy", 60)
     changed = open_source("test", SourceConfig(str(tmp_path / "b" / "*.npy")), VOCAB)
     assert changed.fingerprint != first.fingerprint
     swapped = tuple(str(tmp_path / "a" / f"part-{i}.npy") for i in (1, 0))

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from data_sources import flip_bit
 
 from olmo_train import storage
 from olmo_train.errors import ConfigError
@@ -30,9 +31,7 @@ def test_a_committed_folder_verifies(folder):
 
 @pytest.mark.parametrize("at", [0, 200, 399])
 def test_a_flipped_bit_is_told_by_the_files_name(folder, at):
-    content = bytearray((folder / "a.bin").read_bytes())
-    content[at] ^= 1
-    (folder / "a.bin").write_bytes(content)
+    flip_bit(folder / "a.bin", at)
     assert problems_of(folder) == ["a.bin does not have the hash of what was written"]
 
 

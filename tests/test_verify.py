@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from data_sources import prepare_source
+from data_sources import flip_bit, prepare_source
 
 from olmo_train.__main__ import main
 from olmo_train.data.meta import hash_blocks, hash_file
@@ -41,10 +41,7 @@ def test_a_folder_as_it_was_written_has_no_problems(folder):
 
 
 def test_a_flipped_bit_is_found(folder):
-    file = folder / "tokens-00001.bin"
-    data = bytearray(file.read_bytes())
-    data[10] ^= 1
-    file.write_bytes(data)
+    flip_bit(folder / "tokens-00001.bin", 10)
     (name, what), *_ = [found for found in problems(folder) if "sha256" in found[1]]
     assert name == "tokens-00001.bin"
     assert "expected sha256" in what and ", found " in what
