@@ -100,7 +100,8 @@ def _merge(old: Any, new: Any) -> Any:
 
 def _read_file(file: str | Path) -> dict[str, Any]:
     if not Path(file).is_file():
-        hint = f"; to set a key to this text, put quotes around the value: {_quoted_word(str(file))}" if "=" in str(file) else ""
+        key, equals, text = str(file).partition("=")
+        hint = f"""; to set a key to this text, put quotes around the value: {key}='"{text}"'""" if equals else ""
         raise ConfigError(file, f"there is no such configuration file{hint}")
     try:
         content = Path(file).read_bytes()
@@ -114,11 +115,6 @@ def _read_file(file: str | Path) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise ConfigError(file, "must be a mapping of keys to values at the top level")
     return _of_run(tree, content, Path(file).parent) if content.startswith(STARTED_IN.encode()) else tree
-
-
-def _quoted_word(word: str) -> str:
-    key, _, text = word.partition("=")
-    return f"""{key}='"{text}"'"""
 
 
 def _of_run(tree: dict[str, Any], content: bytes, folder: Path) -> dict[str, Any]:

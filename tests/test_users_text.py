@@ -10,7 +10,7 @@ import torch
 
 import olmo_train
 from olmo_train.__main__ import main
-from olmo_train.commands.common import _watch, print_table
+from olmo_train.commands.common import print_table, watch
 from olmo_train.log.console import Console
 from olmo_train.model.generate import Sampling, choose
 
@@ -40,7 +40,7 @@ def test_tables_and_the_bars_show_the_users_text_as_it_is(monkeypatch, text):
     out = shown(terminal)
     assert out.count(text) >= 5 and "x\ufffd[31my" in out
     monkeypatch.setattr(sys, "stderr", terminal := Terminal())
-    assert list(_watch([1, 2], text, 2)) == [1, 2] and text in shown(terminal)
+    assert list(watch([1, 2], text, 2)) == [1, 2] and text in shown(terminal)
 
 
 def test_a_plan_shows_its_run_dir_and_sources_as_they_are(tiny_words, tiny_tokens, capsys):

@@ -30,7 +30,7 @@ def table(
         made.add_row(*row)
     if total:
         made.add_row(*total, style="bold")
-    console.print(f"\n{title}", style="bold")
+    console.print(f"\n{title}" if title else "", style="bold")
     console.print(made)
 
 
@@ -53,7 +53,7 @@ def mass(kg: float) -> str:
     return f"{kg / 1000:,.3g} t" if kg >= 1000 else f"{kg:.3g} kg"
 
 
-def _watch(items, what: str, total: int):
+def watch(items, what: str, total: int):
     """A progress bar on stderr, if that is a terminal."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -67,24 +67,17 @@ def _watch(items, what: str, total: int):
     return watched() if is_terminal(sys.stderr) else items
 
 
-def _number(value: float | None, digits: int = 4) -> str:
+def number(value: float | None, digits: int = 4) -> str:
     return "-" if value is None else f"{value:,.{digits}f}"
 
 
-def print_table(columns: tuple[str, ...], rows: list[tuple[str, ...]], left: tuple[str, ...] | None = None) -> None:
-    """Columns named in `left`, or else the first, to the left, the others to the right; unwrapped where it is no terminal."""
-    from rich import box
-    from rich.table import Table
-
+def print_table(columns: tuple[str, ...], rows: list[tuple[str, ...]], left: tuple[str, ...] = ()) -> None:
+    """A table on stdout, not wrapped when that is no terminal. `left`: the columns of words, by default the first."""
     from olmo_train.log.console import rich_console
 
-    console = rich_console(width=None if sys.stdout.isatty() else 200)
-    table = Table(box=box.SIMPLE_HEAD)
-    for column in columns:
-        table.add_column(column, justify="left" if column in (left or columns[:1]) else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(*("".join(c if c.isprintable() else "\ufffd" for c in cell) for cell in row))  # no codes for the terminal
-    console.print(table)
+    text = tuple(i for i, column in enumerate(columns) if column in (left or columns[:1]))
+    clean = [["".join(c if c.isprintable() else "\ufffd" for c in cell) for cell in row] for row in rows]  # no terminal codes
+    table(rich_console(width=None if sys.stdout.isatty() else 200), "", list(columns), clean, text=text)
 
 
 def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:

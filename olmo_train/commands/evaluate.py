@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from olmo_train.commands.common import _number, _watch, add_checkpoint_arguments, open_model, open_tokenizer, print_table
+from olmo_train.commands.common import add_checkpoint_arguments, number, open_model, open_tokenizer, print_table, watch
 
 if TYPE_CHECKING:
     from olmo_train.data.shards import TokenSource
@@ -70,7 +70,7 @@ def _downstream(model: Transformer, folder: Path, rows: int, args: argparse.Name
     words = list(TASKS) if args.tasks == "all" else args.tasks.split(",")
     tasks = [load_task(word, tokenizer, model.config.seq_len, args.limit) for word in words]
     batch_tokens = rows * model.config.seq_len
-    return [results_of(task, score(model, task, batch_tokens, watch=_watch).tolist()) for task in tasks]
+    return [results_of(task, score(model, task, batch_tokens, watch=watch).tolist()) for task in tasks]
 
 
 def _held_out(model: Transformer, folder: Path, config: TrainConfig | None, rows: int, args: argparse.Namespace) -> list[HeldOut]:
@@ -81,7 +81,7 @@ def _held_out(model: Transformer, folder: Path, config: TrainConfig | None, rows
     state, counts = read_state(folder), None
     if config and not args.no_unigram:
         counts = training_counts(lambda: config.mixture(state.get("batches", ())), state["step"])
-    return [measure(model, source, rows, bool(config and config.data.document_mask), counts, _watch) for source in sources]
+    return [measure(model, source, rows, bool(config and config.data.document_mask), counts, watch) for source in sources]
 
 
 def _sources(vocab_size: int, folder: Path, config: TrainConfig | None, args: argparse.Namespace) -> list[TokenSource]:
@@ -127,11 +127,11 @@ def _report(result: dict[str, Any], args: argparse.Namespace) -> None:
     print(f"{result['checkpoint']}, after {result['step']:,} steps")
     if held_out:
         columns = ("source", "tokens", "loss (nats/token)", "perplexity", "bits/byte", "unigram loss", "uniform loss")
-        rows = [(h.source, f"{h.tokens:,}", _number(h.loss), _number(h.perplexity, 2), _number(h.bits_per_byte),
-                 _number(h.unigram_loss), _number(h.uniform_loss)) for h in held_out]  # fmt: skip
+        rows = [(h.source, f"{h.tokens:,}", number(h.loss), number(h.perplexity, 2), number(h.bits_per_byte),
+                 number(h.unigram_loss), number(h.uniform_loss)) for h in held_out]  # fmt: skip
         print_table(columns, rows)
     if tasks:
         columns = ("task", "questions", "accuracy %", "±", "length-normed %", "chance %", "bits/byte of the answer")
-        rows = [(t.task, f"{t.questions:,}", *(_number(share and 100 * share, 1) for share in (t.acc, t.acc_error, t.len_norm,
-                 t.chance)), _number(t.bits_per_byte)) for t in tasks]  # fmt: skip
+        rows = [(t.task, f"{t.questions:,}", *(number(share and 100 * share, 1) for share in (t.acc, t.acc_error, t.len_norm,
+                 t.chance)), number(t.bits_per_byte)) for t in tasks]  # fmt: skip
         print_table(columns, rows)
