@@ -95,8 +95,8 @@ def _chunks(pieces: Iterable[bytes | memoryview]) -> Iterator[memoryview]:
 
 @contextlib.contextmanager
 def replacing(path: Path, flushed: bool = True) -> Iterator[Path]:
-    """Write a file atomically: the block writes the path that it gets, which then replaces `path`. A reader sees the old content
-    or the new, never a part. `flushed`: also after a power cut."""
+    """Write a file atomically: the block writes to the yielded path, which then replaces `path`. A reader sees the old content
+    or the new one, never a part of it; with `flushed` also after a power cut."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         yield temporary

@@ -108,13 +108,11 @@ def train(config: TrainConfig, world: World | None = None) -> Generator[StepStat
         signals = stack.enter_context(StopSignals().installed())
         if world is None:
             world = stack.enter_context(join_world(config.parallel.replicas, group_timeout(config.guards.hang_seconds)))
-        again = True
-        while again:
-            again = False
-            try:
+        rewound = True
+        while rewound:
+            with contextlib.suppress(Rewind):  # events.jsonl has the steps to pass over: resume as after a kill
                 yield from train_from_newest(config, world, signals)
-            except Rewind:  # events.jsonl has the steps to pass over: resume as after a kill
-                again = True
+                rewound = False
             gc.collect()  # hooks make reference cycles in a sharded model: free it before the next one is built
 
 

@@ -71,7 +71,8 @@ class Checkpointer:
         """
         started = time.perf_counter()
         self.wait()
-        state = {"format": FORMAT, **state, "step": step, "optimizer_steps": self._optimizer_steps(optimizer)}
+        optimizer_steps = int(next(iter(optimizer.state.values()))["step"].item())
+        state = {"format": FORMAT, **state, "step": step, "optimizer_steps": optimizer_steps}
         snapshot = self._snapshot(state_tensors(model, optimizer))
         self._pending, self.last_step = self._thread.submit(self._write, step, snapshot, state), step
         if not self.config.async_save:
@@ -109,9 +110,6 @@ class Checkpointer:
 
     def close(self) -> None:
         self._thread.shutdown(wait=True)
-
-    def _optimizer_steps(self, optimizer: torch.optim.Optimizer) -> int:
-        return int(next(iter(optimizer.state.values()))["step"].item())
 
     def _snapshot(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Copy to host memory. The buffers are reused by the next snapshot: copying to new memory takes several times as long."""

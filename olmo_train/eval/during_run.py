@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 
-from torch import Tensor
-
-from olmo_train.data.loader import Batch, validation_batches
+from olmo_train.data.loader import validation_batches
 from olmo_train.data.mixture import Mixture
-from olmo_train.data.shards import TokenSource
 from olmo_train.data.tokenizer import TokenizerRecord, load_tokenizer
 from olmo_train.errors import ConfigError
 from olmo_train.eval.downstream import TokenizedTask, load_task, results_of, score
@@ -60,44 +57,29 @@ class Evaluation:
 
     def measure(self, model: Transformer, heartbeat: Callable[[], None], stop: Callable[[], bool]) -> dict[str, float] | None:
         """Loss on each source and results of each task; None, on all ranks, if `stop()` became true. Calls `heartbeat` before
-        each batch.
+        each batch."""
+        config, world, seq_len, metrics = self.config, self.world, self.config.model.seq_len, {}
+        rows = DETERMINISM[config.determinism].rows_per_forward or config.micro_batch_size
 
-        """
-        try:
-            return self._measure(model, heartbeat, stop)
-        finally:
-            shard.reshard(model)  # a save may follow, which needs sharded parameters
-
-    def _measure(self, model: Transformer, heartbeat: Callable[[], None], stop: Callable[[], bool]) -> dict[str, float] | None:
-        metrics = {}
-        for source in self.sources:
-            sums = self.world.sum(loss_sums(model, self._batches(source, heartbeat), stop))
-            if stop():
-                return None
-            loss, tokens = sums.tolist()
-            # A source's n_bytes are the text of all its tokens, all of which but the first are scored.
-            metrics |= MeanLoss(loss, tokens, source.n_bytes).metrics(f"eval/{source.name}")
-        for task in self.tasks:
-            scores = self.world.sum(self._scores(task, model, heartbeat, stop))
-            if stop():
-                return None
-            metrics |= results_of(task, scores.tolist()).metrics()
-        return metrics
-
-    def _batches(self, source: TokenSource, heartbeat: Callable[[], None]) -> Iterator[Batch]:
-        config, world = self.config, self.world
-        rows, seq_len = DETERMINISM[config.determinism].rows_per_forward or config.micro_batch_size, config.model.seq_len
-        for batch in validation_batches(source, seq_len, rows, world.data_rank, world.data_size, self.mixture.eos_id):
-            heartbeat()
-            yield batch
-
-    def _scores(self, task: TokenizedTask, model: Transformer, heartbeat: Callable[[], None], stop: Callable[[], bool]) -> Tensor:
-        """This rank's log-likelihoods of the choices of a task, see `score`."""
-
-        def watch(batches: Iterable, *_: object) -> Iterator:
+        def watched(batches: Iterable, *_: object) -> Iterator:
             for batch in batches:
                 heartbeat()
                 yield batch
 
-        batch_tokens = self.config.micro_batch_size * self.config.model.seq_len
-        return score(model, task, batch_tokens, self.world.data_rank, self.world.data_size, stop, watch)
+        try:
+            for source in self.sources:
+                batches = validation_batches(source, seq_len, rows, world.data_rank, world.data_size, self.mixture.eos_id)
+                loss, tokens = world.sum(loss_sums(model, watched(batches), stop)).tolist()
+                if stop():
+                    return None
+                # A source's n_bytes are the text of all its tokens, all of which but the first are scored.
+                metrics |= MeanLoss(loss, tokens, source.n_bytes).metrics(f"eval/{source.name}")
+            for task in self.tasks:
+                batch_tokens = config.micro_batch_size * seq_len
+                scores = world.sum(score(model, task, batch_tokens, world.data_rank, world.data_size, stop, watched))
+                if stop():
+                    return None
+                metrics |= results_of(task, scores.tolist()).metrics()
+            return metrics
+        finally:
+            shard.reshard(model)  # a save may follow, which needs sharded parameters

@@ -75,14 +75,12 @@ class Interval:
     A skipped step adds no loss. The sums are part of a checkpoint, so that a resumed run logs the same line.
     """
 
-    # rows of the tensor of scalars
-    STEPS, SKIPPED, CLIPPED, SPIKES = range(4)
-
     def __init__(self, sources: int, device: torch.device, state: dict[str, Any] | None = None):
         if state is None or len(state["sums"][0]) != sources:  # a fresh run, or a branch with other sources
             state = {"sums": [[0.0] * sources] * 2, "counts": [0.0] * 4}
         self.sums = torch.tensor(state["sums"], dtype=torch.float64, device=device)  # (2, sources): loss, scored tokens
-        self.counts = torch.tensor(state["counts"][:4], dtype=torch.float64, device=device)
+        counts = state["counts"][:4]  # steps, skipped, clipped, spikes; earlier versions saved another count behind them
+        self.counts = torch.tensor(counts, dtype=torch.float64, device=device)
         self.data_wait = 0.0  # seconds
         self.timed_steps = 0  # steps of this process: steps before a resume took none of its time
 
@@ -90,12 +88,6 @@ class Interval:
         """sums (2, sources) of one step; skipped, clipped and spike are 0.0 or 1.0."""
         self.sums += torch.where(skipped > 0, torch.zeros_like(sums), sums)
         self.counts += torch.stack((torch.ones_like(skipped), skipped, clipped, spike))
-        self.data_wait += data_wait
-        self.timed_steps += 1
-
-    def pass_over(self, data_wait: float) -> None:
-        """Count a step that was passed over on purpose: skipped, but not as a problem."""
-        self.counts[[self.STEPS, self.SKIPPED]] += 1
         self.data_wait += data_wait
         self.timed_steps += 1
 

@@ -51,11 +51,8 @@ class Journal:
         self.logger.count(stats.step)
         if self.config.parallel.compile and stats.step == self._first_step:
             self.logger.say(f"the first step took {self.clock.seconds:.1f} s, including torch.compile")
-        if stats.passed_over:
-            self.interval.pass_over(self._waited)
-        else:
-            clipped = (stats.grad_norm > schedules.max_grad_norm_at(stats.step, self.config.optim)).float()
-            self.interval.add(stats.sums, stats.skipped, clipped, stats.spike, self._waited)
+        clipped = (stats.grad_norm > schedules.max_grad_norm_at(stats.step, self.config.optim)).float()  # 0 if passed over
+        self.interval.add(stats.sums, stats.skipped, clipped, stats.spike, self._waited)
 
     def line(self, stats: StepStats, batch: Batch) -> dict[str, Any]:
         """The metrics of the interval that ends with this step; starts the next interval."""

@@ -20,9 +20,16 @@ FLOAT8_MULTIPLE = 16  # sizes of a float8 matrix product must be multiples (cuBL
 def select_kernels(model: Transformer, device: torch.device, cpu_kernels: bool | None, compiled: bool, float8: bool) -> None:
     """Set the implementations that the keys of `parallel` select, in place. Raises ConfigError if one is not available here."""
     if has_cpu_kernels(cpu_kernels, device):
-        use_cpu_kernels(model)
+        from olmo_train.parallel.cpu_kernels import attend, differentiate_
+
+        model.loss.differentiate_ = differentiate_
+        for block in model.blocks:
+            block.attn.attend = attend
     if device.type == "cuda":
-        use_newest_flash_attention()
+        # FlashAttention 3, if it is installed, but not in deterministic runs: its backward adds in no fixed order.
+        has_flash = torch.cuda.get_device_capability()[0] == 9 and importlib.util.find_spec("flash_attn_interface")
+        if has_flash and not torch.are_deterministic_algorithms_enabled():
+            torch.nn.attention.activate_flash_attention_impl("FA3")
         if compiled:
             model.loss.differentiate_ = torch.compile(differentiate_at_once_)
     if float8:
@@ -31,11 +38,9 @@ def select_kernels(model: Transformer, device: torch.device, cpu_kernels: bool |
 
 def has_cpu_kernels(asked: bool | None, device: torch.device) -> bool:
     """Whether to use cpu_kernels.py for attention and loss. `asked`: parallel.cpu_kernels, with None: if they can be built."""
-    if device.type != "cpu":
-        if asked:
-            raise ConfigError("parallel.cpu_kernels", f"is for CPUs, and the device is {device.type}; leave it out")
-        return False
-    if asked is False:
+    if asked and device.type != "cpu":
+        raise ConfigError("parallel.cpu_kernels", f"is for CPUs, and the device is {device.type}; leave it out")
+    if asked is False or device.type != "cpu":
         return False
     from olmo_train.parallel import cpu_kernels
 
@@ -53,22 +58,6 @@ def uses_cpu_kernels(model: Transformer) -> bool:
     return model.blocks[0].attn.attend is not Attention.attend
 
 
-def use_cpu_kernels(model: Transformer) -> None:
-    from olmo_train.parallel import cpu_kernels
-
-    model.loss.differentiate_ = cpu_kernels.differentiate_
-    for block in model.blocks:
-        block.attn.attend = cpu_kernels.attend
-
-
-def use_newest_flash_attention() -> None:
-    """Use FlashAttention 3 on a Hopper GPU if it is installed, but not in deterministic runs: its backward adds in no fixed
-    order."""
-    hopper = torch.cuda.get_device_capability()[0] == 9
-    if hopper and importlib.util.find_spec("flash_attn_interface") and not torch.are_deterministic_algorithms_enabled():
-        torch.nn.attention.activate_flash_attention_impl("FA3")
-
-
 def use_float8(model: Transformer, device: torch.device) -> None:
     """Compute the matrix products of the blocks in float8 with torchao, tensorwise scaled; a CPU emulates it. Raises ConfigError
     if torchao is missing, the GPU has no float8, or a size is not a multiple of 16."""
@@ -80,9 +69,6 @@ def use_float8(model: Transformer, device: torch.device) -> None:
         raise ConfigError("parallel.float8", f"{torch.cuda.get_device_name()} has no float8; set it to false")
     for name, weight in model.blocks.named_parameters():
         if weight.ndim == 2 and any(size % FLOAT8_MULTIPLE for size in weight.shape):
-            shape = tuple(weight.shape)
-            raise ConfigError(
-                "parallel.float8",
-                f"sizes must be multiples of {FLOAT8_MULTIPLE}, but {name} is {shape}; set it to false",
-            )
+            what = f"sizes must be multiples of {FLOAT8_MULTIPLE}, but {name} is {tuple(weight.shape)}; set it to false"
+            raise ConfigError("parallel.float8", what)
     convert_to_float8_training(model.blocks, config=Float8LinearConfig(emulate=device.type == "cpu"))

@@ -8,7 +8,14 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 # `selective` saves the outputs of these: matrix products and every kind of attention. By name, because torch registers some
 # operations only at their first use.
-SAVED_OPS = {"aten.mm.default", "aten._scaled_mm.default", "flex_attention", "olmo_train.cpu_attention.default"}
+SAVED_OPS = {
+    "aten.mm.default",
+    "aten._scaled_mm.default",
+    "flex_attention",
+    "olmo_train.cpu_attention.default",
+    "aten._scaled_dot_product_flash_attention_for_cpu.default",
+    *(f"aten._scaled_dot_product_{kind}_attention.default" for kind in ("flash", "efficient", "cudnn")),
+}
 
 
 def selective_policy(context: object, operation: object, *args: object, **kwargs: object) -> CheckpointPolicy:

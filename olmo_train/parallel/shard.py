@@ -19,12 +19,10 @@ from olmo_train.model.transformer import Transformer
 from olmo_train.parallel import kernels
 from olmo_train.parallel.config import ParallelConfig
 from olmo_train.parallel.determinism import DETERMINISM, Determinism, round_gradients
-from olmo_train.parallel.recompute import RECOMPUTED, SAVED_OPS
+from olmo_train.parallel.recompute import RECOMPUTED
 from olmo_train.parallel.world import World
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-SAVED_OPS |= {f"aten._scaled_dot_product_{kind}_attention.default" for kind in ("flash", "efficient", "cudnn")}
-SAVED_OPS |= {"aten._scaled_dot_product_flash_attention_for_cpu.default"}
 
 
 def shard(

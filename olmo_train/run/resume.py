@@ -9,58 +9,52 @@ from olmo_train.config import REMOVED, flatten
 from olmo_train.errors import ConfigError
 
 # Keys whose change does not alter the weights after a step (up to the rounding of sums).
-HARMLESS = ("run_dir",
-    "resume",
-    "resume_from",
-    "init_from", "allow_changes", "micro_batch_size", "log.*", "checkpoint.*", "eval.*", "guards.*", "profile.*",
-            "parallel.shard", "parallel.replicas", "parallel.activation_checkpointing", "parallel.compile",
-            "parallel.cpu_kernels",
-            "data.validation.*", "data.validation",
-            "data.check_tokenizer",
-            "data.deny",  # which documents it denies is compared; see check_denied
-            "data.sources.*.path*",  # the contents are compared by their hashes
-            "total_steps", "total_tokens")  # a run may be made longer; see check_changes  # fmt: skip
+HARMLESS = (
+    "run_dir", "resume", "resume_from", "init_from", "allow_changes", "micro_batch_size", "log.*", "checkpoint.*", "eval.*",
+    "guards.*", "profile.*", "parallel.shard", "parallel.replicas", "parallel.activation_checkpointing", "parallel.compile",
+    "parallel.cpu_kernels", "data.validation", "data.validation.*", "data.check_tokenizer",
+    "data.deny",  # which documents it denies is compared; see check_denied
+    "data.sources.*.path*",  # the contents are compared by their hashes
+    "total_steps", "total_tokens",  # a run may be made longer; see schedule_warnings
+)  # fmt: skip
+ANOTHER_MODEL = "which would train another model; set it back, choose another run_dir"
+
+
+def _refuse(key: str, change: str, allowed: tuple[str, ...]) -> None:
+    """Raise ConfigError unless `allowed` (dotted keys, or their beginnings) names the key."""
+    if not any(key == name or key.startswith(name + ".") for name in allowed):
+        raise ConfigError(key, f"{change}, or set allow_changes=[{key}]")
 
 
 def check_changes(saved: dict[str, Any], now: dict[str, Any], allowed: tuple[str, ...]) -> None:
     """Compare two resolved configurations. Raises ConfigError with the key and both values on a change that alters the
-    training and that `allowed` (dotted keys, or their beginnings) does not name."""
+    training and that `allowed` does not name."""
     before, after = flatten(saved), flatten(now)
     for flat, config in ((before, saved), (after, now)):
         flat["data.sources"] = list(config["data"]["sources"])  # the order of the sources affects the order of the data
     for key in sorted((before.keys() | after.keys()) - REMOVED.keys()):
         was, wanted = before.get(key), after.get(key)
-        named = any(key == name or key.startswith(name + ".") for name in allowed)
-        if was != wanted and not named and not any(fnmatch.fnmatchcase(key, pattern) for pattern in HARMLESS):
-            raise ConfigError(
-                key,
-                f"is {wanted!r} now and was {was!r} when this run was saved, which would train another model; "
-                f"set it back, choose another run_dir, or set allow_changes=[{key}]",
-            )
+        if was != wanted and not any(fnmatch.fnmatchcase(key, pattern) for pattern in HARMLESS):
+            _refuse(key, f"is {wanted!r} now and was {was!r} when this run was saved, {ANOTHER_MODEL}", allowed)
 
 
 def check_skip_steps(saved: dict[str, Any], now: dict[str, Any], last_step: int, allowed: tuple[str, ...]) -> None:
     """guards.skip_steps may change for future steps, not for finished ones. Raises ConfigError."""
-    key = "guards.skip_steps"
     before, after = (set(config["guards"].get("skip_steps", ())) for config in (saved, now))
-    done = sorted(step for step in before ^ after if step <= last_step)
-    if done and key not in allowed and "guards" not in allowed:
-        raise ConfigError(
-            key,
-            f"differ in step {done[0]}, which is before the checkpoint of step {last_step} that this run resumes from; "
-            f"delete the checkpoints after step {done[0] - 1}, set it back, or set allow_changes=[{key}]",
+    for step in sorted(step for step in before ^ after if step <= last_step):
+        _refuse(
+            "guards.skip_steps",
+            f"differ in step {step}, which is before the checkpoint of step {last_step} that this run resumes from; "
+            f"delete the checkpoints after step {step - 1}, set it back",
+            allowed,
         )
 
 
 def check_denied(saved: dict[str, Any] | None, now: dict[str, Any] | None, allowed: tuple[str, ...]) -> None:
     """Compare which documents data.deny denies, whatever file lists them. Raises ConfigError when they differ."""
-    key = "data.deny"
-    if saved != now and not any(name in (key, "data") for name in allowed):
-        raise ConfigError(
-            key,
-            f"denies {_counted(now)} now and denied {_counted(saved)}{' others' * bool(saved and now)} when this run was saved, "
-            f"which would train another model; set it back, choose another run_dir, or set allow_changes=[{key}]",
-        )
+    if saved != now:
+        was = f"{_counted(saved)}{' others' * bool(saved and now)}"
+        _refuse("data.deny", f"denies {_counted(now)} now and denied {was} when this run was saved, {ANOTHER_MODEL}", allowed)
 
 
 def _counted(denied: dict[str, Any] | None) -> str:
@@ -71,10 +65,7 @@ def _counted(denied: dict[str, Any] | None) -> str:
 def check_data(saved: dict[str, str], now: dict[str, str], allowed: tuple[str, ...]) -> None:
     """Compare the hashes of the data. Raises ConfigError on a source whose contents differ."""
     for name in sorted(saved.keys() & now.keys()):
-        key = f"data.sources.{name}"
-        if saved[name] != now[name] and not any(key == a or key.startswith(a + ".") for a in allowed):
-            raise ConfigError(
-                key,
-                f"differs from the data that this run was trained on (hash {now[name][:12]}, was {saved[name][:12]}); "
-                f"restore the files, choose another run_dir, or set allow_changes=[{key}]",
-            )
+        if saved[name] != now[name]:
+            hashes = f"hash {now[name][:12]}, was {saved[name][:12]}"
+            what = f"differs from the data that this run was trained on ({hashes}); restore the files, choose another run_dir"
+            _refuse(f"data.sources.{name}", what, allowed)
