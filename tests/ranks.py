@@ -72,12 +72,13 @@ def environments(size: int) -> list[dict[str, str]]:
     return [place | {"RANK": str(rank)} for rank in range(size)]
 
 
-def on_ranks(size: int, function) -> list:
-    """The result of `function` on each rank. Raises AssertionError with the ranks' tracebacks when one of them fails."""
+def on_ranks(size: int, function, **options) -> list:
+    """The result of `function` on each rank; `options` are those of join_world. Raises AssertionError with the tracebacks of the
+    ranks that fail."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         children = [
-            fork(lambda rank=rank: _run(rank, folder, function), **environment)
+            fork(lambda rank=rank: _run(rank, folder, function, options), **environment)
             for rank, environment in enumerate(environments(size))
         ]
         _wait(children, folder)
@@ -86,10 +87,10 @@ def on_ranks(size: int, function) -> list:
         return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(size)]
 
 
-def _run(rank: int, folder: Path, function) -> None:
+def _run(rank: int, folder: Path, function, options: dict) -> None:
     faulthandler.register(signal.SIGUSR2, open(folder / f"{rank}.stacks", "w"))  # noqa: SIM115
     try:
-        with join_world() as world:
+        with join_world(**options) as world:
             result = function(world)
             (folder / f"{rank}.json").write_text(json.dumps(result))
     except BaseException:

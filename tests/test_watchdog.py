@@ -6,7 +6,6 @@ import time
 from pathlib import Path
 
 import pytest
-import ranks
 import torch
 from ranks import environments, exit_code, fork, on_ranks
 from runs import events_of, lines_of, wait_for
@@ -20,7 +19,7 @@ from olmo_train.data.mixture import Mixture
 from olmo_train.errors import CheckpointError, DataError, PeerError, UserError
 from olmo_train.guards.watchdog import group_timeout
 from olmo_train.log.interval import slow_ranks
-from olmo_train.parallel.world import explain_lost_peers, join_world
+from olmo_train.parallel.world import explain_lost_peers
 from olmo_train.run.run import Run
 
 HANG_SECONDS = 2
@@ -196,22 +195,24 @@ def test_a_lost_peer_is_one_sentence_without_files_of_torch(text, reason):
         raise RuntimeError("shapes differ")
 
 
-def test_the_watchdog_speaks_before_any_process_group_does(tiny_args, monkeypatch):
+def test_the_watchdog_speaks_before_any_process_group_does(tiny_args):
     """Also in its patience for saves and the first step, and in the groups of a mesh with replicas."""
     assert group_timeout(600) == group_timeout(1) == 1800 + 120 and group_timeout(3600) == 3720
     assert group_timeout(0) > 300 * 86400  # 0 is never
-    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-        patch.setattr(module, "join_world", lambda *args: seen.append(args) or 1 / 0)
-        seen = []
-        next(module.train(tiny_args("run", **{"guards.hang_seconds": 5000})))
-    assert seen == [(1, 5120)]
 
-    def timeouts(world):
-        groups = [torch.distributed.group.WORLD, world.background_group, world.control_group, *world.mesh.get_all_groups()]
+    def timeouts(*groups):
+        groups = (torch.distributed.group.WORLD, *groups)
         return [group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups]
 
-    monkeypatch.setattr(ranks, "join_world", lambda: join_world(2, 5120))
-    assert on_ranks(4, timeouts) == [[5120.0] * 5] * 4
+    run = module.train(tiny_args("run", **{"guards.hang_seconds": 5000}))
+    next(run)
+    assert timeouts() == [5120.0]
+    run.close()
+
+    def all_timeouts(world):
+        return timeouts(world.background_group, world.control_group, *world.mesh.get_all_groups())
+
+    assert on_ranks(4, all_timeouts, replicas=2, timeout_seconds=5120) == [[5120.0] * 5] * 4
 
 
 @pytest.mark.parametrize("late", [0.3, 0])  # seconds, several times what a step of this model takes anywhere
