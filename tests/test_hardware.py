@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from olmo_train.hardware import _ALIASES, GPUS, detect, lookup
-from olmo_train.log.energy import EnergyMeter, open_energy_meter
+from olmo_train.log.energy import energy_meter, open_energy_meter
 
 
 @pytest.mark.parametrize(
@@ -102,9 +102,9 @@ def test_a_meter_counts_kilowatt_hours_from_its_opening(monkeypatch):
     fake_gpu(monkeypatch, "NVIDIA H100 80GB HBM3", "1234")
     nvml = FakeNvml()
     meter = open_energy_meter(nvml)
-    assert meter.kwh() == 0
+    assert meter() == 0
     nvml.used = 0.25
-    assert meter.kwh() == pytest.approx(0.25)
+    assert meter() == pytest.approx(0.25)
 
 
 @pytest.mark.parametrize("name, uuid", [("NVIDIA H100 80GB HBM3 MIG 1g.10gb", "1234"), ("NVIDIA H100 80GB HBM3", "5678")])
@@ -123,7 +123,7 @@ def test_the_energy_of_a_run_is_that_of_all_ranks_and_goes_on_over_a_resume(tiny
 
     def run(world, last):
         nvml = FakeNvml()
-        journal.open_energy_meter = lambda: EnergyMeter(nvml, "GPU-1234")
+        journal.open_energy_meter = lambda: energy_meter(nvml, "GPU-1234")
         for _ in module.train(tiny_args("run", **config | {"total_steps": last}), world):
             nvml.used += 1 + world.rank  # the next line's step has used so much
 

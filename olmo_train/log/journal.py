@@ -91,7 +91,7 @@ class Journal:
 
     def energy_kwh(self) -> float | None:
         """What all GPUs have used for the steps so far, those before a resume too; None where one cannot measure it."""
-        used = self.world.gather(None if self._meter is None else self._meter.kwh())
+        used = self.world.gather(None if self._meter is None else self._meter())
         return None if None in used else self._energy_before + sum(used)
 
     def state(self, step: int) -> dict[str, Any]:

@@ -1,7 +1,8 @@
-"""What a run logs: metrics and events to files, lines to the console. Rank 0 writes; on other ranks every method is a no-op."""
+"""What a run logs: metrics and events to files, lines to the console. Rank 0 writes; on other ranks every method does nothing."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,51 +12,35 @@ from olmo_train.parallel.world import World
 from olmo_train.train_config import TrainConfig
 
 
+class _Silent:
+    """In place of Recorder and Console on ranks other than 0: every method does nothing."""
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *args, **options: None
+
+
 class RunLogger:
     def __init__(self, config: TrainConfig, world: World, last_step: int, resolved: dict[str, Any]):
         """`last_step`: the step that the run goes on from; `resolved`: the configuration as it is saved."""
         run_dir = Path(config.run_dir)
         self._committed_step = last_step or -1  # a fresh run may save its step 0
-        self._recorder = world.on_main_only(lambda: Recorder(run_dir, config.log, resolved, last_step))
-        self._console = world.on_main_only(lambda: Console(config.run_dir, last_step, config.steps))
-
-    @property
-    def _is_silent(self) -> bool:
-        return self._recorder is None
+        self._recorder = world.on_main_only(lambda: Recorder(run_dir, config.log, resolved, last_step)) or _Silent()
+        self._console = world.on_main_only(lambda: Console(config.run_dir, last_step, config.steps)) or _Silent()
+        self.event, self.sync = self._recorder.event, self._recorder.sync
+        self.say, self.count = self._console.say, self._console.step
 
     def log(self, step: int, line: dict[str, Any]) -> None:
         """One line of metrics."""
-        if not self._is_silent:
-            self._recorder.log(step, line)
-            self._console.log(step, line)
-
-    def event(self, event: str, step: int, **details: Any) -> None:
-        if not self._is_silent:
-            self._recorder.event(event, step, **details)
-
-    def say(self, text: str) -> None:
-        if not self._is_silent:
-            self._console.say(text)
-
-    def count(self, step: int) -> None:
-        """Count a finished step on the console."""
-        if not self._is_silent:
-            self._console.step(step)
-
-    def sync(self) -> None:
-        """Flush everything logged so far to the disk, so that it survives a power cut."""
-        if not self._is_silent:
-            self._recorder.sync()
+        self._recorder.log(step, line)
+        self._console.log(step, line)
 
     def note_commit(self, step: int) -> None:
         """Log once that the checkpoint of a step is committed: no resume repeats steps up to it, so mirrors may upload them."""
         if step > self._committed_step:
             self._committed_step = step
             self.event("save", step)
-        if not self._is_silent:
-            self._recorder.settle(step)
+        self._recorder.settle(step)
 
     def close(self) -> None:
-        if not self._is_silent:
-            self._console.close()
-            self._recorder.close()
+        self._console.close()
+        self._recorder.close()
