@@ -35,6 +35,7 @@ from olmo_train.checkpoint.folders import _aside, folder_of, newest_folder, supe
 from olmo_train.checkpoint.format import FORMAT
 from olmo_train.checkpoint.load import state_tensors
 from olmo_train.errors import NonFiniteError, SaveError
+from olmo_train.formats import byte_size
 from olmo_train.model.transformer import Transformer
 from olmo_train.parallel.world import World
 from olmo_train.storage import commit_folder, remove_folder, temporary_folder, write_file
@@ -170,7 +171,7 @@ class Checkpointer:
     def _need(self, tensors: dict[str, Tensor]) -> str:
         """The space that checkpoints need, for the error about a full disk."""
         size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-        return f"a checkpoint needs {size / 1e9:.3g} GB, {shutil.disk_usage(self.run_dir).free / 1e9:.3g} GB are free"
+        return f"a checkpoint needs {byte_size(size)}, {byte_size(shutil.disk_usage(self.run_dir).free)} are free"
 
     def _commit(self, temporary: Path, final: Path, state: dict, entries: dict[str, dict]) -> None:
         for name, content in {"state.json": json.dumps(state, indent=1).encode(), **self.files}.items():

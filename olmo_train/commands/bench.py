@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from olmo_train.commands.common import add_config_arguments, split_config
+from olmo_train.formats import byte_size
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,7 +47,7 @@ def table(figures: dict) -> str:
         "phases, profiled": f"{phases} s",
         "work": f"{figures['flops_per_second'] / 1e12:.4g} TFLOP/s ({figures['flops_convention']})",
         "MFU": mfu,
-        "peak memory": f"{figures['peak_memory_bytes'] / 1e9:.2f} GB",
+        "peak memory": byte_size(figures["peak_memory_bytes"]),
         "first step after": f"{figures['first_step_seconds']:.1f} s",
     }
     return "\n".join(f"{name:<18}{value}" for name, value in rows.items())

@@ -1,56 +1,44 @@
-"""What several verbs share: configuration and checkpoint arguments, opening a model, tables and number formats."""
+"""What several verbs share: configuration and checkpoint arguments, opening a model, and tables."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from olmo_train.errors import ConfigError
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from olmo_train.data.tokenizer import Tokenizer
     from olmo_train.model.transformer import Transformer
 
 
-def table(
-    console: Console, title: str, columns: list[str], rows: list[list[str]], total: list[str] | None = None, text: tuple = (0,)
+def print_table(
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    left: Sequence[str] | None = None,
+    title: str = "",
+    total: Sequence[str] | None = None,
 ) -> None:
-    """One table under its title; the columns of `text` are words, the others are numbers."""
+    """Columns named in `left`, or else the first, to the left, the others to the right; unwrapped where it is no terminal."""
     from rich import box
     from rich.table import Table
 
-    made = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    for i, column in enumerate(columns):
-        made.add_column(column, justify="left" if i in text else "right", overflow="fold")
+    from olmo_train.log.console import rich_console
+
+    console = rich_console(width=None if sys.stdout.isatty() else 200)
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for column in columns:
+        table.add_column(column, justify="left" if column in (columns[:1] if left is None else left) else "right", no_wrap=True)
     for row in rows:
-        made.add_row(*row)
+        table.add_row(*("".join(c if c.isprintable() else "\ufffd" for c in cell) for cell in row))  # no codes for the terminal
     if total:
-        made.add_row(*total, style="bold")
-    console.print(f"\n{title}" if title else "", style="bold")
-    console.print(made)
-
-
-def gigabytes(count: float) -> str:
-    return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.2f} MB"
-
-
-def duration(seconds: float) -> str:
-    for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:,.1f} {unit}"
-    return f"{seconds:.3g} s"
-
-
-def energy(kwh: float) -> str:
-    return f"{kwh / 1000:,.4g} MWh" if kwh >= 1000 else f"{kwh:.3g} kWh"
-
-
-def mass(kg: float) -> str:
-    return f"{kg / 1000:,.3g} t" if kg >= 1000 else f"{kg:.3g} kg"
+        table.add_row(*total, style="bold")
+    if title:
+        console.print(f"\n{title}", style="bold")
+    console.print(table)
 
 
 def watch(items, what: str, total: int):
@@ -65,19 +53,6 @@ def watch(items, what: str, total: int):
             yield from progress.track(items, total, description=what)
 
     return watched() if is_terminal(sys.stderr) else items
-
-
-def number(value: float | None, digits: int = 4) -> str:
-    return "-" if value is None else f"{value:,.{digits}f}"
-
-
-def print_table(columns: tuple[str, ...], rows: list[tuple[str, ...]], left: tuple[str, ...] = ()) -> None:
-    """A table on stdout, not wrapped when that is no terminal. `left`: the columns of words, by default the first."""
-    from olmo_train.log.console import rich_console
-
-    text = tuple(i for i, column in enumerate(columns) if column in (left or columns[:1]))
-    clean = [["".join(c if c.isprintable() else "\ufffd" for c in cell) for cell in row] for row in rows]  # no terminal codes
-    table(rich_console(width=None if sys.stdout.isatty() else 200), "", list(columns), clean, text=text)
 
 
 def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:

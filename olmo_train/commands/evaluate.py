@@ -9,7 +9,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from olmo_train.commands.common import add_checkpoint_arguments, number, open_model, open_tokenizer, print_table, watch
+from olmo_train.commands.common import add_checkpoint_arguments, open_model, open_tokenizer, print_table, watch
+from olmo_train.formats import decimal
 
 if TYPE_CHECKING:
     from olmo_train.data.shards import TokenSource
@@ -127,11 +128,11 @@ def _report(result: dict[str, Any], args: argparse.Namespace) -> None:
     print(f"{result['checkpoint']}, after {result['step']:,} steps")
     if held_out:
         columns = ("source", "tokens", "loss (nats/token)", "perplexity", "bits/byte", "unigram loss", "uniform loss")
-        rows = [(h.source, f"{h.tokens:,}", number(h.loss), number(h.perplexity, 2), number(h.bits_per_byte),
-                 number(h.unigram_loss), number(h.uniform_loss)) for h in held_out]  # fmt: skip
+        rows = [(h.source, f"{h.tokens:,}", decimal(h.loss), decimal(h.perplexity, 2), decimal(h.bits_per_byte),
+                 decimal(h.unigram_loss), decimal(h.uniform_loss)) for h in held_out]  # fmt: skip
         print_table(columns, rows)
     if tasks:
         columns = ("task", "questions", "accuracy %", "±", "length-normed %", "chance %", "bits/byte of the answer")
-        rows = [(t.task, f"{t.questions:,}", *(number(share and 100 * share, 1) for share in (t.acc, t.acc_error, t.len_norm,
-                 t.chance)), number(t.bits_per_byte)) for t in tasks]  # fmt: skip
+        rows = [(t.task, f"{t.questions:,}", *(decimal(share and 100 * share, 1) for share in (t.acc, t.acc_error, t.len_norm,
+                 t.chance)), decimal(t.bits_per_byte)) for t in tasks]  # fmt: skip
         print_table(columns, rows)

@@ -12,17 +12,17 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from olmo_train.commands.common import add_config_arguments, split_config
+from olmo_train.commands.common import add_config_arguments, print_table, split_config
+from olmo_train.curves.schedule import draw
 from olmo_train.errors import ConfigError
+from olmo_train.formats import amount, byte_size, duration
+from olmo_train.plan.plan import UNNAMED, choose_gpu, make_plan, open_data
+from olmo_train.plan.time import PAPER_CARBON, PAPER_PUE, Assumptions
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from olmo_train.train_config import TrainConfig
-from olmo_train.commands.common import duration, energy, gigabytes, mass, table
-from olmo_train.curves.schedule import draw
-from olmo_train.plan.plan import UNNAMED, choose_gpu, make_plan, open_data
-from olmo_train.plan.time import PAPER_CARBON, PAPER_PUE, Assumptions
 
 FORMATS = (".png", ".svg", ".pdf", ".html")
 
@@ -105,7 +105,7 @@ def show_parameters(console: Console, plan: dict[str, Any]) -> None:
     if not counts["head"]:
         counts["head (tied to the embedding)"] = counts.pop("head")
     rows = [[name, f"{n:,}", f"{n / total:.1%}"] for name, n in counts.items()]
-    table(console, "Parameters", ["part", "number", "share"], rows, ["total", f"{total:,}", ""])
+    print_table(["part", "number", "share"], rows, title="Parameters", total=["total", f"{total:,}", ""])
     console.print(f"{plan['flops_per_token'] / 1e9:,.4g} GFLOPs a token: {plan['flops_convention']}")
 
 
@@ -120,20 +120,20 @@ def show_memory(console: Console, plan: dict[str, Any]) -> None:
     rows = [[part, *(number(moment[part]) for moment in moments.values())] for part in next(iter(moments.values()))]
     total = ["total", *(number(sum(moment.values())) for moment in moments.values())]
     title = f"Memory of a GPU in {'MB' if small else 'GB'}"
-    table(console, title, ["at the height of", *moments], rows, total)
+    print_table(["at the height of", *moments], rows, title=title, total=total)
     console.print(f"{layout['precision']}, {layout['micro_batches']:,} x {layout['micro_batch_size']} sequences a step, "
                   f"activation_checkpointing={layout['activation_checkpointing']}, without torch.compile.")  # fmt: skip
     shards = layout["gpus"] // layout["replicas"]
-    each = f", {gigabytes(plan['state_bytes'] / shards)} on each of {shards} GPUs" if shards > 1 else ""
+    each = f", {byte_size(plan['state_bytes'] / shards)} on each of {shards} GPUs" if shards > 1 else ""
     a_parameter = plan["state_bytes"] / plan["parameters"]["total"]
-    console.print(f"State, {a_parameter:.3g} bytes a parameter: {gigabytes(plan['state_bytes'])}{each}.")
+    console.print(f"State, {a_parameter:.3g} bytes a parameter: {byte_size(plan['state_bytes'])}{each}.")
     needed = plan["memory_peak_bytes"] + memory.RUNTIME_BYTES
-    assumed = f"{gigabytes(memory.RUNTIME_BYTES)} of them assumed for the runtime"
+    assumed = f"{byte_size(memory.RUNTIME_BYTES)} of them assumed for the runtime"
     if not gpu:
-        console.print(f"A GPU needs {gigabytes(needed)}, {assumed}; name one with --gpu to see whether it fits.")
+        console.print(f"A GPU needs {byte_size(needed)}, {assumed}; name one with --gpu to see whether it fits.")
         return
     verdict = ("Fits", "green") if plan["fits"] else ("Does not fit", "red")
-    console.print(Text.assemble(verdict, f": {gigabytes(needed)} of {gpu['memory_gb']:g} GB, {assumed}."))
+    console.print(Text.assemble(verdict, f": {byte_size(needed)} of {gpu['memory_gb']:g} GB, {assumed}."))
     share = layout["micro_batch_size"] * layout["micro_batches"]
     for checkpointing, largest in plan["largest_micro_batch_size"].items():
         fits = f"{largest} of a GPU's {share:,} sequences" if largest else "none, take more GPUs"
@@ -153,10 +153,10 @@ def show_cost(console: Console, plan: dict[str, Any]) -> None:
         ["time", duration(cost["seconds"]), "without evaluation, saving, restarts"],
         ["GPU-hours", f"{cost['gpu_hours']:,.{0 if cost['gpu_hours'] >= 100 else 2}f}", f"{plan['gpus']} GPUs"],
         ["money", money, f"{assumed['price']:g} a GPU-hour" if assumed["price"] is not None else "set --price, of a GPU-hour"],
-        ["energy", energy(cost["kwh"]), f"{gpu['power_watts']:g} W a GPU x PUE {assumed['pue']:g} (--pue)"],
-        ["CO2eq", mass(cost["co2_kg"]), f"{assumed['carbon']:g} kg a kWh (--carbon)"],
+        ["energy", amount(cost["kwh"], "kWh", "MWh"), f"{gpu['power_watts']:g} W a GPU x PUE {assumed['pue']:g} (--pue)"],
+        ["CO2eq", amount(cost["co2_kg"], "kg", "t"), f"{assumed['carbon']:g} kg a kWh (--carbon)"],
     ]
-    table(console, "Cost", ["", "amount", "from"], rows, text=(0, 2))
+    print_table(["", "amount", "from"], rows, left=["", "from"], title="Cost")
     if step := plan["step"]:
         waiting = step["exposed_seconds"] / step["seconds"]
         console.print(
@@ -182,7 +182,7 @@ def show_scaling(console: Console, plan: dict[str, Any]) -> None:
         rows.append([f"{row['gpus']:,}", *cells(row), *([f"{best['replicas']:,}", *cells(best)] if best else "----")])
     one = ("step", "waiting", "MFU")
     title = "More GPUs: as configured, and with the fastest number of replicas that fits"
-    table(console, title, ["GPUs", *one, "replicas", *one], rows, text=())
+    print_table(["GPUs", *one, "replicas", *one], rows, left=(), title=title)
 
 
 def show_schedule(console: Console, plan: dict[str, Any]) -> None:
@@ -191,7 +191,7 @@ def show_schedule(console: Console, plan: dict[str, Any]) -> None:
         for m in plan["milestones"]
     ]
     title = f"Schedule: {plan['global_batch_size']:,} sequences, {plan['tokens_per_step']:,} tokens a step"
-    table(console, title, ["step", "tokens", "learning rate", "after"], rows)
+    print_table(["step", "tokens", "learning rate", "after"], rows, title=title)
     if plan["sources"]:
         rows = [
             [
@@ -202,7 +202,7 @@ def show_schedule(console: Console, plan: dict[str, Any]) -> None:
             ]
             for name, s in plan["sources"].items()
         ]
-        table(console, "Sources", ["name", "weight", "tokens", "epochs"], rows)
+        print_table(["name", "weight", "tokens", "epochs"], rows, title="Sources")
     if plan["sources_unknown"]:
         console.print(f"Epochs are unknown: {plan['sources_unknown']}")
     missing = "" if plan["evaluations"] else ", neither data.validation nor eval.downstream is set"
@@ -210,5 +210,5 @@ def show_schedule(console: Console, plan: dict[str, Any]) -> None:
     if plan["warning"]:
         console.print(f"Warning: {plan['warning']}")
     console.print(f"Checkpoints: {plan['checkpoints_saved']:,} saved, {plan['checkpoints_kept']:,} kept, "
-                  f"{gigabytes(plan['checkpoint_bytes'])} each; at most "
-                  f"{gigabytes(plan['checkpoints_disk_bytes'])} of disk.")  # fmt: skip
+                  f"{byte_size(plan['checkpoint_bytes'])} each; at most "
+                  f"{byte_size(plan['checkpoints_disk_bytes'])} of disk.")  # fmt: skip

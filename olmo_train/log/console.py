@@ -8,6 +8,8 @@ import sys
 import time
 from typing import IO, Any
 
+from olmo_train.formats import duration, short
+
 
 def is_terminal(stream: IO[str]) -> bool:
     """Whether the stream is a terminal that can redraw a line; not with TERM=dumb."""
@@ -100,19 +102,3 @@ def train_line(metrics: dict[str, Any]) -> str:
     if metrics["skipped"]:
         parts.append(f"skipped {metrics['skipped']}")
     return "  ".join(parts)
-
-
-def short(number: float) -> str:
-    """12345.0 -> 12.3k"""
-    for unit in ("", "k", "M", "G", "T"):
-        if abs(number) < 1000 or unit == "T":
-            return f"{number:.3g}{unit}"
-        number /= 1000
-    raise AssertionError("unreachable")
-
-
-def duration(seconds: float) -> str:
-    """3725 -> 1:02:05"""
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

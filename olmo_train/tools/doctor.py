@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from olmo_train.errors import ConfigError, UserError
+from olmo_train.formats import byte_size
 from olmo_train.log.wandb import wandb_mode
 from olmo_train.parallel.processes import announced
 from olmo_train.plan.memory import checkpoint_bytes
@@ -66,7 +67,7 @@ def processors() -> Iterator[Finding]:
     remedy = f"set OMP_NUM_THREADS={usable}: more threads than cores wait for each other"
     yield judge("processors", threads <= usable, f"{usable} usable cores, {threads} threads per process", remedy)
     available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    yield Finding("memory", "ok", f"{available / 1e9:.1f} GB of host memory are free")
+    yield Finding("memory", "ok", f"{byte_size(available)} of host memory are free")
 
 
 def cache() -> Iterator[Finding]:
@@ -120,7 +121,7 @@ def gpus() -> Iterator[Finding]:
     for index in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(index)
         name = torch.cuda.get_device_name(index)
-        found = f"{name}, {free / 1e9:.1f} of {total / 1e9:.1f} GB free"
+        found = f"{name}, {byte_size(free)} of {byte_size(total)} free"
         yield judge(f"gpu {index}", free > 0.9 * total, found, "another process holds its memory: see nvidia-smi")
         if hardware.lookup(name) is None:
             unknown = f"the peak of {name} is not known, so MFU is not logged"
@@ -154,8 +155,8 @@ def disk(config: TrainConfig) -> Iterator[Finding]:
         return
     one = checkpoint_bytes(config.model, config.optim.name)
     needed, free = one * (config.checkpoint.keep_last + 1), shutil.disk_usage(existing).free
-    kept = f"{config.checkpoint.keep_last} checkpoints and one being written take {needed / 1e9:.1f} GB"
-    found = f"{free / 1e9:.1f} GB free at {existing}; {kept}"
+    kept = f"{config.checkpoint.keep_last} checkpoints and one being written take {byte_size(needed)}"
+    found = f"{byte_size(free)} free at {existing}; {kept}"
     remedy = "make room, keep fewer (checkpoint.keep_last), or choose another run_dir"
     yield judge("disk", free > needed, found, remedy, "problem")
 

@@ -21,11 +21,11 @@ from olmo_train.checkpoint import folders
 from olmo_train.checkpoint.config import CheckpointConfig
 from olmo_train.errors import ConfigError
 from olmo_train.eval.config import EvalConfig
+from olmo_train.formats import duration
 from olmo_train.guards.config import GuardConfig
 from olmo_train.guards.forensics import scored_tokens
 from olmo_train.history import Attempt, History
 from olmo_train.log.config import LogConfig, ProfileConfig, WandbConfig
-from olmo_train.log.console import duration
 from olmo_train.log.interval import StepStats
 from olmo_train.train import train
 from olmo_train.train_config import TrainConfig

@@ -1,0 +1,35 @@
+"""Numbers, amounts and durations as text, for the console, tables and axes."""
+
+from __future__ import annotations
+
+
+def short(number: float, digits: int = 3) -> str:
+    """`12.3k`, `1.5M`, `7B`, `3e-4`: a number in few characters."""
+    number = float(f"{number:.{digits}g}")  # first, or 999.96 were 1e3 and not 1k
+    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if size <= abs(number) < 1e15:
+            return f"{number / size:.{digits}g}{letter}"
+    return f"{number:.{digits}g}".replace("e-0", "e-").replace("e+0", "e").replace("e+", "e")
+
+
+def duration(seconds: float) -> str:
+    """`45 s`, `62.1 min`, `3.2 h`, `1,200.0 days`."""
+    for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:,.1f} {unit}"
+    return f"{seconds:.3g} s"
+
+
+def amount(number: float, unit: str, thousands: str) -> str:
+    """`750 kWh`, `1.2 MWh`: a number of `unit`, or of `thousands`, which is 1000 times as large."""
+    return f"{number / 1000:,.4g} {thousands}" if number >= 1000 else f"{number:.3g} {unit}"
+
+
+def byte_size(n_bytes: float) -> str:
+    """`18.83 GB`, `650.25 MB`."""
+    return f"{n_bytes / 1e9:,.2f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:,.2f} MB"
+
+
+def decimal(number: float | None, digits: int = 4) -> str:
+    """`1,234.5000`, or a dash for None."""
+    return "-" if number is None else f"{number:,.{digits}f}"
