@@ -11,14 +11,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from olmo_train import config as configuration
 from olmo_train.checkpoint import folders
-from olmo_train.data.mixture import Mixture
-from olmo_train.data.order import BatchSizes
 from olmo_train.errors import ConfigError
-from olmo_train.train_config import TrainConfig
+
+if TYPE_CHECKING:
+    from olmo_train.data.mixture import Mixture
+    from olmo_train.data.order import BatchSizes
+    from olmo_train.train_config import TrainConfig
 
 STARTS = ("start", "resume", "branch")  # the events that begin an attempt
 # The keys that decide which data a step reads.
@@ -30,6 +32,8 @@ TAIL_BYTES = 1 << 16  # more than a line of metrics
 def data_config(values: dict[str, Any]) -> TrainConfig:
     """The configuration that decides which data a step reads, with defaults for everything else. run_dir may be missing, and
     the other sections may have keys of an earlier version that were removed since. Raises ConfigError."""
+    from olmo_train.train_config import TrainConfig  # not at the top: `curves` starts without it
+
     kept = {key: values[key] for key in DATA_KEYS if values.get(key) is not None}
     guards = {"skip_steps": (values.get("guards") or {}).get("skip_steps") or ()}
     return configuration.build(TrainConfig, {"run_dir": UNNAMED, "guards": guards, "optim": {"warmup_steps": 0}} | kept)
@@ -79,6 +83,8 @@ class History:
     @cached_property
     def attempts(self) -> list[Attempt]:
         """Oldest first: an attempt that started from step n replaces everything after n. Raises ConfigError."""
+        from olmo_train.data.order import BatchSizes
+
         attempts: list[Attempt] = []
         for event in self.starts:
             if "config" in event and "world_size" in event:

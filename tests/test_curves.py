@@ -12,7 +12,7 @@ from runs import lines_of
 
 from olmo_train.commands import curves as command
 from olmo_train.curves import exports, panels, terminal, thin
-from olmo_train.curves.history import Run, Series, read_run
+from olmo_train.curves.runs import Run, Series, read_run
 from olmo_train.errors import ConfigError, DataError
 
 

@@ -14,14 +14,14 @@ from curves_runs import make_run
 from runs import lines_of
 
 from olmo_train.curves import exports, page, panels, thin
-from olmo_train.curves.history import Run, Series
+from olmo_train.curves.runs import Run, Series
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
 def write_page(paths: list[Path], output: Path) -> str:
     runs = exports.read_runs(paths)
-    output.write_text(page.page_text(runs, panels.choose(runs), page.Look(panels.axis_of(runs, "step"))))
+    output.write_text(page.page_text(runs, panels.choose(runs), panels.View(panels.axis_of(runs, "step"))))
     return output.read_text()
 
 
@@ -78,7 +78,7 @@ def test_a_run_of_a_million_steps_makes_a_bounded_page_that_keeps_its_spikes():
     loss = Series(steps, values)
     events = [{"event": "skip", "step": int(step)} for step in steps[::1000]]
     run = Run("long", Path("long"), {"train/CrossEntropyLoss": loss}, events=events)
-    data = page.page_data([run], panels.choose([run]), page.Look(panels.axis_of([run], "step")))
+    data = page.page_data([run], panels.choose([run]), panels.View(panels.axis_of([run], "step")))
     curve = data["panels"][0]["curves"][0]
     assert len(curve["step"]) <= page.MAX_POINTS and len(curve["mean"]["step"]) <= page.MAX_POINTS // 4
     assert curve["value"][curve["step"].index(640_002)] == 9.75

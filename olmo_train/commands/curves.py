@@ -12,11 +12,14 @@ import shutil
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from olmo_train.errors import ConfigError, DataError
 from olmo_train.log.console import has_color, is_terminal
 
-FIGURES = (".png", ".svg", ".pdf")
+if TYPE_CHECKING:
+    from olmo_train.curves.panels import Curves, View
+    from olmo_train.curves.runs import Run
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,8 +42,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    if args.output and args.output.suffix not in (".html", *FIGURES):
-        raise ConfigError("--output", f"'{args.output.suffix}' is not a format; use .html, .png, .svg or .pdf")
+    from olmo_train.curves.write import check_format
+
+    if args.output:
+        check_format(args.output)
     if args.output and args.follow:
         raise ConfigError("--follow", "draws in the terminal; leave out --output")
     if args.smooth < 0:
@@ -53,18 +58,23 @@ def run(args: argparse.Namespace) -> None:
         print(_frame(args)[0])
 
 
-def _write(args: argparse.Namespace) -> None:
-    from olmo_train.curves import exports, figure, page, panels
+def _choose(args: argparse.Namespace, first: tuple[str, ...]) -> tuple[list[Run], list[Curves], View]:
+    """The runs, the panels of --metric or else those titled `first` (all if it is empty), and how they are drawn."""
+    from olmo_train.curves import exports, panels
 
     runs = exports.read_runs(args.runs, args.label)
-    chosen, axis = panels.choose(runs, args.metric), panels.axis_of(runs, args.x)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    if args.output.suffix == ".html":
-        look = page.Look(axis, args.log_x, args.smooth)
-        args.output.write_text(page.page_text(runs, chosen, look), encoding="utf-8")
-    else:
-        chosen = chosen if args.metric else panels.first(chosen, figure.FIRST)
-        figure.write_figure(runs, chosen, args.output, figure.Look(axis, args.log_x, args.smooth))
+    chosen = panels.choose(runs, args.metric)
+    if first and not args.metric:
+        chosen = [curves for curves in chosen if curves.panel.title in first] or chosen[:1]
+    return runs, chosen, panels.View(panels.axis_of(runs, args.x), args.log_x, args.smooth)
+
+
+def _write(args: argparse.Namespace) -> None:
+    from olmo_train.curves import figure
+    from olmo_train.curves.write import write_curves
+
+    runs, chosen, view = _choose(args, () if args.output.suffix == ".html" else figure.FIRST)
+    write_curves(runs, chosen, args.output, view)
     for run in runs:
         for note in run.notes:
             print(f"note: {note}", file=sys.stderr)
@@ -72,19 +82,17 @@ def _write(args: argparse.Namespace) -> None:
 
 
 def _frame(args: argparse.Namespace) -> tuple[str, bool]:
-    """What the terminal shows, and whether every run has ended."""
-    from olmo_train.curves import exports, panels, terminal
+    """The text for the terminal, and whether every run has ended."""
+    from olmo_train.curves import terminal
 
-    runs = exports.read_runs(args.runs, args.label)
-    chosen, axis = panels.choose(runs, args.metric), panels.axis_of(runs, args.x)
-    chosen = chosen if args.metric else panels.first(chosen, terminal.FIRST)
+    runs, chosen, view = _choose(args, terminal.FIRST)
     width = max(40, shutil.get_terminal_size().columns)
-    look = terminal.Look(width, axis, has_color(), args.log_x, args.smooth)
+    look = terminal.Look(**vars(view), width=width, color=has_color())
     return terminal.draw_terminal(runs, chosen, look), all(run.ended for run in runs)
 
 
 def _follow(args: argparse.Namespace) -> None:
-    """Draw a frame whenever a run has logged; drawing takes at most a tenth of the time, however long the run."""
+    """Draw whenever a run has logged; drawing takes at most a tenth of the time, however long the run."""
     clear = "\x1b[2J\x1b[H" if is_terminal(sys.stdout) else ""
     seen, ended = None, False
     try:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from olmo_train.commands.common import add_config_arguments, print_table, split_config
 from olmo_train.curves.schedule import draw
+from olmo_train.curves.write import check_format
 from olmo_train.errors import ConfigError
 from olmo_train.formats import amount, byte_size, duration
 from olmo_train.plan.plan import UNNAMED, choose_gpu, make_plan, open_data
@@ -23,8 +24,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from olmo_train.train_config import TrainConfig
-
-FORMATS = (".png", ".svg", ".pdf", ".html")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -70,8 +69,8 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         raise ConfigError("--mfu", f"is a share of the peak and at most 1, got {arguments.mfu:g}; 40% is 0.4")
     if arguments.pue < 1:
         raise ConfigError("--pue", f"is at least 1, got {arguments.pue:g}")
-    if arguments.output and arguments.output.suffix not in FORMATS:
-        raise ConfigError("--output", f"'{arguments.output.suffix}' is not a format; use {', '.join(FORMATS)}")
+    if arguments.output:
+        check_format(arguments.output)
 
 
 def load_config(words: list[str]) -> TrainConfig:

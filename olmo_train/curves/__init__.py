@@ -1,5 +1,5 @@
 """Training curves of one or several runs: an HTML page, a figure for a paper, a plot in the terminal.
 
-`history` and `exports` read runs, `panels` decides what stands together, `thin` keeps long runs small without losing a
-spike; `page`, `figure` and `terminal` each draw the same panels.
+`runs` and `exports` read runs, `panels` decides which metrics share a panel, `thin` shortens long runs without losing a spike;
+`page`, `figure` and `terminal` each draw the same panels, and `write` chooses between page and figure.
 """

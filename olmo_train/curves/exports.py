@@ -1,17 +1,18 @@
-"""Histories exported from Weights & Biases, as CSV or JSONL, so that public curves can lie beside one's own.
+"""Read histories exported from Weights & Biases, as CSV or JSONL, to compare with public curves.
 
-Two shapes are met: a run's history (`_step` and a column for each metric) and a chart's CSV, whose columns are called
-`RUN - METRIC` and hold several runs, with `__MIN` and `__MAX` beside each.
+There are two kinds: a run's history, with `_step` and a column for each metric, and a chart's CSV of several runs, whose columns
+are called `RUN - METRIC`, with `RUN - METRIC__MIN` and `__MAX` beside each.
 """
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 from pathlib import Path
 from typing import Any
 
-from olmo_train.curves.history import STEP_KEYS, Run, Series, collect, elapsed_seconds, note_of, read_run
+from olmo_train.curves.runs import STEP_KEYS, Run, Series, collect, elapsed_seconds, note_of, read_run
 from olmo_train.errors import ConfigError, DataError
 from olmo_train.history import json_lines
 
@@ -65,18 +66,17 @@ def read_export(path: Path) -> list[Run]:
 
 def _csv_rows(path: Path) -> list[dict[str, Any]]:
     """Cells as floats; empty cells and text are left out."""
+    rows: list[dict[str, Any]] = []
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            return [{k: n for k, v in row.items() if (n := _number(v)) is not None} for row in csv.DictReader(file)]
+            for cells in csv.DictReader(file):
+                rows.append({})
+                for name, cell in cells.items():
+                    with contextlib.suppress(TypeError, ValueError):
+                        rows[-1][name] = float(cell)
     except (UnicodeDecodeError, csv.Error) as problem:
         raise DataError(path, f"is not a CSV file: {problem}") from problem
-
-
-def _number(cell: Any) -> float | None:
-    try:
-        return float(cell)
-    except (TypeError, ValueError):
-        return None
+    return rows
 
 
 def _split_chart(rows: list[dict[str, Any]], stem: str) -> dict[str, list[dict[str, Any]]]:

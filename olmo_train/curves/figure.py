@@ -2,33 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from olmo_train.curves import panels, thin
-from olmo_train.curves.history import Run, Series
-from olmo_train.curves.panels import Axis, Curves
+from olmo_train.curves.panels import Axis, Curves, View
+from olmo_train.curves.runs import Run, Series
+from olmo_train.formats import short
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.axis import XAxis, YAxis
     from matplotlib.figure import Figure
 
 FIRST = ("Loss", "Gradient norm", "Learning rate", "Throughput")  # what is drawn when nothing is chosen
 ONE_COLUMN, TWO_COLUMNS = 3.4, 7.0  # inches, as in most two-column papers
 MAX_POINTS = 3000  # of one curve; more than the dots of a printed column
-DASHES = {
-    "solid": "-",
-    "dash": (0, (5, 2)),
-    "dot": (0, (1, 1.5)),
-    "dashdot": (0, (5, 2, 1, 2)),
-    "longdash": (0, (8, 3)),
-    "longdashdot": (0, (8, 3, 1, 3)),
-}
-COUNTS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e4, "k"), (0, ""))  # an axis that reaches so far has this letter
+# The dashes of panels.DASHES, in matplotlib's terms: (offset, (points on, points off, ...)).
+DASHES = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 2, 1, 2)), (0, (8, 3)), (0, (8, 3, 1, 3)))
 MARKS = {"resume": "#6C757D", "rewind": "#7B3294", "spike": "#D55E00", "skip": "#E69F00"}  # event: colour of its line
 MOST_MARKS = 12  # of one kind
 STYLE = {
@@ -56,14 +48,7 @@ STYLE = {
 }
 
 
-@dataclass(frozen=True)
-class Look:
-    axis: Axis
-    log_x: bool = False
-    smooth: float = 0  # steps; 0: not at all
-
-
-def write_figure(runs: list[Run], chosen: list[Curves], path: Path, look: Look) -> None:
+def write_figure(runs: list[Run], chosen: list[Curves], path: Path, view: View) -> None:
     """Draw the panels in `chosen` and save them at `path`, whose ending selects the format."""
     import matplotlib
     from matplotlib.figure import Figure
@@ -75,7 +60,7 @@ def write_figure(runs: list[Run], chosen: list[Curves], path: Path, look: Look) 
         figure = Figure(figsize=(width, (2.3 if columns == 1 else 1.95) * rows), layout="constrained")
         grid = figure.subplots(rows, columns, squeeze=False).ravel()
         for axes, curves in zip(grid, chosen, strict=False):
-            _draw_panel(axes, runs, curves, look)
+            _draw_panel(axes, runs, curves, view)
         for axes in grid[len(chosen) :]:
             axes.remove()
         if len(runs) > 1 and columns == 2:
@@ -84,11 +69,11 @@ def write_figure(runs: list[Run], chosen: list[Curves], path: Path, look: Look) 
 
 
 def plain(text: str | None) -> str | None:
-    """Text that matplotlib shows as it is: dollars begin no mathematics, and a leading underscore hides no legend entry."""
+    """Text that matplotlib prints unchanged: no dollar starts a formula, and no leading underscore hides a legend entry."""
     return text and (" " if text.startswith("_") else "") + text.replace("$", r"\$")
 
 
-def _draw_panel(axes: Axes, runs: list[Run], curves: Curves, look: Look) -> None:
+def _draw_panel(axes: Axes, runs: list[Run], curves: Curves, view: View) -> None:
     names = panels.legend_names(runs, curves)
     kinds = list(dict.fromkeys(curves.metrics.values()))
     shared_legend = len(runs) > 1 and axes.get_subplotspec().get_gridspec().ncols == 2
@@ -97,26 +82,26 @@ def _draw_panel(axes: Axes, runs: list[Run], curves: Curves, look: Look) -> None
         hue, dash = (kind, 0) if len(runs) == 1 else (i, kind)
         style = {
             "color": panels.COLORS[hue % len(panels.COLORS)],
-            "linestyle": DASHES[panels.DASHES[dash % len(panels.DASHES)]],
+            "linestyle": DASHES[dash % len(DASHES)],
         }
         if shared_legend:  # the figure's legend explains the colours; here only the dashes
             name = curves.metrics[metric] if i == min(r for r, m in names if m == metric) and len(kinds) > 1 else None
-        window = look.smooth if panels.may_smooth(curves.panel, metric) else 0
-        _draw_curve(axes, runs[i], metric, name, style, look.axis, window)
+        window = view.smooth if panels.may_smooth(curves.panel, metric) else 0
+        _draw_curve(axes, runs[i], metric, name, style, view.axis, window)
     for value in {run.config.get(curves.panel.limit) for run in runs} - {None}:
         axes.axhline(value, color="#6c757d", linewidth=0.7, linestyle=(0, (1, 1.5)), zorder=1)
         axes.annotate(f"{curves.panel.limit_name} {value:g}", (1, value), (0, 1.5), xycoords=("axes fraction", "data"),
                       textcoords="offset points", ha="right", va="bottom", fontsize=7, color="#6c757d")  # fmt: skip
     if len(runs) == 1:
-        _mark_events(axes, runs[0], look.axis, with_words=len(kinds) == 1)  # a legend needs their place
-    axes.set_xlabel(plain(look.axis.label))
+        _mark_events(axes, runs[0], view.axis, with_words=len(kinds) == 1)  # a legend needs their place
+    axes.set_xlabel(plain(view.axis.label))
     axes.set_ylabel(plain(curves.panel.unit))
     axes.set_title(plain(curves.panel.title), loc="left", fontweight="bold")
-    if look.log_x:
+    if view.log_x:
         axes.set_xscale("log")
     if curves.panel.log:
         axes.set_yscale("log")
-    _number_axes(axes, look, curves.panel.log)
+    _number_axes(axes, view, curves.panel.log)
     if len(kinds) > 1 or (len(runs) > 1 and not shared_legend):
         legend = axes.legend(loc="best")
         for handle in legend.get_lines():
@@ -143,7 +128,7 @@ def _plot(axes: Axes, run: Run, series: Series, axis: Axis, **style) -> None:
 
 
 def _mark_events(axes: Axes, run: Run, axis: Axis, with_words: bool) -> None:
-    """A thin line where the run was resumed or went back, and at spikes and skipped steps. Lines that are close share a word."""
+    """A thin line at each resume, rewind, spike and skipped step. Lines that are close share a label."""
     marks: list[tuple[float, str]] = []
     for name in MARKS:
         steps = np.unique([event["step"] for event in run.events if event["event"] == name and event["step"] > 0])
@@ -162,36 +147,23 @@ def _mark_events(axes: Axes, run: Run, axis: Axis, with_words: bool) -> None:
         axes.annotate(", ".join(dict.fromkeys(names)), (place, 1), (1.5, -2), **where, **style)
 
 
-def _number_axes(axes: Axes, look: Look, log_y: bool) -> None:
+def _number_axes(axes: Axes, view: View, log_y: bool) -> None:
     """Few round numbers; a log axis of less than three decades has 2 and 5 beside 1."""
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-    if not look.log_x:
-        axes.xaxis.set_major_locator(MaxNLocator(5, integer=look.axis.name == "step", steps=[1, 2, 2.5, 5, 10]))
-        _number_axis(axes.xaxis, axes.get_xlim()[1])
+    numbers = FuncFormatter(lambda value, _: short(value, digits=6))
+    if not view.log_x:
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=view.axis.name == "step", steps=[1, 2, 2.5, 5, 10]))
+        axes.xaxis.set_major_formatter(numbers)
     if not log_y:
-        _number_axis(axes.yaxis, axes.get_ylim()[1])
+        axes.yaxis.set_major_formatter(numbers)
         return
     low, high = axes.get_ylim()
     if high / low < 1000:
         digits = (1, 2, 5) if high / low > 6 else range(1, 10)
         axes.yaxis.set_major_locator(LogLocator(subs=digits) if high / low > 3 else MaxNLocator(5))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+        axes.yaxis.set_major_formatter(numbers)
     axes.yaxis.set_minor_formatter(NullFormatter())
-
-
-def _number_axis(axis: XAxis | YAxis, high: float) -> None:
-    """Counts as 250k and 1.5B; beyond them a power of ten in the label, for above the axis it would push the title."""
-    from matplotlib.ticker import FuncFormatter
-
-    if 1000 <= high < 1e13:
-        letter = next(letter for least, letter in COUNTS if high >= least)
-        size = {"T": 1e12, "B": 1e9, "M": 1e6, "k": 1e3, "": 1}[letter]
-        axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v / size:,.10g}{letter if v else ''}"))
-    elif high >= 1e13 or 0 < high < 0.01:
-        power = int(np.floor(np.log10(high)))
-        axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v / 10.0**power:g}"))
-        axis.set_label_text(f"{axis.get_label_text()} ($\\times 10^{{{power}}}$)".strip())
 
 
 def _runs_legend(figure: Figure, runs: list[Run]) -> None:

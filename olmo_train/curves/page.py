@@ -1,7 +1,7 @@
-"""The page: one HTML file that holds the data, the plotting library and the code, and asks no network for anything.
+"""The page: one HTML file with the data, the plotting library and the code, which loads nothing from a network.
 
-This side prepares the data and fills `page.html`; `page.js` draws it. Values are written as Python's shortest
-representation of a float, which reads back bit for bit; a run of up to `MAX_POINTS` lines stands there whole.
+This module prepares the data and fills `page.html`; `page.js` draws it. Values are written as Python's shortest representation
+of a float, which reads back bit for bit. A run of up to `MAX_POINTS` lines is complete in the page.
 """
 
 from __future__ import annotations
@@ -10,15 +10,14 @@ import html
 import json
 import math
 import re
-from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
 
 import numpy as np
 
 from olmo_train.curves import panels, thin
-from olmo_train.curves.history import Run, Series
-from olmo_train.curves.panels import Axis, Curves
+from olmo_train.curves.panels import Axis, Curves, View
+from olmo_train.curves.runs import Run, Series
 
 MAX_POINTS = 4000  # of one curve: more than the pixels of any screen
 MIN_POINTS = 500
@@ -27,18 +26,9 @@ MAX_EVENTS = 400  # of one kind and run
 MAX_OWN_PANELS = 24  # a run may log hundreds of custom metrics
 
 
-@dataclass(frozen=True)
-class Look:
-    """The page's first view; its reader changes it."""
-
-    axis: Axis
-    log_x: bool = False
-    smooth: float = 0  # steps; 0: not at all
-
-
-def page_text(runs: list[Run], chosen: list[Curves], look: Look) -> str:
+def page_text(runs: list[Run], chosen: list[Curves], view: View) -> str:
     """The text of the HTML file."""
-    data = json.dumps(page_data(runs, chosen, look), separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    data = json.dumps(page_data(runs, chosen, view), separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     parts = {
         "TITLE": html.escape(" · ".join(run.name for run in runs)),
         "STYLE": _file("page.css"),
@@ -50,8 +40,8 @@ def page_text(runs: list[Run], chosen: list[Curves], look: Look) -> str:
     return "".join(parts[piece] if i % 2 else piece for i, piece in enumerate(pieces))
 
 
-def page_data(runs: list[Run], chosen: list[Curves], look: Look) -> dict[str, Any]:
-    """All that the page draws, as JSON. A value that is not finite is null and named in the curve's `odd`."""
+def page_data(runs: list[Run], chosen: list[Curves], view: View) -> dict[str, Any]:
+    """Everything that the page draws, as JSON. A value that is not finite is null, and in the curve's `odd` as text."""
     known = [curves for curves in chosen if curves.panel in panels.PANELS]
     own = [curves for curves in chosen if curves.panel not in panels.PANELS]
     axes = panels.axes(runs)
@@ -62,7 +52,7 @@ def page_data(runs: list[Run], chosen: list[Curves], look: Look) -> dict[str, An
     if len(own) > MAX_OWN_PANELS:
         notes.append(f"{len(own) - MAX_OWN_PANELS} more metrics are not drawn; choose them with --metric")
     return {
-        "look": {"axis": look.axis.name, "log_x": look.log_x, "smooth": look.smooth},
+        "look": {"axis": view.axis.name, "log_x": view.log_x, "smooth": view.smooth},
         "axes": {axis.name: axis.label for axis in axes.values()},
         "colors": {"light": panels.COLORS, "dark": panels.DARK_COLORS},
         "dashes": panels.DASHES,
@@ -75,7 +65,7 @@ def page_data(runs: list[Run], chosen: list[Curves], look: Look) -> dict[str, An
 
 
 def differences(runs: list[Run]) -> dict[str, Any]:
-    """Rows of configuration keys whose values differ; the whole configuration when there is but one run."""
+    """Rows of the configuration keys whose values differ; of a single run, all keys."""
     known = [run for run in runs if run.config]
     rows = []
     for key in sorted({key for run in known for key in run.config} - {"run_dir"}):
@@ -89,23 +79,23 @@ def _run(run: Run, axes: dict[str, Axis]) -> dict[str, Any]:
     sources = {name: axis.source(run) for name, axis in axes.items() if name != "step"}
     tables = {axis: _points(thin.thin(source, MAX_POINTS)) for axis, source in sources.items() if source is not None}
     events = {kind: [e for e in run.events if e["event"] == kind] for kind in panels.EVENTS}
+    strides = {kind: -(-len(found) // MAX_EVENTS) or 1 for kind, found in events.items()}  # evenly spread
     return {
         "name": run.name,
         "axes": tables,
-        "events": {kind: [_event(e) for e in _spread(found)] for kind, found in events.items()},
+        "events": {kind: [_event(e) for e in found[:: strides[kind]]] for kind, found in events.items()},
         "summary": summary(run),
     }
 
 
 def summary(run: Run) -> dict[str, Any]:
-    """The values of the table of runs; None where it was not logged."""
+    """The values of a run in the table of runs; None for what was not logged."""
     losses = [_last(s) for name, s in run.series.items() if name.startswith("eval/") and name.endswith("/CrossEntropyLoss")]
     count = {kind: sum(e["event"] == kind for e in run.events) for kind in panels.EVENTS}
-    tokens = run.series.get("throughput/total_tokens")
     speed = run.series.get("throughput/tokens_per_second")
     return {
         "steps": run.last_step,
-        "tokens": _last(tokens),
+        "tokens": _last(run.series.get("throughput/total_tokens")),
         "seconds": _last(run.elapsed),
         "training": _last(run.series.get("train/CrossEntropyLoss")),
         "validation": float(np.mean(losses)) if losses and None not in losses else None,
@@ -135,7 +125,7 @@ def _panel(curves: Curves, runs: list[Run], max_points: int) -> dict[str, Any]:
 def _curve(series: Series, max_points: int) -> dict[str, Any]:
     kept = thin.thin(series, max_points)
     curve: dict[str, Any] = _points(kept)
-    odd = {int(s): str(float(v)) for s, v in zip(kept.steps, kept.values, strict=True) if not math.isfinite(v)}
+    odd = {step: str(v) for step, v in zip(curve["step"], kept.values.tolist(), strict=True) if not math.isfinite(v)}
     if odd:
         curve["odd"] = odd
     if len(kept) < len(series):
@@ -151,12 +141,6 @@ def _points(series: Series) -> dict[str, list]:
 def _event(event: dict[str, Any]) -> dict[str, Any]:
     details = {k: v for k, v in event.items() if k not in ("event", "step", "time") and isinstance(v, (int, float, str))}
     return {"step": event["step"], "text": ", ".join(f"{k} {_cell(v)}" for k, v in details.items())}
-
-
-def _spread(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """At most MAX_EVENTS of them, evenly spread."""
-    stride = -(-len(events) // MAX_EVENTS)
-    return events[:: max(1, stride)]
 
 
 def _last(series: Series | None) -> float | None:
@@ -179,8 +163,8 @@ def _file(name: str) -> str:
 
 
 def _plotly() -> str:
-    """plotly.js as it came, but for a space in the links of its map credits, so that whoever searches the page for
-    remote addresses that it would load finds none."""
+    """plotly.js with a space in the links of its map credits, so that a search of the page for addresses that it would load
+    finds none."""
     from plotly.offline import get_plotlyjs
 
     return re.sub(r"((?:href|src)=)([\"']https?:)", r"\1 \2", get_plotlyjs())

@@ -1,7 +1,7 @@
 """What is drawn where: panels of metrics that share a unit, x axes, marked events, and colours.
 
-PANELS is the table to extend: a metric goes to the first panel with a pattern that fits, and is called there by the
-part of its name that the pattern's `*` covers. A metric that matches none gets a separate panel.
+PANELS is the table to extend. A metric goes to the first panel with a pattern that matches, and is called there by the part of
+its name that the pattern's `*` covers. A metric that matches none gets a separate panel.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from fnmatch import fnmatchcase
 
 import numpy as np
 
-from olmo_train.curves.history import BOOKKEEPING, Run, Series
+from olmo_train.curves.runs import BOOKKEEPING, Run, Series
 from olmo_train.errors import ConfigError, nearest
 
 AXES = ("step", "tokens", "flops", "time")
@@ -46,7 +46,7 @@ class Axis:
 
 
 def axes(runs: list[Run]) -> dict[str, Axis]:
-    """The x axes on which any of the runs can be drawn, by name. The longest run decides the unit of time."""
+    """{name: x axis} of those on which any of the runs can be drawn. The longest run decides the unit of time."""
     longest = max((run.elapsed.values.max() for run in runs if run.elapsed), default=0)
     word, unit = ("minutes", 60) if longest < 2 * 3600 else ("hours", 3600) if longest < 4 * 86400 else ("days", 86400)
     known = (
@@ -64,6 +64,15 @@ def axis_of(runs: list[Run], name: str) -> Axis:
     if name not in known:
         raise ConfigError("--x", f"no run has logged its {name}; known here: {', '.join(known)}")
     return known[name]
+
+
+@dataclass(frozen=True)
+class View:
+    """How curves are drawn; of the page, its first view."""
+
+    axis: Axis
+    log_x: bool = False
+    smooth: float = 0  # average over about this many steps to each side; 0: not at all
 
 
 # Okabe and Ito's colours, which people of every colour vision can tell apart, black and yellow left out: on a light
@@ -115,26 +124,27 @@ PANELS = (
     Panel("Downstream accuracy", "accuracy", {"eval/downstream/*_acc": "*",
                                               "eval/downstream/*_len_norm": "* (length-normalized)"}),
     Panel("Downstream bits per byte", "bits per byte", {"eval/downstream/*_bpb": "*"}),
+    Panel("Epochs", "times read", {"train/source/*/epoch": "*"}, smooth=False),
     Panel("Clipped steps", "share of steps", {"optim/clipping_rate": "clipped"}),
     Panel("Peak memory", "MB", {"System/Peak GPU Memory (MB)": "peak memory"}),
 )  # fmt: skip
 
-# Said by another panel already, or an x axis: drawn only when --metric asks.
+# In another panel already, or an x axis: drawn only when --metric asks for them.
 REDUNDANT = ("*/Perplexity", "throughput/total_*", "optim/learning_rate_group[1-9]*", "skipped", *BOOKKEEPING)
 
 
 @dataclass(frozen=True)
 class Curves:
-    """A panel and its metrics: {metric: name of the curve}."""
+    """The metrics of these runs in one panel."""
 
     panel: Panel
-    metrics: dict[str, str]
+    metrics: dict[str, str]  # {metric: name of the curve}
 
 
 def choose(runs: list[Run], patterns: list[str] = ()) -> list[Curves]:
-    """The panels for these runs: of every metric, or of those that fit `patterns` (names, or with * ? [...]).
+    """The panels of these runs: of every metric, or of those that match `patterns` (names, or with * ? [...]).
 
-    Raises ConfigError when a pattern fits no metric of any run.
+    Raises ConfigError when a pattern matches no metric of any run.
     """
     known = list(dict.fromkeys(name for run in runs for name in run.series))
     wanted = [name for name in known if not any(fnmatchcase(name, pattern) for pattern in REDUNDANT)]
@@ -153,11 +163,6 @@ def choose(runs: list[Run], patterns: list[str] = ()) -> list[Curves]:
     return sorted(found.values(), key=lambda curves: rank.get(curves.panel.title, len(PANELS)))
 
 
-def first(chosen: list[Curves], titles: tuple[str, ...]) -> list[Curves]:
-    """The panels of these titles, or the first one when a run has none of them."""
-    return [curves for curves in chosen if curves.panel.title in titles] or chosen[:1]
-
-
 def place(metric: str) -> tuple[Panel, str]:
     """The panel of a metric and the name of its curve there."""
     for panel in PANELS:
@@ -170,16 +175,16 @@ def place(metric: str) -> tuple[Panel, str]:
 
 
 def legend_names(runs: list[Run], curves: Curves) -> dict[tuple[int, str], str]:
-    """{(run index, metric): what a legend calls the curve}: the run, the curve, or both, as far as it takes."""
-    found = [(i, metric) for metric in curves.metrics for i, run in enumerate(runs) if metric in run.series]
-    one_curve = len({curves.metrics[metric] for _, metric in found}) == 1
+    """{(run index, metric): name of the curve in a legend}: the curve, the run, or both where both are needed."""
+    found = {(i, m): name for m, name in curves.metrics.items() for i, run in enumerate(runs) if m in run.series}
     if len(runs) == 1:
-        return {(i, metric): curves.metrics[metric] for i, metric in found}
-    return {(i, m): runs[i].name if one_curve else f"{runs[i].name}, {curves.metrics[m]}" for i, m in found}
+        return found
+    one_curve = len(set(found.values())) == 1
+    return {(i, m): runs[i].name if one_curve else f"{runs[i].name}, {name}" for (i, m), name in found.items()}
 
 
 def is_evaluation(metric: str) -> bool:
-    """Evaluations are few and far between: drawn with their points, never smoothed."""
+    """Evaluations are few: they are drawn with their points and never smoothed."""
     return metric.startswith("eval/")
 
 

@@ -1,4 +1,4 @@
-"""Curves in the terminal, as wide as it is; in a pipe the same text without colours."""
+"""Curves in the terminal, at its full width; in a pipe the same text without colours."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from olmo_train.curves import panels, thin
-from olmo_train.curves.history import Run
-from olmo_train.curves.panels import Axis, Curves, Panel
+from olmo_train.curves.panels import Curves, Panel, View
+from olmo_train.curves.runs import Run
+from olmo_train.formats import short
 
 FIRST = ("Loss", "Gradient norm", "Learning rate")  # what is drawn when nothing is chosen
 TALL, LOW = 18, 10  # rows of the first panel and of the others
@@ -18,12 +19,9 @@ SYMBOLS = ("o", "x", "+", "*", "#", "@")  # tell the curves apart where there ar
 
 
 @dataclass(frozen=True)
-class Look:
-    width: int  # columns
-    axis: Axis
+class Look(View):
+    width: int = 80  # columns
     color: bool = True
-    log_x: bool = False
-    smooth: float = 0  # steps; 0: not at all
 
 
 def draw_terminal(runs: list[Run], chosen: list[Curves], look: Look) -> str:
@@ -79,7 +77,7 @@ def _panel(runs: list[Run], curves: Curves, look: Look, height: int) -> Any:
 
 
 def _legend(runs: list[Run], curves: Curves, look: Look) -> list[str]:
-    """The panel's title and the names of its curves, on as many lines as they need; above the plot, to hide nothing."""
+    """The panel's title and the names of its curves, on as many lines as they need, above the plot."""
     import plotext
 
     title = curves.panel.title + (f" ({curves.panel.shown_unit})" if curves.panel.shown_unit else "")
@@ -96,12 +94,12 @@ def _legend(runs: list[Run], curves: Curves, look: Look) -> list[str]:
 
 
 def _symbol(n: int, look: Look) -> str | None:
-    """What the n-th curve is drawn with; None is a line of dots. Colours tell curves apart where there are any."""
+    """The mark that draws the n-th curve; None is a line of dots, which colours tell apart."""
     return None if look.color or n == 0 else SYMBOLS[(n - 1) % len(SYMBOLS)]
 
 
 def _points(run: Run, metric: str, panel: Panel, look: Look) -> tuple[np.ndarray, np.ndarray]:
-    """x and y of a curve as they are drawn: on a logarithmic axis, their logarithms to base 10."""
+    """x and y of a curve; on a logarithmic axis, their logarithms to base 10."""
     series, most = run.series[metric], 8 * look.width  # a column is two braille dots wide
     if look.smooth and panels.may_smooth(panel, metric):
         series = thin.smooth(thin.means(series, most), look.smooth)
@@ -125,7 +123,7 @@ def _rulers(figure: Any, x: list[float], y: list[float], log_y: bool, look: Look
         ruler = figure.ruler(side)
         ruler.lim(low, high)
         at = _ticks(low, high, count, log, whole=side == "x" and look.axis.name == "step")
-        ruler.ticks(at, [short(10**t if log else t) for t in at])
+        ruler.ticks(at, [short(10**t if log else t, digits=4) for t in at])
 
 
 def _ticks(low: float, high: float, count: int, log: bool, whole: bool) -> list[float]:
@@ -138,11 +136,3 @@ def _ticks(low: float, high: float, count: int, log: bool, whole: bool) -> list[
     else:
         ticks = MaxNLocator(count, integer=whole).tick_values(low, high)
     return [float(t) for t in ticks if low <= t <= high]
-
-
-def short(value: float) -> str:
-    """`250k`, `1.5M`, `3e-4`: a number in few characters."""
-    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e4, "k")):
-        if size <= abs(value) < 1e15:
-            return f"{value / (1e3 if letter == 'k' else size):.4g}{letter}"
-    return f"{value:.4g}".replace("e-0", "e-").replace("e+0", "e").replace("e+", "e")

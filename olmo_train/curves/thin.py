@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from olmo_train.curves.history import Series
+from olmo_train.curves.runs import Series
 
 
 def thin(series: Series, max_points: int) -> Series:

@@ -7,6 +7,7 @@ axes (tokens, FLOPs, time) are functions of the step, found by interpolation bet
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +22,7 @@ from olmo_train.history import History
 # Bookkeeping of a line, no metrics: they are drawn only when --metric asks for them.
 BOOKKEEPING = ("step", "time", "attempt", "world_size", "sample_hash", "_step", "_timestamp", "_runtime")
 STEP_KEYS = ("step", "_step", "Step", "trainer/global_step")  # the first that a line has; "_step" is W&B's
-MAX_STEP = 2**62  # a step beyond it is no step: int64 would not hold it
+MAX_STEP = 2**53  # no step lies beyond it; floats hold every whole number up to it
 TIME_KEYS = ("time", "_timestamp")  # unix seconds
 
 
@@ -58,11 +59,9 @@ class Run:
 
     @property
     def total_steps(self) -> int | None:
-        """Steps of the whole run; of a run that is given in tokens, as its newest start logged them."""
-        total = self.config.get("total_steps")
-        if total is None:
-            total = next((e["total_steps"] for e in reversed(self.events) if "total_steps" in e), None)
-        return total if isinstance(total, int) else None
+        """Steps of the whole run, as configured, or for a run of total_tokens as its newest start logged them."""
+        known = [self.config.get("total_steps"), *(event.get("total_steps") for event in reversed(self.events))]
+        return next((total for total in known if isinstance(total, int)), None)
 
 
 def read_run(run_dir: Path) -> Run:
@@ -94,79 +93,68 @@ def note_of(file: Path, broken: list[int]) -> list[str]:
     return [f"{file}: {len(broken)} broken line{many} skipped, the first is line {broken[0]}"] if broken else []
 
 
-def collect(rows: Iterable[dict[str, Any]]) -> tuple[dict[str, Series], list[tuple[int, float, int]]]:
-    """Rows to (series by metric, clock). The clock holds (step, unix seconds, attempt) of each row that has them.
+def collect(rows: Iterable[dict[str, Any]]) -> tuple[dict[str, Series], list[tuple[float, float, Any]]]:
+    """Rows to (series by metric, clock). The clock has (step, unix seconds, attempt) of each row with a time.
 
-    A null is a NaN, a row without a step is passed over, and of two values of a metric at one step the later counts.
+    A null is a NaN, a row without a step is skipped, and of two values of a metric at one step the later counts.
     """
-    columns: dict[str, tuple[list[int], list[float]]] = {}
+    columns: dict[str, tuple[list[float], list[float]]] = defaultdict(lambda: ([], []))
     clock = []
     for row in rows:
-        step = _first_number(row, STEP_KEYS)
+        step, time = _first_number(row, STEP_KEYS), _first_number(row, TIME_KEYS)
         if step is None or abs(step) > MAX_STEP:
             continue
         for key, value in row.items():
-            if value is None:
-                value = math.nan
-            elif type(value) not in (float, int):  # nor a bool; this line runs for every number of a long run
-                continue
-            column = columns.get(key)
-            if column is None:
-                column = columns[key] = ([], [])
-            column[0].append(int(step))
-            column[1].append(_float(value))
-        time = _first_number(row, TIME_KEYS)
+            number = _number(value)
+            if number is not None:
+                steps, values = columns[key]
+                steps.append(step)
+                values.append(number)
         if time is not None:
-            attempt = row.get("attempt")
-            clock.append((int(step), _float(time), attempt if type(attempt) is int else 0))
+            clock.append((step, time, row.get("attempt")))
     for key in STEP_KEYS:
         columns.pop(key, None)
     series = {name: _series(*column) for name, column in columns.items()}
     return {name: s for name, s in series.items() if not np.isnan(s.values).all()}, clock
 
 
-def elapsed_seconds(clock: list[tuple[int, float, int]], starts: list[dict[str, Any]] = ()) -> Series | None:
+def elapsed_seconds(clock: list[tuple[float, float, Any]], starts: list[dict[str, Any]] = ()) -> Series | None:
     """Seconds of running at each step. An attempt begins at its event in `starts`, so that pauses do not count."""
     if not clock:
         return None
-    start_times = sorted(_float(event["time"]) for event in starts if _is_number(event.get("time")))
-    total, steps, values = 0.0, [], []
-    previous_time, previous_attempt = None, None
-    for step, time, attempt in clock:
+    start_times = sorted(time for event in starts if (time := _first_number(event, TIME_KEYS)) is not None)
+    total, values = 0.0, []
+    previous_time, previous_attempt = None, object()
+    for _, time, attempt in clock:
         if attempt != previous_attempt:  # count from the newest start before this line, if it lies after the last line
             started = next((start for start in reversed(start_times) if start <= time), time)
             previous_time = started if previous_time is None or started >= previous_time else time
         total += max(0.0, time - previous_time)
         previous_time, previous_attempt = time, attempt
-        steps.append(step)
         values.append(total)
-    return _series(steps, values)
+    return _series([step for step, *_ in clock], values)
 
 
-def _series(steps: list[int], values: list[float]) -> Series:
-    steps, values = np.asarray(steps, dtype=np.int64), np.asarray(values, dtype=np.float64)
-    if len(steps) > 1 and (np.diff(steps) <= 0).any():
-        order = np.argsort(steps, kind="stable")
-        steps, values = steps[order], values[order]
-        last = np.append(steps[1:] != steps[:-1], True)
-        steps, values = steps[last], values[last]
-    return Series(steps, values)
+def _series(steps: list[float], values: list[float]) -> Series:
+    ordered = np.asarray(steps, dtype=np.int64)
+    order = np.argsort(ordered, kind="stable")
+    last = order[np.append(np.diff(ordered[order]) > 0, True)]  # of the values at one step
+    return Series(ordered[last], np.asarray(values, dtype=np.float64)[last])
 
 
 def _first_number(row: dict[str, Any], keys: tuple[str, ...]) -> float | None:
-    for key in keys:
-        if _is_number(row.get(key)) and math.isfinite(_float(row[key])):
-            return row[key]
-    return None
+    """The first finite number under one of these keys."""
+    numbers = (_number(row[key]) for key in keys if key in row)
+    return next((number for number in numbers if number is not None and math.isfinite(number)), None)
 
 
-def _float(value: float) -> float:
-    """A number of JSON, which has integers of any length, as a float."""
+def _number(value: Any) -> float | None:
+    """A value of JSON, whose whole numbers have any length, as a float; NaN for null, and None for what is no number."""
+    if value is None:
+        return math.nan
+    if type(value) not in (float, int):
+        return None
     try:
         return float(value)
     except OverflowError:
         return math.inf if value > 0 else -math.inf
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
