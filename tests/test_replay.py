@@ -35,11 +35,11 @@ def test_a_lengthened_run_is_computed_again_with_the_configuration_of_each_attem
     smaller = {"global_batch_size": 4, "allow_changes": "[global_batch_size]", "log.interval_steps": 3}
     list(train(tiny_args("run", total_steps=12, **{**once, **smaller})))
     run_dir = Path(tiny_args("run").run_dir)
-    assert list(committed(run_dir)) == [12]  # so that a replay begins with the first weights
+    assert list(committed(run_dir)) == [12]  # so that a replay begins with the initial weights
     said = []
     result = replay(run_dir, 9, said.append)
     assert result.step == 9 and result.differing == [] and len(result.sequences) == 4
-    assert "computing 9 steps, 1 to 9, from the first weights: about" in said[0] and "changed after step 6" in said[0]
+    assert "computing 9 steps, 1 to 9, from the initial weights: about" in said[0] and "changed after step 6" in said[0]
     assert replay(run_dir, 5).differing == []
 
 

@@ -6,14 +6,16 @@ import argparse
 import json
 import logging
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from olmo_train.commands.common import split_config
+from olmo_train.commands.common import print_table, split_config
+from olmo_train.errors import ConfigError
 
 if TYPE_CHECKING:
-    from olmo_train.data.inspect import Row
+    from olmo_train.data.inspect import Row, Visit
     from olmo_train.data.mixture import Mixture
     from olmo_train.history import Attempt, History
 
@@ -51,16 +53,17 @@ def run(args: argparse.Namespace) -> None:
     run_dir = Path(folders[0]) if len(folders) == 1 and not files else None  # wherever it has been moved to
     config = data_config(configuration.read([run_dir / "config.yaml"] if run_dir else folders + files, overrides))
     history = History(run_dir or Path(config.run_dir), config)
-    show = _show_step if args.step is not None else _show_document
-    show(history, args)
+    if args.step is not None:
+        _show_step(history, args)
+    else:
+        _show_document(history, args)
 
 
 def _show_step(history: History, args: argparse.Namespace) -> None:
     from olmo_train.data.inspect import TextReader, rows_of_step
 
     attempt = history.attempt_of(args.step)
-    mixture = attempt.mixture()
-    world_size = _world_size(attempt, args)
+    mixture, world_size = attempt.mixture(), _world_size(attempt, args)
     rows = rows_of_step(mixture, args.step, world_size, args.rank, None if args.json else SHOWN_ROWS, not args.brief)
     texts = [None] * len(rows) if args.brief else TextReader(mixture).of(rows, None if args.json else SHOWN_TOKENS)
     sample_hash, logged = mixture.sample_hash(mixture.global_batch(args.step)), history.line(args.step)
@@ -71,42 +74,30 @@ def _show_step(history: History, args: argparse.Namespace) -> None:
         )
     passed_over = args.step in history.rewound_steps.union(attempt.config.guards.skip_steps)
     if args.json:
-        instances = [_instance(row, text) for row, text in zip(rows, texts, strict=True)]
         about = {"step": args.step, "world_size": world_size, "sample_hash": sample_hash, "as_logged": as_logged}
-        about |= {"passed_over": passed_over}
-        print(json.dumps(about | {"instances": instances}, ensure_ascii=False))
+        instances = [{**asdict(row), "text": text} for row, text in zip(rows, texts, strict=True)]
+        print(json.dumps({**about, "passed_over": passed_over, "instances": instances}, ensure_ascii=False))
         return
     note = {None: "", True: ", as the run logged it", False: ", NOT as the run logged it"}[as_logged]
     print(f"step {args.step} of {history.steps}: {mixture.batches.at(args.step)} instances of {mixture.seq_len} tokens "
           f"on {world_size} rank{'s' * (world_size > 1)}, sample_hash {sample_hash[:16]}{note}")  # fmt: skip
     if passed_over:
         print("this step is passed over: its batch is not trained on")
-    _print_rows(rows, texts)
-    left = mixture.batches.at(args.step) // (1 if args.rank is None else world_size) - len(rows)
-    if left:
-        print(f"... and {left} more rows; --rank R shows those of one rank, --json all")
+    print_table(("row", "rank", "source", "instance", "epoch", "documents", "text"), [
+        (str(row.row), str(row.rank), row.source, str(row.instance), str(row.epoch), _names(row),
+         "" if text is None else " ".join(text.split())[:60]) for row, text in zip(rows, texts, strict=True)
+    ], left=("source", "documents", "text"))  # fmt: skip
+    hidden = mixture.batches.at(args.step) // (1 if args.rank is None else world_size) - len(rows)
+    if hidden:
+        print(f"... and {hidden} more rows; --rank R shows those of one rank, --json all")
 
 
 def _world_size(attempt: Attempt, args: argparse.Namespace) -> int:
     return args.world_size if args.world_size is not None else attempt.event.get("data_size", attempt.world_size) or 1
 
 
-def _instance(row: Row, text: str | None) -> dict[str, Any]:
-    return {**asdict(row), "text": text}
-
-
-def _print_rows(rows: list[Row], texts: list[str | None]) -> None:
-    from olmo_train.commands.common import print_table
-
-    columns = ("row", "rank", "source", "instance", "epoch", "documents", "text")
-    print_table(columns, [
-        (str(row.row), str(row.rank), row.source, str(row.instance), str(row.epoch), _names(row),
-         "" if text is None else " ".join(text.split())[:60]) for row, text in zip(rows, texts, strict=True)
-    ], left=("source", "documents", "text"))  # fmt: skip
-
-
 def _names(row: Row) -> str:
-    """The first document of a row, how many more there are, and how many of them are denied."""
+    """The first document of a row, the number of further ones, and how many of all are denied."""
     names = [d.id or f"{Path(d.origin).name}@{d.start}" for d in row.documents]
     if not names:
         return "-"
@@ -119,18 +110,18 @@ def _show_document(history: History, args: argparse.Namespace) -> None:
     from olmo_train.data.inspect import find_documents
 
     if args.rank is not None:
-        from olmo_train.errors import ConfigError
-
         raise ConfigError("--rank", "goes with --step; --document shows the rank of every visit")
     mixture = history.attempts[-1].mixture()
     source, found = find_documents(mixture, args.document)
-    done, visits = history.last_step(), []
-    for start, visit, rank in _visits(history, mixture, args):
-        visits.append({**asdict(visit), "rank": rank, "done": visit.step <= done, "start": start})
+    done = history.last_step()
+    visits = [
+        {**asdict(visit), "rank": rank, "done": visit.step <= done, "start": start}
+        for start, visit, rank in _visits(history, mixture, args)
+    ]
     visits.sort(key=lambda visit: (visit["step"], visit["row"]))
     reads = Counter(visit["start"] for visit in visits)
-    documents = [{"source": mixture.names[source], **asdict(d), "reads": reads[d.start]} for d in found]
     if args.json:
+        documents = [{"source": mixture.names[source], **asdict(d), "reads": reads[d.start]} for d in found]
         about = {"document": documents[0], "documents": documents}  # the first, and all of this id
         print(json.dumps(about | {"done_steps": done, "total_steps": history.steps, "visits": visits}))
         return
@@ -145,11 +136,16 @@ def _show_document(history: History, args: argparse.Namespace) -> None:
         print("data.deny denies it: its tokens are read as context, and nothing is learned from predicting them")
     past = sum(visit["done"] for visit in visits)
     print(f"{past} reads in the {done:,} steps done, {len(visits) - past} in those to come, up to step {history.steps:,}")
-    _print_visits(visits)
+    print_table(("step", "", "rank", "row", "instance"), [
+        (str(v["step"]), "done" if v["done"] else "to come", str(v["rank"]), str(v["row"]), str(v["instance"]))
+        for v in visits[:SHOWN_ROWS]
+    ])  # fmt: skip
+    if len(visits) > SHOWN_ROWS:
+        print(f"... and {len(visits) - SHOWN_ROWS} more; --json lists all")
 
 
-def _visits(history: History, newest: Mixture, args: argparse.Namespace):
-    """(start of the document, visit, rank), attempt by attempt, each with its own order and processes."""
+def _visits(history: History, newest: Mixture, args: argparse.Namespace) -> Iterator[tuple[int, Visit, int]]:
+    """(start of the document, visit, rank) for each attempt, with its own order and number of processes."""
     from olmo_train.data.inspect import find_documents, rows_per_rank, visits_of
 
     ends = [attempt.first_step - 1 for attempt in history.attempts[1:]] + [history.steps]
@@ -157,20 +153,8 @@ def _visits(history: History, newest: Mixture, args: argparse.Namespace):
         same = attempt.config.data is history.config.data and attempt.batches == newest.batches
         mixture = newest if same else attempt.mixture()
         rank_size = rows_per_rank(mixture.batches.at(end), _world_size(attempt, args))
-        first = attempt.first_step if i else 1  # a run that branched off read the same data before
+        first = attempt.first_step if i else 1  # a branch has read the same data before
         source, documents = find_documents(mixture, args.document)
         for document in documents:
             for visit in visits_of(mixture, source, document, first, end):
                 yield document.start, visit, visit.row // rank_size
-
-
-def _print_visits(visits: list[dict[str, Any]]) -> None:
-    from olmo_train.commands.common import print_table
-
-    columns = ("step", "", "rank", "row", "instance")
-    print_table(columns, [
-        (str(v["step"]), "done" if v["done"] else "to come", str(v["rank"]), str(v["row"]), str(v["instance"]))
-        for v in visits[:SHOWN_ROWS]
-    ])  # fmt: skip
-    if len(visits) > SHOWN_ROWS:
-        print(f"... and {len(visits) - SHOWN_ROWS} more; --json lists all")

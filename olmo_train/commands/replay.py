@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from olmo_train.tools.replay import Replay
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,13 +39,12 @@ def run(arguments: argparse.Namespace) -> int:
     return 1 if differing else 0
 
 
-def show(result, sequences: bool) -> None:
-    """What was logged beside what came out, and the loss of each sequence."""
-    start = result.checkpoint or "the first weights"
-    print(f"step {result.step}, computed from {start}: {'differs' if result.differing else 'equal'}")
+def show(result: Replay, sequences: bool) -> None:
+    """Print the logged metrics that differ beside the computed ones, and the loss of each sequence."""
+    start, outcome = result.checkpoint or "the initial weights", "differs" if result.differing else "equal"
+    print(f"step {result.step}, computed from {start}: {outcome}")
     for name in result.differing:
         print(f"  {name}: logged {result.logged.get(name)!r}, now {result.replayed.get(name)!r}")
-    if sequences:
-        for source, instance, loss in result.sequences:
-            mean = "no scored token       " if loss == 0 else f"{loss:9.4f} nats a token"
-            print(f"  {mean}  {source} {instance}")
+    for source, instance, loss in result.sequences if sequences else ():
+        mean = "no scored token       " if loss == 0 else f"{loss:9.4f} nats a token"
+        print(f"  {mean}  {source} {instance}")

@@ -1,14 +1,13 @@
 """Compute a step of a finished or running run again, and compare it with what was logged.
 
-It is the run itself: `train` starts in a temporary folder from the nearest checkpoint before the step and ends at the step's
-line of metrics. Each step is computed with the configuration of the attempt that logged it: a run may have been lengthened, or
-changed otherwise, since that checkpoint.
+`train` itself starts in a temporary folder from the nearest checkpoint before the step, and ends at the step's line of metrics.
+Each step is computed with the configuration of the attempt that logged it, as a run may have been lengthened or otherwise changed
+since that checkpoint.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 import statistics
 import tempfile
 from collections.abc import Callable
@@ -22,7 +21,6 @@ from olmo_train.checkpoint.config import CheckpointConfig
 from olmo_train.errors import ConfigError
 from olmo_train.eval.config import EvalConfig
 from olmo_train.formats import duration
-from olmo_train.guards.config import GuardConfig
 from olmo_train.guards.forensics import scored_tokens
 from olmo_train.history import Attempt, History
 from olmo_train.log.config import LogConfig, ProfileConfig, WandbConfig
@@ -38,7 +36,7 @@ class Replay:
     """One logged step, then and now."""
 
     step: int
-    checkpoint: Path | None  # from which it was computed; None: from the first weights
+    checkpoint: Path | None  # from which it was computed; None: from the initial weights
     logged: dict[str, Any]
     replayed: dict[str, Any]
     sequences: list[tuple[str, int, float]]  # (source, instance, mean loss in nats; 0 without a scored token), largest first
@@ -61,16 +59,15 @@ def replay(run_dir: Path, step: int, announce: Callable[[str], None] = lambda te
 
     Raises ConfigError when that step was not logged or its configuration is not known, and CheckpointError.
     """
-    lines = logged_lines(run_dir)
+    lines, history = logged_lines(run_dir), History(run_dir)
     target = min((logged for logged in lines if logged >= step), default=None)
     if target is None or step < 1:
         raise ConfigError("--step", f"{step} is not among the {len(lines)} logged steps, up to {max(lines, default=0)}")
-    attempts = History(run_dir).attempts
-    if not attempts:
+    if not history.attempts:
         raise ConfigError(run_dir, "has no events.jsonl with the configuration of each attempt; restore it")
-    folder = _start(run_dir, attempts[0], target)
+    folder = _start(history, target)
     first = 1 + (folders.read_state(folder)["step"] if folder else 0)
-    stretches = _stretches(run_dir, attempts, first, target)
+    stretches = _stretches(history, first, target)
     announce(_about(lines, folder, first, target, stretches))
     with tempfile.TemporaryDirectory(prefix="olmo-train-replay-") as scratch:
         newest = folder
@@ -78,46 +75,52 @@ def replay(run_dir: Path, step: int, announce: Callable[[str], None] = lambda te
             place = Path(scratch) / str(number)
             saves = CheckpointConfig(10**9, save_steps=() if last == target else (last,), async_save=False)
             config = dataclasses.replace(config, run_dir=str(place), checkpoint=saves, resume_from=newest and str(newest))
-            stats = _train_to(config, last)
+            run = train(config)
+            stats = next(stats for stats in run if stats.step == last)
+            run.close()
             newest = folders.folder_of(place, last)
         replayed = logged_lines(place)[target]
     return Replay(target, folder, lines[target], replayed, _sequences(stretches[-1], stats))
 
 
-def _start(run_dir: Path, first: Attempt, target: int) -> Path | None:
-    """The newest checkpoint before the target; None when the run begins with first weights. Raises CheckpointError."""
-    earlier = [folder for saved, folder in folders.committed(run_dir).items() if saved < target]
+def _start(history: History, target: int) -> Path | None:
+    """The newest checkpoint before the target; None when the run begins with the initial weights. Raises CheckpointError."""
+    earlier = [folder for saved, folder in folders.committed(history.run_dir).items() if saved < target]
     if earlier:
         return folders.resolve(earlier[-1])
-    origin = first.event["checkpoint"]  # of a branch: the checkpoint that it started from
+    origin = history.attempts[0].event["checkpoint"]  # of a branch: the checkpoint that it started from
     return folders.resolve(Path(origin)) if origin else None
 
 
-# (configuration, last step, attempt) of steps in a row
+# (configuration, last step, attempt) of consecutive steps
 Stretch = tuple[TrainConfig, int, Attempt]
 
 
-def _stretches(run_dir: Path, attempts: list[Attempt], first: int, target: int) -> list[Stretch]:
+def _stretches(history: History, first: int, target: int) -> list[Stretch]:
     """The configurations with which steps `first` to `target` were made, in order."""
     stretches: list[Stretch] = []
-    ends = [attempt.first_step - 1 for attempt in attempts[1:]] + [target]
-    for attempt, end in zip(attempts, ends, strict=True):
+    ends = [attempt.first_step - 1 for attempt in history.attempts[1:]] + [target]
+    for attempt, end in zip(history.attempts, ends, strict=True):
         last = min(end, target)
         if last < max(first, attempt.first_step):
             continue
-        config = _config_of(run_dir, attempt)
-        if stretches and stretches[-1][0] == config:  # resumed as it was
+        config = _config_of(history, attempt)
+        if stretches and stretches[-1][0] == config:  # resumed without a change
             stretches.pop()
         stretches.append((config, last, attempt))
     return stretches
 
 
-def _config_of(run_dir: Path, attempt: Attempt) -> TrainConfig:
-    """The configuration of an attempt without all that does not change what a step computes or when it is logged."""
+def _config_of(history: History, attempt: Attempt) -> TrainConfig:
+    """The configuration of an attempt, without everything that changes neither what a step computes nor when it is logged.
+
+    The same steps are passed over. Spikes are not handled again, as the logged steps are already without them.
+    """
     config = configuration.build(TrainConfig, configuration.words(attempt.event["config"], attempt.event.get("started_in")))
+    passed_over = tuple(sorted(history.rewound_steps.union(config.guards.skip_steps)))
     return dataclasses.replace(
         config,
-        run_dir=str(run_dir),
+        run_dir=str(history.run_dir),
         resume="auto",
         resume_from=None,
         init_from=config.init_from if attempt.first_step == 1 else None,
@@ -126,7 +129,9 @@ def _config_of(run_dir: Path, attempt: Attempt) -> TrainConfig:
         log=LogConfig(interval_steps=config.log.interval_steps, wandb=WandbConfig(mode="disabled")),
         eval=EvalConfig(interval_steps=10**9),
         profile=ProfileConfig(),
-        guards=_guards(config.guards, run_dir),
+        guards=dataclasses.replace(
+            config.guards, spike="skip" if config.guards.spike == "skip" else "record", skip_steps=passed_over
+        ),
         checkpoint=CheckpointConfig(interval_steps=10**9),
     )
 
@@ -134,31 +139,17 @@ def _config_of(run_dir: Path, attempt: Attempt) -> TrainConfig:
 def _about(lines: dict[int, dict[str, Any]], folder: Path | None, first: int, target: int, stretches: list[Stretch]) -> str:
     """A line with the first step, the number of steps and the estimated time."""
     count = target - first + 1
-    text = f"computing {count} step{'s' * (count > 1)}, {first} to {target}, from {folder or 'the first weights'}"
+    text = f"computing {count} step{'s' * (count > 1)}, {first} to {target}, from {folder or 'the initial weights'}"
     logged = [line.get("throughput/step_seconds") for step, line in lines.items() if first <= step <= target]
     if logged := [seconds for seconds in logged if seconds]:
-        text += f": about {duration(math.ceil(count * statistics.mean(logged)))} at the speed of the run"
+        text += f": about {duration(count * statistics.mean(logged))} at the speed of the run"
     if len(stretches) > 1:
         ends = ", ".join(str(last) for _, last, _ in stretches[:-1])
-        text += f"; the configuration changed after step {ends}, and each step gets its own"
+        text += f"; the configuration changed after step {ends}, and each step is computed with its own"
     config, _, attempt = stretches[-1]
     if attempt.world_size != 1 and config.determinism != "world":
         text += f"; the run had {attempt.world_size} processes, and the last digits differ on one, unless determinism is 'world'"
     return text
-
-
-def _train_to(config: TrainConfig, step: int) -> StepStats:
-    run = train(config)
-    stats = next(stats for stats in run if stats.step == step)
-    run.close()
-    return stats
-
-
-def _guards(config: GuardConfig, run_dir: Path) -> GuardConfig:
-    """Pass over the same steps as the run. Spikes are not handled again: the logged history is already without them."""
-    passed_over = History(run_dir).rewound_steps.union(config.skip_steps)
-    policy = "skip" if config.spike == "skip" else "record"
-    return dataclasses.replace(config, spike=policy, skip_steps=tuple(sorted(passed_over)))
 
 
 def _sequences(stretch: Stretch, stats: StepStats) -> list[tuple[str, int, float]]:
