@@ -7,6 +7,8 @@ from, so every step is looked up in the configuration that made it.
 from __future__ import annotations
 
 import json
+import math
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -14,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from olmo_train import config as configuration
-from olmo_train.checkpoint import folders
 from olmo_train.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -111,6 +112,8 @@ class History:
 
     def last_step(self) -> int:
         """The last step that is known to be done, by the newest checkpoint and the last line of metrics. 0 without a run."""
+        from olmo_train.checkpoint import folders
+
         tail = b""
         if self.metrics_file.is_file():
             with open(self.metrics_file, "rb") as stream:
@@ -138,22 +141,19 @@ class History:
         a long run has millions of lines."""
         with open(self.metrics_file, "rb") as stream:
 
-            def seek_line(position: int) -> int:
+            def line_start(position: int) -> int:
                 """Go to the first line that begins at this byte or after it."""
                 stream.seek(max(position - 1, 0))
                 if position:
                     stream.readline()
                 return stream.tell()
 
-            low, high = 0, self.metrics_file.stat().st_size
-            while low < high:
-                middle = (low + high) // 2
-                start, line = seek_line(middle), _line_of_run(stream.readline())
-                if line is None or line["step"] >= step:
-                    high = middle
-                else:
-                    low = start + 1
-            return seek_line(low)
+            def step_at(position: int) -> float:
+                line_start(position)
+                line = _line_of_run(stream.readline())
+                return line["step"] if line else math.inf
+
+            return line_start(bisect_left(range(self.metrics_file.stat().st_size), step, key=step_at))
 
 
 def json_object(text: bytes) -> dict[str, Any] | None:

@@ -42,12 +42,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from olmo_train.curves.write import check_format
-
     if args.output:
+        from olmo_train.curves.write import check_format
+
         check_format(args.output)
-    if args.output and args.follow:
-        raise ConfigError("--follow", "draws in the terminal; leave out --output")
+        if args.follow:
+            raise ConfigError("--follow", "draws in the terminal; leave out --output")
     if args.smooth < 0:
         raise ConfigError("--smooth", f"must be at least 0 steps, got {args.smooth:g}")
     if args.follow:
