@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import math
+
 
 def short(number: float, digits: int = 3) -> str:
     """`12.3k`, `1.5M`, `7B`, `3e-4`: a number in few characters."""
-    number = float(f"{number:.{digits}g}")  # first, or 999.96 were 1e3 and not 1k
+    number = float(f"{number:.{digits}g}")  # round first: 999.96 is 1k
+    if 0 < abs(number) < 1e-3 or 1e15 <= abs(number) < math.inf:
+        exponent = math.floor(math.log10(abs(number)))
+        return f"{number / 10.0**exponent:.{digits}g}e{exponent}"
     for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if size <= abs(number) < 1e15:
             return f"{number / size:.{digits}g}{letter}"
-    return f"{number:.{digits}g}".replace("e-0", "e-").replace("e+0", "e").replace("e+", "e")
+    return f"{number:.{digits}g}"
 
 
 def duration(seconds: float) -> str:
