@@ -130,7 +130,6 @@ def _curve(series: Series, max_points: int) -> dict[str, Any]:
         curve["odd"] = odd
     if len(kept) < len(series):
         curve["mean"] = _points(thin.means(series, max_points // 4))
-        curve["of"] = len(series)
     return curve
 
 
