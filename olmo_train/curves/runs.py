@@ -122,15 +122,13 @@ def elapsed_seconds(clock: list[tuple[float, float, Any]], starts: list[dict[str
     """Seconds of running at each step. An attempt begins at its event in `starts`, so that pauses do not count."""
     if not clock:
         return None
-    start_times = sorted(time for event in starts if (time := _first_number(event, TIME_KEYS)) is not None)
-    total, values = 0.0, []
-    previous_time, previous_attempt = None, object()
-    for _, time, attempt in clock:
-        if attempt != previous_attempt:  # count from the newest start before this line, if it lies after the last line
-            started = next((start for start in reversed(start_times) if start <= time), time)
-            previous_time = started if previous_time is None or started >= previous_time else time
-        total += max(0.0, time - previous_time)
-        previous_time, previous_attempt = time, attempt
+    start_times = [time for event in starts if (time := _first_number(event, TIME_KEYS)) is not None]
+    total, since, values = 0.0, -math.inf, []
+    for i, (_, time, attempt) in enumerate(clock):
+        if i == 0 or attempt != clock[i - 1][2]:
+            since = max((start for start in start_times if since <= start <= time), default=time)
+        total += max(0.0, time - since)
+        since = time
         values.append(total)
     return _series([step for step, *_ in clock], values)
 
