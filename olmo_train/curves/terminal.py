@@ -127,12 +127,12 @@ def _rulers(figure: Any, x: list[float], y: list[float], log_y: bool, look: Look
 
 
 def _ticks(low: float, high: float, count: int, log: bool, whole: bool) -> list[float]:
+    """Round numbers between two ends, which on a logarithmic axis are logarithms to base 10, as the result is."""
     from matplotlib.ticker import LogLocator, MaxNLocator
 
     if log and high - low > 0.7:
-        ticks = np.log10(LogLocator(subs=(1, 2, 5) if high - low < 2 else (1,), numticks=99).tick_values(10**low, 10**high))
-    elif log:
-        ticks = np.log10([t for t in MaxNLocator(count).tick_values(10**low, 10**high) if t > 0])
+        ticks = LogLocator(subs=(1, 2, 5) if high - low < 2 else (1,), numticks=99).tick_values(10**low, 10**high)
     else:
-        ticks = MaxNLocator(count, integer=whole).tick_values(low, high)
+        ticks = MaxNLocator(count, integer=whole).tick_values(*((10**low, 10**high) if log else (low, high)))
+    ticks = np.log10(ticks[ticks > 0]) if log else ticks
     return [float(t) for t in ticks if low <= t <= high]
