@@ -62,6 +62,7 @@ def test_half_a_line_of_a_killed_run_is_cut(tmp_path, half):
     whole = b'{"step": 1}\n{"step": 2}\n'
     (tmp_path / "metrics.jsonl").write_bytes(whole + half)
     (tmp_path / "events.jsonl").write_bytes(b'{"event": "start", "step": 0}\n' + half)
+    assert [History(tmp_path).line(step) for step in (2, 3)] == [{"step": 2}, None]
     log = recorder(tmp_path, last_step=2)
     log.log(3, {})
     log.event("resume", 2)
