@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-FIRST = ("Loss", "Gradient norm", "Learning rate", "Throughput")  # what is drawn when nothing is chosen
+FIRST = ("Loss", "Gradient norm", "Learning rate", "Throughput")  # drawn when no metric is chosen
 ONE_COLUMN, TWO_COLUMNS = 3.4, 7.0  # inches, as in most two-column papers
 MAX_POINTS = 3000  # of one curve; more than the dots of a printed column
 # The dashes of panels.DASHES, in matplotlib's terms: (offset, (points on, points off, ...)).

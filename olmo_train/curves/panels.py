@@ -98,13 +98,13 @@ class Panel:
     unit: str  # label of the y axis
     patterns: dict[str, str]  # metric pattern: name of its curves; `*` in both is the same text
     log: bool = False  # y axis
-    smooth: bool = True  # whether smoothing may touch it; a schedule has no noise
+    smooth: bool = True  # whether it can be smoothed; a schedule has no noise
     limit: str | None = None  # dotted configuration key of a value that is drawn as a horizontal line
     limit_name: str = ""
 
     @property
     def shown_unit(self) -> str:
-        """The unit beside the title, unless it would say the same again."""
+        """The unit beside the title, unless it repeats the title."""
         return "" if self.unit == self.title.lower() else self.unit
 
 

@@ -19,7 +19,7 @@ from olmo_train import config as yaml_config
 from olmo_train.errors import ConfigError, DataError
 from olmo_train.history import History
 
-# Bookkeeping of a line, no metrics: they are drawn only when --metric asks for them.
+# Fields of a line that are no metrics: drawn only when --metric asks for them.
 BOOKKEEPING = ("step", "time", "attempt", "world_size", "sample_hash", "_step", "_timestamp", "_runtime")
 STEP_KEYS = ("step", "_step", "Step", "trainer/global_step")  # the first that a line has; "_step" is W&B's
 MAX_STEP = 2**53  # no step lies beyond it; floats hold every whole number up to it
@@ -67,7 +67,7 @@ class Run:
 def read_run(run_dir: Path) -> Run:
     """Read RUN_DIR/metrics.jsonl, events.jsonl and config.yaml; the last two may be absent.
 
-    A half-written last line is passed over, so a run can be read while it writes. Raises DataError when there is no
+    A half-written last line is skipped, so a run can be read while it writes. Raises DataError when there is no
     metrics.jsonl or it holds no metrics yet.
     """
     history = History(run_dir)

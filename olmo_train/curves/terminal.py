@@ -12,7 +12,7 @@ from olmo_train.curves.panels import Curves, Panel, View
 from olmo_train.curves.runs import Run
 from olmo_train.formats import short
 
-FIRST = ("Loss", "Gradient norm", "Learning rate")  # what is drawn when nothing is chosen
+FIRST = ("Loss", "Gradient norm", "Learning rate")  # drawn when no metric is chosen
 TALL, LOW = 18, 10  # rows of the first panel and of the others
 COLORS = ("cyan+", "orange", "green+", "magenta+", "yellow", "blue+", "red+", "white")
 SYMBOLS = ("o", "x", "+", "*", "#", "@")  # tell the curves apart where there are no colours

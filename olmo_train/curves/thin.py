@@ -13,7 +13,7 @@ from olmo_train.curves.runs import Series
 
 
 def thin(series: Series, max_points: int) -> Series:
-    """At most `max_points` points of the series, unchanged ones; the whole series when it has no more than that."""
+    """At most `max_points` points of the series, unchanged; the series itself when it has no more."""
     if len(series) <= max_points:
         return series
     bucket = _buckets(series.steps, max_points // 5)  # 4 points a bucket, and one that is not finite
