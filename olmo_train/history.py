@@ -36,8 +36,10 @@ def data_config(values: dict[str, Any]) -> TrainConfig:
     from olmo_train.train_config import TrainConfig  # not at the top: `curves` starts without it
 
     kept = {key: values[key] for key in DATA_KEYS if values.get(key) is not None}
-    guards = {"skip_steps": (values.get("guards") or {}).get("skip_steps") or ()}
-    return configuration.build(TrainConfig, {"run_dir": UNNAMED, "guards": guards, "optim": {"warmup_steps": 0}} | kept)
+    guards = values.get("guards")
+    skip_steps = guards.get("skip_steps") if isinstance(guards, dict) else None
+    others = {"run_dir": UNNAMED, "guards": {"skip_steps": skip_steps or ()}, "optim": {"warmup_steps": 0}}
+    return configuration.build(TrainConfig, others | kept)
 
 
 @dataclass(frozen=True)
