@@ -20,6 +20,7 @@ from olmo_train.log.config import LogConfig, WandbConfig
 from olmo_train.log.console import Console
 from olmo_train.log.interval import Interval, MeanLoss, throughput_metrics
 from olmo_train.log.recorder import JsonLines, Recorder
+from olmo_train.log.tensorboard import TensorboardMirror
 from olmo_train.log.wandb import wandb_mode
 from olmo_train.train import train
 
@@ -265,7 +266,7 @@ def copy_of_run(tmp_path, host=None):
     """A run_dir with a W&B id, and a copy of it; with `host` the original is on that one."""
     recorder(tmp_path / "run", config=ONLINE).close()
     if host:
-        place = tmp_path / "run/wandb/run-place"
+        place = tmp_path / "run/wandb/place"
         place.write_text(json.dumps(json.loads(place.read_text()) | {"host": host}))
     return shutil.copytree(tmp_path / "run", tmp_path / "copy")
 
@@ -291,6 +292,31 @@ def test_a_moved_run_dir_and_one_on_another_node_go_on_in_their_run_on_wandb(tmp
     assert len({call["id"] for call in wandb.calls}) == 1
     recorder(tmp_path / "copy", config=ONLINE).close()  # of a folder on another machine, which cannot be looked at
     assert len({call["id"] for call in wandb.calls}) == 2
+
+
+def test_a_run_of_an_older_version_keeps_its_id_under_the_new_name(tmp_path, wandb):
+    (tmp_path / "wandb").mkdir()
+    (tmp_path / "wandb/run-id").write_text("abcd1234")
+    recorder(tmp_path, config=ONLINE).close()
+    assert wandb.calls[0]["id"] == "abcd1234" == (tmp_path / "wandb/id").read_text()
+    assert not list((tmp_path / "wandb").glob("run-*"))
+
+
+def test_tensorboard_has_the_attempt_as_text_and_not_as_a_chart(tmp_path, monkeypatch):
+    wrote = []
+
+    class Writer:
+        def __init__(self, *args, **kwargs): ...
+        def __getattr__(self, name):
+            return lambda *args, **kwargs: wrote.append((name, *args))
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=Writer))
+    mirror = TensorboardMirror(tmp_path, 0)
+    for step in (1, 2):
+        mirror.log(step, {"time": 1.0, "loss": 3.0, "attempt": 1, "world_size": 4})
+    charts = [call for call in wrote if call[0] == "add_scalar"]
+    assert charts == [("add_scalar", "loss", 3.0)] * 2
+    assert [call for call in wrote if call[0] == "add_text"] == [("add_text", "run", "attempt: 1  \nworld_size: 4")]
 
 
 class FakeRun:

@@ -77,8 +77,9 @@ def plain(row: dict) -> dict:
 
 
 def logged(run_dir: Path) -> list[dict]:
-    """metrics.jsonl as W&B should have it: numbers alone, the step under W&B's name for it."""
-    numbers = [{key: v for key, v in line.items() if isinstance(v, (int, float))} for line in lines_of(run_dir)]
+    """metrics.jsonl as W&B should have it: metrics alone, the step under W&B's name for it."""
+    others = ("time", "attempt", "world_size", "sample_hash")
+    numbers = [{key: v for key, v in line.items() if key not in others} for line in lines_of(run_dir)]
     return [{"_step" if key == "step" else key: v for key, v in line.items()} for line in numbers]
 
 
@@ -92,7 +93,7 @@ def test_offline_history_equals_the_metrics_after_two_kills_and_a_resume(start, 
     assert [row["_step"] for row in rows] == list(range(1, 25))
     assert rows == logged(run_dir)
     ids = {record["run"]["run_id"] for record in records(run_dir) if record["type"] == "run"}
-    assert ids == {(run_dir / "wandb/run-id").read_text()}
+    assert ids == {(run_dir / "wandb/id").read_text()}
     kinds = [path.name.split("-")[0] for path in (run_dir / "wandb").glob("*-run-*")]
     assert sorted(kinds) == ["killed", "killed", "offline"]  # `wandb sync` takes those that begin with `offline`
 
@@ -114,6 +115,9 @@ def test_name_group_tags_configuration_and_code_are_told(start, finished, tmp_pa
             summary |= record["summary"]["update"]
     last = logged(tmp_path / "run")[-1]
     assert {key: summary[key] for key in last} == last
+    assert (summary["attempt"], summary["world_size"]) == (1, 1)
+    folders = [path.name for path in (tmp_path / "run/wandb").iterdir() if path.is_dir() or path.name.startswith("run-")]
+    assert len([name for name in folders if "run-" in name]) == 1, "wandb leet lists one run"
 
 
 def test_the_environment_fills_in_what_the_configuration_leaves_open(start, finished, tmp_path):
@@ -133,7 +137,7 @@ def test_a_server_gets_each_step_once_over_a_kill_and_a_resume(start, finished, 
         assert finished(start(server.url, **changes)) == []
         (run,) = server.runs
         rows = sorted(server.history[run], key=lambda row: row["_step"])
-    assert run == (run_dir / "wandb/run-id").read_text()
+    assert run == (run_dir / "wandb/id").read_text()
     assert [row["_step"] for row in rows] == list(range(1, 17))
     trained = ("train/CrossEntropyLoss", "optim/total_grad_norm", "optim/learning_rate_group0", "throughput/total_tokens")
     expected = [[line[name] for name in trained] for line in logged(run_dir)]

@@ -7,6 +7,9 @@ from typing import Literal
 
 from olmo_train.config import Count
 
+# Numbers of a line of metrics that describe the attempt: mirrors show them as facts of the run, not as charts.
+FACTS = ("attempt", "world_size")
+
 
 @dataclass(frozen=True)
 class ProfileConfig:

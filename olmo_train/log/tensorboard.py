@@ -6,6 +6,7 @@ import logging
 from pathlib import Path
 
 from olmo_train.errors import ConfigError
+from olmo_train.log.config import FACTS
 
 log = logging.getLogger(__name__)
 
@@ -22,13 +23,17 @@ class TensorboardMirror:
             raise ConfigError(
                 "log.tensorboard", "needs the package tensorboard; pip install 'olmo-train[tensorboard]'"
             ) from problem
-        self.sent = last_step
+        self.sent, self._facts = last_step, ""
         self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=last_step + 1)  # drops steps that will repeat
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         for name, value in metrics.items():
-            if name != "time":
+            if name != "time" and name not in FACTS:
                 self._writer.add_scalar(name, value, global_step=step, walltime=metrics["time"])
+        facts = "  \n".join(f"{name}: {metrics[name]}" for name in FACTS if name in metrics)
+        if facts != self._facts:
+            self._writer.add_text("run", facts, global_step=step, walltime=metrics["time"])
+            self._facts = facts
         self._writer.flush()
 
     def settle(self, step: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -10,7 +11,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from olmo_train.log.config import WandbConfig
+from olmo_train.log.config import FACTS, WandbConfig
 from olmo_train.log.version import code_version
 from olmo_train.storage import replace_file
 
@@ -73,12 +74,16 @@ class WandbMirror:
         self._folder = run_dir / "wandb"
         self._folder.mkdir(exist_ok=True)
         self._unfinished, self._sent_file = self._folder / "unfinished", self._folder / "sent-step"
-        id_file = self._folder / "run-id"
+        for name in ("id", "place"):  # W&B's tools take `wandb/run-*` for runs
+            with contextlib.suppress(FileNotFoundError):  # only a run of an older version has the old name
+                (self._folder / f"run-{name}").rename(self._folder / name)
+        id_file = self._folder / "id"
         self._leave_the_original(id_file)
         self._set_aside()
         if not id_file.exists():
             replace_file(id_file, uuid.uuid4().hex[:8].encode())
         self._waiting: list[tuple[int, dict[str, float]]] = []
+        self._facts: dict[str, float] = {}  # what the summary has of FACTS
         options = {
             "project": config.project or os.environ.get("WANDB_PROJECT") or "olmo-train",
             "entity": config.entity,  # None: the client reads the environment, as for group and tags
@@ -127,11 +132,11 @@ class WandbMirror:
 
         A folder that was moved on one machine, or that another machine has under the same path, is not a copy.
         """
-        place_file, here = self._folder / "run-place", {"host": socket.gethostname(), "path": str(self._folder.resolve())}
+        place_file, here = self._folder / "place", {"host": socket.gethostname(), "path": str(self._folder.resolve())}
         if id_file.exists() and place_file.exists():
             was = json.loads(place_file.read_text(encoding="utf-8"))
-            original = Path(was["path"], id_file.name)
-            is_there = original.exists() and not original.samefile(id_file)
+            originals = [Path(was["path"], name) for name in (id_file.name, "run-id")]
+            is_there = any(file.exists() and not file.samefile(id_file) for file in originals)
             if was["path"] != here["path"] and (was["host"] != here["host"] or is_there):
                 log.warning("this run_dir is a copy of the one on %s at %s: W&B records it as a new run", *was.values())
                 for record in self._folder.glob("offline-run-*"):  # so that `wandb sync` sends only the original's
@@ -158,7 +163,12 @@ class WandbMirror:
     def settle(self, step: int) -> None:
         while self._waiting and self._waiting[0][0] <= step:
             self.sent, metrics = self._waiting.pop(0)
-            self._run.log(metrics, step=self.sent, commit=True)
+            charts = {key: value for key, value in metrics.items() if key not in (*FACTS, "time")}  # W&B adds a time
+            self._run.log(charts, step=self.sent, commit=True)
+            facts = {key: metrics[key] for key in FACTS if key in metrics}
+            if facts != self._facts:
+                self._run.summary.update(facts)
+                self._facts = facts
 
     def close(self) -> None:
         self._run.finish()
