@@ -1,6 +1,13 @@
 """olmo_train: OLMo-style pretraining, readable, exact and fast.
 
-Importing the package costs nothing: torch and the other heavy libraries are imported by the rooms that use them.
+Importing the package takes no time: torch and the other heavy libraries are imported by the rooms that use them.
 """
+
+import os
+
+# OpenMP threads wait without spinning: spinning threads take cores from other processes and other threads, such as those of
+# torch.compile, and make training several times slower on a busy machine. Read when torch is loaded, so import this package
+# first. A setting of the user takes precedence.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 __version__ = "0.1.0"

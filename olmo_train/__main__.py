@@ -61,12 +61,6 @@ class Parser(argparse.ArgumentParser):
         sys.exit(2)
 
 
-def let_threads_sleep() -> None:
-    """Make OpenMP threads wait without spinning: spinning threads take cores from other processes and other threads, such as
-    those of torch.compile. Call it before torch is loaded. A setting of the user takes precedence."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
-
 def look_for_garbage_rarely() -> None:
     """Pause garbage collection while torch loads: it creates 300,000 permanent objects, and scanning them repeatedly takes a
     sixth of the load time."""
@@ -106,7 +100,6 @@ def open_streams() -> None:
 def _parse(words: list[str]) -> tuple[Callable[[argparse.Namespace], int | None], argparse.Namespace]:
     """The verb's function and its arguments."""
     Parser.verb = "".join(words[:1])
-    let_threads_sleep()
     look_for_garbage_rarely()
     parser = Parser(prog="olmo-train", description="Pretrain OLMo-style language models.")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)

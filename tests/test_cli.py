@@ -238,13 +238,14 @@ def test_all_that_a_run_writes_lies_in_its_run_dir(tiny_words, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("own, used", [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
-def test_threads_wait_without_spinning_unless_the_user_says_so(monkeypatch, own, used):
-    monkeypatch.setenv("OMP_WAIT_POLICY", own or "")
+def test_threads_wait_without_spinning_unless_the_user_says_so(own, used):
+    """In a library's process, too: OpenMP reads the setting when torch is loaded, which train.py does."""
+    environment = {**os.environ, "OMP_DISPLAY_ENV": "true", "OMP_WAIT_POLICY": own or ""}
     if own is None:
-        monkeypatch.delenv("OMP_WAIT_POLICY")
-    with pytest.raises(SystemExit):
-        main(["--help"])
-    assert os.environ["OMP_WAIT_POLICY"] == used
+        del environment["OMP_WAIT_POLICY"]
+    loaded = subprocess.run([sys.executable, "-c", "import olmo_train.train"], env=environment, capture_output=True, text=True)
+    assert loaded.returncode == 0, loaded.stderr
+    assert f"OMP_WAIT_POLICY = '{used}'" in loaded.stderr
 
 
 def test_the_figures_of_a_benchmark_are_json_and_nothing_else(run_main, tiny_words):

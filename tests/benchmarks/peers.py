@@ -268,9 +268,7 @@ CONTESTANTS = {  # name: (the package whose version is told, how to make its ste
 def contestant(name: str, work: SimpleNamespace, warmup: int) -> None:
     """The life of one process: get warm, then for each number read from stdin take so many steps and say the seconds."""
     if name.startswith("ours"):  # what `olmo-train` does first
-        from olmo_train.__main__ import let_threads_sleep
-
-        let_threads_sleep()
+        import olmo_train  # noqa: F401, before torch
     import torch
 
     package, make = CONTESTANTS[name]
