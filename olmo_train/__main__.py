@@ -10,11 +10,13 @@ import logging
 import os
 import select
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from olmo_train.errors import ConfigError, DataError, UserError
+from olmo_train import __version__
+from olmo_train.commands import completion
+from olmo_train.errors import ConfigError, DataError, UserError, did_you_mean, near, nearest
 from olmo_train.parallel.processes import rank
 
 VERBS = {
@@ -34,6 +36,23 @@ VERBS = {
     "convert": "take checkpoints to and from transformers folders and OLMo checkpoints",
     "generate": "continue a text with a checkpoint",
 }
+EXAMPLES = {  # one for each verb, at the end of its --help; together they are a first day with your own text
+    "train": "train my-run.yaml run_dir=runs/first optim.peak_lr=1e-3",
+    "train-tokenizer": "train-tokenizer my-text/ --output data/tokenizer.json --vocab-size 4096",
+    "prepare-data": "prepare-data my-text/ --output data/mine --tokenizer data/tokenizer.json --validation-fraction 0.05",
+    "verify-data": "verify-data data/mine",
+    "inspect-data": "inspect-data runs/first --step 10",
+    "config": "config my-run.yaml optim.peak_lr=1e-3",
+    "plan": "plan configs/models/olmo-1b.yaml --gpus 8 --gpu h100",
+    "curves": "curves runs/first --output curves.html",
+    "checkpoints": "checkpoints runs/first --verify",
+    "replay": "replay runs/first --step 10",
+    "doctor": "doctor my-run.yaml",
+    "bench": "bench my-run.yaml --steps 5",
+    "evaluate": "evaluate runs/first",
+    "convert": "convert export-hf runs/first exported",
+    "generate": "generate runs/first --prompt 'Once upon a time'",
+}
 OF_A_GROUP = ("train", "bench", "replay")  # verbs that many processes run together; rank 0 reports errors
 OUTPUTS = {"output": "--output", "dest": "DEST"}  # arguments that name what a verb writes
 INTERRUPTED = 130  # as a shell reports a program that Ctrl-C ended
@@ -43,10 +62,13 @@ class Parser(argparse.ArgumentParser):
     """Reports usage errors in the same form as all others: usage, then one `error:` line, from rank 0 only."""
 
     verb = ""  # the first word of the command line, also for the parsers of single verbs
+    example = ""  # a command line that works
+    words: Sequence[str] = ()  # what is parsed
 
     def parse_known_args(self, args=None, namespace=None):
         """An option that takes a TEXT takes the next word as it is: argparse reads `--prompt -x` as two options."""
-        words = iter(sys.argv[1:] if args is None else args)
+        self.words = list(sys.argv[1:] if args is None else args)
+        words = iter(self.words)
         joined = []
         for word in words:
             action = self._option_string_actions.get(word)
@@ -54,9 +76,24 @@ class Parser(argparse.ArgumentParser):
             joined.append(word if text is None else f"{word}={text}")
         return super().parse_known_args(joined, namespace)
 
+    def format_help(self) -> str:
+        """The example is not wrapped, so that it can be pasted."""
+        return super().format_help() + (f"\nexample:\n  {self.example}\n" if self.example else "")
+
+    def options_like(self, flag: str) -> list[str]:
+        """The option that is spelled most like an unknown one; none for an option that exists or is the start of one."""
+        name, options = flag.partition("=")[0], self._option_string_actions
+        return [] if any(option.startswith(name) for option in options) else near(name, options.keys() - {"-h", "--help"})[:1]
+
     def error(self, message: str) -> NoReturn:
+        if "required: " in message:
+            meant = [option for word in self.words if word.startswith("--") for option in self.options_like(word)]
+            message += f"; {did_you_mean(meant) if meant else f'for example: {self.example}'}"
         if not _is_silent(self.verb):
-            self.print_usage(sys.stderr)
+            if self.words:
+                self.print_usage(sys.stderr)
+            else:
+                self.print_help()
             print(f"error: {self.prog}: {message}", file=sys.stderr, flush=True)
         sys.exit(2)
 
@@ -101,14 +138,14 @@ def _parse(words: list[str]) -> tuple[Callable[[argparse.Namespace], int | None]
     """The verb's function and its arguments."""
     Parser.verb = "".join(words[:1])
     look_for_garbage_rarely()
-    parser = Parser(prog="olmo-train", description="Pretrain OLMo-style language models.")
-    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
-    for name, text in VERBS.items():
-        verb = verbs.add_parser(name, help=text, description=text)
-        verb.add_argument("--debug", action="store_true", help="show the traceback of an error")
-        if words and words[0] == name:
-            module = importlib.import_module(f"olmo_train.commands.{name.replace('-', '_')}")
-            module.add_arguments(verb)
+    if (typed := completion.typed_words()) is not None:
+        completion.complete(_make_parser(typed)[0])
+    parser, verbs = _make_parser(words)
+    if words and not words[0].startswith("-") and words[0] not in VERBS:
+        meant = nearest(words[0], [*VERBS, "--help", "--version"])
+        if words[0].endswith((".yaml", ".yml")) or "=" in words[0]:
+            meant = did_you_mean([f"olmo-train train {words[0]}"])
+        parser.error(f"{words[0]!r} is not a verb; {meant}")
     for word in words:
         if any("\ud800" <= letter <= "\udfff" for letter in word):
             why = f"is not text in this locale's encoding, {sys.getfilesystemencoding()}"
@@ -116,9 +153,41 @@ def _parse(words: list[str]) -> tuple[Callable[[argparse.Namespace], int | None]
     arguments, rest = parser.parse_known_args(words)
     if rest:  # key=value words after an option, which argparse does not take
         if not hasattr(arguments, "config") or not all("=" in word and not word.startswith("-") for word in rest):
-            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+            parser.error(f"unrecognized arguments: {' '.join(rest)}; {_meant(words, rest[0], verbs[arguments.verb], arguments)}")
         arguments.config += rest
     return importlib.import_module(f"olmo_train.commands.{arguments.verb.replace('-', '_')}").run, arguments
+
+
+def _make_parser(words: list[str]) -> tuple[Parser, dict[str, Parser]]:
+    """The parser of the command line, and that of each verb; only the verb that `words` begin with has its arguments."""
+    parser = Parser(prog="olmo-train", description="Pretrain OLMo-style language models.")
+    parser.example, parser.words = f"olmo-train {EXAMPLES['train']}", words
+    parser.add_argument("--version", action="version", version=f"olmo-train {__version__}")
+    parser.add_argument("--completion", action=completion.PrintScript, help="print the script for bash, zsh or fish")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    for name, text in VERBS.items():
+        verb = verbs.add_parser(name, help=text, description=text)
+        verb.example = f"olmo-train {EXAMPLES[name]}"
+        verb.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        if words and words[0] == name:
+            module = importlib.import_module(f"olmo_train.commands.{name.replace('-', '_')}")
+            module.add_arguments(verb)
+    return parser, verbs.choices
+
+
+def _meant(words: list[str], flag: str, verb: Parser, arguments: argparse.Namespace) -> str:
+    """What to type instead of an unknown option: one spelled like it, or the key of a configuration as KEY=VALUE."""
+    if options := verb.options_like(flag):
+        return did_you_mean(options)
+    name, _, value = flag.lstrip("-").partition("=")
+    if flag.startswith("-") and hasattr(arguments, "config"):
+        from olmo_train.hints import near_keys
+        from olmo_train.train_config import keys
+
+        if found := near_keys(name.replace("-", "_"), [key.name for key in keys()]):
+            behind = words[words.index(flag) + 1 :][:1]
+            return did_you_mean([f"{found[0]}={value or ''.join(behind) or 'VALUE'}"])
+    return f"`olmo-train {arguments.verb} --help` lists the options"
 
 
 def _run(verb: Callable[[argparse.Namespace], int | None], arguments: argparse.Namespace) -> int:

@@ -19,11 +19,12 @@ import os
 import re
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
 
 from olmo_train.errors import ConfigError, nearest
+from olmo_train.hints import nearest_key, no_such_file
 from olmo_train.storage import FilePath
 
 T = TypeVar("T")
@@ -85,11 +86,29 @@ def read(files: list[str | Path], overrides: list[str] = (), resolve: bool = Tru
     Raises ConfigError when a file is missing or is not a YAML mapping, or a word has no `=`.
     """
     merged: dict[str, Any] = {}
-    for file in files:
-        merged = _merge(merged, _read_file(file))
-    for word in overrides:
-        merged = _merge(merged, _read_word(word))
+    for _, tree in _trees(files, overrides):
+        merged = _merge(merged, tree)
     return _interpolated(merged, files[0] if files else "configuration") if resolve and "${" in repr(merged) else merged
+
+
+def origins(files: list[str | Path], overrides: list[str] = ()) -> dict[str, str]:
+    """{dotted key: the file that set it last, or `command line`}; a key that nothing sets is not in it."""
+
+    def marked(tree: Any, origin: str) -> Any:
+        return {key: marked(value, origin) for key, value in tree.items()} if isinstance(tree, dict) else origin
+
+    merged: dict[str, Any] = {}
+    for origin, tree in _trees(files, overrides):
+        merged = _merge(merged, marked(tree, origin))
+    return flatten(merged)
+
+
+def _trees(files: list[str | Path], overrides: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(origin, content) of each file and of each key=value word, in the order in which they are merged."""
+    for file in files:
+        yield str(file), _read_file(file)
+    for word in overrides:
+        yield "command line", _read_word(word)
 
 
 def _merge(old: Any, new: Any) -> Any:
@@ -100,9 +119,7 @@ def _merge(old: Any, new: Any) -> Any:
 
 def _read_file(file: str | Path) -> dict[str, Any]:
     if not Path(file).is_file():
-        key, equals, text = str(file).partition("=")
-        hint = f"""; to set a key to this text, put quotes around the value: {key}='"{text}"'""" if equals else ""
-        raise ConfigError(file, f"there is no such configuration file{hint}")
+        raise ConfigError(file, no_such_file(Path(file)))
     try:
         content = Path(file).read_bytes()
         tree = _parse(content)
@@ -242,6 +259,32 @@ def words(tree: Any, base: str | None = None, quoted: bool = True) -> Any:
 
 def build(cls: type[T], values: dict[str, Any], where: str = "") -> T:
     """Make the frozen dataclass `cls` from a plain dict, strictly. `where` is the dotted key of `values`. Raises ConfigError."""
+    try:
+        return _build(cls, values, where)
+    except UnknownKey as problem:
+        if where:
+            raise
+        what = f"is not a known key; {nearest_key(str(problem.where), list(key_names(cls)))}"
+        raise ConfigError(problem.where, what) from problem
+
+
+class UnknownKey(ConfigError):
+    """A key that its section does not have."""
+
+
+def key_names(hint: Any, where: str = "") -> Iterator[str]:
+    """The dotted keys below a dataclass. NAME stands for any name, N for a place in a list."""
+    if dataclasses.is_dataclass(hint):
+        for name, nested in typing.get_type_hints(hint, include_extras=True).items():
+            yield from key_names(nested, f"{where}.{name}".lstrip("."))
+        return
+    yield where
+    place = {dict: ".NAME", tuple: ".N"}.get(get_origin(hint), "")
+    for nested in filter(dataclasses.is_dataclass, get_args(hint)):
+        yield from key_names(nested, where + place)
+
+
+def _build(cls: type[T], values: dict[str, Any], where: str) -> T:
     hints = typing.get_type_hints(cls, include_extras=True)
     fields = {f.name: f for f in dataclasses.fields(cls)}
     made = {}
@@ -252,7 +295,7 @@ def build(cls: type[T], values: dict[str, Any], where: str = "") -> T:
                 continue
             if dotted in REMOVED:
                 raise ConfigError(dotted, f"was removed, and only {REMOVED[dotted]} is still accepted, got {value}; leave it out")
-            raise ConfigError(dotted, f"is not a known key; {nearest(str(key), fields)}")
+            raise UnknownKey(dotted, f"is not a known key; {nearest(str(key), fields)}")
         made[key] = _convert(hints[key], value, dotted)
     for name, field in fields.items():
         if name not in made and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:

@@ -7,6 +7,7 @@ A UserError's text is one line: what is wrong, the value, and the fix. The comma
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 
@@ -56,11 +57,25 @@ class Stopped(UserError):  # stopped by a signal after saving: the same command 
     exit_code = 75
 
 
+def near(word: str, known: Iterable[str]) -> list[str]:
+    """The known name that is spelled most like `word`, or up to three that contain it, the shortest first."""
+    by_lower = {name.lower(): name for name in sorted(known, reverse=True)}
+    word = word.lower()
+    if close := difflib.get_close_matches(word, by_lower, n=1, cutoff=0.6):
+        return [by_lower[close[0]]]
+    parts = [name for name in by_lower if word in re.split(r"\W|_", name) or len(word) > 2 and word in name]
+    return [by_lower[name] for name in sorted(parts, key=lambda name: (len(name), name))[:3]]
+
+
+def did_you_mean(names: Iterable[str]) -> str:
+    return f"did you mean {' or '.join(repr(name) for name in names)}?"
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
-    """`; did you mean 'peak_lr'?`, or the list of what is known when nothing is near."""
+    """`did you mean 'cosine'?`, or the list of what is known when nothing is near."""
     known = sorted(known)
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    return f"did you mean '{near[0]}'?" if near else "known: " + ", ".join(known)
+    names = near(word, known)
+    return did_you_mean(names) if names else "known: " + ", ".join(known)
 
 
 def check_choice(where: str, value: str, known: Iterable[str]) -> None:

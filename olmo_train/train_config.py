@@ -8,7 +8,6 @@ import re
 import types
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
-from difflib import get_close_matches
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from olmo_train.checkpoint.config import CheckpointConfig
@@ -19,6 +18,7 @@ from olmo_train.data.order import BatchSizes
 from olmo_train.errors import ConfigError
 from olmo_train.eval.config import EvalConfig
 from olmo_train.guards.config import GuardConfig
+from olmo_train.hints import nearest_key
 from olmo_train.log.config import LogConfig, ProfileConfig
 from olmo_train.model.config import ModelConfig
 from olmo_train.optim.config import OptimConfig
@@ -166,11 +166,7 @@ def find_keys(prefix: str) -> list[Key]:
     known = list(keys())
     if found := [key for key in known if key.name.startswith(prefix)]:
         return found
-    names = [key.name for key in known]
-    sections = sorted({name.split(".")[0] for name in names})
-    near = [name for name in names if prefix in name][:3] or get_close_matches(prefix, [*names, *sections])
-    hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(sections)}"
-    raise ConfigError("--keys", f"no key starts with '{prefix}'; {hint}")
+    raise ConfigError("--keys", f"no key starts with '{prefix}'; {nearest_key(prefix, [key.name for key in known])}")
 
 
 def _typed(value: Any) -> str:

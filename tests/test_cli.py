@@ -5,6 +5,7 @@ import errno
 import importlib
 import json
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -13,7 +14,8 @@ from pathlib import Path
 import pytest
 from ranks import environments, exit_code, fork
 
-from olmo_train.__main__ import VERBS, main
+import olmo_train
+from olmo_train.__main__ import EXAMPLES, VERBS, main
 from olmo_train.commands.common import split_config
 
 
@@ -31,7 +33,7 @@ def mistake(run_main):
 
 JOIN = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
 MISTAKES = {
-    "unknown key": (["optim.peek_lr=1"], 2, "optim.peek_lr: is not a known key; did you mean 'peak_lr'?"),
+    "unknown key": (["optim.peek_lr=1"], 2, "optim.peek_lr: is not a known key; did you mean 'optim.peak_lr'?"),
     "wrong type": (["total_steps=many"], 2, "total_steps: must be a whole number, got 'many'"),
     "wrong choice": (["model.norm=rmsnorm"], 2, "model.norm: 'rmsnorm' is not a choice; did you mean 'rms_norm'?"),
     "batch not divisible": (["global_batch_size=10"], 2, "global_batch_size: 10 is not a multiple of world_size 1 x"),
@@ -77,11 +79,22 @@ def test_a_mistake_leaves_no_run_dir(mistake, tiny_words, tmp_path):
     "words, told",
     [
         ([], "error: olmo-train: the following arguments are required: VERB"),
-        (["trian"], "error: olmo-train: argument VERB: invalid choice: 'trian'"),
+        (["trian"], "error: olmo-train: 'trian' is not a verb; did you mean 'train'?"),
+        (
+            ["my-run.yaml", "seed=1"],
+            "error: olmo-train: 'my-run.yaml' is not a verb; did you mean 'olmo-train train my-run.yaml'?",
+        ),
+        (["--bogus", "train", "a.yaml"], "error: olmo-train: unrecognized arguments: --bogus a.yaml; `olmo-train train --help`"),
+        (["curves", "x", "--metrics", "y"], "error: olmo-train: unrecognized arguments: --metrics y; did you mean '--metric'?"),
+        (
+            ["prepare-data", "x", "--tokeniser", "y"],
+            "error: olmo-train prepare-data: the following arguments are required: "
+            "--output, --tokenizer; did you mean '--tokenizer'?",
+        ),
         (["train"], "error: olmo-train train: the following arguments are required"),
         (["train", "--bogus", "a.yaml"], "error: olmo-train: unrecognized arguments: --bogus"),
         (["train", "run_dir=x"], "error: data"),
-        (["train", "--keys", "peak"], "error: --keys: no key starts with 'peak'; did you mean optim.peak_lr?"),
+        (["train", "--keys", "peak"], "error: --keys: no key starts with 'peak'; did you mean 'optim.peak_lr'?"),
         (["train", "run_dir=x", "data.order=olmo"], "error: data.sources: names no data"),
         (["curves"], "error: olmo-train curves: the following arguments are required"),
         (["plan", "x=1", "--gpus", "many"], "error: olmo-train plan: argument --gpus"),
@@ -106,7 +119,7 @@ def test_the_other_ranks_leave_the_telling_to_rank_0(mistake, tiny_words, monkey
     assert mistake("train", "--bogus", "a.yaml") == (2, "")
     assert mistake("curves", "nowhere")[1].startswith("error: nowhere: ")  # a verb of one process has no rank 0 to report it
     assert mistake("generate")[1].startswith("error: olmo-train generate: ")
-    assert mistake("trian")[1].startswith("error: olmo-train: argument VERB: ")
+    assert mistake("trian")[1].startswith("error: olmo-train: 'trian' is not a verb")
 
 
 INCOMPLETE = {
@@ -186,7 +199,50 @@ def test_every_verb_has_its_module_and_its_help(verb, capsys):
     with pytest.raises(SystemExit) as exit:
         main([verb, "--help"])
     assert exit.value.code == 0
-    assert capsys.readouterr().out.startswith(f"usage: olmo-train {verb} ")
+    out = capsys.readouterr().out
+    assert out.startswith(f"usage: olmo-train {verb} ") and out.endswith(f"example:\n  olmo-train {EXAMPLES[verb]}\n")
+    assert EXAMPLES[verb].split()[0] == verb
+
+
+def test_no_verb_prints_the_help_and_how_to_go_on_and_the_version_is_known(run_main):
+    done = run_main()
+    assert done.returncode == 2 and done.stdout.startswith("usage: olmo-train ") and "inspect-data" in done.stdout
+    assert done.stderr == (
+        f"error: olmo-train: the following arguments are required: VERB; for example: olmo-train {EXAMPLES['train']}\n"
+    )
+    assert run_main("--version").stdout == f"olmo-train {olmo_train.__version__}\n"
+
+
+RUN = """
+run_dir: runs/other
+total_steps: 12
+global_batch_size: 4
+micro_batch_size: 4
+model: {d_model: 32, n_layers: 1, n_heads: 2, mlp_hidden: 64, vocab_size: 4096, padded_vocab_size: 4096, seq_len: 32}
+data:
+  sources: {mine: {path: data/mine}}
+  validation: {mine: {path: data/mine/validation}}
+optim: {warmup_steps: 2}
+parallel: {precision: fp32}
+log: {interval_steps: 1, wandb: {mode: disabled}}
+"""
+
+
+def test_the_example_of_every_help_works(run_main, tmp_path):
+    """All of them in one folder, in the order in which one needs the others."""
+    (tmp_path / "my-text").mkdir()
+    for i in range(40):
+        (tmp_path / f"my-text/{i}.txt").write_text(
+            f"Once upon a time there was a king who had {i} daughters and {i + 2} sons. " * 9
+        )
+    (tmp_path / "my-run.yaml").write_text(RUN)
+    (tmp_path / "configs").symlink_to(Path(__file__).parent.parent / "configs")
+    first = ["train-tokenizer", "prepare-data", "verify-data", "config", "doctor", "bench", "plan", "train"]
+    for verb in [*first, *(verb for verb in VERBS if verb not in first)]:
+        done = run_main(*shlex.split(EXAMPLES[verb]))
+        assert done.returncode == 0 or verb == "doctor", (verb, done.stdout, done.stderr)  # doctor reports on this machine
+        assert "error: " not in done.stderr
+    assert {"curves.html", "exported", "data", "runs"} <= {path.name for path in tmp_path.iterdir()}
 
 
 def test_the_help_names_every_verb(capsys):

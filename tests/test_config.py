@@ -145,10 +145,10 @@ def test_a_config_is_frozen():
 @pytest.mark.parametrize(
     "word, told",
     [
-        ("optim.peek_lr=1", "optim.peek_lr: is not a known key; did you mean 'peak_lr'?"),
+        ("optim.peek_lr=1", "optim.peek_lr: is not a known key; did you mean 'optim.peak_lr'?"),
         ("modle.d_model=1", "modle: is not a known key; did you mean 'model'?"),
-        ("data.sources.a.pth=b", "data.sources.a.pth: is not a known key; did you mean 'path'?"),
-        ("log.wandb.tag=[x]", "log.wandb.tag: is not a known key; did you mean 'tags'?"),
+        ("data.sources.a.pth=b", "data.sources.a.pth: is not a known key; did you mean 'data.sources.a.path'?"),
+        ("log.wandb.tag=[x]", "log.wandb.tag: is not a known key; did you mean 'log.wandb.tags'?"),
         ("model.norm=rmsnorm", "model.norm: 'rmsnorm' is not a choice; did you mean 'rms_norm'?"),
         ("optim.schedule=cosin", "optim.schedule: 'cosin' is not a choice; did you mean 'cosine'?"),
         ("data.order=shuffle", "data.order: 'shuffle' is not a choice; known: olmo, permute"),
@@ -288,8 +288,13 @@ def test_a_file_that_is_no_mapping_is_refused_by_its_name(tmp_path, text, told):
 
 
 def test_what_is_no_file_and_no_word_is_refused(tmp_path):
-    assert refusal(files=[tmp_path / "none.yaml"]) == f"{tmp_path / 'none.yaml'}: there is no such configuration file"
-    assert refusal(files=[tmp_path]).endswith("there is no such configuration file")
+    none = "there is no such configuration file; "
+    assert refusal(files=[tmp_path / "none.yaml"]) == f"{tmp_path}/none.yaml: {none}name a YAML file, or set a key as KEY=VALUE"
+    write(tmp_path, "model.yaml", "")
+    assert refusal(files=[tmp_path / "modle.yaml"]).endswith(f"{none}did you mean '{tmp_path}/model.yaml'?")
+    assert refusal(files=[tmp_path]) == f"{tmp_path}: is a folder, not a YAML file; name a YAML file in it"
+    write(tmp_path, "config.yaml", "")
+    assert refusal(files=[tmp_path]).endswith(f"is a folder, not a YAML file; did you mean '{tmp_path}/config.yaml'?")
     assert refusal("=3").endswith("is neither a YAML file nor key=value")
     assert refusal("optim.betas=[").startswith("optim.betas: cannot be set to '['")
     assert "nothing" in refusal("data.sources.a.path=${nothing}")

@@ -112,7 +112,7 @@ def test_assumptions_enter_the_result_and_stand_beside_it(plan):
         (("--gpus", "0"), "--gpus: must be above 0"),
         (("--mfu", "40"), "--mfu: is a share"),
         (("--output", "plan.docx"), "'.docx' is not a format"),
-        (("optim.peak=1",), "did you mean 'peak_lr'?"),
+        (("optim.peak=1",), "did you mean 'optim.peak_lr'?"),
     ],
 )
 def test_wrong_input_exits_2_with_one_line(plan, tiny_words, words, says):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from olmo_train.checkpoint.config import CheckpointConfig
-from olmo_train.errors import CheckpointError
+from olmo_train.errors import CheckpointError, did_you_mean, near
 from olmo_train.storage import problems_of, remove_folder
 
 log = logging.getLogger(__name__)
@@ -82,8 +82,20 @@ def resolve(path: Path) -> Path:
         return path
     folder = newest(path) if path.is_dir() else None
     if folder is None:
-        raise CheckpointError(path, "is neither a checkpoint folder nor a run_dir with a checkpoint")
+        raise CheckpointError(path, f"is neither a checkpoint folder nor a run_dir with a checkpoint; {_which_there_are(path)}")
     return folder
+
+
+def _which_there_are(path: Path) -> str:
+    """The checkpoints beside a folder that is none, such as one that retention has deleted, as the end of an error."""
+    run_dir = next((folder.parent for folder in (path, path.parent) if folder.name == "checkpoints"), path)
+    if steps := list(committed(run_dir)):
+        several = f"s {', '.join(map(str, steps[:-1]))} and" if steps[1:] else ""
+        return f"{run_dir} has the step{several} {steps[-1]}: name {run_dir} for the newest, or {folder_of(run_dir, steps[-1])}"
+    if path.is_dir():
+        return "name a run_dir that has saved one, or a folder RUN_DIR/checkpoints/step-NNNNNNN"
+    names = near(path.name, (there.name for there in path.parent.iterdir() if there.is_dir())) if path.parent.is_dir() else ()
+    return f"there is no such folder; {did_you_mean(str(path.with_name(name)) for name in names) if names else 'name a run_dir'}"
 
 
 def read_state(folder: Path) -> dict[str, Any]:

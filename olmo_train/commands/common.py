@@ -8,11 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from olmo_train.commands.completion import config_words
 from olmo_train.errors import ConfigError
 
 if TYPE_CHECKING:
     from olmo_train.data.tokenizer import Tokenizer
     from olmo_train.model.transformer import Transformer
+    from olmo_train.train_config import TrainConfig
 
 
 def print_table(
@@ -105,10 +107,23 @@ def open_tokenizer(folder: Path, args: argparse.Namespace, vocab_size: int) -> T
 def add_config_arguments(parser: argparse.ArgumentParser, nargs: str = "+") -> None:
     """CONFIG.yaml [MORE.yaml ...] [key=value ...]: what several verbs take."""
     text = "YAML files, merged left to right, then single keys"
-    parser.add_argument("config", nargs=nargs, metavar="CONFIG.yaml|key=value", help=text)
+    words = parser.add_argument("config", nargs=nargs, metavar="CONFIG.yaml|key=value", help=text)
+    words.completer = config_words  # type: ignore[attr-defined]  # where argcomplete looks
 
 
 def split_config(words: list[str]) -> tuple[list[str], list[str]]:
     """(YAML files, key=value words). A name with `=` in it is a file's when there is one, or when it ends as one."""
     files = [word for word in words if "=" not in word or word.endswith((".yaml", ".yml")) or Path(word).is_file()]
     return files, [word for word in words if word not in files]
+
+
+def load_config(words: list[str]) -> TrainConfig:
+    """The configuration of a verb that needs neither run_dir nor data: a model's file alone is enough."""
+    from olmo_train import config
+    from olmo_train.plan.plan import UNNAMED
+    from olmo_train.train_config import TrainConfig
+
+    values = config.read(*split_config(words))
+    values.setdefault("run_dir", UNNAMED)
+    values.setdefault("data", {"sources": {UNNAMED: {"path": UNNAMED}}})
+    return config.build(TrainConfig, values)

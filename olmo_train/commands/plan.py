@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from olmo_train.commands.common import add_config_arguments, print_table, split_config
+from olmo_train.commands.common import add_config_arguments, load_config, print_table
 from olmo_train.curves.schedule import draw
 from olmo_train.curves.write import check_format
 from olmo_train.errors import ConfigError
@@ -71,17 +71,6 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         raise ConfigError("--pue", f"is at least 1, got {arguments.pue:g}")
     if arguments.output:
         check_format(arguments.output)
-
-
-def load_config(words: list[str]) -> TrainConfig:
-    """The configuration; a model's file alone is enough, since a plan needs neither run_dir nor data."""
-    from olmo_train import config
-    from olmo_train.train_config import TrainConfig
-
-    values = config.read(*split_config(words))
-    values.setdefault("run_dir", UNNAMED)
-    values.setdefault("data", {"sources": {UNNAMED: {"path": UNNAMED}}})
-    return config.build(TrainConfig, values)
 
 
 def show(plan: dict[str, Any], config: TrainConfig) -> None:
