@@ -17,6 +17,11 @@ def short(number: float, digits: int = 3) -> str:
     return f"{number:.{digits}g}"
 
 
+def counted(number: int, noun: str) -> str:
+    """`1 shard`, `2,000 shards`, `2 processes`."""
+    return f"{number:,} {noun}{'' if number == 1 else 'es' if noun.endswith(('s', 'ch')) else 's'}"
+
+
 def duration(seconds: float) -> str:
     """`45 s`, `62.1 min`, `3.2 h`, `1,200.0 days`."""
     for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):

@@ -4,11 +4,22 @@ from __future__ import annotations
 
 import math
 import os
+import shlex
 import sys
 import time
-from typing import IO, Any
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
 
-from olmo_train.formats import duration, short
+from olmo_train.formats import counted, duration, short
+
+if TYPE_CHECKING:
+    import rich.console
+    from rich.text import Text
+
+LONG_SECONDS = 60  # of a first step from which the time of the run is estimated; else the second step is
+KEPT_SECONDS, KEPT_SHARE = 30, 1 / 20  # a terminal keeps a line of losses after N seconds or this share of the run
+BAR_WIDTH = 10, 40  # characters: it is left out below the first
 
 
 def is_terminal(stream: IO[str]) -> bool:
@@ -31,68 +42,127 @@ def rich_console(**options: Any) -> Any:
 
 
 class Console:
-    """Shows each logged line. Made on rank 0 only."""
+    """Shows a run, on rank 0: in a terminal one bar below the lines worth keeping, elsewhere a line for each line of metrics."""
 
     def __init__(self, run_dir: str, first_step: int, total_steps: int):
-        self.total_steps, self.first_step, self.started = total_steps, first_step, time.perf_counter()
-        self.progress = None
+        """`first_step`: the step that the run goes on from."""
+        self.run_dir, self.first_step, self.total_steps = run_dir, first_step, total_steps
+        self.last_step, self.started = first_step, time.perf_counter()
+        self._warm: float | None = None  # when the first step ended, which is slower than the others
+        self._left: tuple[float, float] | None = None  # when the last step ended, and the seconds that the others take from there
+        self._kept = (first_step, self.started)  # step and time of the last line of losses
+        self._loss, self._losses, self._figures = "", "", [""]  # in training, in validation, and the other figures, as text
+        self._estimated, self._live = False, None
         if is_terminal(sys.stdout):
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+            from rich.live import Live
 
-            columns = [
-                TextColumn("{task.description}", style="bold", markup=False),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[now]}", markup=False),
-            ]
-            self.progress = Progress(*columns, console=rich_console())
-            self.task = self.progress.add_task(run_dir, completed=first_step, total=total_steps, now="")
-            self.progress.start()
+            self._live = Live(self, console=rich_console())
+            self._live.start()
 
     def say(self, text: str) -> None:
-        """A line above the bar."""
-        if self.progress is not None:
-            self.progress.console.print(text)
-        else:
-            self._print(text)
-
-    def _print(self, text: str) -> None:
+        """A line that stays, above the bar."""
+        if self._live is not None:
+            self._live.console.print(text)
+            return
         try:
             print(text, flush=True)
         except OSError:  # the reader is gone (`| head`) or its disk is full: training continues without output
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     def step(self, step: int) -> None:
-        if self.progress is not None:
-            self.progress.update(self.task, completed=step)
+        """A step is done."""
+        now, self.last_step = time.perf_counter(), step
+        if self._warm is None:
+            self._warm = now
+        elif (timed := step - self.first_step - 1) > 0:
+            self._left = now, (now - self._warm) / timed * (self.total_steps - step)
+
+    def early(self, seconds: float, loss: float, compiled: bool) -> None:
+        """The first or the second step is done, after `seconds`. The first is slower than the others, so it makes the estimate
+        for the run only if it is long."""
+        is_first, others = self.last_step == self.first_step + 1, self.total_steps - self.last_step
+        text = f"the {'first' if is_first else 'second'} step took {duration(rounded(seconds))}"
+        if is_first:
+            self._loss, self._estimated = loss_text(loss), seconds > LONG_SECONDS and not compiled
+            text += f"{', including torch.compile' * compiled}; {self._loss}"
+        if others and self._estimated == is_first:
+            text += f"; at this speed the other {counted(others, 'step')} take {duration(rounded(others * seconds))}"
+        if is_first or not self._estimated:
+            self.say(text)
 
     def log(self, step: int, metrics: dict[str, Any]) -> None:
+        """A line of metrics."""
         if "train/CrossEntropyLoss" in metrics:
-            line = train_line(metrics)
-            left = (time.perf_counter() - self.started) / max(step - self.first_step, 1) * (self.total_steps - step)
-            if self.progress is not None:
-                self.progress.update(self.task, now=line)
-            else:
-                self._print(f"step {step:>{len(str(self.total_steps))}}/{self.total_steps}  {line}  left {duration(left)}")
+            self._loss, self._figures = loss_text(metrics["train/CrossEntropyLoss"]), other_figures(metrics)
+            kept_step, kept_at = self._kept
+            few = time.perf_counter() - kept_at < KEPT_SECONDS and step - kept_step < KEPT_SHARE * self.total_steps
+            if self._live is None or not few or step == self.total_steps:
+                self._kept = step, time.perf_counter()
+                self.say("  ".join([f"step {step:>{len(str(self.total_steps))}}/{self.total_steps}", self._loss,
+                                    *self._figures, *self.left()]))  # fmt: skip
         losses = {
             key.removeprefix("eval/").removesuffix("/CrossEntropyLoss"): value
             for key, value in metrics.items()
             if key.startswith("eval/") and key.endswith("/CrossEntropyLoss")
         }
         if losses:
-            self.say(f"step {step} validation loss  " + "  ".join(f"{label} {loss:.4f}" for label, loss in losses.items()))
+            self._losses = "validation loss " + "  ".join(f"{label} {loss:.4f}" for label, loss in losses.items())
+            self.say(f"step {step} {self._losses}")
+
+    def left(self) -> list[str]:
+        """`left 12.5 min`, or nothing before the second step and after the last."""
+        if self._left is None or self.last_step == self.total_steps:
+            return []
+        when, seconds = self._left
+        return [f"left {duration(rounded(max(seconds - (time.perf_counter() - when), 0)))}"]
+
+    def finish(self, checkpoint: Path) -> None:
+        """The run is done: take the bar away, and say how the run ended, where things lie, and what to do next."""
+        if self._live is not None:
+            self._live.transient = True
+            self.close()
+            self._live = None
+        took, steps, run_dir = time.perf_counter() - self.started, counted(self.total_steps, "step"), shlex.quote(self.run_dir)
+        self.say(", ".join(filter(None, [f"finished after {duration(rounded(took))}: {steps}", self._loss, self._losses])))
+        self.say(f"  checkpoint  {checkpoint}\n  metrics     {Path(self.run_dir) / 'metrics.jsonl'}")
+        self.say(f"  curves      olmo-train curves {run_dir}")
+        if (checkpoint / "tokenizer.json").is_file():
+            self.say(f"  text        olmo-train generate {run_dir} --prompt TEXT")
 
     def close(self) -> None:
-        if self.progress is not None:
-            self.progress.stop()
+        if self._live is not None:
+            self._live.stop()
+
+    def __rich_console__(self, console: rich.console.Console, options: rich.console.ConsoleOptions) -> Iterator[Text]:
+        """The bar. Step, time left and loss always fit; the run's name, the bar itself and other figures as there is room."""
+        from rich.text import Text
+
+        room = options.max_width - BAR_WIDTH[0] - 2
+        parts = [f"{self.last_step}/{self.total_steps}", *self.left(), *filter(None, [self._loss])]
+        for figure in self._figures:
+            if len("  ".join([*parts, figure])) <= room:
+                parts.append(figure)
+        line = "  ".join(parts)
+        name = f"{self.run_dir}  " if len(f"{self.run_dir}  {line}") <= room else ""
+        width = min(BAR_WIDTH[1], options.max_width - len(f"{name}  {line}"))
+        done = round(width * self.last_step / self.total_steps)
+        dash = "-" if options.ascii_only else "\u2501"
+        bar = [(dash * done, "bar.complete"), (dash * (width - done), "bar.back"), "  "] if width >= BAR_WIDTH[0] else []
+        yield Text.assemble((name, "bold"), *bar, line, no_wrap=True, overflow="ellipsis")
 
 
-def train_line(metrics: dict[str, Any]) -> str:
-    """`loss 4.8123  lr 2.1e-03  grad 0.84  12.3k tokens/s`, and the number of skipped steps."""
-    loss = metrics["train/CrossEntropyLoss"]
+def rounded(seconds: float) -> float:
+    """Two digits: an estimate has no more."""
+    return float(f"{seconds:.2g}")
+
+
+def loss_text(loss: float) -> str:
+    return "loss -" if math.isnan(loss) else f"loss {loss:.4f}"  # NaN: no step of the interval has a loss
+
+
+def other_figures(metrics: dict[str, Any]) -> list[str]:
+    """`lr 2.1e-03`, `grad 0.84`, `12.3k tokens/s`, and the number of skipped steps if there are any."""
     parts = [
-        "loss -" if math.isnan(loss) else f"loss {loss:.4f}",  # no step of the interval has a loss
         f"lr {metrics['optim/learning_rate_group0']:.2e}",
         f"grad {metrics['optim/total_grad_norm']:.2f}",
         f"{short(metrics['throughput/tokens_per_second'])} tokens/s",
@@ -101,4 +171,4 @@ def train_line(metrics: dict[str, Any]) -> str:
         parts.append(f"mfu {metrics['throughput/mfu']:.1%}")
     if metrics["skipped"]:
         parts.append(f"skipped {metrics['skipped']}")
-    return "  ".join(parts)
+    return parts

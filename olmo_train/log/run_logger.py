@@ -27,7 +27,7 @@ class RunLogger:
         self._recorder = world.on_main_only(lambda: Recorder(run_dir, config.log, resolved, last_step)) or _Silent()
         self._console = world.on_main_only(lambda: Console(config.run_dir, last_step, config.steps)) or _Silent()
         self.event, self.sync = self._recorder.event, self._recorder.sync
-        self.say, self.count = self._console.say, self._console.step
+        self.say, self.count, self.early = self._console.say, self._console.step, self._console.early
 
     def log(self, step: int, line: dict[str, Any]) -> None:
         """One line of metrics."""
@@ -40,6 +40,11 @@ class RunLogger:
             self._committed_step = step
             self.event("save", step)
         self._recorder.settle(step)
+
+    def finish(self, step: int, checkpoint: Path) -> None:
+        """The run is done and its last checkpoint committed."""
+        self.event("finish", step)
+        self._console.finish(checkpoint)
 
     def close(self) -> None:
         self._console.close()

@@ -178,7 +178,9 @@ class Run:
 
     def finish(self) -> None:
         self._finish_saving(leaving=True)
-        self.logger.event("finish", self.config.steps)
+        checkpoint = folders.newest_folder(self.run_dir)
+        assert checkpoint is not None  # the last step is saved
+        self.logger.finish(self.config.steps, checkpoint)
 
     def _finish_saving(self, leaving: bool = False) -> None:
         """Wait for the last save. `leaving`: a failed save is an error, as no later one follows; see Checkpointer.wait."""
