@@ -1,4 +1,4 @@
-"""A spike is recorded, skipped, stops the run, or is gone back before; steps that are named are passed over."""
+"""A spike is recorded, skipped, stops the run, or makes it rewind; steps named in the configuration are passed over."""
 
 import json
 import math
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import on_ranks
+from ranks import exit_code, fork, on_ranks
 from runs import cut, events_of, history, trained
 from test_guards import EVERY, states_of, unchanged
 
@@ -19,7 +19,7 @@ from olmo_train.errors import ConfigError, NonFiniteError
 from olmo_train.guards import anomalies, spikes
 from olmo_train.guards.config import GuardConfig
 from olmo_train.guards.rewind import plan_rewind
-from olmo_train.log.run_logger import RunLogger
+from olmo_train.log.recorder import Recorder
 from olmo_train.tools.replay import COMPARED
 from olmo_train.train import train
 
@@ -142,23 +142,18 @@ def test_rewinds_elsewhere_are_counted_anew():
 def test_killed_in_a_rewind_a_run_goes_on_as_it_would_have(spiking, read_metrics, monkeypatch, moment):
     whole, config = spiking("whole", "rewind"), spiking("killed", "rewind")
     trained(whole)
-    child = os.fork()
-    if child == 0:
-        real = RunLogger.event
+    real = Recorder.event
 
-        def dying(self, event, *rest, **about):
-            if event == "rewind" and moment == "before":
-                os.kill(os.getpid(), signal.SIGKILL)
-            real(self, event, *rest, **about)
-            if event == "rewind":
-                os.kill(os.getpid(), signal.SIGKILL)
+    def dying(self, event, *rest, **about):
+        if event == "rewind" and moment == "before":
+            os.kill(os.getpid(), signal.SIGKILL)
+        real(self, event, *rest, **about)
+        if event == "rewind":
+            os.kill(os.getpid(), signal.SIGKILL)
 
-        RunLogger.event = dying
-        try:
-            trained(config)
-        finally:
-            os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    monkeypatch.setattr(Recorder, "event", dying)
+    assert exit_code(fork(lambda: trained(config) and 0)) == -signal.SIGKILL
+    monkeypatch.setattr(Recorder, "event", real)
     trained(config)
     assert history(config.run_dir, *COMPARED) == history(whole.run_dir, *COMPARED)
     assert unchanged_between(config, whole, 12)
