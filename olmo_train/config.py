@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
 
 from olmo_train.errors import ConfigError, nearest
-from olmo_train.hints import nearest_key, no_such_file
+from olmo_train.hints import indented_with_tab, nearest_key, no_such_file
 from olmo_train.storage import FilePath
 
 T = TypeVar("T")
@@ -126,7 +126,7 @@ def _read_file(file: str | Path) -> dict[str, Any]:
     except OSError as problem:
         raise ConfigError(file, f"cannot be read: {problem.strerror}") from problem
     except ValueError as problem:
-        raise ConfigError(file, f"is not valid YAML: {' '.join(str(problem).split())}") from problem
+        raise ConfigError(file, f"is not valid YAML: {indented_with_tab(content) or ' '.join(str(problem).split())}") from problem
     if tree is None:
         return {}
     if not isinstance(tree, dict):
@@ -301,7 +301,7 @@ def _build(cls: type[T], values: dict[str, Any], where: str) -> T:
         if name not in made and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             dotted = f"{where}.{name}" if where else name
             if not dataclasses.is_dataclass(hints[name]):
-                raise ConfigError(dotted, "is missing and has no default; set it")
+                raise ConfigError(dotted, f"is missing and has no default; set it as {dotted}=VALUE")
             made[name] = build(hints[name], {}, dotted)  # raises with the key that is missing
     return cls(**made)
 

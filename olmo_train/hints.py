@@ -89,6 +89,17 @@ def no_such_file(file: Path) -> str:
     missing = "there is no such configuration file"
     if equals:
         return f"""{missing}; to set a key to this text, put quotes around the value: {key}='"{text}"'"""
-    there = file.parent.glob("*.y*ml") if file.parent.is_dir() else ()
-    names = [str(file.with_name(name)) for name in near(file.name, (path.name for path in there))]
+    names = near_files(file, "*.y*ml")
     return f"{missing}; {did_you_mean(names) if names else 'name a YAML file, or set a key as KEY=VALUE'}"
+
+
+def indented_with_tab(content: bytes) -> str:
+    """The line of a YAML file that begins with a tab, which YAML forbids, and the fix; empty when there is none."""
+    lines = [number for number, line in enumerate(content.splitlines(), 1) if b"\t" in line[: len(line) - len(line.lstrip())]]
+    return f"line {lines[0]} is indented with a tab; use spaces" if lines else ""
+
+
+def near_files(file: Path, pattern: str = "*") -> list[str]:
+    """The files or folders beside a missing one whose names, without their suffixes, are spelled most alike."""
+    beside = {path.stem: str(path) for path in (file.parent.glob(pattern) if file.parent.is_dir() else ())}
+    return [beside[stem] for stem in near(file.stem, beside)]

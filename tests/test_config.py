@@ -179,7 +179,7 @@ def test_an_unknown_key_or_choice_is_refused_with_the_nearest_known_one(word, to
         ("model=olmo-7b", "model: must be a mapping of keys, got 'olmo-7b'"),
         ("data.sources=wiki", "data.sources: must be a mapping of names, got 'wiki'"),
         ("data.sources.a=null", "data.sources: names no data; set data.sources.NAME.path to a prepared folder or token file"),
-        ("data.sources.b.weight=1", "data.sources.b.path: is missing and has no default; set it"),
+        ("data.sources.b.weight=1", "data.sources.b.path: is missing and has no default; set it as data.sources.b.path=VALUE"),
         ("run_dir=", "run_dir: must be text, got None"),
         ("seed=-1", "seed: must be at least 0, got -1"),
         ("optim.peak_lr=.inf", "optim.peak_lr: must be finite and at least 0, got inf"),

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from olmo_train.checkpoint.config import CheckpointConfig
-from olmo_train.errors import CheckpointError, did_you_mean, near
+from olmo_train.errors import CheckpointError, did_you_mean
+from olmo_train.hints import near_files
 from olmo_train.storage import problems_of, remove_folder
 
 log = logging.getLogger(__name__)
@@ -91,11 +92,12 @@ def _which_there_are(path: Path) -> str:
     run_dir = next((folder.parent for folder in (path, path.parent) if folder.name == "checkpoints"), path)
     if steps := list(committed(run_dir)):
         several = f"s {', '.join(map(str, steps[:-1]))} and" if steps[1:] else ""
-        return f"{run_dir} has the step{several} {steps[-1]}: name {run_dir} for the newest, or {folder_of(run_dir, steps[-1])}"
+        there = f"{run_dir} has the checkpoint{'s' * bool(several)} of step{several} {steps[-1]}"
+        return f"{there}; name {run_dir} for the newest, or a folder such as {folder_of(run_dir, steps[-1])}"
     if path.is_dir():
         return "name a run_dir that has saved one, or a folder RUN_DIR/checkpoints/step-NNNNNNN"
-    names = near(path.name, (there.name for there in path.parent.iterdir() if there.is_dir())) if path.parent.is_dir() else ()
-    return f"there is no such folder; {did_you_mean(str(path.with_name(name)) for name in names) if names else 'name a run_dir'}"
+    names = near_files(path)
+    return f"there is no such folder; {did_you_mean(names) if names else 'name a run_dir'}"
 
 
 def read_state(folder: Path) -> dict[str, Any]:

@@ -23,7 +23,8 @@ from olmo_train.data.config import SourceConfig
 from olmo_train.data.documents import Document, DocumentTable, scan_documents
 from olmo_train.data.meta import META_FILE, Meta, hash_blocks, hash_file, read_meta
 from olmo_train.data.tokenizer import TokenizerRecord
-from olmo_train.errors import ConfigError, DataError
+from olmo_train.errors import ConfigError, DataError, did_you_mean
+from olmo_train.hints import near_files
 from olmo_train.storage import cache_folder
 
 WHOLE_BYTES = 64 * 2**20  # a source up to this size is hashed completely when it is opened, a larger one in sampled blocks
@@ -198,7 +199,8 @@ def check_block(source: TokenSource, shard: int, start: int, ids: np.ndarray, vo
         raise DataError(
             source.files[shard],
             f"token {start + at} has id {int(ids[at])}, but the last id of the vocabulary is {vocab_size - 1}; "
-            f"it was read as {source.dtype.name}: another dtype, another tokenizer, or model.vocab_size is too small",
+            f"it was read as {source.dtype.name}: another dtype, another tokenizer, or model.vocab_size is too small; set "
+            f"model.vocab_size to at least {int(ids.max()) + 1}, or name other data",
         )
 
 
@@ -292,8 +294,9 @@ def _size(file: Path) -> int:
     try:
         return file.stat().st_size
     except OSError as problem:
-        what = f"cannot be opened: {problem.strerror}{_looked_for(file)}; name an existing shard or prepare the source again"
-        raise DataError(file, what) from problem
+        meant = near_files(file)
+        fix = did_you_mean(meant) if meant else "name an existing shard or prepare the source again"
+        raise DataError(file, f"cannot be opened: {problem.strerror}{_looked_for(file)}; {fix}") from problem
 
 
 def _looked_for(path: str | Path) -> str:

@@ -37,7 +37,9 @@ class Heartbeats:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as problem:
-            raise ConfigError("run_dir", f"{folder.parent.parent} cannot be written: {problem}") from problem
+            raise ConfigError(
+                "run_dir", f"{folder.parent.parent} cannot be written: {problem}; choose another run_dir"
+            ) from problem
         self.write()
 
     def write(self) -> None:

@@ -100,7 +100,7 @@ def _locked(run_dir: Path) -> Iterator[None]:
             stack.enter_context(lock_run_dir(run_dir))
             folders.put_back(run_dir)
         except OSError as problem:
-            raise ConfigError("run_dir", f"{run_dir} cannot be written: {problem}") from problem
+            raise ConfigError("run_dir", f"{run_dir} cannot be written: {problem.strerror}; choose another run_dir") from problem
         yield
 
 

@@ -215,7 +215,7 @@ def _walk(folder: Path, on_left_out: OnLeftOut) -> list[Path]:
     _report(on_left_out, folder, "a name that begins with a dot", hidden)
     _report(on_left_out, folder, "a description of a data set", described)
     if not files:
-        raise ConfigError(folder, "holds no files")
+        raise ConfigError(folder, "holds no files; name a folder of texts, JSON lines, Parquet or Arrow")
     return sorted(files, key=lambda file: file.relative_to(folder).parts)
 
 

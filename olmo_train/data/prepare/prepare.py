@@ -223,8 +223,9 @@ class _Run:
         state = self.state
         if not state.documents:
             records = sum(n["records"] for n in state.left_out.values())
-            why = f"; {state.first[0]['where']}: {state.first[0]['why']}" if state.first else ""
-            raise DataError(" ".join(self.options.inputs), f"contains no documents ({records} records were skipped){why}")
+            why = f"{state.first[0]['where']}: {state.first[0]['why']}" if state.first else "name a file or folder with text"
+            skipped = f"{records} record{'s were' if records != 1 else ' was'} skipped"
+            raise DataError(" ".join(self.options.inputs), f"contains no documents ({skipped}); {why}")
         if self.every and not self.held_out.state.documents:
             fraction = self.options.validation_fraction
             what = f"{fraction} holds out every {self.every}th document, but there are {state.documents}; raise it"

@@ -219,7 +219,9 @@ def to_record(values: Any, origin: str, number: int, text_field: str, size: int 
     segments = _segments(values, text_field)
     if segments is None:
         known = ", ".join(map(str, list(values)[:8]))
-        return skipped(f"has no text in a field '{text_field}'", f"; its fields: {known}; see --text-field")
+        texts = [str(name) for name, value in values.items() if isinstance(value, str) and name not in (text_field, "id")]
+        fix = f"; its fields: {known}; to read another one, set --text-field {texts[0] if texts else 'NAME'}"
+        return skipped(f"has no text in a field '{text_field}'", fix)
     id = values.get("id")
     try:
         segments = [(text.decode() if isinstance(text, bytes) else text, scored) for text, scored in segments]

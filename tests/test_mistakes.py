@@ -1,0 +1,208 @@
+"""Thirty mistakes of a first day: each ends within seconds in one line with the key or file, the value, and what to type."""
+
+import os
+import re
+import time
+from pathlib import Path
+
+import pytest
+from conftest import words_of
+
+SECONDS = 10  # longest silence; a mistake takes well below one, on a quiet machine
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, stream):
+    """Texts, two tokenizers, prepared data, configuration files, and a run of 12 steps with checkpoints 5, 10 and 12."""
+    from olmo_train.__main__ import main
+
+    place, before = tmp_path_factory.mktemp("first-day"), os.getcwd()
+    os.chdir(place)
+    try:
+        Path("texts").mkdir()
+        for i in range(60):
+            Path(f"texts/{i}.txt").write_text(f"the sun and the moon and {i} stars " * 20)
+        Path("other.jsonl").write_text("".join(f'{{"text": "quite other words {i}"}}\n' for i in range(300)))
+        Path("fields.jsonl").write_text("".join(f'{{"content": "some words {i}"}}\n' for i in range(9)))
+        Path("nothing").mkdir()
+        Path("empty.txt").touch()
+        Path("picture.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(range(256)) * 40)
+        Path("file").touch()
+        Path("tokens.npy").write_bytes(stream)
+        Path("model.yaml").write_text("model: {d_model: 64}\n")
+        Path("empty.yaml").touch()
+        Path("tab.yaml").write_text("model:\n\td_model: 64\n")
+        for words in (
+            "train-tokenizer texts --output one.json --vocab-size 300",
+            "train-tokenizer other.jsonl --output two.json --vocab-size 300",
+            "prepare-data texts --output data/one --tokenizer one.json --workers 1",
+            "prepare-data other.jsonl --output data/two --tokenizer two.json --workers 1",
+        ):
+            assert main(words.split()) == 0
+        assert main(["train", *words_of("runs/done", "tokens.npy")]) == 0
+    finally:
+        os.chdir(before)
+    return place
+
+
+def run(**changes) -> list[str]:
+    """A run that works, but for the changes."""
+    return ["train", *words_of("runs/new", "tokens.npy", **changes)]
+
+
+SOURCE = "data.sources.a.path"
+PREPARE = ["prepare-data", "--output", "data/new", "--tokenizer", "one.json", "--workers", "1"]
+MISTAKES = {  # the words, the exit code, and the last line, in which ... stands for any text
+    "no argument": (
+        [], 2,
+        "olmo-train: the following arguments are required: VERB; for example: olmo-train train my-run.yaml",
+    ),
+    "wrong verb": (
+        ["trian", "model.yaml"], 2,
+        "olmo-train: 'trian' is not a verb; did you mean 'train'?",
+    ),
+    "wrong flag": (
+        ["curves", "runs/done", "--metrics", "x"], 2,
+        "olmo-train: unrecognized arguments: --metrics x; did you mean '--metric'?",
+    ),
+    "a key as a flag": (
+        ["train", "model.yaml", "--run_dir", "x"], 2,
+        "olmo-train: unrecognized arguments: --run_dir x; did you mean 'run_dir=x'?",
+    ),
+    "missing file": (
+        ["train", "modle.yaml"], 2,
+        "modle.yaml: there is no such configuration file; did you mean 'model.yaml'?",
+    ),
+    "folder for file": (
+        ["train", "runs/done"], 2,
+        "runs/done: is a folder, not a YAML file; did you mean 'runs/done/config.yaml'?",
+    ),
+    "empty YAML": (
+        ["train", "empty.yaml"], 2,
+        "run_dir: is missing and has no default; set it as run_dir=VALUE",
+    ),
+    "tab in YAML": (
+        ["train", "tab.yaml"], 2,
+        "tab.yaml: is not valid YAML: line 2 is indented with a tab; use spaces",
+    ),
+    "unknown key": (
+        run(**{"model.layers": 2}), 2,
+        "model.layers: is not a known key; did you mean 'model.n_layers'?",
+    ),
+    "lr=": (
+        run(lr=1e-3), 2,
+        "lr: is not a known key; did you mean 'optim.peak_lr'?",
+    ),
+    "wrong type": (
+        run(total_steps="many"), 2,
+        "total_steps: must be a whole number, got 'many'",
+    ),
+    "negative value": (
+        run(global_batch_size=-8), 2,
+        "global_batch_size: must be at least 1, got -8",
+    ),
+    "list for number": (
+        run(total_steps="[10, 20]"), 2,
+        "total_steps: must be a whole number, got [10, 20]",
+    ),
+    "no data": (
+        run(**{SOURCE: None}), 2,
+        "data.sources: names no data; set data.sources.NAME.path to a prepared folder or token file",
+    ),
+    "data path wrong": (
+        run(**{SOURCE: "data/oen"}), 3,
+        "data/oen: cannot be opened: No such file or directory ... did you mean 'data/one'?",
+    ),
+    "data of another vocabulary": (
+        run(**{"model.vocab_size": 300}), 3,
+        "tokens.npy: token ... set model.vocab_size to at least 512, or name other data",
+    ),
+    "data of another tokenizer": (
+        run(**{SOURCE: "data/one", "data.sources.b.path": "data/two"}), 3,
+        "data.sources.b: was made with the tokenizer two.json ... prepare all data with one tokenizer, or allow it with "
+        "data.check_tokenizer=false",
+    ),
+    "empty input": (
+        [*PREPARE, "empty.txt"], 3,
+        "empty.txt: contains no documents (1 record was skipped); name a file or folder with text",
+    ),
+    "binary input": (
+        [*PREPARE, "picture.png"], 3,
+        "picture.png: contains no documents (1 record was skipped); picture.png: is binary, not text",
+    ),
+    "input without the text field": (
+        [*PREPARE, "fields.jsonl"], 3,
+        "fields.jsonl: contains no documents (9 records were skipped); ... has no text in a field 'text'; its fields: "
+        "content; to read another one, set --text-field content",
+    ),
+    "heads not dividing d_model": (
+        run(**{"model.n_heads": 5}), 2,
+        "model.n_heads: 5 does not divide d_model 64; choose a divisor or set model.head_dim",
+    ),
+    "warmup above steps": (
+        run(total_steps=None, total_tokens=5000, **{"optim.warmup_steps": 50}), 2,
+        "optim.warmup_steps: 50 fills all 10 steps; use fewer",
+    ),
+    "resume with another learning rate": (
+        ["train", *words_of("runs/done", "tokens.npy", **{"optim.peak_lr": 1e-4})], 2,
+        "optim.peak_lr: is 0.0001 now and was 0.003 when this run was saved, which would train another model; set it "
+        "back, choose another run_dir, or set allow_changes=[optim.peak_lr]",
+    ),
+    "branch from a deleted checkpoint": (
+        run(resume_from="runs/done/checkpoints/step-0000007"), 4,
+        "runs/done/checkpoints/step-0000007: is neither a checkpoint folder nor a run_dir with a checkpoint; "
+        "runs/done has the checkpoints of steps 5, 10 and 12; name runs/done for the newest, or a folder such as "
+        "runs/done/checkpoints/step-0000012",
+    ),
+    "run_dir in use": (
+        ["train", *words_of("runs/used", "tokens.npy")], 2,
+        "run_dir: runs/used is in use by ...; stop it, or choose another run_dir",
+    ),
+    "read-only run_dir": (
+        ["train", *words_of("/proc/new", "tokens.npy")], 2,
+        "run_dir: /proc/new cannot be written: ...; choose another run_dir",
+    ),
+    "prompt without a checkpoint": (
+        ["generate", "--prompt", "Once"], 2,
+        "olmo-train generate: the following arguments are required: CHECKPOINT; for example: olmo-train generate "
+        "runs/first --prompt",
+    ),
+    "prompt of a run without a checkpoint": (
+        ["generate", "runs/used", "--prompt", "Once"], 4,
+        "runs/used: is neither a checkpoint folder nor a run_dir with a checkpoint; name a run_dir that has saved one",
+    ),
+    "wrong metric": (
+        ["curves", "runs/done", "--metric", "loss"], 2,
+        "--metric: no run has the metric 'loss'; did you mean 'train/CrossEntropyLoss' or",
+    ),
+}  # fmt: skip
+
+
+def files() -> list[Path]:
+    return sorted(path for path in Path().rglob("*") if path.is_file() and path.name != ".lock")
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_ends_in_one_line_that_names_the_fix(name, place, monkeypatch, capfd):
+    from olmo_train.__main__ import main
+    from olmo_train.storage import lock_run_dir
+
+    words, code, told = MISTAKES[name]
+    monkeypatch.chdir(place)
+    Path("runs/used").mkdir(exist_ok=True)
+    before = files()
+    capfd.readouterr()
+    began = time.monotonic()
+    with lock_run_dir(Path("runs/used")):
+        try:
+            found = main(words)
+        except SystemExit as exit:
+            found = exit.code
+    seconds = time.monotonic() - began
+    printed = capfd.readouterr()
+    lines = printed.err.splitlines()
+    assert "Traceback" not in printed.err and sum(line.startswith("error: ") for line in lines) == 1
+    pattern = ".*".join(map(re.escape, told.split("...")))
+    assert found == code and re.fullmatch(f"error: {pattern}.*", lines[-1]), printed.err
+    assert seconds < SECONDS
+    assert files() == before
