@@ -135,6 +135,10 @@ MISTAKES = {  # the words, the exit code, and the last line, in which ... stands
         "fields.jsonl: contains no documents (9 records were skipped); ... has no text in a field 'text'; its fields: "
         "content; to read another one, set --text-field content",
     ),
+    "batch not divisible": (
+        ["plan", *run(global_batch_size=9, micro_batch_size=1)[1:], "--gpus", "2"], 2,
+        "global_batch_size: 9 is not a multiple of ...; use 8 or 10",
+    ),
     "heads not dividing d_model": (
         run(**{"model.n_heads": 5}), 2,
         "model.n_heads: 5 does not divide d_model 64; choose a divisor or set model.head_dim",
