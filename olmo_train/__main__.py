@@ -201,7 +201,7 @@ def _run(verb: Callable[[argparse.Namespace], int | None], arguments: argparse.N
             raise
         error = problem if isinstance(problem, UserError) else as_user_error(problem, arguments)
         if error.speaks or not _is_silent(arguments.verb):
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+            print(f"{error.label}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         return error.exit_code
 
 

@@ -1,7 +1,8 @@
 """The errors that a user can cause or meet, each with the exit code that scripts and schedulers act on.
 
 A UserError's text is one line: what is wrong, the value, and the fix. The command line prints it as
-`error: WHERE: text` without a traceback; any other exception is a bug in this package and exits 1.
+`error: WHERE: text` without a traceback, or as `stopped: WHERE: text` after an orderly stop; any other exception is a bug in
+this package and exits 1.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """Base of all errors that end in one `error:` line. `where` names a file or a dotted configuration key."""
+    """Base of all errors that end in one line, which begins with `label`. `where` names a file or a dotted configuration key."""
 
     exit_code = 1
+    label = "error"
     speaks = False  # print it on this rank too: rank 0 may be gone
 
     def __init__(self, where: object, what: str):
@@ -55,6 +57,7 @@ class PeerError(UserError):  # a peer was lost or hung
 
 class Stopped(UserError):  # stopped by a signal after saving: the same command again resumes
     exit_code = 75
+    label = "stopped"
 
 
 def near(word: str, known: Iterable[str]) -> list[str]:

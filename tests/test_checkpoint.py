@@ -224,7 +224,7 @@ def test_a_run_is_never_called_saved_or_finished_without_its_checkpoint(tiny_arg
 def test_a_stop_tries_a_failed_save_of_the_same_step_again(tiny_args, disk_fills, monkeypatch):
     config = tiny_args("run", **{"checkpoint.required": False, "checkpoint.async_save": False})
     disk_fills(5)
-    with pytest.raises(Stopped, match="stopped after step 5 of 12 and saved"):
+    with pytest.raises(Stopped, match="saved after step 5 of 12"):
         for stats in train(config):
             if stats.step == 5:
                 monkeypatch.undo()

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from olmo_train.data import loader
 from olmo_train.errors import NonFiniteError, Stopped
 from olmo_train.guards.config import GuardConfig
 from olmo_train.guards.nonfinite import check_skipped
-from olmo_train.guards.signals import StopSignals, too_slow_to_stop
+from olmo_train.guards.signals import StopSignals, counts_again, too_slow_to_stop
 from olmo_train.train import train
 
 
@@ -223,7 +224,7 @@ def test_a_signal_stops_the_run_after_a_save_and_it_goes_on_exactly(tiny_words, 
     assert exit_code(run) == 75
     (step,) = committed(tmp_path / "run")
     assert (tmp_path / "stderr").read_text().splitlines()[-1] == (
-        f"error: {signal.Signals(number).name}: stopped after step {step} of 200 and saved; run the same command again to resume"
+        f"stopped: {signal.Signals(number).name}: saved after step {step} of 200; run the same command again to resume"
     )
     assert [event["event"] for event in events_of(tmp_path / "run")] == ["start", "signal", "save"]
     assert len(read_metrics(tmp_path / "run")) == step  # no step was lost and none begun
@@ -244,7 +245,7 @@ def test_a_signal_to_one_rank_stops_both_after_the_same_step(tiny_args):
             return [stats.step, stopped.exit_code, str(stopped)]
 
     first, second = on_ranks(2, run)
-    assert first == second == [4, 75, "SIGTERM: stopped after step 4 of 100 and saved; run the same command again to resume"]
+    assert first == second == [4, 75, "SIGTERM: saved after step 4 of 100; run the same command again to resume"]
     assert list(committed(Path(config.run_dir))) == [4]
 
 
@@ -264,7 +265,8 @@ def test_a_signal_to_torchrun_stops_both_processes_after_a_save(tiny_words, tmp_
     wait_for(tmp_path / "run", 3)
     launched.send_signal(signal.SIGTERM)
     _, stderr = launched.communicate(timeout=60)
-    assert launched.returncode != 0 and "SIGTERM: stopped after step" in stderr
+    assert launched.returncode != 0 and stderr.count("stopped: SIGTERM: saved after step") == 1
+    assert stderr.count("SIGTERM: finishing step") == 1 and "error: " not in stderr
     (step,) = committed(tmp_path / "run")
     assert len(read_metrics(tmp_path / "run")) == step
 
@@ -287,13 +289,40 @@ def test_a_run_says_so_once_when_its_saves_are_too_slow_for_torchrun(tiny_args, 
     assert caplog.text.count("a signal to torchrun would lose steps") == 1
 
 
-def test_a_second_signal_ends_the_process_at_once():
+def test_signals_are_answered_while_the_main_thread_computes_in_c_and_a_second_one_leaves_at_once():
     program = (
-        "import os, signal\nfrom olmo_train.guards.signals import StopSignals\nwith StopSignals().installed():\n"
-        "    os.kill(os.getpid(), signal.SIGTERM)\n    os.kill(os.getpid(), signal.SIGINT)\n    print('still here')"
+        "import hashlib\nfrom olmo_train.guards.signals import StopSignals\nwith StopSignals().installed() as signals:\n"
+        "    signals.step = 12\n    print('ready', flush=True)\n    hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert done.returncode == 128 + signal.SIGINT and done.stdout == ""
+    run = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert run.stdout.readline() == "ready\n"
+    run.send_signal(signal.SIGINT)
+    assert run.stderr.readline() == "SIGINT: finishing step 12, then saving; Ctrl-C again to leave at once\n"
+    run.send_signal(signal.SIGINT)  # the same Ctrl-C, from a launcher
+    run.send_signal(signal.SIGTERM)
+    time.sleep(2.1)
+    assert run.poll() is None
+    run.send_signal(signal.SIGTERM)
+    run.send_signal(signal.SIGINT)
+    assert run.communicate(timeout=10) == ("", "SIGINT again: leaving without saving\n")
+    assert run.returncode == 128 + signal.SIGINT
+
+
+def test_only_late_signals_count_twice():
+    assert [counts_again(signal.SIGINT, seconds) for seconds in (0.1, 1.9, 2.1)] == [False, False, True]
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        assert [counts_again(number, seconds) for seconds in (0.1, 9.9, 10.1)] == [False, False, True]
+
+
+def test_signals_to_a_forked_child_are_not_this_process_own():
+    with StopSignals().installed() as signals:
+        child = os.fork()
+        if not child:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os._exit(0)
+        os.waitpid(child, 0)
+        time.sleep(0.2)
+        assert not signals.received
 
 
 def test_a_run_that_hangs_ends_with_exit_code_6_and_leaves_its_stacks(tmp_path):

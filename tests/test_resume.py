@@ -177,7 +177,7 @@ def test_a_signal_before_the_first_step_of_a_resumed_run_saves_nothing_again(tin
     (folder,) = (tmp_path / "run" / "checkpoints").glob("step-*")
     before = folder.stat().st_ino
     run = train(tiny_args("run"))
-    with pytest.raises(Stopped, match="stopped after step 5 of 12 and saved"), signal_at_the_first_batch():
+    with pytest.raises(Stopped, match="saved after step 5 of 12"), signal_at_the_first_batch():
         next(run)
     assert folder.stat().st_ino == before
 
@@ -192,7 +192,7 @@ def test_a_line_of_an_evaluation_alone_tells_where_it_comes_from(tiny_args, eval
 
 def stop_in_evaluation(config, number):
     """Train, and send SIGTERM to this process in the middle of its evaluation `number`; the step that it stops at."""
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped, match="and saved") as stopped:
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped, match="saved after step") as stopped:
         signal_in_evaluation(number, patch.setattr)
         trained(config)
     return int(stopped.value.what.split()[3])

@@ -7,10 +7,14 @@ import logging
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
+from olmo_train.parallel.processes import rank
+
 log = logging.getLogger(__name__)
+ERASE_LINE, SHOW_CURSOR = "\r\x1b[2K", "\x1b[?25h"  # codes of a terminal; a progress bar hides the cursor
 
 
 def too_slow_to_stop(step_seconds: float, save_seconds: float) -> str | None:
@@ -26,13 +30,25 @@ def too_slow_to_stop(step_seconds: float, save_seconds: float) -> str | None:
     )
 
 
+def counts_again(number: int, seconds: float) -> bool:
+    """Whether a signal that comes `seconds` after the first asks to leave at once. One Ctrl-C can arrive twice, and Slurm and
+    torchrun repeat SIGTERM and SIGUSR1."""
+    return seconds > (2 if number == signal.SIGINT else 10)
+
+
 class StopSignals:
-    """Records a stop signal: SIGTERM, SIGINT or SIGUSR1. A second signal ends the process at once."""
+    """Records a stop signal, SIGTERM, SIGINT or SIGUSR1, and acknowledges it on stderr. A second one ends the process at once.
+
+    A thread reads the signals: Python calls a handler only between two instructions of the main thread, which may compute in
+    C++ for minutes, or wait for a process that hangs.
+    """
 
     NAMES = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
     def __init__(self) -> None:
         self.received = 0  # the signal's number, 0 for none
+        self.step: int | None = None  # the step in progress, or the last one
+        self.is_saved = False  # the step after which the run stops is committed
         self._warned = False
 
     @contextlib.contextmanager
@@ -40,12 +56,21 @@ class StopSignals:
         if threading.current_thread() is not threading.main_thread():
             yield self  # Python handles signals in the main thread only: otherwise they are left to the caller
             return
+        reading, writing = os.pipe()
+        os.set_blocking(writing, False)
+        thread = threading.Thread(target=self._read, args=(reading,), daemon=True)
+        thread.start()
         before = {name: signal.signal(name, self._receive) for name in self.NAMES}
+        woken = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
         try:
             yield self
         finally:
+            signal.set_wakeup_fd(woken)
             for name, handler in before.items():
                 signal.signal(name, handler)
+            os.close(writing)
+            thread.join()
+            os.close(reading)
 
     def warn_if_too_slow(self, line: dict[str, Any]) -> None:
         """Warn once when a line of metrics shows that a step and a save take too long for torchrun."""
@@ -57,6 +82,31 @@ class StopSignals:
             self._warned = True
 
     def _receive(self, number: int, frame: object) -> None:
-        if self.received:
-            os._exit(128 + number)  # safe: committed checkpoints are complete at any moment
-        self.received = number
+        self.received = self.received or number
+
+    def _read(self, reading: int) -> None:
+        """Answer each signal whose number comes from the pipe, until its other end is closed."""
+        first = None
+        while byte := os.read(reading, 1):
+            number, now = byte[0], time.monotonic()
+            if number not in self.NAMES:
+                continue
+            if first is None:
+                first = now
+                self._receive(number, None)
+                doing = "starting" if self.step is None else f"finishing step {self.step}"
+                again = "; Ctrl-C again to leave at once" if number == signal.SIGINT else ""
+                _write(f"{signal.Signals(number).name}: {doing}, then saving{again}\n")
+            elif counts_again(number, now - first) and not (self.is_saved and number != signal.SIGINT):
+                _write(f"{SHOW_CURSOR if os.isatty(2) else ''}{signal.Signals(number).name} again: leaving without saving\n")
+                os._exit(128 + number)  # safe: committed checkpoints are complete at any moment
+
+
+def _write(text: str) -> None:
+    """Write to stderr, from rank 0, past Python's buffers, and in a terminal over the bar, which is drawn again below."""
+    if rank() == 0:
+        with contextlib.suppress(OSError):
+            os.write(2, ((ERASE_LINE if os.isatty(2) else "") + text).encode())
+
+
+os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))  # a signal to a child is not one to this process

@@ -90,6 +90,7 @@ class Run:
         self.watchdog.heartbeat(self.done, "waits for its batch")
         batch = loader.get(give_up=lambda: self.signals.received)
         self.watchdog.heartbeat(self.done, "in the next step", batch.sample_hash if batch else "")
+        self.signals.step = batch.step if batch else self.done
         self.journal.begin_step(time.perf_counter() - started)
         return batch
 
@@ -173,8 +174,9 @@ class Run:
             self.save(step, model, optimizer)
         self._finish_saving(leaving=True)
         assert self.checkpointer.committed_step == step, (self.checkpointer.committed_step, step)
+        self.signals.is_saved = True
         name = signal.Signals(self.signals.received).name
-        raise Stopped(name, f"stopped after step {step} of {self.config.steps} and saved; run the same command again to resume")
+        raise Stopped(name, f"saved after step {step} of {self.config.steps}; run the same command again to resume")
 
     def finish(self) -> None:
         self._finish_saving(leaving=True)
