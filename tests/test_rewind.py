@@ -57,7 +57,7 @@ def spoil(at, monkeypatch):
     monkeypatch.setattr(module.gradients, "clip_gradients", clip)
 
 
-def test_a_spike_is_an_event_and_a_metric_of_its_step(spiking, read_metrics):
+def test_a_spike_is_an_event_a_metric_of_its_step_and_one_line_on_the_console(spiking, read_metrics, capsys):
     config = spiking("run", "record")
     assert [s.step for s in train(config) if s.spike] == [SPIKE]
     assert [line["spike"] for line in read_metrics(config.run_dir)] == [0] * 7 + [1] + [0] * 4
@@ -65,11 +65,17 @@ def test_a_spike_is_an_event_and_a_metric_of_its_step(spiking, read_metrics):
     line = read_metrics(config.run_dir)[SPIKE - 1]
     assert (event["event"], event["step"]) == ("spike", SPIKE)
     assert event["loss"] == line["train/CrossEntropyLoss"] and event["grad_norm"] == line["optim/total_grad_norm"]
+    said = [text for text in capsys.readouterr().out.splitlines() if text.startswith(f"step {SPIKE} ")]
+    assert said == [
+        f"step {SPIKE} is a spike: loss {event['loss']:.4g}, gradient norm {event['grad_norm']:.4g}; "
+        f"see {config.run_dir}/forensics/step-0000008"
+    ]
 
 
-def test_a_spike_that_is_skipped_changes_nothing_and_counts_as_skipped(spiking, read_metrics):
+def test_a_spike_that_is_skipped_changes_nothing_and_counts_as_skipped(spiking, read_metrics, capsys):
     config = spiking("run", "skip", **EVERY | {"total_steps": 10})
     trained(config)
+    assert f"step {SPIKE} is a spike and is skipped: loss " in capsys.readouterr().out
     assert unchanged(config.run_dir, 7, 8) and not unchanged(config.run_dir, 8, 9)
     assert states_of(config.run_dir, 10)["updates"] == 9
     assert [line["skipped"] for line in read_metrics(config.run_dir)] == [0] * 7 + [1] + [0] * 2
@@ -102,7 +108,7 @@ def test_rewinding_gives_the_run_that_never_took_the_step(spiking, read_metrics,
     assert unchanged_between(config, named, 12)
     (event,) = events_of(config.run_dir, "rewind")
     assert (event["from"], event["to"], event["skipped"]) == (SPIKE, 6, [SPIKE])
-    assert f"step {SPIKE} is a spike" in (said := capsys.readouterr().out) and "rewinding to step 6" in said
+    assert f"step {SPIKE} is a spike" in (said := capsys.readouterr().out) and f"rewinding from step {SPIKE} to step 6" in said
     lines = read_metrics(config.run_dir)
     assert [line["step"] for line in lines] == list(range(1, 13))
     assert lines[SPIKE - 1]["skipped"] == 1 and lines[SPIKE - 1]["train/CrossEntropyLoss"] is None

@@ -87,11 +87,17 @@ class AnomalyGuard:
         self._warned_of_unscored = True
 
     def _record(self, stats: StepStats, spike: bool) -> Path | None:
-        """Log an event and write forensics; returns their folder, or None if it could not be written."""
+        """Log an event, write forensics and print one line; returns the folder, or None if it could not be written."""
         why, done = ("spike", self.config.guards.spike) if spike else ("skip", "skip")
         about = {"loss": stats.loss.item(), "grad_norm": stats.grad_norm.item(), "learning_rate": stats.lr}
         self.logger.event(why, stats.step, **about)
-        return self.forensics.write(stats, why, done)
+        evidence = self.forensics.write(stats, why, done)
+        what = "is a spike" + " and is skipped" * (done == "skip") if spike else "is skipped"
+        self.logger.say(
+            f"step {stats.step} {what}: loss {about['loss']:.4g}, gradient norm {about['grad_norm']:.4g}"
+            + (f"; see {evidence}" if evidence else "")
+        )
+        return evidence
 
     def _stop_or_rewind(self, stats: StepStats, evidence: Path | None) -> None:
         """Raise NonFiniteError or Rewind: no state after this step is ever saved."""
@@ -109,8 +115,7 @@ class AnomalyGuard:
         self.logger.event("rewind", step, **rewind)
         self.logger.sync()  # a run that is killed from here on must pass over the same steps
         self.logger.say(
-            f"step {step} is a spike (loss {stats.loss.item():.4g}, gradient norm {stats.grad_norm.item():.4g}): "
-            f"rewinding to step {rewind['to']}, passing over step{'s' * (len(rewind['skipped']) > 1)} "
+            f"rewinding from step {step} to step {rewind['to']}, passing over step{'s' * (len(rewind['skipped']) > 1)} "
             f"{', '.join(map(str, rewind['skipped']))}"
         )
         self.world.barrier()
