@@ -1,8 +1,10 @@
-"""A spike is told from noise, from a falling loss and from a new level; what was seen survives a checkpoint."""
+"""The detector tells a spike from noise, from a falling loss and from a new level; its state survives a checkpoint."""
 
 import json
 import math
+from pathlib import Path
 
+import pytest
 import torch
 
 from olmo_train.guards.spikes import LEAST, WINDOW, SpikeDetector
@@ -23,8 +25,32 @@ def test_noise_and_a_falling_loss_are_no_spikes():
     assert calm(SpikeDetector(torch.device("cpu")), steps=2000) <= 2
 
 
+@pytest.fixture(scope="module")
+def trained():
+    """Loss and gradient norm of 500 steps on real text, and of bad batches at the weights of some of these steps."""
+    return json.loads((Path(__file__).parent / "references" / "spikes.json").read_text())
+
+
+def test_a_healthy_run_on_real_text_has_no_spike(trained):
+    detector = SpikeDetector(torch.device("cpu"))
+    steps = list(zip(trained["loss"], trained["grad_norm"], strict=True))
+    assert len(steps) == 500 and not [step for step, values in enumerate(steps, 1) if judge(detector, *values)]
+
+
+def test_bad_batches_and_a_long_gradient_are_spikes_of_a_real_run(trained):
+    detector, found = SpikeDetector(torch.device("cpu")), []
+    planted = {step: [] for step in range(1, 501)}
+    for plant in trained["planted"]:
+        planted[plant["step"]].append((plant["loss"], plant["grad_norm"]))
+    for step, (loss, norm) in enumerate(zip(trained["loss"], trained["grad_norm"], strict=True), 1):
+        for values in [*planted[step], *([(loss, 10 * norm)] if planted[step] else [])]:
+            found.append(judge(SpikeDetector(torch.device("cpu"), detector.state()), *values))
+        judge(detector, loss, norm)
+    assert found == [True] * 15
+
+
 def test_a_jump_of_the_loss_or_of_the_norm_is_a_spike():
-    for loss, norm in ((5.0, 1.0), (4.0, 5.0)):
+    for loss, norm in ((5.0, 1.0), (4.0, 10.0)):
         detector = SpikeDetector(torch.device("cpu"))
         calm(detector)
         assert judge(detector, loss, norm)
