@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import socket
 
 import numpy as np
 import pytest
@@ -238,7 +240,7 @@ def test_a_figure_is_written_in_the_format_of_its_ending(run_dir, tmp_path, endi
     assert (tmp_path / "new" / f"loss.{ending}").read_bytes().startswith(magic)
 
 
-def test_a_figure_of_one_run_marks_where_it_was_resumed_and_close_marks_share_a_word(run_dir, tmp_path):
+def test_a_figure_marks_events_above_the_plot_and_a_legend_names_each_kind_once(run_dir, tmp_path):
     import matplotlib
 
     with open(run_dir / "events.jsonl", "a") as events:
@@ -247,8 +249,7 @@ def test_a_figure_of_one_run_marks_where_it_was_resumed_and_close_marks_share_a_
     with matplotlib.rc_context({"svg.fonttype": "none"}):
         draw(run_dir, "--output", tmp_path / "a.svg")
     text = (tmp_path / "a.svg").read_text()
-    words = [text.count(f">{word}<") for word in ("spike, rewind", "spike", "rewind")]
-    assert words[0] >= 3 and words[1:] == [0, 0] and text.count(">resume<") >= 3
+    assert [text.count(f">{word}<") for word in ("spike", "skip", "rewind", "resume", "save", "signal")] == [1, 1, 1, 1, 1, 0]
 
 
 def test_a_figure_of_several_runs_names_them_and_its_axes(run_dir, tmp_path):
@@ -273,6 +274,91 @@ def test_the_terminal_plot_fits_its_width_and_a_pipe_gets_no_colours(run_dir, ca
         assert "step 400 of 400" in text and "validation web" in text and "tokens" in text
 
 
+def test_a_terminal_of_few_rows_gets_a_picture_that_fits(run_dir, tmp_path):
+    runs = [read_run(run_dir)]
+    for rows in (24, 40):
+        for drawn in (runs, runs * 12):
+            look = terminal.Look(panels.axis_of(drawn, "step"), width=80, height=rows - 1, color=False)
+            chosen = [curves for curves in panels.choose(drawn) if curves.panel.title in terminal.FIRST]
+            lines = terminal.draw_terminal(drawn, chosen, look).splitlines()
+            assert 16 <= len(lines) <= rows - 1 and max(map(len, lines)) <= 80
+            assert any(line.startswith("Loss (nats per token)") for line in lines)
+
+
+def test_the_terminal_marks_events_in_the_columns_of_their_steps(run_dir):
+    runs = [read_run(run_dir)]
+    look = terminal.Look(panels.axis_of(runs, "step"), color=False)
+    lines = terminal.draw_terminal(runs, panels.choose(runs)[:1], look).splitlines()
+    row = next(line for line in lines if "▼" in line and not line.startswith("tiny"))
+    ticks = next(i for i, line in enumerate(lines) if line.lstrip().startswith("└"))
+    columns = [i for i, sign in enumerate(lines[ticks]) if sign in "┬┐"]
+    at = dict(zip(map(int, lines[ticks + 1].split()), columns, strict=True))
+    assert abs(row.index("▼") - (at[160] + at[240]) / 2) <= 1  # step 200
+    assert abs(row.index("▶") - (at[80] + at[160]) / 2) <= 1  # step 120
+
+
+def test_a_folder_stands_for_all_runs_below_it(tmp_path):
+    for name in ("a", "deep/b"):
+        make_run(tmp_path / "runs" / name, steps=40)
+    (tmp_path / "runs/new").mkdir()
+    (tmp_path / "runs/new/metrics.jsonl").touch()  # just started
+    assert [run.name for run in exports.read_runs([tmp_path / "runs"])] == ["a", "deep/b"]
+
+
+@pytest.fixture
+def family(tmp_path):
+    """A run of 400 steps, and a branch from its step 200."""
+    trunk, branch = (make_run(tmp_path / name, steps=400, seed=i) for i, name in enumerate(("trunk", "branch")))
+    lines = [line for line in lines_of(branch) if line["step"] > 200]
+    (branch / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    checkpoint = trunk / "checkpoints/step-0000200"
+    event = {"event": "branch", "step": 200, "time": 1.7e9 + 200 * STEP_SECONDS, "checkpoint": str(checkpoint)}
+    (branch / "events.jsonl").write_text(json.dumps(event) + "\n")
+    return trunk, branch
+
+
+def test_a_branch_begins_at_the_last_point_of_its_parent_or_has_the_parent_before_it(family):
+    trunk, branch = exports.read_runs(family)
+    for name in ("train/CrossEntropyLoss", "throughput/total_tokens"):
+        assert branch.series[name].steps[:2].tolist() == [200, 210]
+        assert branch.series[name].values[0] == trunk.series[name].values[trunk.series[name].steps == 200]
+    assert branch.elapsed.values[-1] == pytest.approx(400 * STEP_SECONDS)
+    (alone,) = exports.read_runs(family[1:])
+    assert alone.series["train/CrossEntropyLoss"].steps.tolist() == list(range(10, 401, 10))
+
+
+def test_more_than_eight_runs_share_the_hue_of_their_group(tmp_path):
+    runs = [read_run(make_run(tmp_path / f"r{i}", steps=20, seed=i, peak_lr=[1e-4, 3e-4][i % 2])) for i in range(9)]
+    assert panels.hues(runs[:8])[1] == list(range(8))
+    assert panels.hues(runs) == (["peak_lr 0.0001", "peak_lr 0.0003"], [0, 1] * 4 + [0])
+
+
+def test_a_metric_that_repeats_another_is_drawn_once(run_dir):
+    run = read_run(run_dir)
+    assert "throughput/device/tokens_per_second" in [metric for curves in panels.choose([run]) for metric in curves.metrics]
+    run.series["throughput/device/tokens_per_second"] = run.series["throughput/tokens_per_second"]
+    assert "Throughput per device" not in [curves.panel.title for curves in panels.choose([run])]
+    assert panels.choose([run], ["throughput/device/*"])[0].panel.title == "Throughput per device"
+
+
+def test_ticks_of_a_log_axis_are_few_and_never_touch():
+    for low in (0.3, 0.75, 1.0, 17.0):
+        for ratio in (1.1, 2, 2.9, 4, 7, 30, 90, 500, 1e5):
+            ticks = panels.log_ticks(low, low * ratio)
+            gaps = np.diff(np.log10(ticks)) / np.log10(ratio)
+            assert 2 <= len(ticks) <= 9 and gaps.min() > 0.05, (low, ratio, ticks)
+
+
+def test_a_run_is_running_while_the_process_in_its_lock_lives(run_dir):
+    assert read_run(run_dir).state == "finished"
+    whole = (run_dir / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run_dir / "metrics.jsonl").write_text("".join(whole[:-1]))
+    assert read_run(run_dir).state == "stopped"
+    for pid, state in ((os.getpid(), "running"), (2**30, "stopped")):
+        (run_dir / ".lock").write_text(f"process {pid} on {socket.gethostname()} since 2024-01-01 00:00:00\n")
+        assert read_run(run_dir).state == state
+
+
 def test_following_waits_for_the_first_metrics_and_stops_at_the_last_step(run_dir, capsys, monkeypatch):
     whole = (run_dir / "metrics.jsonl").read_bytes()
     (run_dir / "metrics.jsonl").write_bytes(b"")
@@ -286,7 +372,7 @@ def test_following_waits_for_the_first_metrics_and_stops_at_the_last_step(run_di
     "words, error, code, told",
     [
         (["{tmp}/nowhere"], DataError, 3, "does not exist"),
-        (["{tmp}"], DataError, 3, "holds no metrics.jsonl"),
+        (["{tmp}/none"], DataError, 3, "holds no metrics.jsonl"),
         (["{tmp}/empty"], DataError, 3, "no metrics yet"),
         (["{tmp}/notes.txt"], DataError, 3, ".csv or .jsonl"),
         (["{run}", "--metric", "train/loss"], ConfigError, 2, "no run has the metric"),
@@ -297,6 +383,7 @@ def test_following_waits_for_the_first_metrics_and_stops_at_the_last_step(run_di
     ],
 )
 def test_wrong_input_is_told_with_the_way_out(run_dir, tmp_path, words, error, code, told):
+    (tmp_path / "none").mkdir()
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "metrics.jsonl").write_text("")
     (tmp_path / "notes.txt").write_text("hello")

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import queue
 import re
 import shutil
 import subprocess
+import threading
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +19,8 @@ from runs import lines_of
 
 from olmo_train.curves import exports, page, panels, thin
 from olmo_train.curves.runs import Run, Series
+from olmo_train.curves.serve import serve
+from olmo_train.errors import ConfigError
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -99,6 +105,27 @@ def test_names_from_a_run_cannot_become_markup(tmp_path):
     text = write_page([tmp_path / "<b>.jsonl"], tmp_path / "page.html")
     assert "</script><img" not in text and "<title>&lt;b&gt;</title>" in text
     assert data_of(text)["panels"][0]["title"] == "</script><img src=x>"
+
+
+def test_a_served_page_has_what_the_run_has_logged_by_now(runs, tmp_path):
+    def choose():
+        found = exports.read_runs(runs)
+        return found, panels.choose(found), panels.View(panels.axis_of(found, "step"))
+
+    addresses: queue.Queue[str] = queue.Queue()
+    threading.Thread(target=serve, args=(choose, 0, addresses.put), daemon=True).start()
+    address = addresses.get(timeout=30)
+    with urllib.request.urlopen(address) as answer:
+        text = answer.read().decode()
+    assert "connect-src 'self'" in text and data_of(text)["runs"][1]["summary"]["steps"] == 300
+    with (runs[1] / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 310, "train/CrossEntropyLoss": 3.0}) + "\n")
+    with urllib.request.urlopen(f"{address}/data") as answer:
+        assert json.loads(answer.read())["runs"][1]["summary"]["steps"] == 310
+    with pytest.raises(urllib.error.HTTPError, match="404"):
+        urllib.request.urlopen(f"{address}/etc/passwd")
+    with pytest.raises(ConfigError, match="cannot be used"):
+        serve(choose, int(address.rpartition(":")[2]), print)
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed; run make test-tools")

@@ -1,6 +1,8 @@
 """Draw the curves of runs: in the terminal, as a page that needs no server, or as a figure for a paper.
 
 curves runs/tiny                                 in the terminal; --follow watches a live run
+curves runs/                                     all runs below a folder
+curves runs/tiny --serve                         a live page at http://localhost, until Ctrl-C
 curves runs/a runs/b --output compare.html       zoom, smoothing, log axes, x by tokens or time
 curves runs/tiny history.csv --output loss.svg --metric 'eval/*/CrossEntropyLoss'
 """
@@ -23,7 +25,9 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR", help="a run_dir, or a W&B history as .csv or .jsonl")
+    parser.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUN_DIR", help="a run_dir, a folder of them, or a W&B history as .csv or .jsonl"
+    )
     parser.add_argument("--output", type=Path, metavar="FILE", help="write .html, .png, .svg or .pdf instead of the terminal")
     parser.add_argument(
         "--metric",
@@ -39,6 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--label", action="append", default=[], metavar="NAME", help="what to call a run; once for each, in order"
     )
     parser.add_argument("--follow", action="store_true", help="draw again whenever the run logs, until it ends or Ctrl-C")
+    parser.add_argument(
+        "--serve", nargs="?", type=int, const=0, metavar="PORT", help="a live page on this computer, at this port or a free one"
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -46,11 +53,15 @@ def run(args: argparse.Namespace) -> None:
         from olmo_train.curves.write import check_format
 
         check_format(args.output)
-        if args.follow:
-            raise ConfigError("--follow", "draws in the terminal; leave out --output")
+        if args.follow or args.serve is not None:
+            raise ConfigError(
+                "--output", "writes a file; leave out --output for --follow (in the terminal) or --serve (in a browser)"
+            )
     if args.smooth < 0:
         raise ConfigError("--smooth", f"must be at least 0 steps, got {args.smooth:g}")
-    if args.follow:
+    if args.serve is not None:
+        _serve(args)
+    elif args.follow:
         _follow(args)
     elif args.output:
         _write(args)
@@ -81,13 +92,23 @@ def _write(args: argparse.Namespace) -> None:
     print(args.output)
 
 
+def _serve(args: argparse.Namespace) -> None:
+    from olmo_train.curves.serve import serve
+
+    def announce(address: str) -> None:
+        print(f"{address}   Ctrl-C ends it", flush=True)
+
+    serve(lambda: _choose(args, ()), args.serve, announce)
+
+
 def _frame(args: argparse.Namespace) -> tuple[str, bool]:
     """The text for the terminal, and whether every run has ended."""
     from olmo_train.curves import terminal
 
     runs, chosen, view = _choose(args, terminal.FIRST)
-    width = max(40, shutil.get_terminal_size().columns)
-    look = terminal.Look(**vars(view), width=width, color=has_color())
+    columns, rows = shutil.get_terminal_size()
+    height = rows - 1 if is_terminal(sys.stdout) else None  # the last row is the prompt's
+    look = terminal.Look(**vars(view), width=max(40, columns), height=height, color=has_color())
     return terminal.draw_terminal(runs, chosen, look), all(run.ended for run in runs)
 
 
@@ -98,7 +119,7 @@ def _follow(args: argparse.Namespace) -> None:
     try:
         while not ended:
             began = time.monotonic()
-            files = [path / "metrics.jsonl" if path.is_dir() else path for path in args.runs]
+            files = [file for path in args.runs for file in _files(path)]
             now = [file.stat().st_mtime_ns if file.is_file() else 0 for file in files]
             if now != seen:
                 try:
@@ -113,3 +134,10 @@ def _follow(args: argparse.Namespace) -> None:
                 time.sleep(max(1.0, 9 * (time.monotonic() - began)))
     except KeyboardInterrupt:
         print()
+
+
+def _files(path: Path) -> list[Path]:
+    """The files whose growth shows that a run has logged."""
+    from olmo_train.curves.exports import run_dirs
+
+    return [run_dir / "metrics.jsonl" for run_dir in run_dirs(path)] if path.is_dir() else [path]

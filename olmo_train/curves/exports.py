@@ -9,10 +9,11 @@ from __future__ import annotations
 import contextlib
 import csv
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
-from olmo_train.curves.runs import STEP_KEYS, Run, Series, collect, elapsed_seconds, note_of, read_run
+from olmo_train.curves.runs import STEP_KEYS, Run, Series, collect, elapsed_seconds, join, note_of, parent_of, read_run
 from olmo_train.errors import ConfigError, DataError
 from olmo_train.history import json_lines
 
@@ -21,22 +22,62 @@ GIGAFLOPS, FLOPS = "throughput/total_training_Gflops", "throughput/total_flops"
 
 
 def read_runs(paths: list[Path], labels: list[str] = ()) -> list[Run]:
-    """Read run folders and exported files into runs with distinct names. `labels` rename them, in order.
+    """Read run folders, all runs below other folders, and exported files into runs with distinct names. `labels` rename them,
+    in order. A branch is joined to its parent.
 
     Raises DataError when a path does not exist or holds no metrics, ConfigError when labels are not one for each run.
     """
     runs = []
     for path in paths:
         if path.is_dir():
-            runs.append(read_run(path))
+            runs.extend(_runs_below(path))
         elif path.is_file():
             runs.extend(read_export(path))
         else:
             raise DataError(path, "does not exist; name a run_dir, or a history exported as .csv or .jsonl")
+    runs = [_joined(run, runs) for run in runs]
     names = labels or _distinct_names(runs)
     if len(names) != len(runs):
         raise ConfigError("--label", f"{len(names)} labels for {len(runs)} runs; give one for each, in order")
     return [dataclasses.replace(run, name=name) for run, name in zip(runs, names, strict=True)]
+
+
+def run_dirs(folder: Path) -> list[Path]:
+    """The folder itself where it is a run_dir, else those below it."""
+    found = []
+    for place, folders, files in os.walk(folder):
+        if "metrics.jsonl" in files:
+            found.append(Path(place))
+            folders.clear()
+    return sorted(found)
+
+
+def _runs_below(folder: Path) -> list[Run]:
+    """The runs of a folder, those without metrics left out. Raises DataError when there is none."""
+    runs = []
+    for run_dir in (found := run_dirs(folder) or [folder]):
+        try:
+            run = read_run(run_dir)
+        except DataError:
+            if len(found) == 1:
+                raise
+        else:
+            runs.append(run if run_dir == folder else dataclasses.replace(run, name=run_dir.relative_to(folder).as_posix()))
+    if not runs:
+        raise DataError(folder, "holds runs, but no metrics yet; wait for the first line (--follow waits for you)")
+    return runs
+
+
+def _joined(run: Run, runs: list[Run]) -> Run:
+    """A branch with its parent's last point, or, where the parent is not drawn, with all of the parent before it."""
+    parent_dir, step = parent_of(run) or (None, 0)
+    if parent_dir is None or parent_dir.resolve() == run.path.resolve():
+        return run
+    drawn = next((other for other in runs if other.path.resolve() == parent_dir.resolve()), None)
+    try:
+        return join(run, drawn or _joined(read_run(parent_dir), runs), step, complete=drawn is None)
+    except DataError:  # the parent is gone
+        return run
 
 
 def read_export(path: Path) -> list[Run]:

@@ -21,8 +21,7 @@ ONE_COLUMN, TWO_COLUMNS = 3.4, 7.0  # inches, as in most two-column papers
 MAX_POINTS = 3000  # of one curve; more than the dots of a printed column
 # The dashes of panels.DASHES, in matplotlib's terms: (offset, (points on, points off, ...)).
 DASHES = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 2, 1, 2)), (0, (8, 3)), (0, (8, 3, 1, 3)))
-MARKS = {"resume": "#6C757D", "rewind": "#7B3294", "spike": "#D55E00", "skip": "#E69F00"}  # event: colour of its line
-MOST_MARKS = 12  # of one kind
+LEGEND_WIDTH = 56  # characters of a line of a panel's legend, of which each entry's line takes 7
 STYLE = {
     "font.size": 8,
     "axes.titlesize": 8.5,
@@ -40,7 +39,7 @@ STYLE = {
     "grid.color": "#e3e6e9",
     "grid.linewidth": 0.5,
     "legend.frameon": False,
-    "legend.handlelength": 1.8,
+    "legend.handlelength": 2.6,
     "lines.linewidth": 1.1,
     "savefig.dpi": 300,
     "pdf.fonttype": 42,  # letters stay letters, as publishers ask
@@ -63,8 +62,7 @@ def write_figure(runs: list[Run], chosen: list[Curves], path: Path, view: View) 
             _draw_panel(axes, runs, curves, view)
         for axes in grid[len(chosen) :]:
             axes.remove()
-        if len(runs) > 1 and columns == 2:
-            _runs_legend(figure, runs)
+        _figure_legends(figure, runs, with_runs=len(runs) > 1 and columns == 2)
         figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
@@ -77,37 +75,50 @@ def _draw_panel(axes: Axes, runs: list[Run], curves: Curves, view: View) -> None
     names = panels.legend_names(runs, curves)
     kinds = list(dict.fromkeys(curves.metrics.values()))
     shared_legend = len(runs) > 1 and axes.get_subplotspec().get_gridspec().ncols == 2
+    hues, drawn = panels.hues(runs)[1], set()
     for (i, metric), name in names.items():
         kind = kinds.index(curves.metrics[metric])
-        hue, dash = (kind, 0) if len(runs) == 1 else (i, kind)
+        hue, dash = (kind, 0) if len(runs) == 1 else (hues[i], kind)
         style = {
             "color": panels.COLORS[hue % len(panels.COLORS)],
             "linestyle": DASHES[dash % len(DASHES)],
         }
         if shared_legend:  # the figure's legend explains the colours; here only the dashes
             name = curves.metrics[metric] if i == min(r for r, m in names if m == metric) and len(kinds) > 1 else None
+        elif name in drawn:
+            name = None  # of another run of its group
+        drawn.add(name)
         window = view.smooth if panels.may_smooth(curves.panel, metric) else 0
         _draw_curve(axes, runs[i], metric, name, style, view.axis, window)
     for value in {run.config.get(curves.panel.limit) for run in runs} - {None}:
         axes.axhline(value, color="#6c757d", linewidth=0.7, linestyle=(0, (1, 1.5)), zorder=1)
-        axes.annotate(f"{curves.panel.limit_name} {value:g}", (1, value), (0, 1.5), xycoords=("axes fraction", "data"),
-                      textcoords="offset points", ha="right", va="bottom", fontsize=7, color="#6c757d")  # fmt: skip
-    if len(runs) == 1:
-        _mark_events(axes, runs[0], view.axis, with_words=len(kinds) == 1)  # a legend needs their place
+        axes.annotate(f"{curves.panel.limit_name} {value:g}", (1, value), (3, 0), xycoords=("axes fraction", "data"),
+                      textcoords="offset points", ha="left", va="center", fontsize=7, color="#6c757d")  # fmt: skip
+    _mark_events(axes, runs, view.axis)
     axes.set_xlabel(plain(view.axis.label))
     axes.set_ylabel(plain(curves.panel.unit))
-    axes.set_title(plain(curves.panel.title), loc="left", fontweight="bold")
     if view.log_x:
         axes.set_xscale("log")
     if curves.panel.log:
         axes.set_yscale("log")
     _number_axes(axes, view, curves.panel.log)
+    rows = 0
     if len(kinds) > 1 or (len(runs) > 1 and not shared_legend):
-        legend = axes.legend(loc="best")
-        for handle in legend.get_lines():
-            handle.set_alpha(1)
-            if shared_legend:
-                handle.set_color("#3d444b")
+        rows = _panel_legend(axes, gray=shared_legend)
+    axes.set_title(plain(curves.panel.title), loc="left", fontweight="bold", pad=10.5 + 10.5 * rows)
+
+
+def _panel_legend(axes: Axes, gray: bool) -> int:
+    """A legend between title and plot, where it hides no curve. Returns its number of rows."""
+    handles, names = axes.get_legend_handles_labels()
+    columns = max(1, min(len(names), LEGEND_WIDTH // (7 + max(map(len, names), default=0))))
+    legend = axes.legend(handles, names, loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, borderaxespad=1.0, borderpad=0,
+                         labelspacing=0.2, columnspacing=1.2)  # fmt: skip
+    for handle in legend.get_lines():
+        handle.set_alpha(1)
+        if gray:
+            handle.set_color("#3d444b")
+    return -(-len(names) // columns)
 
 
 def _draw_curve(axes: Axes, run: Run, metric: str, name: str | None, style: dict, axis: Axis, window: float) -> None:
@@ -127,50 +138,48 @@ def _plot(axes: Axes, run: Run, series: Series, axis: Axis, **style) -> None:
         axes.plot(x, np.where(np.isfinite(series.values), series.values, np.nan), **style)
 
 
-def _mark_events(axes: Axes, run: Run, axis: Axis, with_words: bool) -> None:
-    """A thin line at each resume, rewind, spike and skipped step. Lines that are close share a label."""
-    marks: list[tuple[float, str]] = []
-    for name in MARKS:
-        steps = np.unique([event["step"] for event in run.events if event["event"] == name and event["step"] > 0])
-        x = axis.at(run, steps) if len(steps) <= MOST_MARKS else None  # more would hide the curve
-        marks += [] if x is None else [(float(place), name) for place in x]
-    low, high = axes.get_xlim()
-    words: list[tuple[float, list[str]]] = []  # where a group of lines ends, and their names
-    for place, name in sorted(marks):
-        axes.axvline(place, color=MARKS[name], linewidth=0.6, linestyle=(0, (3, 2)), zorder=1)
-        if not words or place - words[-1][0] > 0.04 * (high - low):
-            words.append((place, []))
-        words[-1] = (place, words[-1][1] + [name])
-    for place, names in words if with_words else ():
-        style = {"ha": "left", "va": "top", "rotation": 90, "fontsize": 5.5, "color": MARKS[names[-1]]}
-        where = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points"}
-        axes.annotate(", ".join(dict.fromkeys(names)), (place, 1), (1.5, -2), **where, **style)
+def _mark_events(axes: Axes, runs: list[Run], axis: Axis) -> None:
+    """The marks of events on the upper edge of the plot, in the colour of their run where there are several."""
+    hues = panels.hues(runs)[1]
+    for i, kind, steps in panels.marks(runs):
+        x, mark = axis.at(runs[i], steps), panels.EVENTS[kind]
+        if x is not None:
+            height, size = (1.015, 1.6) if kind == "save" else (1.045, 4)
+            axes.plot(x, [height] * len(x), mark.matplotlib, color=mark.color if len(runs) == 1 else panels.COLORS[hues[i]],
+                      markersize=size, markeredgewidth=0, transform=axes.get_xaxis_transform(), clip_on=False)  # fmt: skip
 
 
 def _number_axes(axes: Axes, view: View, log_y: bool) -> None:
-    """Few round numbers; a log axis of less than three decades has 2 and 5 beside 1."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+    """Few round numbers."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter
 
     numbers = FuncFormatter(lambda value, _: short(value, digits=6))
     if not view.log_x:
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=view.axis.name == "step", steps=[1, 2, 2.5, 5, 10]))
         axes.xaxis.set_major_formatter(numbers)
     if not log_y:
+        axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
         axes.yaxis.set_major_formatter(numbers)
         return
-    low, high = axes.get_ylim()
-    if high / low < 1000:
-        digits = (1, 2, 5) if high / low > 6 else range(1, 10)
-        axes.yaxis.set_major_locator(LogLocator(subs=digits) if high / low > 3 else MaxNLocator(5))
-        axes.yaxis.set_major_formatter(numbers)
+    axes.yaxis.set_major_locator(FixedLocator(panels.log_ticks(*axes.get_ylim())))
+    axes.yaxis.set_major_formatter(numbers)
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def _runs_legend(figure: Figure, runs: list[Run]) -> None:
+def _figure_legends(figure: Figure, runs: list[Run], with_runs: bool) -> None:
+    """What the hues and the marks mean, above and below all panels."""
     from matplotlib.lines import Line2D
 
-    handles = [
-        Line2D([], [], color=panels.COLORS[i % len(panels.COLORS)], linewidth=1.6, label=plain(run.name))
-        for i, run in enumerate(runs)
-    ]
-    figure.legend(handles=handles, loc="outside upper center", ncols=min(len(runs), 5))
+    names = panels.hues(runs)[0]
+    if with_runs:
+        handles = [Line2D([], [], color=panels.COLORS[i], linewidth=1.6, label=plain(name)) for i, name in enumerate(names)]
+        widest = max(len(name) for name in names)
+        figure.legend(handles=handles, loc="outside upper center", ncols=max(1, min(len(names), 100 // (8 + widest))))
+    marks = {kind: panels.EVENTS[kind] for kind in panels.marked_kinds(runs)}
+    if marks:
+        one = len(runs) == 1
+        handles = [
+            Line2D([], [], linestyle="", marker=mark.matplotlib, markeredgewidth=0, markersize=4, label=kind,
+                   color=mark.color if one else "#3d444b") for kind, mark in marks.items()
+        ]  # fmt: skip
+        figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), handletextpad=0, columnspacing=1)

@@ -1,11 +1,10 @@
 "use strict";
-// Draws the data that page.py wrote. Everything follows from `state`: a control changes it and calls draw().
+// Draws the data that page.py wrote. Everything follows from `data` and `state`: a control changes the state and calls draw().
 
-const data = JSON.parse(document.getElementById("data").textContent);
+let data = JSON.parse(document.getElementById("data").textContent);
 const $ = (id) => document.getElementById(id);
 const dark = matchMedia("(prefers-color-scheme: dark)");
 const touch = matchMedia("(pointer: coarse)").matches; // there a drag scrolls the page, so it must not zoom
-const lastStep = Math.max(...data.runs.map((run) => run.summary.steps));
 const WINDOWS = [0, 0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2]; // smoothing, as shares of the longest run
 
 const state = {
@@ -14,9 +13,24 @@ const state = {
   smoothing: data.look.smooth, // steps
   outliers: false,
   range: null, // [from, to] on the x axis; null is the whole run
-  hidden: new Set(), // runs
-  events: new Set(Object.keys(data.events).filter((kind) => data.events[kind].shown)),
+  off: new Set(), // names of runs that are switched off
+  events: new Set(Object.keys(data.events).filter((kind) => data.events[kind].shown && (kind !== "save" || data.runs.length === 1))),
+  sort: null, // [column, 1 or -1]
+  panels: {}, // title: {log, zoom}, as the reader set them
+  folded: new Set(data.sections.filter((section) => section.folded).map((section) => section.name)),
 };
+
+// Create an element: el("a", {href: "#"}, "text", child).
+function el(tag, attributes = {}, ...children) {
+  const element = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes))
+    if (name in element) element[name] = value; else element.setAttribute(name, value);
+  element.append(...children);
+  return element;
+}
+const matches = (text, field) => text.toLowerCase().includes($(field).value.trim().toLowerCase());
+const isHidden = (i) => state.off.has(data.runs[i].name) || !matches(data.runs[i].name, "names");
+const lastStep = () => Math.max(...data.runs.map((run) => run.summary.steps));
 
 // ---------------------------------------------------------------- numbers
 
@@ -67,15 +81,14 @@ function duration(seconds) {
 
 // ---------------------------------------------------------------- colours
 
-const color = (i) => { const c = data.colors[dark.matches ? "dark" : "light"]; return c[i % c.length]; };
+const color = (hue) => { const c = data.colors[dark.matches ? "dark" : "light"]; return c[hue % c.length]; };
 const css = (name) => getComputedStyle(document.documentElement).getPropertyValue("--" + name).trim();
 
 // With one run, colour marks the curve; with several, colour marks the run and the dash marks the curve.
 function look(panel, curve) {
-  const names = [...new Set(panel.curves.map((c) => c.name))];
-  const index = names.indexOf(curve.name);
-  if (data.runs.length === 1) return { color: color(index), dash: data.dashes[Math.floor(index / data.colors.light.length) % data.dashes.length] };
-  return { color: color(curve.run), dash: data.dashes[index % data.dashes.length] };
+  const index = [...new Set(panel.curves.map((c) => c.name))].indexOf(curve.name);
+  if (data.runs.length > 1) return { color: color(data.runs[curve.run].hue), dash: data.dashes[index % data.dashes.length] };
+  return { color: color(index), dash: data.dashes[Math.floor(index / data.colors.light.length) % data.dashes.length] };
 }
 
 // ---------------------------------------------------------------- panels
@@ -100,30 +113,21 @@ function oddTrace(curve, label, color) {
   if (!curve.odd) return [];
   const steps = Object.keys(curve.odd).map(Number);
   const text = steps.map((step) => `${curve.odd[step]} at step ${step}`);
-  return [{ type: "scatter", yaxis: "y2", mode: "markers", name: label, x: onAxis(curve.run, steps), y: steps.map(() => 0.97), text,
+  return [{ type: "scatter", yaxis: "y2", mode: "markers", name: label, x: onAxis(curve.run, steps), y: steps.map(() => 0.5), text,
             hovertemplate: "%{text}", marker: { color, size: 9, symbol: "circle-x-open" } }];
 }
 
-// Events stand on a second y axis from 0 to 1, so that they keep their place whatever the curves do.
+// Marks have a strip above the curves, the second y axis.
 function eventTraces() {
-  const traces = [];
+  const traces = [], several = data.runs.length > 1;
   data.runs.forEach((run, i) => {
-    if (state.hidden.has(i)) return;
-    for (const kind of state.events) {
+    for (const [kind, mark] of Object.entries(data.events).reverse()) {
       const events = run.events[kind];
-      if (!events.length) continue;
-      const x = onAxis(i, events.map((e) => e.step));
+      if (isHidden(i) || !state.events.has(kind) || !events.length) continue;
       const text = events.map((e) => `${kind} at step ${e.step}` + (e.text ? `<br>${e.text}` : ""));
-      const name = data.runs.length > 1 ? run.name : "";
-      const common = { type: "scatter", yaxis: "y2", hovertemplate: `%{text}<extra>${name}</extra>`, showlegend: false };
-      const paint = data.runs.length > 1 ? color(i) : { spike: color(1), skip: color(3) }[kind] ?? css("soft");
-      if (data.events[kind].mark === "line") {
-        traces.push({ ...common, mode: "lines", x: x.flatMap((v) => [v, v, null]), y: x.flatMap(() => [0, 1, null]), text: text.flatMap((t) => [t, t, ""]),
-                      line: { color: paint, width: 1, dash: { resume: "dash", signal: "dashdot" }[kind] ?? "dot" }, opacity: 0.75 });
-      } else {
-        traces.push({ ...common, mode: "markers", x, y: x.map(() => (kind === "skip" ? 0.03 : 0.97)), text,
-                      marker: { color: paint, size: 8, symbol: kind === "skip" ? "x" : "triangle-down", line: { width: 0 } } });
-      }
+      traces.push({ type: "scatter", yaxis: "y2", mode: "markers", x: onAxis(i, events.map((e) => e.step)), y: events.map(() => 0.5), text,
+                    hovertemplate: `%{text}<extra>${several ? run.name : ""}</extra>`, showlegend: false,
+                    marker: { color: several ? color(run.hue) : dark.matches ? mark.dark_color : mark.color, symbol: mark.plotly, size: kind === "save" ? 5 : 9 } });
     }
   });
   return traces;
@@ -145,7 +149,8 @@ function fitY(panel, traces) {
   seen.sort((a, b) => a - b);
   const cut = state.outliers ? Math.floor(seen.length * 0.01) : 0;
   const [low, high] = [seen[cut], seen[seen.length - 1 - cut]];
-  const pad = (high - low) * 0.06 || Math.abs(high) * 0.05 || 0.5;
+  if (low === 0 && high === 0) return [-0.05, 1];
+  const pad = (high - low) * 0.06 || Math.abs(high) * 0.05;
   return [low - pad, high + pad];
 }
 
@@ -155,7 +160,7 @@ function xRange() {
 }
 
 function wholeRange(positive = false) {
-  const steps = data.panels.flatMap((panel) => panel.curves.filter((c) => !state.hidden.has(c.run)).map((c) => {
+  const steps = data.panels.flatMap((panel) => panel.curves.filter((c) => !isHidden(c.run)).map((c) => {
     const from = positive ? c.step.find((step) => step > 0) : c.step[0];
     return onAxis(c.run, [from ?? c.step[0], c.step[c.step.length - 1]]);
   })).filter((ends) => ends[0] !== null);
@@ -170,15 +175,15 @@ function layout(panel, traces) {
   const axis = { gridcolor: css("grid"), linecolor: css("line"), zeroline: false, automargin: true, tickfont: { color: css("soft"), size: 11 } };
   const exponent = state.axis === "tokens" ? "B" : state.axis === "flops" ? "power" : "SI";
   return {
-    margin: { l: 48, r: 10, t: 8, b: 36 }, width: panel.plot.clientWidth, height: panel.plot.clientHeight, showlegend: false, hovermode: "x unified", dragmode: touch ? false : "zoom",
+    margin: { l: 48, r: panel.limits.length ? 52 : 10, t: 4, b: 36 }, width: panel.plot.clientWidth || 480, height: panel.plot.clientHeight || 260, showlegend: false, hovermode: "x unified", dragmode: touch ? false : "zoom",
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { color: css("ink"), family: getComputedStyle(document.body).fontFamily, size: 12 },
     hoverlabel: { bgcolor: css("paper"), bordercolor: css("line"), font: { color: css("ink"), size: 12 }, namelength: -1 },
     xaxis: { ...axis, type: state.logX ? "log" : "linear", range: xRange(), ...(state.logX ? logTicks(...xRange()) : { exponentformat: exponent, nticks: 8, dtick: wholeSteps() }),
              title: { text: data.axes[state.axis], font: { color: css("soft"), size: 12 }, standoff: 6 }, showline: true,
              hoverformat: state.axis === "step" ? ",d" : ".4s" },
-    yaxis: { ...axis, type: panel.log ? "log" : "linear", range: panel.zoom ?? fitY(panel, traces), hoverformat: ".6~g", ...yTicks(panel, traces) },
-    yaxis2: { overlaying: "y", range: [0, 1], fixedrange: true, visible: false },
-    shapes: limitShapes(panel),
+    yaxis: { ...axis, domain: [0, 0.94], type: panel.log ? "log" : "linear", range: panel.zoom ?? fitY(panel, traces), hoverformat: ".6~g", ...yTicks(panel, traces) },
+    yaxis2: { domain: [0.94, 1], range: [0, 1], fixedrange: true, visible: false },
+    ...limitLines(panel),
   };
 }
 
@@ -186,7 +191,7 @@ function layout(panel, traces) {
 function logTicks(low, high) {
   const span = high - low;
   if (span < 0.4) return { nticks: 6 };
-  const digits = span < 0.8 ? [1, 2, 3, 4, 5, 6, 7, 8, 9] : span < 3 ? [1, 2, 5] : [1];
+  const digits = span < 0.9 ? [1, 2, 3, 5] : span < 1.7 ? [1, 2, 5] : span < 3 ? [1, 3] : [1];
   const every = span < 7 ? 1 : Math.ceil(span / 6);
   const tickvals = [];
   for (let power = Math.floor(low); power <= high; power++)
@@ -198,21 +203,25 @@ function logTicks(low, high) {
 function yTicks(panel, traces) {
   const [low, high] = panel.zoom ?? fitY(panel, traces) ?? [0, 1];
   if (panel.log) return logTicks(low, high);
-  return { nticks: 7, exponentformat: Math.abs(high) < 0.01 ? "power" : "SI", minexponent: Math.abs(high) < 0.01 ? 2 : 4 };
+  return { nticks: 7, exponentformat: Math.abs(high) < 0.01 ? "e" : "SI", minexponent: Math.abs(high) < 0.01 ? 2 : 4 };
 }
 
-function limitShapes(panel) {
-  const values = [...new Set(panel.limits.filter((l) => !state.hidden.has(l.run)).map((l) => l.value))];
-  return values.map((value) => ({
-    type: "line", xref: "paper", x0: 0, x1: 1, yref: "y", y0: value, y1: value, line: { color: css("soft"), width: 1, dash: "dot" },
-    label: { text: `${panel.limit_name} ${value}`, textposition: "end", font: { size: 11, color: css("soft") } },
-  }));
+function limitLines(panel) {
+  const values = [...new Set(panel.limits.filter((l) => !isHidden(l.run)).map((l) => l.value))];
+  return {
+    shapes: values.map((y) => ({ type: "line", xref: "paper", x0: 0, x1: 1, yref: "y", y0: y, y1: y, line: { color: css("soft"), width: 1, dash: "dot" } })),
+    annotations: values.map((y) => ({ text: `${panel.limit_name} ${y}`, xref: "paper", x: 1, xanchor: "left", yref: "y", y: panel.log ? Math.log10(y) : y,
+                                      showarrow: false, font: { size: 11, color: css("soft") } })),
+  };
 }
 
 function draw(only) {
   for (const panel of only ? [only] : data.panels) {
-    const curves = panel.curves.filter((c) => !state.hidden.has(c.run)).flatMap((curve) => curveTraces(panel, curve));
+    const shown = panel.curves.filter((c) => !isHidden(c.run));
+    const curves = shown.flatMap((curve) => curveTraces(panel, curve));
     Plotly.react(panel.plot, [...curves, ...eventTraces()], layout(panel, curves), { displayModeBar: false, doubleClick: false });
+    const last = (c) => `${data.runs.length > 1 ? data.runs[c.run].name + ", " : ""}${c.name} ${short(c.value[c.value.length - 1], 4)} at step ${c.step[c.step.length - 1]}`;
+    panel.plot.setAttribute("aria-label", `${panel.title}: ${shown.map(last).join("; ") || "no run is shown"}`);
     drawLegend(panel);
   }
 }
@@ -234,37 +243,63 @@ function wholeSteps() {
 function drawLegend(panel) {
   const names = new Map(panel.curves.map((curve) => [curve.name, curve]));
   panel.legend.replaceChildren();
-  if (names.size < 2) return;
-  for (const [name, curve] of names) {
+  for (const [name, curve] of names.size < 2 ? [] : names) {
     const { color, dash } = look(panel, curve);
     const stroke = { solid: "", dash: "6 4", dot: "2 3", dashdot: "6 3 2 3", longdash: "10 4", longdashdot: "10 3 2 3" }[dash];
-    const item = document.createElement("li");
-    item.innerHTML = `<svg viewBox="0 0 22 8"><line x1="0" y1="4" x2="22" y2="4" stroke-width="2" stroke-dasharray="${stroke}"/></svg>`;
+    const item = el("li");
+    item.innerHTML = `<svg viewBox="0 0 22 8" aria-hidden="true"><line x1="0" y1="4" x2="22" y2="4" stroke-width="2" stroke-dasharray="${stroke}"/></svg>`;
     item.querySelector("line").setAttribute("stroke", data.runs.length > 1 ? css("soft") : color);
     item.append(name);
     panel.legend.append(item);
   }
 }
 
-function buildPanel(panel, i) {
-  const section = document.createElement("section");
-  section.className = i === 0 ? "panel first" : "panel";
-  section.innerHTML = `<header><h2></h2><span class="unit"></span><label><input type="checkbox"> log y</label></header><ul class="legend"></ul><div class="plot"></div>`;
-  section.querySelector("h2").textContent = panel.title;
-  section.querySelector(".unit").textContent = panel.unit;
-  panel.plot = section.querySelector(".plot");
-  panel.legend = section.querySelector(".legend");
-  const box = section.querySelector("input");
-  box.checked = panel.log;
-  box.onchange = () => { panel.log = box.checked; panel.zoom = null; draw(panel); };
-  $("panels").append(section);
+function buildPanels() {
+  $("panels").replaceChildren();
+  if (data.hues.length > 1 && data.hues.length < data.runs.length)
+    $("panels").append(el("ul", { className: "hues" }, ...data.hues.map((name, i) => el("li", {}, swatch(i), ` ${name}`))));
+  for (const { name } of data.sections) {
+    const panels = data.panels.filter((panel) => panel.section === name);
+    if (!panels.length) continue;
+    const grid = el("div", { className: "grid" }, ...panels.map(buildPanel));
+    const details = el("details", { open: !state.folded.has(name) }, el("summary", {}, el("h2", {}, name)), grid);
+    details.ontoggle = () => {
+      if (!$("metrics").value) details.open ? state.folded.delete(name) : state.folded.add(name);
+      if (details.open) panels.forEach((panel) => draw(panel));
+    };
+    $("panels").append(details);
+  }
+}
+
+function buildPanel(panel) {
+  const mine = (state.panels[panel.title] ??= { log: panel.log, zoom: null });
+  const box = el("input", { type: "checkbox", checked: mine.log });
+  Object.assign(panel, mine);
+  box.onchange = () => { panel.log = mine.log = box.checked; panel.zoom = mine.zoom = null; draw(panel); };
+  panel.plot = el("div", { className: "plot", role: "img" });
+  panel.legend = el("ul", { className: "legend" });
+  const header = el("header", {}, el("h3", {}, panel.title), el("span", { className: "unit" }, panel.unit), el("label", {}, box, " log y"));
+  panel.place = el("section", { className: panel.title === "Loss" ? "panel first" : "panel", "aria-label": panel.title }, header, panel.legend, panel.plot);
+  return panel.place;
+}
+
+// The fields that filter metrics and runs.
+function filter() {
+  for (const panel of data.panels)
+    panel.place.hidden = ![panel.title, ...panel.curves.map((c) => c.metric)].some((text) => matches(text, "metrics"));
+  for (const details of $("panels").querySelectorAll("details")) {
+    details.hidden = !details.querySelector(".panel:not([hidden])");
+    details.open = $("metrics").value !== "" || !state.folded.has(details.querySelector("h2").textContent);
+  }
+  data.runs.forEach((run) => { run.line.hidden = !matches(run.name, "names"); });
+  draw();
 }
 
 // A zoom in x is every panel's; y then fits what is in sight, except where the reader drew a box of his own.
 function linkZoom(panel) {
   panel.plot.on("plotly_relayout", (change) => {
     if (change["xaxis.range[0]"] === undefined && change["yaxis.range[0]"] === undefined) return;
-    if (change["yaxis.range[0]"] !== undefined) panel.zoom = [change["yaxis.range[0]"], change["yaxis.range[1]"]];
+    if (change["yaxis.range[0]"] !== undefined) panel.zoom = state.panels[panel.title].zoom = [change["yaxis.range[0]"], change["yaxis.range[1]"]];
     if (change["xaxis.range[0]"] !== undefined) {
       const range = [change["xaxis.range[0]"], change["xaxis.range[1]"]];
       state.range = state.logX ? range.map((v) => 10 ** v) : range;
@@ -276,69 +311,93 @@ function linkZoom(panel) {
 }
 
 function setRange(share) {
-  data.panels.forEach((panel) => { panel.zoom = null; });
+  data.panels.forEach((panel) => { panel.zoom = state.panels[panel.title].zoom = null; });
   state.range = null;
   if (share > 0) { const [low, high] = wholeRange(); state.range = [low + share * (high - low), high]; }
   $("range").value = String(share);
   draw();
 }
 
-// ---------------------------------------------------------------- the tables
+// ---------------------------------------------------------------- heading and tables
 
-function row(cells, tag = "td", numberFrom = 1) {
-  const line = document.createElement("tr");
-  cells.forEach((cell, i) => {
-    const element = document.createElement(tag);
-    if (i >= numberFrom) element.className = "number";
-    element.append(cell);
-    line.append(element);
-  });
-  return line;
+const swatch = (hue) => el("span", { className: "swatch", style: `background: ${color(hue)}` });
+// Wide tables scroll, which the keyboard must reach.
+const scrolling = (table, name) => el("div", { className: "scroll", tabIndex: 0, role: "region", "aria-label": name }, table);
+
+function buildHeading() {
+  const { runs } = data, [run] = runs;
+  document.querySelector("h1").textContent = runs.length > 4 ? `${runs.length} runs` : runs.map((r) => r.name).join(" · ");
+  const facts = [run.state, run.about.machine, run.about.parameters && `${run.about.parameters} parameters`, run.about.date && `started ${run.about.date}`];
+  document.querySelector("#heading p").textContent = runs.length > 1 ? "" : facts.filter(Boolean).join(" · ");
 }
+
+// Columns of the table of runs: [title, value, text, which value is best].
+const loss = (v) => (v === null ? "–" : v.toFixed(4));
+const COLUMNS = [
+  ["run", (run) => run.name, (v) => v],
+  ["state", (run) => run.state, (v) => v || "–"],
+  ["training loss", (run) => run.summary.training, loss, Math.min],
+  ["validation loss", (run) => run.summary.validation, loss, Math.min],
+  ["steps", (run) => run.summary.steps, (v) => v.toLocaleString("en")],
+  ["tokens", (run) => run.summary.tokens, (v) => short(v)],
+  ["time", (run) => run.summary.seconds, duration],
+  ["tokens/s", (run) => run.summary.speed, (v) => short(v), Math.max],
+  ["events", (run) => Object.values(run.summary.events).reduce((a, b) => a + b, 0),
+   (v, run) => Object.entries(run.summary.events).map(([kind, n]) => `${n} ${kind}${n > 1 ? "s" : ""}`).join(", ") || "–"],
+  ["parameters", (run) => run.about.parameters ?? null, (v) => v ?? "–"],
+  ["machine", (run) => run.about.machine ?? null, (v) => v ?? "–"],
+  ["date", (run) => run.about.date ?? null, (v) => v ?? "–"],
+];
 
 function buildRuns() {
-  const table = $("runs").querySelector("table");
-  table.createTHead().append(row(["run", "training loss", "validation loss", "steps", "tokens", "time", "tokens/s", "events"], "th"));
-  const body = table.createTBody();
-  data.runs.forEach((run, i) => {
-    const s = run.summary;
-    const label = document.createElement("label");
-    const box = Object.assign(document.createElement("input"), { type: "checkbox", checked: true });
-    label.append(box, run.name);
-    const events = Object.entries(s.events).map(([kind, n]) => `${n} ${kind}${n > 1 ? "s" : ""}`).join(", ") || "–";
-    const number = (v) => (v === null ? "–" : v.toFixed(4));
-    const line = row([label, number(s.training), number(s.validation), s.steps.toLocaleString("en"), short(s.tokens), duration(s.seconds), short(s.speed), events]);
-    box.onchange = () => { box.checked ? state.hidden.delete(i) : state.hidden.add(i); line.classList.toggle("off", !box.checked); draw(); };
-    run.box = box;
-    run.label = label;
-    if (data.runs.length === 1) box.hidden = true;
-    body.append(line);
+  const several = data.runs.length > 1, columns = several ? COLUMNS.filter(([, value]) => data.runs.some(value)) : COLUMNS.slice(2, 9);
+  const head = el("tr"), body = el("tbody");
+  const kind = (i) => (["run", "state", "events", "machine", "date"].includes(columns[i][0]) ? "" : "number");
+  columns.forEach(([title], i) => {
+    const th = el("th", { scope: "col", className: kind(i) }, several ? el("button", { type: "button" }, title) : title);
+    if (several) th.onclick = () => { state.sort = [title, state.sort?.[0] === title ? -state.sort[1] : 1]; buildRuns(); $("runs").querySelectorAll("button")[i].focus(); };
+    if (state.sort?.[0] === title) th.ariaSort = state.sort[1] > 0 ? "ascending" : "descending";
+    head.append(th);
   });
-}
-
-function paintRuns() {
-  if (data.runs.length > 1) data.runs.forEach((run, i) => { run.box.style.accentColor = color(i); run.label.style.color = color(i); });
+  const best = columns.map(([, value, , choose]) => {
+    const values = data.runs.map(value).filter((v) => v !== null);
+    return choose && new Set(values).size > 1 ? choose(...values) : null;
+  });
+  const order = data.runs.map((_, i) => i);
+  const by = columns.find(([title]) => title === state.sort?.[0])?.[1];
+  if (by) order.sort((a, b) => {
+    const [x, y] = [by(data.runs[a]), by(data.runs[b])];
+    if (x === null || y === null) return (x === null) - (y === null); // unknown values last
+    return state.sort[1] * (typeof x === "string" ? x.localeCompare(y, "en", { numeric: true }) : x - y);
+  });
+  for (const i of order) {
+    const run = data.runs[i];
+    run.line = el("tr", { hidden: !matches(run.name, "names"), className: state.off.has(run.name) ? "off" : "" });
+    columns.forEach(([title, value, text], c) => {
+      const cell = el(title === "run" ? "th" : "td", { className: kind(c) });
+      if (title === "run") {
+        const box = el("input", { type: "checkbox", checked: !state.off.has(run.name) });
+        box.onchange = () => { box.checked ? state.off.delete(run.name) : state.off.add(run.name); run.line.classList.toggle("off", !box.checked); draw(); };
+        cell.scope = "row";
+        cell.append(el("label", {}, box, swatch(run.hue), run.name));
+      } else cell.append(text(value(run), run));
+      if (best[c] !== null && value(run) === best[c]) { cell.classList.add("best"); cell.title = "best"; }
+      run.line.append(cell);
+    });
+    body.append(run.line);
+  }
+  $("runs").replaceChildren(scrolling(el("table", {}, el("thead", {}, head), body), "Table of runs"));
 }
 
 function buildConfiguration() {
-  const { runs, rows } = data.differences;
-  const place = $("configuration");
-  if (!runs.length) { place.remove(); return; }
-  const table = document.createElement("table");
-  table.createTHead().append(row(["key", ...runs], "th", 99));
-  const body = table.createTBody();
-  rows.forEach((cells) => body.append(row(cells, "td", 99)));
-  const scroll = Object.assign(document.createElement("div"), { className: "scroll" });
-  scroll.append(table);
-  if (runs.length === 1) {
-    const details = document.createElement("details");
-    details.append(Object.assign(document.createElement("summary"), { textContent: "Configuration" }), scroll);
-    place.append(details);
-  } else {
-    const title = rows.length ? "Differences of configuration" : "The configurations are the same";
-    place.append(Object.assign(document.createElement("h2"), { textContent: title }));
-    if (rows.length) place.append(scroll);
-  }
+  const { runs, rows } = data.differences, place = $("configuration"), one = runs.length === 1;
+  const wasOpen = place.querySelector("details")?.open ?? (!one && rows.length <= 12);
+  if (!runs.length) return place.replaceChildren();
+  if (!rows.length) return place.replaceChildren(el("h2", {}, "The configurations are the same"));
+  const head = el("tr", {}, ...["key", ...runs].map((name) => el("th", { scope: "col" }, name)));
+  const body = el("tbody", {}, ...rows.map(([key, ...values]) => el("tr", {}, el("th", { scope: "row" }, key), ...values.map((value) => el("td", {}, value)))));
+  const title = one ? "Configuration" : "Differences of configuration";
+  place.replaceChildren(el("details", { open: wasOpen }, el("summary", {}, title), scrolling(el("table", {}, el("thead", {}, head), body), "Table of keys")));
 }
 
 // ---------------------------------------------------------------- the tools
@@ -349,33 +408,53 @@ function buildTools() {
   $("axis").onchange = (event) => { state.axis = event.target.value; setRange(0); };
   $("range").onchange = (event) => setRange(Number(event.target.value));
   const showWindow = () => { $("window").textContent = state.smoothing ? `${short(state.smoothing, 2)} steps` : "off"; };
-  $("smoothing").oninput = (event) => { state.smoothing = WINDOWS[event.target.value] * lastStep; showWindow(); drawSoon(); };
-  $("smoothing").value = WINDOWS.findLastIndex((share) => share * lastStep <= state.smoothing);
+  $("smoothing").oninput = (event) => { state.smoothing = WINDOWS[event.target.value] * lastStep(); showWindow(); drawSoon(); };
+  $("smoothing").value = WINDOWS.findLastIndex((share) => share * lastStep() <= state.smoothing);
   showWindow();
   $("log-x").checked = state.logX;
   $("log-x").onchange = (event) => { state.logX = event.target.checked; draw(); };
   $("outliers").onchange = (event) => { state.outliers = event.target.checked; draw(); };
-  for (const kind of Object.keys(data.events)) {
-    const count = data.runs.reduce((sum, run) => sum + run.events[kind].length, 0);
-    if (!count) continue;
-    const label = document.createElement("label");
-    const box = Object.assign(document.createElement("input"), { type: "checkbox", checked: state.events.has(kind) });
+  $("metrics").oninput = $("names").oninput = filter;
+  $("of-runs").hidden = data.runs.length === 1;
+}
+
+// The boxes that switch marks are their legend, too.
+function buildEvents() {
+  $("events").replaceChildren();
+  for (const [kind, mark] of Object.entries(data.events)) {
+    if (!data.runs.some((run) => run.events[kind].length)) continue;
+    const box = el("input", { type: "checkbox", checked: state.events.has(kind) });
     box.onchange = () => { box.checked ? state.events.add(kind) : state.events.delete(kind); draw(); };
-    label.append(box, kind);
-    $("events").append(label);
+    const paint = data.runs.length > 1 ? css("ink") : dark.matches ? mark.dark_color : mark.color;
+    $("events").append(el("label", {}, box, el("b", { ariaHidden: "true", style: `color: ${paint}` }, mark.glyph), kind));
   }
 }
 
-buildRuns();
+function build() {
+  buildHeading();
+  buildConfiguration();
+  buildRuns();
+  buildEvents();
+  buildPanels();
+  $("notes").replaceChildren(...data.notes.map((note) => el("li", {}, note)));
+  filter();
+  data.panels.forEach(linkZoom);
+}
+
 buildTools();
-data.panels.forEach(buildPanel);
-buildConfiguration();
-data.notes.forEach((note) => $("notes").append(Object.assign(document.createElement("li"), { textContent: note })));
-paintRuns();
-draw();
-data.panels.forEach(linkZoom);
-dark.addEventListener("change", () => { paintRuns(); draw(); });
+build();
+dark.addEventListener("change", build);
 let width = $("panels").clientWidth;
 new ResizeObserver(() => {
   if ($("panels").clientWidth !== width) { width = $("panels").clientWidth; draw(); }
 }).observe($("panels"));
+
+// A served page reads its data again, and keeps what the reader chose.
+if (document.querySelector("meta[http-equiv]").content.includes("connect-src")) {
+  let seen = null;
+  setInterval(async () => {
+    const text = await fetch("data").then((answer) => (answer.ok ? answer.text() : seen), () => seen); // the run or the server may be gone
+    if (seen !== null && text !== seen) { data = JSON.parse(text); build(); }
+    seen = text;
+  }, 5000);
+}

@@ -26,13 +26,18 @@ MAX_EVENTS = 400  # of one kind and run
 MAX_OWN_PANELS = 24  # a run may log hundreds of custom metrics
 
 
-def page_text(runs: list[Run], chosen: list[Curves], view: View) -> str:
-    """The text of the HTML file."""
-    data = json.dumps(page_data(runs, chosen, view), separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+def data_text(runs: list[Run], chosen: list[Curves], view: View) -> str:
+    """The data of the page as JSON that can stand in a script element."""
+    return json.dumps(page_data(runs, chosen, view), separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+
+
+def page_text(runs: list[Run], chosen: list[Curves], view: View, live: bool = False) -> str:
+    """The text of the HTML file; a live page asks its server for new data."""
     parts = {
+        "LIVE": "connect-src 'self'" if live else "",
         "TITLE": html.escape(" · ".join(run.name for run in runs)),
         "STYLE": _file("page.css"),
-        "DATA": data,
+        "DATA": data_text(runs, chosen, view),
         "PLOTLY": _plotly(),
         "SCRIPT": _file("page.js"),
     }
@@ -56,9 +61,11 @@ def page_data(runs: list[Run], chosen: list[Curves], view: View) -> dict[str, An
         "axes": {axis.name: axis.label for axis in axes.values()},
         "colors": {"light": panels.COLORS, "dark": panels.DARK_COLORS},
         "dashes": panels.DASHES,
-        "events": {kind: {"mark": mark, "shown": shown} for kind, (mark, shown) in panels.EVENTS.items()},
+        "hues": panels.hues(runs)[0],
+        "events": {kind: vars(mark) for kind, mark in panels.EVENTS.items()},
+        "sections": [{"name": name, "folded": name in panels.FOLDED} for name in panels.SECTIONS],
         "notes": notes,
-        "runs": [_run(run, axes) for run in runs],
+        "runs": [{**_run(run, axes), "hue": hue} for run, hue in zip(runs, panels.hues(runs)[1], strict=True)],
         "panels": [_panel(curves, runs, max_points) for curves in shown],
         "differences": differences(runs),
     }
@@ -82,6 +89,8 @@ def _run(run: Run, axes: dict[str, Axis]) -> dict[str, Any]:
     strides = {kind: -(-len(found) // MAX_EVENTS) or 1 for kind, found in events.items()}  # evenly spread
     return {
         "name": run.name,
+        "state": run.state,
+        "about": run.about,
         "axes": tables,
         "events": {kind: [_event(e) for e in found[:: strides[kind]]] for kind, found in events.items()},
         "summary": summary(run),
@@ -114,6 +123,7 @@ def _panel(curves: Curves, runs: list[Run], max_points: int) -> dict[str, Any]:
     return {
         "title": curves.panel.title,
         "unit": curves.panel.shown_unit,
+        "section": curves.panel.section,
         "log": curves.panel.log,
         "smooth": curves.panel.smooth,
         "limits": [{"run": i, "value": v} for i, v in enumerate(limits) if isinstance(v, (int, float))],

@@ -81,15 +81,65 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F
 DARK_COLORS = ("#56A8E8", "#FF8B4D", "#2FC79B", "#E89AC7", "#F2B544", "#9AD7FF", "#C69A7A", "#A8B0B8")
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 
-# event: (how it is marked, shown at first)
+
+@dataclass(frozen=True)
+class Mark:
+    """How an event is marked above a plot: the same shape and colour on the page, in a figure and in the terminal."""
+
+    glyph: str
+    plotly: str  # plotly's and matplotlib's names of the shape
+    matplotlib: str
+    color: str
+    dark_color: str
+    terminal_color: str
+    shown: bool = True  # at first, on the page
+
+
 EVENTS = {
-    "resume": ("line", True),
-    "spike": ("point", True),
-    "skip": ("point", True),
-    "rewind": ("line", True),
-    "signal": ("line", False),
-    "save": ("line", False),
+    "spike": Mark("▼", "triangle-down", "v", "#C1121F", "#FF6B6B", "red+"),
+    "skip": Mark("✕", "x", "X", "#B35900", "#FFA94D", "orange"),
+    "rewind": Mark("◀", "triangle-left", "<", "#7B3294", "#C58BE0", "magenta+"),
+    "resume": Mark("▶", "triangle-right", ">", "#495057", "#CED4DA", "white"),
+    "branch": Mark("◆", "diamond", "D", "#495057", "#CED4DA", "white"),
+    "save": Mark("▪", "square", "s", "#2B8A3E", "#69DB7C", "green"),
+    "signal": Mark("●", "circle", "o", "#495057", "#CED4DA", "white", shown=False),
 }
+MOST_MARKS = 60  # of one kind and run in a figure or the terminal; more would be a bar
+
+
+def marks(runs: list[Run]) -> list[tuple[int, str, np.ndarray]]:
+    """(index of the run, event, its steps) of what a figure or the terminal marks, rare events last, over frequent ones. Saves
+    are marked for a single run only, and no kind where it is too many."""
+    found = []
+    for kind, mark in reversed(EVENTS.items()):
+        for i, run in enumerate(runs if mark.shown and (kind != "save" or len(runs) == 1) else ()):
+            steps = np.unique([event["step"] for event in run.events if event["event"] == kind and event["step"] > 0])
+            if 0 < len(steps) <= MOST_MARKS:
+                found.append((i, kind, steps))
+    return found
+
+
+def marked_kinds(runs: list[Run]) -> list[str]:
+    """The events that are marked, which a legend explains."""
+    found = {kind for _, kind, _ in marks(runs)}
+    return [kind for kind in EVENTS if kind in found]
+
+
+def hues(runs: list[Run]) -> tuple[list[str], list[int]]:
+    """The names of the hues, and which of them each run has.
+
+    Up to eight runs have one each. More share the hue of their group: `log.wandb.group`, or the first configuration key that
+    has two to eight values.
+    """
+    if len(runs) <= len(COLORS):
+        return [run.name for run in runs], list(range(len(runs)))
+    keys = sorted({key for run in runs for key in run.config if key != "run_dir" and not key.startswith("log.")})
+    for key in ("log.wandb.group", *keys):
+        values = [str(run.config.get(key, "–")) for run in runs]
+        found = list(dict.fromkeys(values))
+        if 2 <= len(found) <= len(COLORS):
+            return [f"{key.rpartition('.')[2]} {value}" for value in found], [found.index(value) for value in values]
+    return [f"{len(runs)} runs"], [0] * len(runs)
 
 
 @dataclass(frozen=True)
@@ -101,6 +151,7 @@ class Panel:
     smooth: bool = True  # whether it can be smoothed; a schedule has no noise
     limit: str | None = None  # dotted configuration key of a value that is drawn as a horizontal line
     limit_name: str = ""
+    section: str = "Other metrics"  # of the page
 
     @property
     def shown_unit(self) -> str:
@@ -108,29 +159,40 @@ class Panel:
         return "" if self.unit == self.title.lower() else self.unit
 
 
+SECTIONS = ("Loss", "Optimization", "Data", "Other metrics", "Throughput", "System")
+FOLDED = ("Throughput", "System")  # of no interest while all is well
 PANELS = (
-    Panel("Loss", "nats per token", {"train/CrossEntropyLoss": "training", "eval/*/CrossEntropyLoss": "validation *"}),
-    Panel("Loss by source", "nats per token", {"train/source/*/CrossEntropyLoss": "*"}),
+    Panel("Loss", "nats per token", {"train/CrossEntropyLoss": "training", "eval/*/CrossEntropyLoss": "validation *"},
+          section="Loss"),
+    Panel("Loss by source", "nats per token", {"train/source/*/CrossEntropyLoss": "*"}, section="Loss"),
     Panel("Bits per byte", "bits per byte", {"train/BitsPerByte": "training", "train/source/*/BitsPerByte": "*",
-                                             "eval/*/BitsPerByte": "validation *"}),
+                                             "eval/*/BitsPerByte": "validation *"}, section="Loss"),
     Panel("Gradient norm", "L2 norm", {"optim/total_grad_norm": "gradient norm"}, log=True,
-          limit="optim.max_grad_norm", limit_name="clip"),
-    Panel("Learning rate", "learning rate", {"optim/learning_rate_group0": "learning rate"}, smooth=False),
-    Panel("Throughput", "tokens per second", {"throughput/tokens_per_second": "all devices"}),
-    Panel("Throughput per device", "tokens per second", {"throughput/device/tokens_per_second": "per device"}),
-    Panel("Model FLOPs utilization", "share of peak", {"throughput/mfu": "MFU"}),
-    Panel("Seconds per step", "seconds", {"throughput/step_seconds": "step",
-                                          "throughput/data_wait_seconds": "waiting for data"}),
+          limit="optim.max_grad_norm", limit_name="clip", section="Optimization"),
+    Panel("Learning rate", "learning rate", {"optim/learning_rate_group0": "learning rate"}, smooth=False,
+          section="Optimization"),
+    Panel("Throughput", "tokens per second", {"throughput/tokens_per_second": "all devices"}, section="Throughput"),
+    Panel("Throughput per device", "tokens per second", {"throughput/device/tokens_per_second": "per device"},
+          section="Throughput"),
+    Panel("Model FLOPs utilization", "share of peak", {"throughput/mfu": "MFU"}, section="Throughput"),
+    Panel("Seconds per step", "seconds", {"throughput/step_seconds": "step", "throughput/data_wait_seconds": "waiting for data"},
+          section="Throughput"),
     Panel("Downstream accuracy", "accuracy", {"eval/downstream/*_acc": "*",
-                                              "eval/downstream/*_len_norm": "* (length-normalized)"}),
-    Panel("Downstream bits per byte", "bits per byte", {"eval/downstream/*_bpb": "*"}),
-    Panel("Epochs", "times read", {"train/source/*/epoch": "*"}, smooth=False),
-    Panel("Clipped steps", "share of steps", {"optim/clipping_rate": "clipped"}),
-    Panel("Peak memory", "MB", {"System/Peak GPU Memory (MB)": "peak memory"}),
+                                              "eval/downstream/*_len_norm": "* (length-normalized)"}, section="Loss"),
+    Panel("Downstream bits per byte", "bits per byte", {"eval/downstream/*_bpb": "*"}, section="Loss"),
+    Panel("Epochs", "times read", {"train/source/*/epoch": "*"}, smooth=False, section="Data"),
+    Panel("Clipped steps", "share of steps", {"optim/clipping_rate": "clipped"}, section="Optimization"),
+    Panel("Peak memory", "MB", {"System/Peak GPU Memory (MB)": "peak memory"}, section="System"),
+    Panel("Energy", "kWh", {"throughput/energy_kwh": "GPUs"}, smooth=False, section="System"),
+    Panel("Saving", "seconds", {"throughput/checkpoint_stall_seconds": "training waits",
+                                "throughput/checkpoint_write_seconds": "writing"}, smooth=False, section="System"),
+    Panel("Saving speed", "bytes per second", {"throughput/checkpoint_bytes_per_second": "writing"}, smooth=False,
+          section="System"),
 )  # fmt: skip
+PREFIXES = {"eval": "Loss", "optim": "Optimization", "throughput": "Throughput", "System": "System"}  # of other metrics
 
-# In another panel already, or an x axis: drawn only when --metric asks for them.
-REDUNDANT = ("*/Perplexity", "throughput/total_*", "optim/learning_rate_group[1-9]*", "skipped", *BOOKKEEPING)
+# In another panel already, an x axis, or a mark: drawn only when --metric asks for them.
+REDUNDANT = ("*/Perplexity", "throughput/total_*", "optim/learning_rate_group[1-9]*", "skipped", "spike", *BOOKKEEPING)
 
 
 @dataclass(frozen=True)
@@ -142,7 +204,9 @@ class Curves:
 
 
 def choose(runs: list[Run], patterns: list[str] = ()) -> list[Curves]:
-    """The panels of these runs: of every metric, or of those that match `patterns` (names, or with * ? [...]).
+    """The panels of these runs: of every metric, or of those that match `patterns` (names, or with * ? [...]). Without
+    patterns, a metric that repeats one of another panel is left out: throughput per device with one device, the loss of a
+    single source.
 
     Raises ConfigError when a pattern matches no metric of any run.
     """
@@ -158,9 +222,23 @@ def choose(runs: list[Run], patterns: list[str] = ()) -> list[Curves]:
     found: dict[str, Curves] = {}
     for name in dict.fromkeys(wanted):
         panel, label = place(name)
+        others = [m for c in found.values() if c.panel is not panel and c.panel.unit == panel.unit for m in c.metrics]
+        if panel.unit and not patterns and any(_equal(runs, name, other) for other in others):
+            continue
         found.setdefault(panel.title, Curves(panel, {})).metrics[name] = label
     rank = {panel.title: i for i, panel in enumerate(PANELS)}
     return sorted(found.values(), key=lambda curves: rank.get(curves.panel.title, len(PANELS)))
+
+
+def _equal(runs: list[Run], first: str, second: str) -> bool:
+    """Whether two metrics have the same values in all runs."""
+    for run in runs:
+        a, b = run.series.get(first), run.series.get(second)
+        if (a is None) != (b is None):
+            return False
+        if a and b and not (np.array_equal(a.steps, b.steps) and np.allclose(a.values, b.values, rtol=1e-9, equal_nan=True)):
+            return False
+    return True
 
 
 def place(metric: str) -> tuple[Panel, str]:
@@ -171,16 +249,17 @@ def place(metric: str) -> tuple[Panel, str]:
                 before, star, after = pattern.partition("*")
                 covered = metric[len(before) : len(metric) - len(after)] if star else ""
                 return panel, name.replace("*", covered)
-    return Panel(metric, "", {metric: metric}), metric
+    return Panel(metric, "", {metric: metric}, section=PREFIXES.get(metric.partition("/")[0], "Other metrics")), metric
 
 
 def legend_names(runs: list[Run], curves: Curves) -> dict[tuple[int, str], str]:
-    """{(run index, metric): name of the curve in a legend}: the curve, the run, or both where both are needed."""
+    """{(run index, metric): name of the curve in a legend}: the curve, the run's hue, or both where both are needed."""
+    names, of_run = hues(runs)
     found = {(i, m): name for m, name in curves.metrics.items() for i, run in enumerate(runs) if m in run.series}
     if len(runs) == 1:
         return found
     one_curve = len(set(found.values())) == 1
-    return {(i, m): runs[i].name if one_curve else f"{runs[i].name}, {name}" for (i, m), name in found.items()}
+    return {(i, m): names[of_run[i]] if one_curve else f"{names[of_run[i]]}, {name}" for (i, m), name in found.items()}
 
 
 def is_evaluation(metric: str) -> bool:
@@ -190,3 +269,16 @@ def is_evaluation(metric: str) -> bool:
 
 def may_smooth(panel: Panel, metric: str) -> bool:
     return panel.smooth and not is_evaluation(metric)
+
+
+def log_ticks(low: float, high: float, count: int = 5) -> list[float]:
+    """Round numbers between the positive ends of a logarithmic axis, far enough apart to be read."""
+    from matplotlib.ticker import LogLocator, MaxNLocator
+
+    ratio = high / low
+    if ratio < 3:
+        ticks = MaxNLocator(count).tick_values(low, high)
+    else:
+        digits = (1, 2, 3, 5) if ratio < 8 else (1, 2, 5) if ratio < 50 else (1, 3) if ratio < 1000 else (1,)
+        ticks = LogLocator(subs=digits, numticks=9).tick_values(low, high)
+    return [float(tick) for tick in ticks if low <= tick <= high]

@@ -6,10 +6,14 @@ axes (tokens, FLOPs, time) are functions of the step, found by interpolation bet
 
 from __future__ import annotations
 
+import contextlib
 import math
+import re
+import socket
+import time
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +21,9 @@ import numpy as np
 
 from olmo_train import config as yaml_config
 from olmo_train.errors import ConfigError, DataError
+from olmo_train.formats import short
 from olmo_train.history import History
+from olmo_train.model.cost import count_parameters
 
 # Fields of a line that are no metrics: drawn only when --metric asks for them.
 BOOKKEEPING = ("step", "time", "attempt", "world_size", "sample_hash", "_step", "_timestamp", "_runtime")
@@ -46,6 +52,8 @@ class Run:
     events: list[dict[str, Any]] = field(default_factory=list)  # each with "event" and "step"
     config: dict[str, Any] = field(default_factory=dict)  # {dotted key: value}
     notes: list[str] = field(default_factory=list)  # what could not be read
+    state: str = ""  # running, finished or stopped; empty where it is not known
+    about: dict[str, str] = field(default_factory=dict)  # facts for the heading of a page: {name: text}
 
     @property
     def last_step(self) -> int:
@@ -84,7 +92,61 @@ def read_run(run_dir: Path) -> Run:
         except ConfigError as problem:
             notes.append(str(problem))
     elapsed = elapsed_seconds(clock, history.starts)
-    return Run(run_dir.resolve().name, run_dir, columns, elapsed, history.events, config, notes)
+    run = Run(run_dir.resolve().name, run_dir, columns, elapsed, history.events, config, notes)
+    return replace(
+        run, state="finished" if run.ended else "running" if _is_running(run_dir) else "stopped", about=_about(history)
+    )
+
+
+def _is_running(run_dir: Path) -> bool:
+    """Whether the process that the lock file names is alive; of one on another machine, whether it has logged of late."""
+    try:
+        holder = re.match(r"process (\d+) on (\S+)", (run_dir / ".lock").read_text(encoding="utf-8"))
+        if holder and holder[2] != socket.gethostname():
+            return time.time() - (run_dir / "metrics.jsonl").stat().st_mtime < 600
+        return holder is not None and Path("/proc", holder[1]).exists()
+    except OSError:
+        return False
+
+
+def _about(history: History) -> dict[str, str]:
+    """Machine, parameters and date, as the newest attempt logged them."""
+    facts: dict[str, str] = {}
+    start = history.starts[-1] if history.starts else {}
+    if isinstance(size := start.get("world_size"), int):
+        device, host = start.get("device", "process" if size == 1 else "processes"), start.get("host")
+        facts["machine"] = f"{size} × {device}" + (f" on {host}" if host else "")
+    with contextlib.suppress(ConfigError):
+        if history.attempts:
+            facts["parameters"] = short(count_parameters(history.attempts[-1].config.model).total, digits=4)
+    if (when := _first_number(start, TIME_KEYS)) is not None:
+        facts["date"] = time.strftime("%Y-%m-%d %H:%M", time.localtime(when))
+    return facts
+
+
+def parent_of(run: Run) -> tuple[Path, int] | None:
+    """The run_dir that a branch started from, and the step."""
+    for event in run.events:
+        if event["event"] == "branch" and event.get("checkpoint"):
+            return Path(event.get("started_in", "."), event["checkpoint"]).parent.parent, event["step"]
+    return None
+
+
+def join(run: Run, parent: Run, step: int, complete: bool) -> Run:
+    """The branch with its parent's curves up to `step` in front: `complete`, or the last point of each, so that lines meet."""
+    series = dict(run.series)
+    for name in series.keys() & parent.series.keys():
+        series[name] = _before(series[name], parent.series[name], step, complete)
+    elapsed = run.elapsed
+    if elapsed and parent.elapsed and (parent.elapsed.steps <= step).any():
+        past = parent.elapsed.values[parent.elapsed.steps <= step][-1]
+        elapsed = _before(Series(elapsed.steps, elapsed.values + past), parent.elapsed, step, complete)
+    return replace(run, series=series, elapsed=elapsed)
+
+
+def _before(own: Series, past: Series, step: int, complete: bool) -> Series:
+    keep = np.flatnonzero(past.steps < min(step + 1, own.steps[0]))[0 if complete else -1 :]
+    return Series(np.append(past.steps[keep], own.steps), np.append(past.values[keep], own.values))
 
 
 def note_of(file: Path, broken: list[int]) -> list[str]:
@@ -101,7 +163,7 @@ def collect(rows: Iterable[dict[str, Any]]) -> tuple[dict[str, Series], list[tup
     columns: dict[str, tuple[list[float], list[float]]] = defaultdict(lambda: ([], []))
     clock = []
     for row in rows:
-        step, time = _first_number(row, STEP_KEYS), _first_number(row, TIME_KEYS)
+        step, when = _first_number(row, STEP_KEYS), _first_number(row, TIME_KEYS)
         if step is None or abs(step) > MAX_STEP:
             continue
         for key, value in row.items():
@@ -110,8 +172,8 @@ def collect(rows: Iterable[dict[str, Any]]) -> tuple[dict[str, Series], list[tup
                 steps, values = columns[key]
                 steps.append(step)
                 values.append(number)
-        if time is not None:
-            clock.append((step, time, row.get("attempt")))
+        if when is not None:
+            clock.append((step, when, row.get("attempt")))
     for key in STEP_KEYS:
         columns.pop(key, None)
     series = {name: _series(*column) for name, column in columns.items()}
@@ -122,13 +184,13 @@ def elapsed_seconds(clock: list[tuple[float, float, Any]], starts: list[dict[str
     """Seconds of running at each step. An attempt begins at its event in `starts`, so that pauses do not count."""
     if not clock:
         return None
-    start_times = [time for event in starts if (time := _first_number(event, TIME_KEYS)) is not None]
+    start_times = [when for event in starts if (when := _first_number(event, TIME_KEYS)) is not None]
     total, since, values = 0.0, -math.inf, []
-    for i, (_, time, attempt) in enumerate(clock):
+    for i, (_, when, attempt) in enumerate(clock):
         if i == 0 or attempt != clock[i - 1][2]:
-            since = max((start for start in start_times if since <= start <= time), default=time)
-        total += max(0.0, time - since)
-        since = time
+            since = max((start for start in start_times if since <= start <= when), default=when)
+        total += max(0.0, when - since)
+        since = when
         values.append(total)
     return _series([step for step, *_ in clock], values)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,43 +14,65 @@ from olmo_train.curves.runs import Run
 from olmo_train.formats import short
 
 FIRST = ("Loss", "Gradient norm", "Learning rate")  # drawn when no metric is chosen
-TALL, LOW = 18, 10  # rows of the first panel and of the others
+TALL, LOW = 18, 10  # rows of the first plot and of the others
+LEAST_TALL, LEAST_LOW = 9, 7  # the same in a terminal of few rows
 COLORS = ("cyan+", "orange", "green+", "magenta+", "yellow", "blue+", "red+", "white")
-SYMBOLS = ("o", "x", "+", "*", "#", "@")  # tell the curves apart where there are no colours
+SYMBOLS = ("o", "x", "+", "*", "#", "@")  # tell curves of one colour apart
 
 
 @dataclass(frozen=True)
 class Look(View):
     width: int = 80  # columns
+    height: int | None = None  # rows to fit in; None: as many as it takes
     color: bool = True
 
 
 def draw_terminal(runs: list[Run], chosen: list[Curves], look: Look) -> str:
-    """One line with each run's newest values, then the panels, one below the other."""
+    """One line with each run's newest values, then the panels, one below the other, as many as there is room for."""
     blocks = [headline(run) for run in runs]
-    for i, curves in enumerate(chosen):
-        blocks += ["", *_legend(runs, curves, look)]
-        drawn = _panel(runs, curves, look, TALL if i == 0 else LOW)
-        blocks += [line.rstrip() for line in drawn.string(colorless=not look.color).splitlines()]
+    if look.height:
+        most = max(1, look.height // 4)
+        if len(blocks) > most:
+            blocks = [*blocks[: most - 1], f"and {len(blocks) - most + 1} more runs"]
+        if len(blocks) == 1:
+            blocks = textwrap.wrap(blocks[0], look.width, subsequent_indent="  ")
+        blocks = [line if len(line) <= look.width else line[: look.width - 1] + "…" for line in blocks]
+    legends = [_legend(runs, curves, look) for curves in chosen]
+    marks = bool(panels.marked_kinds(runs))
+    rows = _plot_rows(look.height and look.height - len(blocks) - marks, [len(legend) for legend in legends])
+    for i, (curves, legend, height) in enumerate(zip(chosen, legends, rows, strict=False)):
+        blocks += ["", *legend] if look.height is None else legend
+        blocks += _panel(runs, curves, look, height, with_marks=marks and i == 0)
     return "\n".join(blocks)
 
 
+def _plot_rows(free: int | None, legends: list[int]) -> list[int]:
+    """The rows of each plot; fewer plots than legends where there is no room for all. `legends`: the rows of each legend."""
+    count = len(legends)
+    if free is None:
+        return [TALL, *[LOW] * (count - 1)]
+    while count > 1 and sum(legends[:count]) + LEAST_TALL + (count - 1) * LEAST_LOW > free:
+        count -= 1
+    spare = free - sum(legends[:count]) - (count - 1) * LEAST_LOW
+    return [max(LEAST_TALL, spare), *[LEAST_LOW] * (count - 1)]
+
+
 def headline(run: Run) -> str:
-    """`tiny: step 200 of 200, training 4.3012, validation web 4.4100, 1 resume`."""
+    """`tiny: step 200 of 200, training 4.3012, validation web 4.4100, ▶ 1 resume`; the signs are those above the plot."""
     total = run.total_steps
     parts = [f"step {run.last_step:,}" + (f" of {total:,}" if total is not None else "")]
     for metric, series in run.series.items():
         panel, name = panels.place(metric)
         if panel.title == "Loss":
             parts.append(f"{name} {series.values[-1]:.4f}")
-    for kind in ("resume", "spike", "skip"):
+    for kind, mark in panels.EVENTS.items():
         count = sum(event["event"] == kind for event in run.events)
-        if count:
-            parts.append(f"{count} {kind}{'s' * (count > 1)}")
+        if count and mark.shown:
+            parts.append(f"{mark.glyph} {count} {kind}{'s' * (count > 1)}")
     return f"{run.name}: " + ", ".join(parts)
 
 
-def _panel(runs: list[Run], curves: Curves, look: Look, height: int) -> Any:
+def _panel(runs: list[Run], curves: Curves, look: Look, height: int, with_marks: bool) -> list[str]:
     import plotext
 
     plotext.terminal.limit(False, False)  # else a plot is cut to what plotext believes is the terminal
@@ -62,18 +85,24 @@ def _panel(runs: list[Run], curves: Curves, look: Look, height: int) -> Any:
     figure.axes(False, axis="y", side="right")
     x_ends: list[float] = []
     y_ends: list[float] = []
-    for n, (i, metric) in enumerate(panels.legend_names(runs, curves)):
+    for (i, metric), (color, symbol) in _styles(runs, curves, look).items():
         x, y = _points(runs[i], metric, curves.panel, look)
         if not len(x):
             continue
         x_ends += [x.min(), x.max()]
         y_ends += [y.min(), y.max()]
-        marker = plotext.marker(_symbol(n, look) or "braille", COLORS[n % len(COLORS)])
-        signal = figure.signal(x.tolist(), y.tolist(), marker=marker)
+        signal = figure.signal(x.tolist(), y.tolist(), marker=plotext.marker(symbol or "braille", color))
         signal.lines(look.color or not panels.is_evaluation(metric))
         figure.draw(signal)
     _rulers(figure, x_ends, y_ends, curves.panel.log, look)
-    return figure.build()
+    plot = figure.build()
+    lines = [line.rstrip() for line in plot.string(colorless=not look.color).splitlines()]
+    if not with_marks:
+        return lines
+    axis = min(
+        (line.find(sign) for line in plot.string(colorless=True).splitlines() for sign in "┤│┼" if sign in line), default=-1
+    )
+    return [_marks(runs, look, axis + 1, x_ends), *lines]
 
 
 def _legend(runs: list[Run], curves: Curves, look: Look) -> list[str]:
@@ -81,21 +110,48 @@ def _legend(runs: list[Run], curves: Curves, look: Look) -> list[str]:
     import plotext
 
     title = curves.panel.title + (f" ({curves.panel.shown_unit})" if curves.panel.shown_unit else "")
-    names = list(panels.legend_names(runs, curves).values())
+    names, styles = panels.legend_names(runs, curves), _styles(runs, curves, look)
     lines, used = [title], len(title)
-    for n, name in enumerate(names if len(names) > 1 else []):
-        entry = f"{_symbol(n, look) or '──'} {name}"
-        shown = str(plotext.colorize(entry, COLORS[n % len(COLORS)])) if look.color else entry
+    first = {name: curve for curve, name in reversed(names.items())}  # runs of one group share a name
+    for name in dict.fromkeys(names.values()) if len(names) > 1 else ():
+        color, symbol = styles[first[name]]
+        entry = f"{symbol or '──'} {name}"
+        shown = str(plotext.colorize(entry, color)) if look.color else entry
         if used + 3 + len(entry) > look.width:
             lines, used = [*lines, shown], len(entry)
         else:
             lines[-1], used = f"{lines[-1]}   {shown}", used + 3 + len(entry)
-    return lines
+    most = max(2, (look.height or 1000) // 8)
+    return lines if len(lines) <= most else [*lines[: most - 1], f"and more curves, {len(first)} in all"]
 
 
-def _symbol(n: int, look: Look) -> str | None:
-    """The mark that draws the n-th curve; None is a line of dots, which colours tell apart."""
-    return None if look.color or n == 0 else SYMBOLS[(n - 1) % len(SYMBOLS)]
+def _styles(runs: list[Run], curves: Curves, look: Look) -> dict[tuple[int, str], tuple[str, str | None]]:
+    """{curve: (colour, symbol)}. The hue is the run's, or of a single run the curve's; None is a line of dots."""
+    styles: dict[tuple[int, str], tuple[str, str | None]] = {}
+    hues, kinds = panels.hues(runs)[1], list(curves.metrics)
+    for i, metric in panels.legend_names(runs, curves):
+        kind = kinds.index(metric)
+        hue, shape = (kind, 0) if len(runs) == 1 else (hues[i], kind)
+        shape = shape if look.color else hues[i] * len(kinds) + kind
+        styles[i, metric] = COLORS[hue % len(COLORS)], SYMBOLS[(shape - 1) % len(SYMBOLS)] if shape else None
+    return styles
+
+
+def _marks(runs: list[Run], look: Look, first: int, x_ends: list[float]) -> str:
+    """The row of marks above a plot, each event in the column of its step. `first`: the column of the left end of the x axis."""
+    import plotext
+
+    low, high = min(x_ends, default=0), max(x_ends, default=0)
+    row = [" "] * look.width
+    hues = panels.hues(runs)[1]
+    for i, kind, steps in panels.marks(runs):
+        x, mark = look.axis.at(runs[i], steps), panels.EVENTS[kind]
+        color = mark.terminal_color if len(runs) == 1 else COLORS[hues[i]]
+        for place in () if x is None or low == high else np.log10(x) if look.log_x else x:
+            column = first + round((look.width - 1 - first) * (place - low) / (high - low))
+            if first <= column < look.width:
+                row[column] = str(plotext.colorize(mark.glyph, color)) if look.color else mark.glyph
+    return "".join(row).rstrip()
 
 
 def _points(run: Run, metric: str, panel: Panel, look: Look) -> tuple[np.ndarray, np.ndarray]:
@@ -128,11 +184,8 @@ def _rulers(figure: Any, x: list[float], y: list[float], log_y: bool, look: Look
 
 def _ticks(low: float, high: float, count: int, log: bool, whole: bool) -> list[float]:
     """Round numbers between two ends, which on a logarithmic axis are logarithms to base 10, as the result is."""
-    from matplotlib.ticker import LogLocator, MaxNLocator
+    from matplotlib.ticker import MaxNLocator
 
-    if log and high - low > 0.7:
-        ticks = LogLocator(subs=(1, 2, 5) if high - low < 2 else (1,), numticks=99).tick_values(10**low, 10**high)
-    else:
-        ticks = MaxNLocator(count, integer=whole).tick_values(*((10**low, 10**high) if log else (low, high)))
-    ticks = np.log10(ticks[ticks > 0]) if log else ticks
-    return [float(t) for t in ticks if low <= t <= high]
+    if log:
+        return np.log10(panels.log_ticks(10**low, 10**high, count)).tolist()
+    return [float(t) for t in MaxNLocator(count, integer=whole).tick_values(low, high) if low <= t <= high]

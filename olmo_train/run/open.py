@@ -6,9 +6,12 @@ import contextlib
 import dataclasses
 import logging
 import os
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from olmo_train import config as configuration
 from olmo_train.checkpoint import folders
@@ -142,5 +145,6 @@ def _log_attempt(config: TrainConfig, world: World, logger: RunLogger, start: St
         for warning in schedule_warnings(config, saved, start.batches, start.step):
             log.warning(warning)
     about |= {"world_size": world.size, "data_size": world.data_size, "checkpoint": str(start.folder or "")}
+    about |= {"host": socket.gethostname(), "device": torch.cuda.get_device_name() if world.device.type == "cuda" else "CPU"}
     about |= {"batches": start.batches.changes, "total_steps": config.steps, "started_in": os.getcwd()}
     logger.event(start.kind, start.step, **about)
