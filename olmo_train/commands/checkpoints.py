@@ -29,7 +29,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise ConfigError("--dry-run", "goes with --prune")
     folders = checkpoint.committed(run_dir)
     if not folders:
-        raise CheckpointError(run_dir, "holds no checkpoint")
+        raise CheckpointError(run_dir, "holds no checkpoint; name a run_dir that has saved one")
     retention = config.load(TrainConfig, [run_dir / "config.yaml"]).checkpoint
     damaged = {}
     for step, folder in folders.items():

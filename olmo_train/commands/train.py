@@ -22,7 +22,10 @@ def run(arguments: argparse.Namespace) -> None:
         print("\n".join(key_lines(arguments.keys)))
         return
     if not arguments.config:
-        raise ConfigError("olmo-train train", "the following arguments are required: CONFIG.yaml|key=value")
+        raise ConfigError(
+            "olmo-train train",
+            "the following arguments are required: CONFIG.yaml|key=value; for example: olmo-train train my-run.yaml",
+        )
     from olmo_train.train import TrainConfig, train
 
     for _ in train(config.load(TrainConfig, *split_config(arguments.config))):
