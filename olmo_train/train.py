@@ -2,15 +2,15 @@
 
     for stats in train(config): ...
 
-`train` yields after every update, so custom behaviour goes into the body of this loop; the command line has an empty body.
-Calling `train` again resumes from the newest checkpoint.
+`train` yields after every update, before the step is logged and saved, so custom behaviour goes into the body of this loop; the
+command line has an empty body. Calling `train` again resumes from the newest checkpoint.
 """
 
 from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 import torch
@@ -90,8 +90,11 @@ def pass_over(batch: Batch, config: TrainConfig) -> StepStats:
     return StepStats(batch.step, lr, sums, none + torch.nan, none + 1, losses, none, passed_over=True)
 
 
-def train(config: TrainConfig, world: World | None = None) -> Generator[StepStats, None, None]:
+def train(config: TrainConfig, world: World | None = None) -> Generator[StepStats, bool | None, None]:
     """Train to config.steps, from the newest checkpoint of run_dir if there is one; yields after every update.
+
+    A step is logged, evaluated and saved when the loop asks for the next one, so that `stats.log` can add to its line. A loop
+    that is left early does none of this for its last step, as if killed there; the generator's `send(True)` does it, then leaves.
 
     `world`: the processes that train, for a caller that has joined them already; else they are joined here and left at the end.
 
@@ -116,7 +119,7 @@ def train(config: TrainConfig, world: World | None = None) -> Generator[StepStat
             gc.collect()  # hooks make reference cycles in a sharded model: free it before the next one is built
 
 
-def train_from_newest(config: TrainConfig, world: World, signals: StopSignals) -> Iterator[StepStats]:
+def train_from_newest(config: TrainConfig, world: World, signals: StopSignals) -> Generator[StepStats, bool | None, None]:
     """The loop, from the newest checkpoint on. Raises Rewind to be called again."""
     with contextlib.ExitStack() as stack:
         run = stack.enter_context(open_run(config, world, signals))
@@ -140,12 +143,15 @@ def train_from_newest(config: TrainConfig, world: World, signals: StopSignals) -
             else:
                 stats = train_step(model, optimizer, batch, config, world, run.spikes)
             run.add(stats)
+            leave = yield stats
 
             is_logged = is_last or step % config.log.interval_steps == 0
             is_evaluated = run.evaluation.is_due(step, is_last)
             if is_logged or is_evaluated:
                 run.anomalies.read()
             line = run.journal.line(stats, batch) | run.checkpointer.take_figures() if is_logged else {}
+            if own := stats.own.close():
+                line = (line or run.journal.brief_line(stats, batch)) | own
             if is_evaluated:
                 line = run.evaluate(step, line or run.journal.brief_line(stats, batch), model)
             run.log(step, line)
@@ -155,7 +161,8 @@ def train_from_newest(config: TrainConfig, world: World, signals: StopSignals) -
                 run.save(step, model, optimizer)
             if profiler:
                 profiler.step()
-            yield stats
+            if leave:
+                return
 
         if run.pending_line is not None:  # a signal came during the last evaluation
             run.save_and_stop(config.steps, model, optimizer)

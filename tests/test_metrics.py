@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import events_of, trained
+from runs import events_of, leave, trained
 from runs import lines_of as lines
 
 from olmo_train.errors import DataError
@@ -18,7 +18,7 @@ from olmo_train.log import version as log_version
 from olmo_train.log import wandb as log_wandb
 from olmo_train.log.config import LogConfig, WandbConfig
 from olmo_train.log.console import Console
-from olmo_train.log.interval import Interval, MeanLoss, throughput_metrics
+from olmo_train.log.interval import RESERVED, Interval, MeanLoss, OwnMetrics, throughput_metrics
 from olmo_train.log.recorder import JsonLines, Recorder
 from olmo_train.log.tensorboard import TensorboardMirror
 from olmo_train.log.wandb import wandb_mode
@@ -396,3 +396,60 @@ def test_an_infinite_number_of_the_configuration_is_json_in_the_events_and_reads
 def test_the_console_names_a_validation_source_with_its_whole_name(capsys):
     Console("run", 0, 10).log(5, {"eval/web/en/CrossEntropyLoss": 1.5, "eval/web/de/CrossEntropyLoss": 2.5})
     assert "web/en 1.5000  web/de 2.5000" in capsys.readouterr().out
+
+
+# ---- metrics of the user's own
+
+
+def test_own_metrics_are_in_the_line_of_their_step(tiny_args, read_metrics):
+    """Also of the last one, of a step that is evaluated, and of one that is not logged otherwise; a resumed run logs the same."""
+    config = tiny_args("run", **{"log.interval_steps": 5, "checkpoint.interval_steps": 5})
+
+    def training(last):
+        run = train(config)
+        for stats in run:
+            if stats.step % 5 == 0 or stats.step in (7, 12):
+                stats.log("mine/squared", torch.tensor(stats.step**2))
+                stats.log("mine/none", float("nan"))
+            if stats.step == last:
+                leave(run)
+
+    training(8)  # the checkpoint is of step 5: 6 and 7 are trained and logged again
+    training(12)
+    logged = lines(config.run_dir)
+    assert [(line["step"], line["mine/squared"]) for line in logged] == [(5, 25), (7, 49), (10, 100), (12, 144)]
+    assert all(line["mine/none"] is None and line.keys() >= {"sample_hash", "skipped"} for line in logged)
+    assert [line["step"] for line in read_metrics(config.run_dir)] == [5, 10, 12]  # the interval goes on
+
+
+def test_a_line_with_own_metrics_and_an_evaluation_has_both(tiny_args, held_out):
+    changes = {"data.validation.v.path": held_out, "eval.interval_steps": 2, "log.interval_steps": 4}
+    config = tiny_args("run", total_steps=3, **changes)
+    for stats in train(config):
+        stats.log("mine/x", stats.step)
+    assert [line["mine/x"] for line in lines(config.run_dir)] == [1, 2, 3]
+    assert ["eval/v/CrossEntropyLoss" in line for line in lines(config.run_dir)] == [False, True, True]
+
+
+@pytest.mark.parametrize("name", ["loss", "step", "train/loss", "eval/x/CrossEntropyLoss", "System/x", "/x", "mine/"])
+def test_names_that_a_run_uses_itself_are_refused(name):
+    with pytest.raises(ValueError, match=f"^stats.log: {name}: own metrics are called FOLDER/NAME.*mine/"):
+        OwnMetrics().add(1, name, 0.0)
+
+
+def test_a_metric_that_would_be_lost_is_refused(tiny_args):
+    run = train(tiny_args("run", total_steps=3))
+    first = next(run)
+    first.log("mine/x", 1)
+    with pytest.raises(ValueError, match="step 1 has this metric already"):
+        first.log("mine/x", 2)
+    next(run)
+    with pytest.raises(ValueError, match="the line of step 1 is written"):
+        first.log("mine/y", 2)
+    run.close()
+
+
+def test_every_metric_of_a_run_has_a_name_that_own_metrics_cannot_have(tiny_args, held_out):
+    config = trained(tiny_args("run", total_steps=2, **{"data.validation.v.path": held_out, "eval.interval_steps": 1}))
+    names = {name for line in lines(config.run_dir) for name in line}
+    assert {name.split("/")[0] for name in names if "/" in name} <= set(RESERVED)

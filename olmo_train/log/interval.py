@@ -7,11 +7,39 @@ import math
 import statistics
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+
+RESERVED = ("train", "optim", "throughput", "eval", "System")  # the first word of the metrics that a run logs itself
+
+
+class OwnMetrics:
+    """What the body of `for stats in train(config)` adds to the line of a step, until that line is written."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, float] = {}
+        self._open = True
+
+    def add(self, step: int, name: str, value: float | Tensor) -> None:
+        first, slash, rest = name.partition("/")
+        where = f"stats.log: {name}"
+        if first in RESERVED or not (first and slash and rest):
+            raise ValueError(
+                f"{where}: own metrics are called FOLDER/NAME, where FOLDER is none of {', '.join(RESERVED)}: mine/{rest or name}"
+            )
+        if name in self._values:
+            raise ValueError(f"{where}: step {step} has this metric already; log each once a step")
+        if not self._open:
+            raise ValueError(f"{where}: the line of step {step} is written; log inside the loop, before the next step")
+        self._values[name] = float(value)
+
+    def close(self) -> dict[str, float]:
+        """All of them; nothing can be added from here on."""
+        self._open = False
+        return self._values
 
 
 @dataclass(frozen=True)
@@ -27,6 +55,16 @@ class StepStats:
     spike: Tensor  # 1.0 if loss or norm is far above those of the steps before
     passed_over: bool = False  # on purpose (guards.skip_steps, a rewind): nothing was computed
     norms: tuple[list[str], Tensor] | None = None  # names, and the norm of each gradient, see parallel.clip_gradients
+    own: OwnMetrics = field(default_factory=OwnMetrics, repr=False, compare=False)
+
+    def log(self, name: str, value: float | Tensor) -> None:
+        """Add a metric to this step's line of metrics.jsonl, W&B and TensorBoard, also where the step is not logged otherwise.
+
+        `name` is FOLDER/NAME, such as mine/entropy. `value` is a number, or a tensor of one element, which is read from the
+        device. With several processes the values of rank 0 are written. Raises ValueError for a name that a run uses itself, a
+        name that this step has already, or after the next step has begun.
+        """
+        self.own.add(self.step, name, value)
 
     @property
     def loss(self) -> Tensor:
