@@ -70,7 +70,7 @@ class WeightReader:
         """The parameter called `name`."""
         entry = self._entries[f"model.{name}"]
         tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
-        dcp.load({f"model.{name}": tensor}, storage_reader=self._storage, no_dist=True)
+        _load({f"model.{name}": tensor}, self._storage)
         return tensor
 
 
@@ -92,8 +92,13 @@ def _read_tensors(folder: Path, wanted: dict[str, Tensor], prefix: str, group: A
     reader = open_reader(folder)
     stored = {name: entry.size for name, entry in reader.read_metadata().state_dict_metadata.items() if name.startswith(prefix)}
     check_shapes(folder, stored, {name: tensor.shape for name, tensor in wanted.items()})
+    _load(wanted, reader, group)
+
+
+def _load(wanted: dict[str, Tensor], reader: Any, group: Any = None) -> None:
+    """Read tensors in place, with all processes of a group, or on this one alone."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # on purpose: no_dist
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # on purpose
         dcp.load(wanted, storage_reader=reader, process_group=group, no_dist=group is None)
 
 

@@ -13,7 +13,6 @@ import os
 import shutil
 import struct
 import time
-import warnings
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -41,8 +40,6 @@ from olmo_train.parallel.world import World
 from olmo_train.storage import commit_folder, remove_folder, temporary_folder, write_file
 
 log = logging.getLogger(__name__)
-# load_model and WeightReader read on one process, without a process group, on purpose.
-warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 
 class Checkpointer:

@@ -18,7 +18,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     import contextlib
     import json
+    import os
     import sys
+
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # read by torch's import; the profiler announces its start
 
     from olmo_train.errors import ConfigError
     from olmo_train.parallel import processes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import shutil
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -35,6 +36,8 @@ def transformers() -> Any:
         what = f"compares logits with transformers, which cannot be imported ({problem}); pip install 'olmo-train[convert]'"
         raise ConfigError("convert", what) from problem
     transformers.utils.logging.set_verbosity_error()
+    for name in ("torchao", "torch.utils._pytree"):  # transformers loads torchao, which warns about GPU kernels and its own enums
+        logging.getLogger(name).setLevel(logging.ERROR)
     return transformers
 
 
