@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from olmo_train.commands.common import add_checkpoint_arguments, open_model, open_tokenizer, print_table, watch
-from olmo_train.formats import decimal
+from olmo_train.formats import counted, decimal
 
 if TYPE_CHECKING:
     from olmo_train.data.shards import TokenSource
@@ -125,7 +125,7 @@ def _report(result: dict[str, Any], args: argparse.Namespace) -> None:
     if args.json:
         print(text)
         return
-    print(f"{result['checkpoint']}, after {result['step']:,} steps")
+    print(f"{result['checkpoint']}, after {counted(result['step'], 'step')}")
     if held_out:
         columns = ("source", "tokens", "loss (nats/token)", "perplexity", "bits/byte", "unigram loss", "uniform loss")
         rows = [(h.source, f"{h.tokens:,}", decimal(h.loss), decimal(h.perplexity, 2), decimal(h.bits_per_byte),

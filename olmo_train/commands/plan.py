@@ -16,7 +16,7 @@ from olmo_train.commands.common import add_config_arguments, load_config, print_
 from olmo_train.curves.schedule import draw
 from olmo_train.curves.write import check_format
 from olmo_train.errors import ConfigError
-from olmo_train.formats import amount, byte_size, duration
+from olmo_train.formats import amount, byte_size, counted, duration
 from olmo_train.plan.plan import UNNAMED, choose_gpu, make_plan, open_data
 from olmo_train.plan.time import PAPER_CARBON, PAPER_PUE, Assumptions
 
@@ -139,7 +139,7 @@ def show_cost(console: Console, plan: dict[str, Any]) -> None:
         ["FLOPs", f"{cost['flops']:.3g}", f"{plan['total_tokens']:.4g} tokens"],
         ["tokens/s", f"{cost['tokens_per_second']:,.0f}", f"assumed MFU {assumed['mfu']:.0%} of {peak} (--mfu)"],
         ["time", duration(cost["seconds"]), "without evaluation, saving, restarts"],
-        ["GPU-hours", f"{cost['gpu_hours']:,.{0 if cost['gpu_hours'] >= 100 else 2}f}", f"{plan['gpus']} GPUs"],
+        ["GPU-hours", f"{cost['gpu_hours']:,.{0 if cost['gpu_hours'] >= 100 else 2}f}", counted(plan["gpus"], "GPU")],
         ["money", money, f"{assumed['price']:g} a GPU-hour" if assumed["price"] is not None else "set --price, of a GPU-hour"],
         ["energy", amount(cost["kwh"], "kWh", "MWh"), f"{gpu['power_watts']:g} W a GPU x PUE {assumed['pue']:g} (--pue)"],
         ["CO2eq", amount(cost["co2_kg"], "kg", "t"), f"{assumed['carbon']:g} kg a kWh (--carbon)"],

@@ -9,6 +9,8 @@ import time
 from dataclasses import fields
 from pathlib import Path
 
+from olmo_train.formats import counted
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
@@ -65,18 +67,18 @@ def _print_account(meta) -> None:
     if not meta.account:  # written by an earlier version
         return
     read, written = meta.account["in"], meta.account["out"]
-    print(f"read: {read['files']:,} files, {read['records']:,} records, {read['bytes']:,} bytes")
-    print(f"tokenized: {written['documents']:,} records, {written['bytes']:,} bytes, into {written['tokens']:,} tokens")
+    print(f"read: {counted(read['files'], 'file')}, {counted(read['records'], 'record')}, {read['bytes']:,} bytes")
+    print(f"tokenized: {counted(written['documents'], 'record')}, {written['bytes']:,} bytes, into {written['tokens']:,} tokens")
     for reason, n in meta.account["left_out"].items():
-        print(f"left out: {n['records']:,} records, {n['bytes']:,} bytes: {reason}")
+        print(f"left out: {counted(n['records'], 'record')}, {n['bytes']:,} bytes: {reason}")
     if meta.skipped["first"]:
         print(f"meta.json names the first {len(meta.skipped['first'])} of them")
 
 
 def _line(folder: Path, meta) -> None:
     print(
-        f"{folder}: {meta.tokens:,} tokens = {meta.tokens - meta.documents:,} of {meta.documents:,} documents "
-        f"({meta.bytes:,} bytes) + {meta.documents:,} EOS, {meta.dtype}, {len(meta.shards)} shards"
+        f"{folder}: {meta.tokens:,} tokens = {meta.tokens - meta.documents:,} of {counted(meta.documents, 'document')} "
+        f"({meta.bytes:,} bytes) + {meta.documents:,} EOS, {meta.dtype}, {counted(len(meta.shards), 'shard')}"
     )
 
 

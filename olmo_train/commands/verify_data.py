@@ -6,6 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from olmo_train.formats import counted
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
@@ -26,7 +28,8 @@ def run(args: argparse.Namespace) -> int | None:
         meta, found = verify(folder, lambda name, folder=folder: print(f"checking {folder / name}", file=sys.stderr))
         problems += found
         if not found:
-            print(f"{folder}: {meta.tokens:,} tokens in {meta.documents:,} documents and {len(meta.shards)} shards, all verified")
+            documents, shards = counted(meta.documents, "document"), counted(len(meta.shards), "shard")
+            print(f"{folder}: {meta.tokens:,} tokens in {documents} and {shards}, all verified")
     for problem in problems[1:]:
         print(f"problem: {problem.file}: {problem.what}", file=sys.stderr)
     if problems:

@@ -7,6 +7,7 @@ from typing import Any
 
 from olmo_train.config import REMOVED, flatten
 from olmo_train.errors import ConfigError
+from olmo_train.formats import counted
 
 # Keys whose change does not alter the weights after a step (up to the rounding of sums).
 HARMLESS = (
@@ -58,7 +59,7 @@ def check_denied(saved: dict[str, Any] | None, now: dict[str, Any] | None, allow
 
 
 def _counted(denied: dict[str, Any] | None) -> str:
-    parts = [f"{n} document{'s' * (n != 1)} of {name}" for name, n in denied["documents"].items()] if denied else ["nothing"]
+    parts = [f"{counted(n, 'document')} of {name}" for name, n in denied["documents"].items()] if denied else ["nothing"]
     return " and ".join(parts)
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from olmo_train.errors import ConfigError, UserError
-from olmo_train.formats import byte_size
+from olmo_train.formats import byte_size, counted
 from olmo_train.log.wandb import wandb_mode
 from olmo_train.parallel.processes import announced
 from olmo_train.plan.memory import checkpoint_bytes
@@ -132,7 +132,8 @@ def world(config: TrainConfig) -> Iterator[Finding]:
     word = os.environ.get("WORLD_SIZE", "1")
     size = int(word) if word.isdecimal() and int(word) else 1
     config.check_world(size)
-    yield Finding("batch", "ok", f"{config.global_batch_size} instances fit {size} processes of {config.micro_batch_size}")
+    batch = f"{counted(config.global_batch_size, 'instance')} fit {counted(size, 'process')} of {config.micro_batch_size}"
+    yield Finding("batch", "ok", batch)
 
 
 def kernels(config: TrainConfig) -> Iterator[Finding]:
