@@ -4,11 +4,24 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 import re
 import types
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
-from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    ClassVar,
+    Literal,
+    NamedTuple,
+    TypeAlias,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from olmo_train.checkpoint.config import CheckpointConfig
 from olmo_train.config import Count, Natural, Positive, build
@@ -21,11 +34,16 @@ from olmo_train.guards.config import GuardConfig
 from olmo_train.hints import nearest_key
 from olmo_train.log.config import LogConfig, ProfileConfig
 from olmo_train.model.config import ModelConfig
+from olmo_train.model.cost import count_parameters
 from olmo_train.optim.config import OptimConfig
 from olmo_train.optim.schedules import lr_at
 from olmo_train.parallel.config import ParallelConfig
 from olmo_train.storage import FilePath
 
+if TYPE_CHECKING:
+    BatchSize: TypeAlias = Any  # an int once __post_init__ has run
+else:
+    BatchSize = Count | None
 SHORT_NAMES = {int: "int", float: "float", bool: "bool", str: "text", FilePath: "path", type(None): "null"}
 
 
@@ -38,8 +56,9 @@ class TrainConfig:
     seed: Natural = 6198  # of the weights, and of the data order unless data.seed is set
     total_steps: Count | None = None  # length of the run in updates
     total_tokens: Positive | None = None  # length in tokens, instead of total_steps; if neither is set, 2e12 as OLMo
-    global_batch_size: Count = 2048  # instances per step, over all processes
-    # instances per forward pass of one process; changes memory and speed, not what is learned
+    # instances per step, over all processes; null: that of the checkpoint, else by the number of parameters, 2048 for a 7B
+    global_batch_size: BatchSize = None
+    # most instances per forward pass of one process; changes memory and speed, not what is learned
     micro_batch_size: Count = 4
     # tokens by whose number loss and gradients are divided; all_tokens: also unscored ones, to follow a run of OLMo exactly
     loss_divisor: Literal["scored_tokens", "all_tokens"] = "scored_tokens"
@@ -59,7 +78,12 @@ class TrainConfig:
     guards: GuardConfig = field(default_factory=GuardConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
+    batch_is_unset: ClassVar[bool] = False  # of an object: global_batch_size was null, and __post_init__ chose it
+
     def __post_init__(self) -> None:
+        if self.global_batch_size is None:
+            object.__setattr__(self, "global_batch_size", batch_for(self.model))
+            object.__setattr__(self, "batch_is_unset", True)
         parallel = self.parallel
         if self.determinism == "world" and (parallel.compile or parallel.float8 or parallel.reduce_dtype != "fp32"):
             raise ConfigError(
@@ -106,16 +130,44 @@ class TrainConfig:
         return mixture
 
     def check_world(self, size: int) -> None:
-        """Raises ConfigError when the global batch cannot be cut into equal micro-batches for `size` processes."""
-        unit = size * self.micro_batch_size
-        if self.global_batch_size % unit:
-            below = self.global_batch_size // unit * unit
-            way_out = f"{below} or {below + unit}" if below else f"{unit}, or a smaller micro_batch_size"
+        """Raises ConfigError when the global batch cannot be divided among `size` processes."""
+        if self.global_batch_size % size:
+            below = self.global_batch_size // size * size
+            fix = f"{below} or {below + size}" if below else size
             raise ConfigError(
-                "global_batch_size",
-                f"{self.global_batch_size} is not a multiple of world_size {size} x micro_batch_size "
-                f"{self.micro_batch_size} = {unit}; use {way_out}",
+                "global_batch_size", f"{self.global_batch_size} is not a multiple of the {size} processes; use {fix}"
             )
+
+    def micro_batch_on(self, size: int) -> int:
+        """Instances per forward pass on one of `size` processes: the largest divisor of its rows up to micro_batch_size."""
+        rows = self.global_batch_size // size
+        return max(n for n in range(1, min(self.micro_batch_size, rows) + 1) if rows % n == 0)
+
+    def batch_notes(self, size: int) -> list[str]:
+        """What a run on `size` processes says about batch sizes that it chose itself."""
+        rows, micro, notes = self.global_batch_size // size, self.micro_batch_on(size), []
+        if self.batch_is_unset:
+            notes.append(
+                f"global_batch_size is not set: {self.global_batch_size} instances, {self.tokens_per_step:,} tokens per step, "
+                f"for a model of {count_parameters(self.model).total:,} parameters"
+            )
+        if micro < self.micro_batch_size:
+            notes.append(
+                f"micro_batch_size {self.micro_batch_size} is lowered to {micro}, which divides the {rows} instances of a process"
+            )
+        return notes
+
+
+def batch_for(model: ModelConfig) -> int:
+    """The global batch size, in instances, for a model whose configuration sets none: OLMo-7B's 2048 x 2048 tokens times
+    (parameters / OLMo-7B's)^0.65, to the nearest power of two.
+
+    The exponent is that of DeepSeek LLM (Bi et al. 2024, section 3.1): the best batch grows with compute^0.3271, and the
+    compute of a run whose tokens grow with its parameters grows with parameters^2. See docs/decisions/0010.
+    """
+    olmo, tokens = ModelConfig(), 2048 * 2048
+    share = count_parameters(model).total / count_parameters(olmo).total
+    return 2 ** max(0, round(math.log2(tokens * share ** (2 * 0.3271) / model.seq_len)))
 
 
 def schedule_warnings(config: TrainConfig, saved: dict[str, Any] | None, batches: BatchSizes, last_step: int) -> list[str]:

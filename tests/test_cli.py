@@ -36,7 +36,6 @@ MISTAKES = {
     "unknown key": (["optim.peek_lr=1"], 2, "optim.peek_lr: is not a known key; did you mean 'optim.peak_lr'?"),
     "wrong type": (["total_steps=many"], 2, "total_steps: must be a whole number, got 'many'"),
     "wrong choice": (["model.norm=rmsnorm"], 2, "model.norm: 'rmsnorm' is not a choice; did you mean 'rms_norm'?"),
-    "batch not divisible": (["global_batch_size=10"], 2, "global_batch_size: 10 is not a multiple of world_size 1 x"),
     "heads not divisible": (["model.n_heads=5"], 2, "model.n_heads: 5 does not divide d_model 64"),
     "missing config": (["none.yaml"], 2, "none.yaml: there is no such configuration file"),
     "no YAML": (["bad.yaml"], 2, "bad.yaml: is not valid YAML"),

@@ -304,12 +304,34 @@ def test_a_batch_that_cannot_be_divided_is_told_with_the_way_out():
     run = load("global_batch_size=100", "micro_batch_size=4")
     with pytest.raises(ConfigError) as caught:
         run.check_world(8)
-    assert str(caught.value) == (
-        "global_batch_size: 100 is not a multiple of world_size 8 x micro_batch_size 4 = 32; use 96 or 128"
-    )
+    assert str(caught.value) == "global_batch_size: 100 is not a multiple of the 8 processes; use 96 or 104"
     run.check_world(5)
-    with pytest.raises(ConfigError, match="use 128, or a smaller micro_batch_size"):
-        load("global_batch_size=100", "micro_batch_size=16").check_world(8)
+    with pytest.raises(ConfigError, match="use 200$"):
+        run.check_world(200)
+
+
+@pytest.mark.parametrize(
+    "batch, most, processes, used", [(100, 4, 5, 4), (100, 8, 1, 5), (8, 8, 2, 4), (6, 16, 1, 6), (7, 4, 1, 1)]
+)
+def test_the_micro_batch_is_lowered_to_one_that_divides_the_rows_of_a_process(batch, most, processes, used):
+    run = load(f"global_batch_size={batch}", f"micro_batch_size={most}")
+    assert run.micro_batch_on(processes) == used
+    said = [f"micro_batch_size {most} is lowered to {used}, which divides the {batch // processes} instances of a process"]
+    assert run.batch_notes(processes) == (said if used < most else [])
+
+
+def test_a_batch_that_is_not_set_follows_from_the_parameters_and_the_run_says_so():
+    def shape(width):
+        words = {"d_model": width, "n_heads": 4, "n_layers": 4, "mlp_hidden": 8 * width // 3 // 16 * 16, "seq_len": 512}
+        return [f"model.{key}={value}" for key, value in (words | {"vocab_size": 4096, "padded_vocab_size": 4096}).items()]
+
+    assert [load(*shape(width)).global_batch_size for width in (16, 64, 256, 1024)] == [8, 16, 64, 512]
+    assert load("model.seq_len=4096").global_batch_size == 1024  # the same tokens
+    (said,) = load(*shape(256)).batch_notes(1)
+    assert said == "global_batch_size is not set: 64 instances, 32,768 tokens per step, for a model of 5,210,112 parameters"
+    named = load(*shape(256), "global_batch_size=64")
+    assert named == load(*shape(256)) and named.batch_notes(1) == []  # and saved configurations hold the number
+    assert refusal("global_batch_size=0").startswith("global_batch_size: must be at least 1")
 
 
 def test_flatten_names_every_leaf():

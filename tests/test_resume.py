@@ -7,10 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from crash import signal_in_evaluation
 from data_sources import contents
 from ranks import exit_code, fork
-from runs import cut, history, lines_of, trained, trained_on, wait_for
+from runs import LOSS, cut, history, lines_of, trained, trained_on, wait_for
 
 from olmo_train.__main__ import main
 from olmo_train.errors import ConfigError, Stopped
@@ -90,6 +91,29 @@ def test_after_a_change_of_the_batch_every_figure_counts_the_instances_that_were
     assert all(
         mixtures[s].sample_hash(mixtures[s].global_batch(s)) == line["sample_hash"] for line in lines for s in [line["step"]]
     )
+
+
+def test_a_batch_that_is_not_set_is_that_of_the_resumed_checkpoint(tiny_args, tmp_path, capsys):
+    trained(tiny_args("run", total_steps=2))
+    unset = {"global_batch_size": None, "total_steps": 4}
+    assert tiny_args("run", **unset).global_batch_size == 64
+    trained(tiny_args("run", **unset))
+    assert yaml.safe_load((tmp_path / "run/config.yaml").read_text())["global_batch_size"] == 8
+    trained(tiny_args("branch", resume_from=tmp_path / "run/checkpoints/step-0000002", **unset))
+    assert history(tmp_path / "branch") == history(tmp_path / "run")[2:]
+    assert "global_batch_size is not set" not in capsys.readouterr().out
+    cut(tiny_args("new", **unset | {"global_batch_size": "null", "model.seq_len": 1024}), steps=1)
+    assert "global_batch_size is not set: 4 instances, 4,096 tokens per step" in capsys.readouterr().out
+
+
+def test_a_micro_batch_that_does_not_divide_the_rows_is_lowered_and_kept_in_the_configuration(tiny_args, tmp_path, capsys):
+    alone = trained(tiny_args("one", micro_batch_size=4, total_steps=3))
+    capsys.readouterr()
+    two = trained_on(2, tiny_args("two", micro_batch_size=3, total_steps=3))  # 4 rows on each process: 2 at a time
+    assert yaml.safe_load((tmp_path / "two/config.yaml").read_text())["micro_batch_size"] == 3
+    assert np.array(history(two.run_dir, LOSS)) == pytest.approx(np.array(history(alone.run_dir, LOSS)), abs=1e-6)
+    trained(tiny_args("two", micro_batch_size=3, total_steps=4))
+    assert "micro_batch_size 3 is lowered to 2, which divides the 8 instances of a process" in capsys.readouterr().out
 
 
 CHANGES = [("optim.peak_lr", 1e-3, "0.003"), ("seed", 4, "3"), ("global_batch_size", 16, "8"),

@@ -92,7 +92,7 @@ def make_plan(
 
 
 def layout_of(config: TrainConfig, gpus: int) -> memory.Layout:
-    parallel = config.parallel
+    parallel, micro_batch_size = config.parallel, config.micro_batch_on(gpus)
     return memory.Layout(
         gpus=gpus,
         replicas=parallel.replicas,
@@ -100,8 +100,8 @@ def layout_of(config: TrainConfig, gpus: int) -> memory.Layout:
         precision=parallel.precision,
         reduce_dtype=parallel.reduce_dtype,
         activation_checkpointing=parallel.activation_checkpointing,
-        micro_batch_size=config.micro_batch_size,
-        micro_batches=config.global_batch_size // (gpus * config.micro_batch_size),
+        micro_batch_size=micro_batch_size,
+        micro_batches=config.global_batch_size // (gpus * micro_batch_size),
         optimizer=config.optim.name,
     )
 

@@ -32,7 +32,7 @@ from olmo_train.log.journal import Journal
 from olmo_train.log.run_logger import RunLogger
 from olmo_train.parallel.world import World, explain_lost_peers
 from olmo_train.run.run import Run
-from olmo_train.run.start import Start, find_checkpoint, owed_line, read_start
+from olmo_train.run.start import Start, find_checkpoint, owed_line, read_start, with_saved_batch
 from olmo_train.storage import lock_run_dir, replace_file
 from olmo_train.train_config import TrainConfig, schedule_warnings
 
@@ -43,15 +43,24 @@ CHECKED_TOKENS = 10**9  # a source of at most N tokens is checked completely bef
 @contextlib.contextmanager
 def open_run(config: TrainConfig, world: World, signals: StopSignals) -> Iterator[Run | None]:
     """The run of a configuration, on every rank; None if it is finished. Raises ConfigError, DataError and CheckpointError."""
-    config.check_world(world.data_size)
-    run_dir, resolved = Path(config.run_dir), configuration.to_dict(config)
+    if not config.batch_is_unset:
+        config.check_world(world.data_size)
+    run_dir = Path(config.run_dir)
     with contextlib.ExitStack() as stack:
         mixture, evaluation = _open_data(config, world)
         world.on_main(lambda: stack.enter_context(_locked(run_dir)))
         found = world.on_main(lambda: find_checkpoint(config))
+        config = world.together(lambda: with_saved_batch(config, found[1]))
+        config.check_world(world.data_size)
+        resolved, notes = configuration.to_dict(config), config.batch_notes(world.data_size)
         start = world.together(lambda: read_start(config, resolved, mixture, *found))
         mixture.set_batches(start.batches)
-        config = dataclasses.replace(config, total_steps=config.steps_with(start.batches), total_tokens=None)
+        config = dataclasses.replace(
+            config,
+            total_steps=config.steps_with(start.batches),
+            total_tokens=None,
+            micro_batch_size=config.micro_batch_on(world.data_size),
+        )
         pending_line = world.on_main(lambda: owed_line(run_dir, start))
         if start.step >= config.steps and pending_line is None:
             if world.is_main:
@@ -73,6 +82,8 @@ def open_run(config: TrainConfig, world: World, signals: StopSignals) -> Iterato
         forensics = Forensics(run_dir, mixture, world, attempt, watchdog)
         anomalies = AnomalyGuard(config, world, logger, checkpointer, forensics, start.first_step, start.skipped_in_a_row)
         spikes = SpikeDetector(world.device, start.state.get("spikes"))
+        for note in notes:
+            logger.say(note)
         _log_attempt(config, world, logger, start, {"attempt": attempt, "config": resolved})
         yield Run(
             config, world, signals, start, mixture, evaluation, watchdog, logger, journal, checkpointer, anomalies, spikes,

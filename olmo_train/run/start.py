@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,16 @@ def find_checkpoint(config: TrainConfig) -> tuple[str, Path | None]:
     if config.resume_from is not None:
         return "branch", folders.resolve(Path(config.resume_from))
     return "start", None
+
+
+def with_saved_batch(config: TrainConfig, folder: Path | None) -> TrainConfig:
+    """The configuration with the batch size of the checkpoint, if it sets none itself: a run keeps its batch, also one that an
+    earlier version started with another default."""
+    if folder is None or not config.batch_is_unset:
+        return config
+    saved = configuration.decoded(configuration.read([folder / "config.yaml"]))
+    size = saved.get("global_batch_size")  # a converted checkpoint has none
+    return dataclasses.replace(config, global_batch_size=size) if size else config
 
 
 def read_start(config: TrainConfig, resolved: dict[str, Any], mixture: Mixture, kind: str, folder: Path | None) -> Start:

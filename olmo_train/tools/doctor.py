@@ -132,8 +132,10 @@ def world(config: TrainConfig) -> Iterator[Finding]:
     word = os.environ.get("WORLD_SIZE", "1")
     size = int(word) if word.isdecimal() and int(word) else 1
     config.check_world(size)
-    batch = f"{counted(config.global_batch_size, 'instance')} fit {counted(size, 'process')} of {config.micro_batch_size}"
-    yield Finding("batch", "ok", batch)
+    each = f"{counted(config.global_batch_size, 'instance')} on {counted(size, 'process')}"
+    yield Finding("batch", "ok", f"{each}, {config.micro_batch_on(size)} at a time")
+    for note in config.batch_notes(size):
+        yield Finding("batch", "ok", note)
 
 
 def kernels(config: TrainConfig) -> Iterator[Finding]:
