@@ -1,4 +1,4 @@
-"""Peak figures of GPUs from their data sheets, for MFU, plans and energy.
+"""Peak figures of GPUs from their data sheets, for MFU, plans and energy, and the memory that this machine has free.
 
 Every figure has a source. For an unknown name the functions return None, and no MFU is logged: a guessed peak would lead
 to an MFU that looks right and is wrong.
@@ -7,7 +7,9 @@ to an MFU that looks right and is wrong.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -84,3 +86,57 @@ def detect() -> Hardware | None:
     import torch
 
     return lookup(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+
+
+def computes_bf16(root: Path = Path("/")) -> bool | None:
+    """Whether this machine's processor has instructions for bf16 products; None where the kernel does not say."""
+    try:
+        words = (root / "proc/cpuinfo").read_text(encoding="utf-8").split()
+    except OSError:
+        return None
+    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(words)
+
+
+# Files of a memory cgroup: its limit, its use, and the line of memory.stat with the cached files that the kernel would drop.
+_CGROUPS = (
+    ("memory.max", "memory.current", "inactive_file"),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
+
+
+def available_memory(root: Path = Path("/")) -> int | None:
+    """Bytes that this machine's processes can still allocate: free and reclaimable memory and swap, and no more than the limits
+    of this process's cgroups (containers, Slurm jobs) leave. None where the kernel is not Linux."""
+    try:
+        lines = dict(line.split(":") for line in (root / "proc/meminfo").read_text(encoding="utf-8").splitlines())
+        available = 1024 * sum(int(lines[key].split()[0]) for key in ("MemAvailable", "SwapFree"))
+    except (OSError, KeyError, ValueError):
+        return None
+    return min([available, *_left_in_cgroups(root)])
+
+
+def _left_in_cgroups(root: Path) -> Iterator[int]:
+    """What the limits of this process's memory cgroup and of those above it leave, versions 1 and 2."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        mount = root / "sys/fs/cgroup" / ("memory" if controllers else "")
+        folder = mount / path.strip("/")
+        for place in (folder, *folder.parents):
+            if place.is_relative_to(mount):
+                yield from _left_in(place)
+
+
+def _left_in(folder: Path) -> Iterator[int]:
+    for limit, use, cached in _CGROUPS:
+        try:
+            numbers = [int((folder / name).read_text(encoding="utf-8")) for name in (limit, use)]  # "max": no limit
+            stat = dict(line.split() for line in (folder / "memory.stat").read_text(encoding="utf-8").splitlines())
+        except (OSError, ValueError):
+            continue
+        yield max(0, numbers[0] - numbers[1] + int(stat.get(cached, 0)))

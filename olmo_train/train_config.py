@@ -140,7 +140,7 @@ class TrainConfig:
 
     def micro_batch_on(self, size: int) -> int:
         """Instances per forward pass on one of `size` processes: the largest divisor of its rows up to micro_batch_size."""
-        rows = self.global_batch_size // size
+        rows = max(1, self.global_batch_size // size)
         return max(n for n in range(1, min(self.micro_batch_size, rows) + 1) if rows % n == 0)
 
     def batch_notes(self, size: int) -> list[str]:
@@ -171,22 +171,22 @@ def batch_for(model: ModelConfig) -> int:
 
 
 def schedule_warnings(config: TrainConfig, saved: dict[str, Any] | None, batches: BatchSizes, last_step: int) -> list[str]:
-    """Warnings about a warmup that fills the run, and about a jump of the learning rate in a run lengthened after `last_step`.
+    """A warning about a jump of the learning rate in a run that was lengthened after `last_step`.
 
     `saved`: the configuration of the checkpoint that is resumed, if any.
     """
-    warnings = [config.warmup_warning] if config.warmup_warning else []
-    if saved is not None:
-        was = build(TrainConfig, saved)
-        steps = was.steps_with(batches)
-        before, after = lr_at(last_step, was.optim, steps), lr_at(last_step + 1, config.optim, config.steps)
-        if abs(after - lr_at(last_step + 1, was.optim, steps)) > 0.1 * before:
-            warnings.append(
-                f"the learning rate jumps from {before:.3g} at step {last_step} to {after:.3g} at step {last_step + 1}: the run "
-                f"had {steps} steps when it was saved and has {config.steps} now; to keep the schedule: "
-                f"optim.schedule_steps={was.optim.schedule_steps or steps} allow_changes=[optim.schedule_steps]"
-            )
-    return warnings
+    if saved is None:
+        return []
+    was = build(TrainConfig, saved)
+    steps = was.steps_with(batches)
+    before, after = lr_at(last_step, was.optim, steps), lr_at(last_step + 1, config.optim, config.steps)
+    if abs(after - lr_at(last_step + 1, was.optim, steps)) <= 0.1 * before:
+        return []
+    return [
+        f"the learning rate jumps from {before:.3g} at step {last_step} to {after:.3g} at step {last_step + 1}: the run "
+        f"had {steps} steps when it was saved and has {config.steps} now; to keep the schedule: "
+        f"optim.schedule_steps={was.optim.schedule_steps or steps} allow_changes=[optim.schedule_steps]"
+    ]
 
 
 class Key(NamedTuple):

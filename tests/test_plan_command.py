@@ -16,8 +16,9 @@ H100S = ("--gpus", "8", "--gpu", "h100")
 
 @pytest.fixture
 def plan(capsys, monkeypatch):
-    """plan(*words): (exit code, stdout, stderr) of a run in a pipe of 80 columns."""
+    """plan(*words): (exit code, stdout, stderr) of a run in a pipe of 80 columns, on a machine that takes 2 s for a step."""
     monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr("olmo_train.commands.plan.cpu_seconds", lambda config: 2.0)
 
     def run(*words):
         code = main(["plan", *map(str, words)])
@@ -153,3 +154,36 @@ def test_more_gpus_are_compared_in_a_table(plan):
     assert told["scaling"][-1]["best"]["mfu"] > 1.2 * told["scaling"][-1]["mfu"]
     text = plan(*words)[1]
     assert f"{told['scaling'][-1]['best']['mfu']:.1%}" in text and max(map(len, text.splitlines())) <= 80
+
+
+def test_without_a_gpu_the_plan_is_for_this_machines_cpu(plan, tiny_words):
+    code, text, _ = plan(*tiny_words(total_steps=3600))
+    first = text.split("\n\n")[0]  # the run_dir of a test fills a line
+    assert code == 0 and "1 process on this machine's CPU" in " ".join(first.split()) and "\nFits: " in first
+    assert "about 2.0 h, 2 s per step" in text and max(map(len, text.splitlines())) <= 80
+    told = json.loads(plan(*tiny_words(total_steps=3600), "--json")[1])
+    assert told["machine"]["seconds"] == 7200 and told["milestones"][-1]["seconds"] == 7200 and told["machine"]["fits"]
+
+
+@pytest.mark.parametrize("words", [(), ("--gpu", "a10g")])
+def test_what_does_not_fit_is_said_first_and_last_and_exits_with_2(plan, tiny_words, monkeypatch, words):
+    monkeypatch.setattr("olmo_train.plan.preflight.available_memory", lambda: 20 * 10**9)
+    wide = {"model.d_model": 4096, "model.n_layers": 20, "model.mlp_hidden": 11008}
+    code, text, error = plan(*tiny_words(**wide), *words)
+    assert code == 2 and "\nDoes not fit: " in text.split("\n\n")[0]
+    assert error.startswith("error: model: the run does not fit: ") and error.count("\n") == 1
+    assert plan(*tiny_words(**wide), *words, "--json")[0] == 2
+
+
+def test_the_time_of_a_cpu_is_measured_once_and_grows_with_layers_and_tokens(tiny_args, monkeypatch, tmp_path):
+    from olmo_train.tools import cpu_time
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert 0 < cpu_time.step_seconds(tiny_args()) < 60
+    clock = iter((0.0, 1.0))
+    monkeypatch.setattr(cpu_time.time, "process_time", lambda: next(clock) * 1e6)  # as on an idle machine
+    measured = cpu_time._cached(tiny_args(**{"model.d_model": 32}))
+    monkeypatch.setattr(cpu_time, "_measure", lambda config: pytest.fail("measured twice"))
+    assert cpu_time._cached(tiny_args(**{"model.d_model": 32})) == measured
+    monkeypatch.setattr(cpu_time, "_cached", lambda config: {"one": 1.0, "two": 1.5, "update": 0.0, "tokens": 256})
+    assert cpu_time.step_seconds(tiny_args(**{"model.n_layers": 5})) == 2 * (1.0 + 4 * 0.5)  # 512 tokens

@@ -18,6 +18,7 @@ from olmo_train.curves.write import check_format
 from olmo_train.errors import ConfigError
 from olmo_train.formats import amount, byte_size, counted, duration
 from olmo_train.plan.plan import UNNAMED, choose_gpu, make_plan, open_data
+from olmo_train.plan.preflight import does_not_fit, memory_of
 from olmo_train.plan.time import PAPER_CARBON, PAPER_PUE, Assumptions
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def run(arguments: argparse.Namespace) -> None:
     gpu = choose_gpu(arguments.gpu, arguments.gpu_memory, arguments.gpu_peak, arguments.gpu_power)
     mixture, why_not = open_data(config)
     assumed = Assumptions(arguments.mfu, arguments.price, arguments.pue, arguments.carbon)
-    plan = make_plan(config, arguments.gpus, gpu, mixture, why_not, assumed)
+    plan = make_plan(config, arguments.gpus, gpu, mixture, why_not, assumed, None if gpu else cpu_seconds)
     if arguments.json:
         print(json.dumps(plan, indent=1))
     else:
@@ -58,6 +59,16 @@ def run(arguments: argparse.Namespace) -> None:
         draw(config, mixture, arguments.output)
         if not arguments.json:
             print(arguments.output)
+    found = memory_of(config, arguments.gpus, arguments.gpus, gpu and gpu.memory_bytes)
+    if found.fits is False:
+        raise does_not_fit(found, config)
+
+
+def cpu_seconds(config: TrainConfig) -> float:
+    """Seconds of a step on this machine's CPU. Imports torch, which a plan for GPUs does not need."""
+    from olmo_train.tools.cpu_time import step_seconds
+
+    return step_seconds(config)
 
 
 def check_arguments(arguments: argparse.Namespace) -> None:
@@ -78,13 +89,58 @@ def show(plan: dict[str, Any], config: TrainConfig) -> None:
     from olmo_train.log.console import rich_console
 
     console = rich_console(soft_wrap=False)
-    gpu = plan["gpu"]
-    kind = f"{plan['gpus']} x {gpu['name']}" if gpu else f"{plan['gpus']} GPU{'s' * (plan['gpus'] > 1)}, kind not named"
+    gpu, count = plan["gpu"], plan["gpus"]
+    kind = f"{count} x {gpu['name']}" if gpu else f"{count} process{'es' * (count > 1)} on this machine's CPU"
     console.print(f"{'' if config.run_dir == UNNAMED else config.run_dir + ': '}{kind}", style="bold")
+    show_verdict(console, plan)
+    show_run(console, plan, config)
     show_parameters(console, plan)
     show_memory(console, plan)
     show_cost(console, plan)
     show_schedule(console, plan)
+
+
+def show_verdict(console: Console, plan: dict[str, Any]) -> None:
+    """Whether the run fits, first of all."""
+    from rich.text import Text
+
+    from olmo_train.plan import memory
+
+    gpu, machine = plan["gpu"], plan["machine"]
+    if gpu:
+        needed = byte_size(plan["memory_peak_bytes"] + memory.RUNTIME_BYTES)
+        where = f"{needed} of {gpu['memory_gb']:g} GB, {byte_size(memory.RUNTIME_BYTES)} of them assumed for the runtime"
+        fits = plan["fits"]
+    else:
+        available, fits = machine["memory_available_bytes"], machine["fits"]
+        beside = "" if available is None else f" of {byte_size(available)} available"
+        where = f"{byte_size(machine['memory_needed_bytes'])}{beside} on this machine"
+    verdict = {True: ("Fits", "green"), False: ("Does not fit", "red"), None: ("Needs", "")}[fits]
+    console.print(Text.assemble(verdict, f": {where}."))
+
+
+def show_run(console: Console, plan: dict[str, Any], config: TrainConfig) -> None:
+    """The figures that most readers want, in one table."""
+    machine, cost, warmup = plan["machine"], plan["cost"], config.optim.warmup_steps
+    epochs = [f"{name} {source['epochs']:.3g}" for name, source in plan["sources"].items() if source["epochs"] is not None]
+    rows = [
+        ["parameters", f"{plan['parameters']['total']:,}"],
+        ["steps", f"{plan['total_steps']:,}"],
+        ["tokens per step", f"{plan['tokens_per_step']:,}, {plan['global_batch_size']:,} sequences"],
+        ["tokens", f"{plan['total_tokens']:.4g}"],
+        ["epochs", ", ".join(epochs) or "unknown"],
+        ["warmup", f"{warmup:,} steps, {100 * warmup / plan['total_steps']:.3g}% of the run"],
+    ]
+    if machine and machine["step_seconds"]:
+        rows.append(["time", f"about {duration(machine['seconds'])}, {duration(machine['step_seconds'])} per step"])
+    elif cost:
+        rows.append(["time", f"about {duration(cost['seconds'])}"])
+    console.print()
+    print_table(["Run", ""], rows, left=["Run", ""])
+    if machine and machine["step_seconds"]:
+        console.print("Time: from one and two blocks timed on this machine, without evaluation, saving and other programs.")
+    for warning in plan["warnings"]:
+        console.print(f"Warning: {warning}")
 
 
 def show_parameters(console: Console, plan: dict[str, Any]) -> None:
@@ -98,30 +154,21 @@ def show_parameters(console: Console, plan: dict[str, Any]) -> None:
 
 
 def show_memory(console: Console, plan: dict[str, Any]) -> None:
-    from rich.text import Text
-
-    from olmo_train.plan import memory
-
     moments, layout, gpu = plan["memory_bytes"], plan["layout"], plan["gpu"]
     small = plan["memory_peak_bytes"] < 1e9
     number = lambda count: f"{count / (1e6 if small else 1e9):,.2f}"  # noqa: E731
     rows = [[part, *(number(moment[part]) for moment in moments.values())] for part in next(iter(moments.values()))]
     total = ["total", *(number(sum(moment.values())) for moment in moments.values())]
-    title = f"Memory of a GPU in {'MB' if small else 'GB'}"
-    print_table(["at the height of", *moments], rows, title=title, total=total)
+    title = f"Memory of a {'GPU' if gpu else 'process'} in {'MB' if small else 'GB'}, at its three peaks"
+    print_table(["", *moments], rows, title=title, total=total)
     console.print(f"{layout['precision']}, {layout['micro_batches']:,} x {layout['micro_batch_size']} sequences a step, "
                   f"activation_checkpointing={layout['activation_checkpointing']}, without torch.compile.")  # fmt: skip
     shards = layout["gpus"] // layout["replicas"]
     each = f", {byte_size(plan['state_bytes'] / shards)} on each of {shards} GPUs" if shards > 1 else ""
     a_parameter = plan["state_bytes"] / plan["parameters"]["total"]
     console.print(f"State, {a_parameter:.3g} bytes a parameter: {byte_size(plan['state_bytes'])}{each}.")
-    needed = plan["memory_peak_bytes"] + memory.RUNTIME_BYTES
-    assumed = f"{byte_size(memory.RUNTIME_BYTES)} of them assumed for the runtime"
     if not gpu:
-        console.print(f"A GPU needs {byte_size(needed)}, {assumed}; name one with --gpu to see whether it fits.")
         return
-    verdict = ("Fits", "green") if plan["fits"] else ("Does not fit", "red")
-    console.print(Text.assemble(verdict, f": {byte_size(needed)} of {gpu['memory_gb']:g} GB, {assumed}."))
     share = layout["micro_batch_size"] * layout["micro_batches"]
     for checkpointing, largest in plan["largest_micro_batch_size"].items():
         fits = f"{largest} of a GPU's {share:,} sequences" if largest else "none, take more GPUs"
@@ -131,7 +178,7 @@ def show_memory(console: Console, plan: dict[str, Any]) -> None:
 def show_cost(console: Console, plan: dict[str, Any]) -> None:
     cost, assumed, gpu = plan["cost"], plan["assumptions"], plan["gpu"]
     if not cost:
-        console.print("\nTime, energy and money are unknown without a GPU: name one with --gpu.")
+        console.print("\nEnergy and money are unknown without a GPU; to plan for one: --gpu h100.")
         return
     peak = f"{gpu['peak_flops'] / 1e12:,.4g} bf16 TFLOP/s"
     money = f"{cost['money']:,.0f}" if cost["money"] is not None else "unknown"
@@ -148,8 +195,8 @@ def show_cost(console: Console, plan: dict[str, Any]) -> None:
     if step := plan["step"]:
         waiting = step["exposed_seconds"] / step["seconds"]
         console.print(
-            f"The table is of computing alone. With {plan['layout']['gpus']} GPUs' communication a step takes "
-            f"{duration(step['seconds'])}, {waiting:.1%} of it waiting: MFU {step['mfu']:.1%}, "
+            f"The table leaves out communication. With that of {plan['layout']['gpus']} GPU{'s' * (plan['gpus'] > 1)} a step "
+            f"takes {duration(step['seconds'])}, {waiting:.1%} of it waiting: MFU {step['mfu']:.1%}, "
             f"{step['tokens_per_second']:,.0f} tokens/s."
         )
     if len(plan["scaling"]) > 1:
@@ -195,8 +242,6 @@ def show_schedule(console: Console, plan: dict[str, Any]) -> None:
         console.print(f"Epochs are unknown: {plan['sources_unknown']}")
     missing = "" if plan["evaluations"] else ", neither data.validation nor eval.downstream is set"
     console.print(f"Evaluations: {plan['evaluations']:,}{missing}.")
-    if plan["warning"]:
-        console.print(f"Warning: {plan['warning']}")
     console.print(f"Checkpoints: {plan['checkpoints_saved']:,} saved, {plan['checkpoints_kept']:,} kept, "
                   f"{byte_size(plan['checkpoint_bytes'])} each; at most "
                   f"{byte_size(plan['checkpoints_disk_bytes'])} of disk.")  # fmt: skip

@@ -47,6 +47,12 @@ def announced() -> Processes:
     return Processes(numbers["RANK"], size, numbers.get("LOCAL_RANK", 0), launched=True)
 
 
+def processes_on_machine(size: int) -> int:
+    """How many of the `size` processes run on this machine, by LOCAL_WORLD_SIZE; all of them if it is not set."""
+    word = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return int(word) if word.isdecimal() and 0 < int(word) <= size else size
+
+
 def rank() -> int:
     """This process's rank; 0 if the environment describes no group to join."""
     try:

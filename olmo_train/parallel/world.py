@@ -44,6 +44,10 @@ class World:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    def device_memory(self) -> int | None:
+        """Bytes of memory of this process's GPU; None on a CPU."""
+        return torch.cuda.mem_get_info(self.device)[1] if self.device.type == "cuda" else None
+
     def sum(self, values: Tensor) -> Tensor:
         """Sum a tensor over the parts of the batch, in place and on its device; returns it."""
         dist.all_reduce(values, group=self.data_group)

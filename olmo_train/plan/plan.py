@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any, get_args
 
@@ -13,7 +14,7 @@ from olmo_train.hardware import GPUS, Hardware, detect, lookup
 from olmo_train.model.cost import FLOPS_CONVENTION, count_parameters, flops_per_token
 from olmo_train.optim.schedules import lr_at
 from olmo_train.parallel.config import Checkpointing
-from olmo_train.plan import memory, scaling, time
+from olmo_train.plan import memory, preflight, scaling, time
 from olmo_train.plan.time import Assumptions
 from olmo_train.train_config import TrainConfig
 
@@ -52,13 +53,22 @@ def open_data(config: TrainConfig) -> tuple[Mixture | None, str | None]:
 
 
 def make_plan(
-    config: TrainConfig, gpus: int, gpu: Hardware | None, mixture: Mixture | None, why_not: str | None, assumed: Assumptions
+    config: TrainConfig,
+    gpus: int,
+    gpu: Hardware | None,
+    mixture: Mixture | None,
+    why_not: str | None,
+    assumed: Assumptions,
+    cpu_seconds: Callable[[TrainConfig], float] | None = None,
 ) -> dict[str, Any]:
-    """The whole plan as plain data: what --json prints and what the tables show. `why_not`: the reason for no mixture."""
+    """The whole plan as plain data: what --json prints and what the tables show. `why_not`: the reason for no mixture.
+
+    Without a GPU it is a plan for this machine's CPU; `cpu_seconds` returns the seconds of a step on it.
+    """
     config.check_world(gpus)
-    layout = layout_of(config, gpus)
+    layout = preflight.layout_of(config, gpus)
     estimate, count = memory.memory_estimate(config.model, layout), count_parameters(config.model)
-    plan = {
+    plan: dict[str, Any] = {
         "gpus": gpus,
         "gpu": gpu and asdict(gpu),
         "parameters": asdict(count) | {"total": count.total},
@@ -72,10 +82,12 @@ def make_plan(
         "state_bytes": memory.state_bytes(config.model, config.optim.name),
         "fits": None,
         "largest_micro_batch_size": None,
+        "machine": None,
         "cost": None,
         "step": None,
         "scaling": [],
         "assumptions": asdict(assumed),
+        "warnings": [str(caution) for caution in preflight.cautions(config, mixture, gpu is None)],
     }
     if gpu:
         plan["fits"] = estimate.fits(gpu.memory_bytes)
@@ -88,25 +100,28 @@ def make_plan(
         step = scaling.step_estimate(config.model, layout, gpu, scaling.LINKS[gpu.name], assumed.mfu)
         plan["step"] = asdict(step) | {"exposed_seconds": step.exposed_seconds}
         plan["scaling"] = scaling.scaling_rows(config.model, layout, gpu, assumed.mfu)
-    return plan | schedule(config, plan["cost"], mixture, why_not)
+    run_seconds = plan["cost"] and plan["cost"]["seconds"]
+    if not gpu:
+        plan["machine"] = on_this_machine(config, gpus, cpu_seconds)
+        run_seconds = plan["machine"]["seconds"]
+    return plan | schedule(config, run_seconds, mixture, why_not)
 
 
-def layout_of(config: TrainConfig, gpus: int) -> memory.Layout:
-    parallel, micro_batch_size = config.parallel, config.micro_batch_on(gpus)
-    return memory.Layout(
-        gpus=gpus,
-        replicas=parallel.replicas,
-        shard=parallel.shard,
-        precision=parallel.precision,
-        reduce_dtype=parallel.reduce_dtype,
-        activation_checkpointing=parallel.activation_checkpointing,
-        micro_batch_size=micro_batch_size,
-        micro_batches=config.global_batch_size // (gpus * micro_batch_size),
-        optimizer=config.optim.name,
-    )
+def on_this_machine(config: TrainConfig, processes: int, cpu_seconds: Callable[[TrainConfig], float] | None) -> dict[str, Any]:
+    """Memory and time on this machine's CPU; a run that does not fit is not timed."""
+    found = preflight.memory_of(config, processes, processes)
+    step = cpu_seconds(config) if cpu_seconds and found.fits is not False else None
+    return {
+        "memory_needed_bytes": found.needed,
+        "memory_available_bytes": found.available,
+        "fits": found.fits,
+        "step_seconds": step,
+        "seconds": step and step * config.steps,
+        "tokens_per_second": step and config.tokens_per_step / step,
+    }
 
 
-def schedule(config: TrainConfig, cost: dict | None, mixture: Mixture | None, why_not: str | None) -> dict[str, Any]:
+def schedule(config: TrainConfig, seconds: float | None, mixture: Mixture | None, why_not: str | None) -> dict[str, Any]:
     """Learning rate, tokens and time at milestones; epochs of each source; evaluations; checkpoints and their size."""
     steps, every = config.steps, config.eval.interval_steps
     saved, kept = time.checkpoint_counts(steps, config.checkpoint)
@@ -124,7 +139,7 @@ def schedule(config: TrainConfig, cost: dict | None, mixture: Mixture | None, wh
                 "step": step,
                 "tokens": step * config.tokens_per_step,
                 "lr": lr_at(step, config.optim, steps),
-                "seconds": cost and cost["seconds"] * step / steps,
+                "seconds": seconds and seconds * step / steps,
             }
             for step in time.milestones(steps, config.optim.warmup_steps)
         ],

@@ -30,7 +30,9 @@ from olmo_train.guards.watchdog import Watchdog
 from olmo_train.history import History
 from olmo_train.log.journal import Journal
 from olmo_train.log.run_logger import RunLogger
+from olmo_train.parallel.processes import processes_on_machine
 from olmo_train.parallel.world import World, explain_lost_peers
+from olmo_train.plan import preflight
 from olmo_train.run.run import Run
 from olmo_train.run.start import Start, find_checkpoint, owed_line, read_start, with_saved_batch
 from olmo_train.storage import lock_run_dir, replace_file
@@ -46,8 +48,11 @@ def open_run(config: TrainConfig, world: World, signals: StopSignals) -> Iterato
     if not config.batch_is_unset:
         config.check_world(world.data_size)
     run_dir = Path(config.run_dir)
+    memory = preflight.memory_of(config, world.size, processes_on_machine(world.size), world.device_memory())
     with contextlib.ExitStack() as stack:
         mixture, evaluation = _open_data(config, world)
+        if world.on_main(lambda: not run_dir.exists()):  # a refused run leaves no run_dir
+            world.together(lambda: preflight.check_memory(memory, config))
         world.on_main(lambda: stack.enter_context(_locked(run_dir)))
         found = world.on_main(lambda: find_checkpoint(config))
         config = world.together(lambda: with_saved_batch(config, found[1]))
@@ -68,6 +73,8 @@ def open_run(config: TrainConfig, world: World, signals: StopSignals) -> Iterato
             yield None
             return
         world.on_main(lambda: _check_checkpoint_tokenizer(config, mixture, start))
+        world.together(lambda: preflight.check_memory(memory, config))
+        notes.append(f"memory: needs about {memory}")
 
         watchdog = _start_watchdog(config, world, stack)
         text = configuration.dump(resolved, os.getcwd()).encode()
@@ -84,7 +91,7 @@ def open_run(config: TrainConfig, world: World, signals: StopSignals) -> Iterato
         spikes = SpikeDetector(world.device, start.state.get("spikes"))
         for note in notes:
             logger.say(note)
-        _log_attempt(config, world, logger, start, {"attempt": attempt, "config": resolved})
+        _log_attempt(config, world, logger, start, mixture, {"attempt": attempt, "config": resolved})
         yield Run(
             config, world, signals, start, mixture, evaluation, watchdog, logger, journal, checkpointer, anomalies, spikes,
             pending_line,
@@ -149,12 +156,15 @@ def _checkpoint_files(config_yaml: bytes, mixture: Mixture) -> dict[str, bytes]:
     return files
 
 
-def _log_attempt(config: TrainConfig, world: World, logger: RunLogger, start: Start, about: dict[str, Any]) -> None:
-    """Warn about the schedule, and log the event that begins an attempt."""
+def _log_attempt(
+    config: TrainConfig, world: World, logger: RunLogger, start: Start, mixture: Mixture, about: dict[str, Any]
+) -> None:
+    """Warn about what is probably a mistake, and log the event that begins an attempt."""
     if world.is_main:
         saved = configuration.read([start.folder / "config.yaml"]) if start.kind == "resume" else None
-        for warning in schedule_warnings(config, saved, start.batches, start.step):
-            log.warning(warning)
+        jumps = schedule_warnings(config, saved, start.batches, start.step)
+        for warning in (*jumps, *preflight.cautions(config, mixture, world.device.type == "cpu")):
+            log.warning("%s", warning)
     about |= {"world_size": world.size, "data_size": world.data_size, "checkpoint": str(start.folder or "")}
     about |= {"host": socket.gethostname(), "device": torch.cuda.get_device_name() if world.device.type == "cuda" else "CPU"}
     about |= {"batches": start.batches.changes, "total_steps": config.steps, "started_in": os.getcwd()}

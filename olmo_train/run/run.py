@@ -30,6 +30,7 @@ from olmo_train.log.run_logger import RunLogger
 from olmo_train.model.transformer import Transformer
 from olmo_train.parallel import kernels
 from olmo_train.parallel.world import World
+from olmo_train.plan import preflight
 from olmo_train.run.start import Start
 from olmo_train.train_config import TrainConfig
 
@@ -79,8 +80,8 @@ class Run:
             f"{self.world.size} x {self.world.device.type}, {config.parallel.precision}"
             + (", C++ kernels" if kernels.uses_cpu_kernels(model) else "")
         )
-        parts = [f"{name} {epoch:.3g}" for name, epoch in self.mixture.epochs(config.steps).items()]
-        self.logger.say(f"epochs of each source over the run:  {', '.join(parts)}")
+        for line in preflight.facts(config, self.mixture):
+            self.logger.say(line)
 
     def loader(self) -> Loader:
         return Loader(self.mixture, self.world.data_rank, self.world.data_size, self.world.device, self.start.step + 1)

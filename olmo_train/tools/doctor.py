@@ -14,8 +14,10 @@ from pathlib import Path
 
 from olmo_train.errors import ConfigError, UserError
 from olmo_train.formats import byte_size, counted
+from olmo_train.hardware import available_memory
 from olmo_train.log.wandb import wandb_mode
-from olmo_train.parallel.processes import announced
+from olmo_train.parallel.processes import announced, processes_on_machine
+from olmo_train.plan import preflight
 from olmo_train.plan.memory import checkpoint_bytes
 from olmo_train.storage import cache_folder
 from olmo_train.train_config import TrainConfig
@@ -38,7 +40,7 @@ def examine(config: TrainConfig | None) -> list[Finding]:
     """All findings, of the machine alone or of a configuration on it. Never raises: a check that fails is a finding."""
     checks: list[Callable[[], Iterator[Finding]]] = [environment, cache, launcher, processors, network, gpus]
     if config is not None:
-        checks += [functools.partial(check, config) for check in (world, disk, kernels, data, tracking)]
+        checks += [functools.partial(check, config) for check in (world, memory, disk, kernels, data, tracking)]
     findings = []
     for check in checks:
         try:
@@ -66,8 +68,8 @@ def processors() -> Iterator[Finding]:
     usable, threads = len(os.sched_getaffinity(0)), torch.get_num_threads()
     remedy = f"set OMP_NUM_THREADS={usable}: more threads than cores wait for each other"
     yield judge("processors", threads <= usable, f"{usable} usable cores, {threads} threads per process", remedy)
-    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    yield Finding("memory", "ok", f"{byte_size(available)} of host memory are free")
+    available = available_memory()
+    yield Finding("memory", "ok", "unknown" if available is None else f"{byte_size(available)} of host memory are available")
 
 
 def cache() -> Iterator[Finding]:
@@ -128,9 +130,14 @@ def gpus() -> Iterator[Finding]:
             yield Finding(f"gpu {index}", "warning", unknown, "add a sourced row to hardware.py")
 
 
-def world(config: TrainConfig) -> Iterator[Finding]:
+def world_size() -> int:
+    """The number of processes by WORLD_SIZE; 1 if it is not set or is no number, which the launcher check reports."""
     word = os.environ.get("WORLD_SIZE", "1")
-    size = int(word) if word.isdecimal() and int(word) else 1
+    return int(word) if word.isdecimal() and int(word) else 1
+
+
+def world(config: TrainConfig) -> Iterator[Finding]:
+    size = world_size()
     config.check_world(size)
     each = f"{counted(config.global_batch_size, 'instance')} on {counted(size, 'process')}"
     yield Finding("batch", "ok", f"{each}, {config.micro_batch_on(size)} at a time")
@@ -165,15 +172,27 @@ def disk(config: TrainConfig) -> Iterator[Finding]:
 
 
 def data(config: TrainConfig) -> Iterator[Finding]:
+    import torch
+
     mixture = config.mixture()
     mixture.check_tokenizers(mixture.open_validation())
-    epochs = mixture.epochs(config.steps).values()
-    for source, epoch in zip(mixture.sources, epochs, strict=True):
-        found = f"{source.n_tokens:,} tokens, read {epoch:.2f} times in the run"
-        remedy = "more than 4 epochs teach little: add data, or lower the weight"
-        yield judge(
-            f"data {source.name}", epoch <= 4, found, remedy
-        )  # Muennighoff et al. 2023: 4 epochs are nearly like new data
+    on_cpu = not torch.cuda.is_available()
+    cautions = {caution.about: caution for caution in preflight.cautions(config, mixture, on_cpu)}
+    for source, epoch in zip(mixture.sources, mixture.epochs(config.steps).values(), strict=True):
+        about, found = f"data {source.name}", f"{source.n_tokens:,} tokens, read {epoch:.2f} times in the run"
+        caution = cautions.pop(about, None)
+        yield Finding(about, "warning", found, caution.remedy) if caution else Finding(about, "ok", found)
+    for caution in cautions.values():
+        yield Finding(caution.about, "warning", caution.what, caution.remedy)
+
+
+def memory(config: TrainConfig) -> Iterator[Finding]:
+    import torch
+
+    size, on_gpu = world_size(), torch.cuda.is_available()
+    gpu_bytes = torch.cuda.mem_get_info()[1] if on_gpu else None
+    found = preflight.memory_of(config, size, processes_on_machine(size), gpu_bytes)
+    yield judge("run memory", found.fits is not False, f"needs about {found}", found.fix, "problem")
 
 
 def tracking(config: TrainConfig) -> Iterator[Finding]:

@@ -1,0 +1,144 @@
+"""What a run says and refuses before its first step."""
+
+import pytest
+
+from olmo_train import hardware
+from olmo_train.errors import ConfigError
+from olmo_train.plan import preflight
+
+GB = 10**9
+WIDE = {"model.d_model": 4096, "model.n_layers": 8, "model.n_heads": 32, "model.mlp_hidden": 11008}
+
+
+def machine(root, available_kb, cgroup=""):
+    """A root folder with the files that say how much memory a machine has."""
+    (root / "proc/self").mkdir(parents=True)
+    (root / "proc/meminfo").write_text(f"MemTotal: 99 kB\nMemAvailable: {available_kb} kB\nSwapFree: 1000 kB\n")
+    (root / "proc/self/cgroup").write_text(cgroup)
+    return root
+
+
+def cgroup_files(root, folder, names, limit, used, cached):
+    place = root / "sys/fs/cgroup" / folder
+    place.mkdir(parents=True)
+    for name, text in zip((*names[:2], "memory.stat"), (limit, used, f"anon 5\n{names[2]} {cached}\n"), strict=True):
+        (place / name).write_text(str(text))
+
+
+def test_available_memory_is_what_the_machine_and_its_cgroups_leave(tmp_path):
+    assert hardware.available_memory(machine(tmp_path / "bare", 4000)) == 5000 * 1024
+    assert hardware.available_memory(tmp_path / "other system") is None
+    two = machine(tmp_path / "two", 4000, "0::/slurm/job\n")
+    cgroup_files(two, "slurm", hardware._CGROUPS[0], 3_000_000, 2_500_000, 100_000)
+    cgroup_files(two, "slurm/job", hardware._CGROUPS[0], "max", 1000, 10)
+    assert hardware.available_memory(two) == 600_000
+    one = machine(tmp_path / "one", 4000, "4:memory:/docker/a\n3:cpuset:/\n")
+    cgroup_files(one, "memory/docker/a", hardware._CGROUPS[1], 2_000_000, 1_500_000, 7)
+    assert hardware.available_memory(one) == 500_007
+
+
+@pytest.fixture
+def memory_gb(monkeypatch):
+    return lambda gb: monkeypatch.setattr(preflight, "available_memory", lambda: None if gb is None else int(gb * GB))
+
+
+def test_a_run_that_does_not_fit_is_refused_before_it_begins_and_leaves_no_run_dir(run_main, tiny_words, memory_gb, tmp_path):
+    memory_gb(20)
+    done = run_main("train", *tiny_words(**WIDE, total_steps=1))
+    assert done.returncode == 2 and not (tmp_path / "run").exists()
+    (error,) = done.stderr.strip().splitlines()
+    assert error.startswith("error: model: the run does not fit: ") and "20.00 GB available on this machine" in error
+
+
+def test_the_keys_that_are_named_make_it_fit(tiny_args, memory_gb):
+    long = {
+        "model.seq_len": 2048,
+        "global_batch_size": 64,
+        "micro_batch_size": 64,
+        "model.d_model": 512,
+        "model.mlp_hidden": 1408,
+    }
+    config = tiny_args(**long)
+    needed = preflight.memory_of(config, 1, 1).needed
+    for gb, fix in ((needed / GB, ""), (needed / 3e9, "set micro_batch_size="), (1.0, "set micro_batch_size=")):
+        memory_gb(gb)
+        found = preflight.memory_of(config, 1, 1)
+        assert found.fits is (fix == "") and found.fix.startswith(fix)
+        if fix:
+            with pytest.raises(ConfigError, match="micro_batch_size: the run does not fit"):
+                preflight.check_memory(found, config)
+            words = dict(word.split("=") for word in found.fix.split()[1:])
+            assert preflight.memory_of(tiny_args(**long | words), 1, 1).fits
+    memory_gb(20)
+    fix = preflight.memory_of(tiny_args(**WIDE), 1, 1).fix
+    layers = int(fix.split("model.n_layers=")[1].split()[0])
+    fewer = {"model.n_layers": layers, "micro_batch_size": 1, "parallel.activation_checkpointing": "full"}
+    assert preflight.memory_of(tiny_args(**WIDE | fewer), 1, 1).fits
+    assert not preflight.memory_of(tiny_args(**WIDE | fewer | {"model.n_layers": layers + 1}), 1, 1).fits
+
+
+def test_processes_of_one_machine_share_its_memory_and_an_unknown_memory_refuses_nothing(tiny_args, memory_gb):
+    memory_gb(None)
+    config = tiny_args()
+    one, two = preflight.memory_of(config, 1, 1), preflight.memory_of(config, 2, 2)
+    assert two.needed > one.needed + preflight.PROCESS_BYTES and one.fits is None
+    preflight.check_memory(one, config)
+    gpu = preflight.memory_of(config, 8, 8, gpu_bytes=80 * GB)
+    assert gpu.fits and str(gpu).endswith("of 80.00 GB available on each GPU")
+
+
+def test_an_estimate_slightly_above_the_memory_is_a_warning(tiny_args, memory_gb, caplog):
+    config = tiny_args()
+    needed = preflight.memory_of(config, 1, 1).needed
+    memory_gb(0.95 * needed / GB)
+    preflight.check_memory(preflight.memory_of(config, 1, 1), config)
+    assert "may run out of memory" in caplog.text
+    memory_gb(0.85 * needed / GB)
+    with pytest.raises(ConfigError):
+        preflight.check_memory(preflight.memory_of(config, 1, 1), config)
+
+
+def said(config, mixture=None):
+    return [str(caution) for caution in preflight.cautions(config, mixture, on_cpu=True)]
+
+
+def test_a_rate_that_never_reaches_its_peak_is_warned_of(tiny_args):
+    assert said(tiny_args()) == []
+    (full,) = said(tiny_args(total_steps=4))
+    assert full.startswith("optim.warmup_steps 4 fills all 4 steps")
+    (low,) = said(tiny_args(**{"optim.warmup_steps": 8, "optim.schedule_steps": 8}))
+    assert low.startswith("the learning rate never reaches optim.peak_lr 0.003: it is at most 0.00266")
+    for schedule in ("cosine", "constant", "inverse_sqrt", "wsd"):
+        assert said(tiny_args(**{"optim.schedule": schedule, "optim.warmup_steps": 0})) == []
+
+
+def test_bf16_on_a_processor_without_it_is_warned_of(tiny_args, monkeypatch, tmp_path):
+    config = tiny_args(**{"parallel.precision": "bf16"})
+    for flags, few in (("flags : avx2 fma", 1), ("flags : avx2 avx512_bf16", 0), ("Features : asimd bf16", 0)):
+        (tmp_path / "proc").mkdir(exist_ok=True)
+        (tmp_path / "proc/cpuinfo").write_text(flags)
+        monkeypatch.setattr(preflight, "computes_bf16", lambda: hardware.computes_bf16(tmp_path))
+        assert len(said(config)) == few and list(preflight.cautions(config, None, on_cpu=False)) == []
+    assert hardware.computes_bf16(tmp_path / "other system") is None
+
+
+def test_many_epochs_and_a_vocabulary_that_is_too_large_are_warned_of(tiny_args):
+    config = tiny_args(total_steps=400)
+    mixture = config.mixture()
+    (epochs,) = said(config, mixture)
+    assert epochs.startswith("data.sources.a is read 5.13 times in the run; more than 4 epochs")
+    config = tiny_args()
+    mixture = config.mixture()
+    meta = type("Meta", (), {"vocab_size": 300})
+    mixture.sources[0].meta = meta
+    assert said(config, mixture) == []
+    meta.vocab_size = 200
+    (rows,) = said(config, mixture)
+    assert rows.startswith("model.vocab_size is 512, and the tokenizer of the data has 200 tokens: 39,936 of ")
+    assert "set model.vocab_size=200" in rows
+
+
+def test_the_first_lines_of_a_run_say_what_it_will_do(run_main, tiny_words):
+    out = run_main("train", *tiny_words(total_steps=8)).stdout
+    assert "8 steps of 512 tokens" in out and "epochs of each source over the run:  a 0.103" in out
+    assert "warmup 4 of 8 steps (50%), peak learning rate 0.003" in out and "memory: needs about " in out
