@@ -139,6 +139,10 @@ MISTAKES = {  # the words, the exit code, and the last line, in which ... stands
         ["plan", *run(global_batch_size=9, micro_batch_size=1)[1:], "--gpus", "2"], 2,
         "global_batch_size: 9 is not a multiple of ...; use 8 or 10",
     ),
+    "model too large for the machine": (
+        run(**{"model.d_model": 16384, "model.n_layers": 200, "model.mlp_hidden": 65536}), 2,
+        "model: the run does not fit: ... of ... available on this machine; use more machines, or a smaller model: ",
+    ),
     "heads not dividing d_model": (
         run(**{"model.n_heads": 5}), 2,
         "model.n_heads: 5 does not divide d_model 64; choose a divisor or set model.head_dim",
@@ -210,3 +214,11 @@ def test_a_mistake_ends_in_one_line_that_names_the_fix(name, place, monkeypatch,
     assert found == code and re.fullmatch(f"error: {pattern}.*", lines[-1]), printed.err
     assert seconds < SECONDS
     assert files() == before
+
+
+def test_a_micro_batch_above_the_batch_is_lowered_with_a_line(place, monkeypatch, capfd):
+    from olmo_train.__main__ import main
+
+    monkeypatch.chdir(place)
+    assert main(["train", *words_of("runs/lowered", "tokens.npy", micro_batch_size=16, total_steps=5)]) == 0
+    assert "micro_batch_size 16 is lowered to 8, which divides the 8 instances of a process" in "".join(capfd.readouterr())
