@@ -451,10 +451,10 @@ new ResizeObserver(() => {
 
 // A served page reads its data again, and keeps what the reader chose.
 if (document.querySelector("meta[http-equiv]").content.includes("connect-src")) {
-  let seen = null;
+  let seen = $("data").textContent;
   setInterval(async () => {
     const text = await fetch("data").then((answer) => (answer.ok ? answer.text() : seen), () => seen); // the run or the server may be gone
-    if (seen !== null && text !== seen) { data = JSON.parse(text); build(); }
+    if (text !== seen) { data = JSON.parse(text); build(); }
     seen = text;
   }, 5000);
 }
