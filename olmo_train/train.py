@@ -90,11 +90,10 @@ def pass_over(batch: Batch, config: TrainConfig) -> StepStats:
     return StepStats(batch.step, lr, sums, none + torch.nan, none + 1, losses, none, passed_over=True)
 
 
-def train(config: TrainConfig, world: World | None = None) -> Generator[StepStats, bool | None, None]:
+def train(config: TrainConfig, world: World | None = None) -> Generator[StepStats, None, None]:
     """Train to config.steps, from the newest checkpoint of run_dir if there is one; yields after every update.
 
-    A step is logged, evaluated and saved when the loop asks for the next one, so that `stats.log` can add to its line. A loop
-    that is left early does none of this for its last step, as if killed there; the generator's `send(True)` does it, then leaves.
+    A step is logged, evaluated and saved when the loop asks for the next one or leaves, so that `stats.log` can add to its line.
 
     `world`: the processes that train, for a caller that has joined them already; else they are joined here and left at the end.
 
@@ -119,7 +118,7 @@ def train(config: TrainConfig, world: World | None = None) -> Generator[StepStat
             gc.collect()  # hooks make reference cycles in a sharded model: free it before the next one is built
 
 
-def train_from_newest(config: TrainConfig, world: World, signals: StopSignals) -> Generator[StepStats, bool | None, None]:
+def train_from_newest(config: TrainConfig, world: World, signals: StopSignals) -> Generator[StepStats, None, None]:
     """The loop, from the newest checkpoint on. Raises Rewind to be called again."""
     with contextlib.ExitStack() as stack:
         run = stack.enter_context(open_run(config, world, signals))
@@ -143,7 +142,11 @@ def train_from_newest(config: TrainConfig, world: World, signals: StopSignals) -
             else:
                 stats = train_step(model, optimizer, batch, config, world, run.spikes)
             run.add(stats)
-            leave = yield stats
+            leave = False
+            try:
+                yield stats
+            except GeneratorExit:  # the caller's loop ends here: finish this step first
+                leave = True
 
             is_logged = is_last or step % config.log.interval_steps == 0
             is_evaluated = run.evaluation.is_due(step, is_last)

@@ -3,7 +3,6 @@
 trained(config)              train to the end; returns config
 trained_on(size, config)     the same on forked ranks
 cut(config, steps)           train some steps and drop the run, as a kill between two steps would
-leave(run)                   log and save the step that a loop over train(config) is at, and drop the run
 lines_of(run_dir)            metrics.jsonl as a list of dicts
 events_of(run_dir, *kinds)   events.jsonl, only the events of these kinds
 history(run_dir, *names)     these figures of every line that holds a training step
@@ -12,7 +11,6 @@ load_script(file)            a script that is not in a package, as a module
 wait_for(run_dir, lines)     until another process has logged this many lines
 """
 
-import contextlib
 import importlib.util
 import json
 import time
@@ -47,14 +45,8 @@ def cut(config, steps: int):
     run = train(config)
     for stats in run:
         if stats.step == steps:
-            leave(run)
+            run.close()  # which logs and saves this step
     return config
-
-
-def leave(run) -> None:
-    """Log and save the step that the loop is at, and drop the run."""
-    with contextlib.suppress(StopIteration):
-        run.send(True)
 
 
 def first_model(config: ModelConfig, seed: int = 1) -> Transformer:

@@ -7,7 +7,6 @@ since that checkpoint.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import statistics
 import tempfile
@@ -78,8 +77,7 @@ def replay(run_dir: Path, step: int, announce: Callable[[str], None] = lambda te
             config = dataclasses.replace(config, run_dir=str(place), checkpoint=saves, resume_from=newest and str(newest))
             run = train(config)
             stats = next(stats for stats in run if stats.step == last)
-            with contextlib.suppress(StopIteration):
-                run.send(True)  # log and save this step, then leave
+            run.close()  # logs and saves this step
             newest = folders.folder_of(place, last)
         replayed = logged_lines(place)[target]
     return Replay(target, folder, lines[target], replayed, _sequences(stretches[-1], stats))
