@@ -5,7 +5,7 @@ one step to the next. These are medians, which a spike hardly moves, and differe
 fast falling loss is not taken for noise.
 The state is on the device, so judging a step costs no host sync, and it is saved in checkpoints.
 
-tests/benchmarks/spikes.py measures the error rates, which docs/robustness.md has; the constants come from its first 19 runs.
+tests/benchmarks/spikes.py measures the error rates, which docs/robustness.md has. The constants were chosen on its first 19 runs.
 """
 
 from __future__ import annotations
