@@ -275,8 +275,9 @@ class UnknownKey(ConfigError):
 def key_names(hint: Any, where: str = "") -> Iterator[str]:
     """The dotted keys below a dataclass. NAME stands for any name, N for a place in a list."""
     if dataclasses.is_dataclass(hint):
-        for name, nested in typing.get_type_hints(hint, include_extras=True).items():
-            yield from key_names(nested, f"{where}.{name}".lstrip("."))
+        hints = typing.get_type_hints(hint, include_extras=True)
+        for field in dataclasses.fields(hint):
+            yield from key_names(hints[field.name], f"{where}.{field.name}".lstrip("."))
         return
     yield where
     place = {dict: ".NAME", tuple: ".N"}.get(get_origin(hint), "")
