@@ -16,7 +16,7 @@ from typing import NoReturn
 
 from olmo_train import __version__
 from olmo_train.commands import completion
-from olmo_train.errors import ConfigError, DataError, UserError, did_you_mean, near, nearest
+from olmo_train.errors import ConfigError, DataError, UserError, did_you_mean, near, near_keys, nearest
 from olmo_train.parallel.processes import rank
 
 VERBS = {
@@ -181,7 +181,6 @@ def _meant(words: list[str], flag: str, verb: Parser, arguments: argparse.Namesp
         return did_you_mean(options)
     name, _, value = flag.lstrip("-").partition("=")
     if flag.startswith("-") and hasattr(arguments, "config"):
-        from olmo_train.hints import near_keys
         from olmo_train.train_config import keys
 
         if found := near_keys(name.replace("-", "_"), [key.name for key in keys()]):

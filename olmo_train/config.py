@@ -23,8 +23,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
 
-from olmo_train.errors import ConfigError, nearest
-from olmo_train.hints import indented_with_tab, nearest_key, no_such_file
+from olmo_train.errors import ConfigError, indented_with_tab, nearest, nearest_key, no_such_file
 from olmo_train.storage import FilePath
 
 T = TypeVar("T")

@@ -28,10 +28,9 @@ from olmo_train.config import Count, Natural, Positive, build
 from olmo_train.data.config import DataConfig
 from olmo_train.data.mixture import Mixture
 from olmo_train.data.order import BatchSizes
-from olmo_train.errors import ConfigError
+from olmo_train.errors import ConfigError, nearest_key
 from olmo_train.eval.config import EvalConfig
 from olmo_train.guards.config import GuardConfig
-from olmo_train.hints import nearest_key
 from olmo_train.log.config import LogConfig, ProfileConfig
 from olmo_train.model.config import ModelConfig
 from olmo_train.model.cost import count_parameters

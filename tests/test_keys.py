@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from olmo_train import config
-from olmo_train.hints import OTHER_NAMES, near_keys
+from olmo_train.errors import OTHER_NAMES, near_keys
 from olmo_train.train_config import TrainConfig, keys
 
 KNOWN = [key.name for key in keys()]

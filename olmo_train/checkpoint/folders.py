@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from olmo_train.checkpoint.config import CheckpointConfig
-from olmo_train.errors import CheckpointError, did_you_mean
-from olmo_train.hints import near_files
+from olmo_train.errors import CheckpointError, did_you_mean, near_files
 from olmo_train.storage import problems_of, remove_folder
 
 log = logging.getLogger(__name__)

@@ -23,8 +23,7 @@ from olmo_train.data.config import SourceConfig
 from olmo_train.data.documents import Document, DocumentTable, scan_documents
 from olmo_train.data.meta import META_FILE, Meta, hash_blocks, hash_file, read_meta
 from olmo_train.data.tokenizer import TokenizerRecord
-from olmo_train.errors import ConfigError, DataError, did_you_mean
-from olmo_train.hints import near_files
+from olmo_train.errors import ConfigError, DataError, did_you_mean, near_files
 from olmo_train.storage import cache_folder
 
 WHOLE_BYTES = 64 * 2**20  # a source up to this size is hashed completely when it is opened, a larger one in sampled blocks
