@@ -3,7 +3,7 @@
 #   launch/local.sh CONFIG.yaml [MORE.yaml ...] [key=value ...]
 #   NPROC=2 launch/local.sh CONFIG.yaml ...        another number of processes, for example two on the CPU
 # With one process the exit code is that of olmo-train. Several processes run under torchrun, which exits 1 whenever a process
-# exits with a code other than 0; the last `error:` or `stopped:` line tells which kind it was.
+# exits with a code other than 0; the last `error:` or `stopped:` line says which kind it was.
 set -euo pipefail
 
 python=${PYTHON:-python3}

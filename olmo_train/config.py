@@ -263,7 +263,7 @@ def build(cls: type[T], values: dict[str, Any], where: str = "") -> T:
     except UnknownKey as problem:
         if where:
             raise
-        what = f"is not a known key; {nearest_key(str(problem.where), list(key_names(cls)))}"
+        what = f"is not a known key; {nearest_key(str(problem.where), [name for name, *_ in walk(cls)])}"
         raise ConfigError(problem.where, what) from problem
 
 
@@ -271,17 +271,17 @@ class UnknownKey(ConfigError):
     """A key that its section does not have."""
 
 
-def key_names(hint: Any, where: str = "") -> Iterator[str]:
-    """The dotted keys below a dataclass. NAME stands for any name, N for a place in a list."""
-    if dataclasses.is_dataclass(hint):
-        hints = typing.get_type_hints(hint, include_extras=True)
-        for field in dataclasses.fields(hint):
-            yield from key_names(hints[field.name], f"{where}.{field.name}".lstrip("."))
-        return
-    yield where
-    place = {dict: ".NAME", tuple: ".N"}.get(get_origin(hint), "")
-    for nested in filter(dataclasses.is_dataclass, get_args(hint)):
-        yield from key_names(nested, where + place)
+def walk(cls: type, where: str = "") -> Iterator[tuple[str, type, dataclasses.Field, Any]]:
+    """(dotted key, its dataclass, field, type) of each key below a dataclass, in the order of the fields. In a dotted key NAME
+    stands for any name, N for a place in a list."""
+    hints = typing.get_type_hints(cls, include_extras=True)
+    for field in dataclasses.fields(cls):
+        hint, name = hints[field.name], where + field.name
+        if not dataclasses.is_dataclass(hint):
+            yield name, cls, field, hint
+        place = {dict: ".NAME", tuple: ".N"}.get(get_origin(hint), "")
+        for nested in filter(dataclasses.is_dataclass, (hint, *get_args(hint))):
+            yield from walk(nested, f"{name}{place}.")
 
 
 def _build(cls: type[T], values: dict[str, Any], where: str) -> T:

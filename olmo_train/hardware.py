@@ -88,13 +88,18 @@ def detect() -> Hardware | None:
     return lookup(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
 
 
+def cpuinfo(root: Path = Path("/")) -> list[str]:
+    """The lines of /proc/cpuinfo; none where the kernel has no such file."""
+    try:
+        return (root / "proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+
+
 def computes_bf16(root: Path = Path("/")) -> bool | None:
     """Whether this machine's processor has instructions for bf16 products; None where the kernel does not say."""
-    try:
-        words = (root / "proc/cpuinfo").read_text(encoding="utf-8").split()
-    except OSError:
-        return None
-    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(words)
+    lines = cpuinfo(root)
+    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(" ".join(lines).split()) if lines else None
 
 
 # Files of a memory cgroup: its limit, its use, and the line of memory.stat with the cached files that the kernel would drop.

@@ -61,7 +61,7 @@ class History:
     """What a run has left in its run_dir, which need not exist. `broken`: {file name: numbers of its broken lines}."""
 
     def __init__(self, run_dir: Path, config: TrainConfig | None = None):
-        """`config`: the data_config of the run as it is configured now, which is used where the data were moved, and for a run
+        """`config`: the data_config of the run with today's configuration, which is used where the data were moved, and for a run
         that has not started."""
         self.run_dir, self.config, self.metrics_file = run_dir, config, run_dir / "metrics.jsonl"
         self.broken: dict[str, list[int]] = {"events.jsonl": [], "metrics.jsonl": []}
@@ -93,7 +93,7 @@ class History:
             if "config" in event and "world_size" in event:
                 attempts = [attempt for attempt in attempts if attempt.first_step <= event["step"]]
                 config = data_config(configuration.words(event["config"], event.get("started_in")))
-                batches = BatchSizes(tuple(map(tuple, event.get("batches") or [(1, config.global_batch_size)])))
+                batches = BatchSizes.of(event.get("batches") or [(1, config.global_batch_size)])
                 if self.config and _order(self.config) == _order(config):  # the data may have been moved since
                     config = replace(self.config, guards=config.guards)
                 attempts.append(Attempt(event["step"] + 1, config, batches, event["world_size"], event))
@@ -103,7 +103,7 @@ class History:
 
     @property
     def steps(self) -> int:
-        """Updates of the whole run, as it is configured now."""
+        """Updates of the whole run, with today's configuration."""
         return (self.config or self.attempts[-1].config).steps_with(self.attempts[-1].batches)
 
     def attempt_of(self, step: int) -> Attempt:

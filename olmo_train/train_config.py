@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import json
 import math
@@ -20,11 +21,10 @@ from typing import (
     Union,
     get_args,
     get_origin,
-    get_type_hints,
 )
 
 from olmo_train.checkpoint.config import CheckpointConfig
-from olmo_train.config import Count, Natural, Positive, build
+from olmo_train.config import Count, Natural, Positive, build, walk
 from olmo_train.data.config import DataConfig
 from olmo_train.data.mixture import Mixture
 from olmo_train.data.order import BatchSizes
@@ -125,7 +125,7 @@ class TrainConfig:
         source cannot be read or is too small."""
         mixture = Mixture(self.data, self.seed, self.global_batch_size, self.model.seq_len, self.model.vocab_size)
         if changes:
-            mixture.set_batches(BatchSizes(tuple(map(tuple, changes))))
+            mixture.set_batches(BatchSizes.of(changes))
         return mixture
 
     def check_world(self, size: int) -> None:
@@ -193,23 +193,18 @@ class Key(NamedTuple):
 
     name: str  # dotted; NAME stands for any name, N for a place in a list
     kind: str  # its type, choices and range
-    default: str  # as it is typed; ??? for a key that must be set
+    default: str  # as one types it; ??? for a key that must be set
     meaning: str  # the comment beside or above the field
 
 
-def keys(cls: type = TrainConfig, where: str = "") -> Iterator[Key]:
-    """Every key of a configuration dataclass, in the order of its fields. Names start with `where`."""
-    hints, source = get_type_hints(cls, include_extras=True), inspect.getsource(cls)
-    for key in fields(cls):
-        hint, name = hints[key.name], where + key.name
-        if not is_dataclass(hint):
-            default = key.default if key.default_factory is MISSING else key.default_factory()
-            above, beside = re.search(rf"((?:^    # .+\n)*)^    {key.name}: .*?(  # .+)?$", source, re.MULTILINE).groups()
-            yield Key(name, _kind(hint), _typed(default), " ".join((beside or above).replace("# ", "").split()))
-        place = {dict: ".NAME", tuple: ".N"}.get(get_origin(hint), "")
-        for nested in (hint, *get_args(hint)):
-            if is_dataclass(nested):
-                yield from keys(nested, f"{name}{place}.")
+def keys() -> Iterator[Key]:
+    """Every key of the configuration, in the order of the fields."""
+    source = functools.cache(inspect.getsource)
+    for name, cls, key, hint in walk(TrainConfig):
+        default = key.default if key.default_factory is MISSING else key.default_factory()
+        comments = rf"((?:^    # .+\n)*)^    {key.name}: .*?(  # .+)?$"
+        above, beside = re.search(comments, source(cls), re.MULTILINE).groups()
+        yield Key(name, _kind(hint), _typed(default), " ".join((beside or above).replace("# ", "").split()))
 
 
 def find_keys(prefix: str) -> list[Key]:

@@ -50,7 +50,9 @@ def run(arguments: argparse.Namespace) -> None:
     gpu = choose_gpu(arguments.gpu, arguments.gpu_memory, arguments.gpu_peak, arguments.gpu_power)
     mixture, why_not = open_data(config)
     assumed = Assumptions(arguments.mfu, arguments.price, arguments.pue, arguments.carbon)
-    plan = make_plan(config, arguments.gpus, gpu, mixture, why_not, assumed, None if gpu else cpu_seconds)
+    config.check_world(arguments.gpus)
+    found = memory_of(config, arguments.gpus, arguments.gpus, gpu and gpu.memory_bytes)
+    plan = make_plan(config, arguments.gpus, gpu, mixture, why_not, found, assumed, None if gpu else cpu_seconds)
     if arguments.json:
         print(json.dumps(plan, indent=1))
     else:
@@ -59,7 +61,6 @@ def run(arguments: argparse.Namespace) -> None:
         draw(config, mixture, arguments.output)
         if not arguments.json:
             print(arguments.output)
-    found = memory_of(config, arguments.gpus, arguments.gpus, gpu and gpu.memory_bytes)
     if found.fits is False:
         raise does_not_fit(found, config)
 
@@ -90,7 +91,7 @@ def show(plan: dict[str, Any], config: TrainConfig) -> None:
 
     console = rich_console(soft_wrap=False)
     gpu, count = plan["gpu"], plan["gpus"]
-    kind = f"{count} x {gpu['name']}" if gpu else f"{count} process{'es' * (count > 1)} on this machine's CPU"
+    kind = f"{count} x {gpu['name']}" if gpu else f"{counted(count, 'process')} on this machine's CPU"
     console.print(f"{'' if config.run_dir == UNNAMED else config.run_dir + ': '}{kind}", style="bold")
     show_verdict(console, plan)
     show_run(console, plan, config)
@@ -195,7 +196,7 @@ def show_cost(console: Console, plan: dict[str, Any]) -> None:
     if step := plan["step"]:
         waiting = step["exposed_seconds"] / step["seconds"]
         console.print(
-            f"The table leaves out communication. With that of {plan['layout']['gpus']} GPU{'s' * (plan['gpus'] > 1)} a step "
+            f"The table leaves out communication. With that of {counted(plan['gpus'], 'GPU')} a step "
             f"takes {duration(step['seconds'])}, {waiting:.1%} of it waiting: MFU {step['mfu']:.1%}, "
             f"{step['tokens_per_second']:,.0f} tokens/s."
         )

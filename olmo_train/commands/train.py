@@ -33,7 +33,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def key_lines(prefix: str, width: int | None = None) -> Iterator[str]:
-    """Each key that starts with `prefix` as it is typed with its default, its type, and its meaning; an empty line between
+    """Each key that starts with `prefix` as one types it, with its default, its type, and its meaning; an empty line between
     sections. `width` is by default that of the terminal. Raises ConfigError when no key does."""
     import shutil
     import textwrap

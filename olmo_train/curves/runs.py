@@ -21,7 +21,7 @@ import numpy as np
 
 from olmo_train import config as yaml_config
 from olmo_train.errors import ConfigError, DataError
-from olmo_train.formats import short
+from olmo_train.formats import counted, short
 from olmo_train.history import History
 from olmo_train.model.cost import count_parameters
 
@@ -151,8 +151,7 @@ def _before(own: Series, past: Series, step: int, complete: bool) -> Series:
 
 def note_of(file: Path, broken: list[int]) -> list[str]:
     """A note about the broken lines of a file, if it has any."""
-    many = "s" * (len(broken) > 1)
-    return [f"{file}: {len(broken)} broken line{many} skipped, the first is line {broken[0]}"] if broken else []
+    return [f"{file}: {counted(len(broken), 'broken line')} skipped, the first is line {broken[0]}"] if broken else []
 
 
 def collect(rows: Iterable[dict[str, Any]]) -> tuple[dict[str, Series], list[tuple[float, float, Any]]]:

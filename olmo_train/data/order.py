@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -88,6 +88,11 @@ class BatchSizes:
     nor drops an instance."""
 
     changes: tuple[tuple[int, int], ...]  # (first step, sequences a step), in order; the first at step 1
+
+    @classmethod
+    def of(cls, changes: Iterable[Sequence[int]]) -> BatchSizes:
+        """From pairs as JSON holds them."""
+        return cls(tuple((first, size) for first, size in changes))
 
     def at(self, step: int) -> int:
         """Sequences of this step."""

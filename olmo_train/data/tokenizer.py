@@ -106,7 +106,7 @@ class Tokenizer:
 
     @cached_property
     def _known(self) -> dict[str, bool]:
-        """Whether a character becomes a token, for characters seen so far. The private one is in no vocabulary, so it tells
+        """Whether a character becomes a token, for characters seen so far. The private one is in no vocabulary, so it shows
         whether the tokenizer drops characters: a BPE with neither bytes nor an unknown token does."""
         return {UNSEEN: bool(self.encode(UNSEEN))}
 

@@ -48,12 +48,10 @@ class Journal:
     def add(self, stats: StepStats) -> None:
         """Count a step. Reads nothing from the device, but at the first two steps the loss, which waits for it."""
         self._own_seconds += time.thread_time() - self._computing_since
+        self.logger.count(stats.step)
         if stats.step <= self._first_step + 1:
             loss = stats.loss.item()
-            self.logger.count(stats.step)
             self.logger.early(time.perf_counter() - self._began, loss, self.config.parallel.compile)
-        else:
-            self.logger.count(stats.step)
         clipped = (stats.grad_norm > schedules.max_grad_norm_at(stats.step, self.config.optim)).float()  # 0 if passed over
         self.interval.add(stats.sums, stats.skipped, clipped, stats.spike, self._waited)
 

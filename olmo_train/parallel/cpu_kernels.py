@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from olmo_train.errors import ConfigError
+from olmo_train.hardware import cpuinfo
 from olmo_train.model.loss import IGNORE
 from olmo_train.model.transformer import Mask
 from olmo_train.model.transformer import attend as attend_by_torch
@@ -62,10 +63,7 @@ def library() -> ctypes.CDLL:
 def _fingerprint(words: list[str]) -> str:
     """A hash of everything that the build depends on: machines with other processors and compilers may share a home."""
     about = [*words, SOURCE.read_text(encoding="utf-8"), platform.machine(), platform.processor()]
-    processor = Path("/proc/cpuinfo")
-    if processor.exists():
-        lines = processor.read_text(encoding="utf-8").splitlines()
-        about += sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))})
+    about += sorted({line for line in cpuinfo() if line.startswith(("model name", "flags", "Features"))})
     return hashlib.sha256("\n".join(about).encode()).hexdigest()[:24]
 
 

@@ -58,14 +58,15 @@ def make_plan(
     gpu: Hardware | None,
     mixture: Mixture | None,
     why_not: str | None,
+    found: preflight.Memory,
     assumed: Assumptions,
     cpu_seconds: Callable[[TrainConfig], float] | None = None,
 ) -> dict[str, Any]:
-    """The whole plan as plain data: what --json prints and what the tables show. `why_not`: the reason for no mixture.
+    """The whole plan as plain data: what --json prints and what the tables show. `why_not`: the reason for no mixture;
+    `found`: the memory of the run.
 
     Without a GPU it is a plan for this machine's CPU; `cpu_seconds` returns the seconds of a step on it.
     """
-    config.check_world(gpus)
     layout = preflight.layout_of(config, gpus)
     estimate, count = memory.memory_estimate(config.model, layout), count_parameters(config.model)
     plan: dict[str, Any] = {
@@ -90,7 +91,7 @@ def make_plan(
         "warnings": [str(caution) for caution in preflight.cautions(config, mixture, gpu is None)],
     }
     if gpu:
-        plan["fits"] = estimate.fits(gpu.memory_bytes)
+        plan["fits"] = found.fits
         plan["largest_micro_batch_size"] = {
             way: memory.largest_micro_batch(config.model, replace(layout, activation_checkpointing=way), gpu.memory_bytes)
             for way in get_args(Checkpointing)
@@ -102,14 +103,15 @@ def make_plan(
         plan["scaling"] = scaling.scaling_rows(config.model, layout, gpu, assumed.mfu)
     run_seconds = plan["cost"] and plan["cost"]["seconds"]
     if not gpu:
-        plan["machine"] = on_this_machine(config, gpus, cpu_seconds)
+        plan["machine"] = on_this_machine(config, found, cpu_seconds)
         run_seconds = plan["machine"]["seconds"]
     return plan | schedule(config, run_seconds, mixture, why_not)
 
 
-def on_this_machine(config: TrainConfig, processes: int, cpu_seconds: Callable[[TrainConfig], float] | None) -> dict[str, Any]:
+def on_this_machine(
+    config: TrainConfig, found: preflight.Memory, cpu_seconds: Callable[[TrainConfig], float] | None
+) -> dict[str, Any]:
     """Memory and time on this machine's CPU; a run that does not fit is not timed."""
-    found = preflight.memory_of(config, processes, processes)
     step = cpu_seconds(config) if cpu_seconds and found.fits is not False else None
     return {
         "memory_needed_bytes": found.needed,

@@ -35,7 +35,8 @@ class Memory:
     needed: int
     available: int | None  # None: unknown
     place: str  # "this machine" or "each GPU"
-    fix: str  # what would make the run fit
+    key: str = ""  # the configuration key that a run which does not fit should change
+    fix: str = ""  # what would make it fit
 
     @property
     def fits(self) -> bool | None:
@@ -82,41 +83,44 @@ def memory_of(config: TrainConfig, processes: int, on_machine: int, gpu_bytes: i
         needed, available, place = on_machine * (peak + besides(config.model)), available_memory(), "this machine"
     else:
         needed, available, place = peak + memory.RUNTIME_BYTES, gpu_bytes, "each GPU"
-    more = "more machines" if gpu_bytes is None else "more GPUs"
-    fix = "" if available is None or needed <= available else _fix(config.model, layout, budget, more)
-    return Memory(needed, available, place, fix)
+    found = Memory(needed, available, place)
+    if found.fits is not False:
+        return found
+    key, fix = _fix(config.model, layout, budget, "more machines" if gpu_bytes is None else "more GPUs")
+    return replace(found, key=key, fix=fix)
 
 
-def _fix(model: ModelConfig, layout: Layout, budget: Callable[[ModelConfig], int], more: str) -> str:
-    """The keys that would make a run fit, the cheapest first. `budget`: bytes that a process may use for this model."""
+def _fix(model: ModelConfig, layout: Layout, budget: Callable[[ModelConfig], int], more: str) -> tuple[str, str]:
+    """(key, fix): the cheapest change that would make a run fit. `budget`: bytes that a process may use for this model."""
     ways = get_args(Checkpointing)
     for way in ways[ways.index(layout.activation_checkpointing) :]:
         if size := memory.largest_micro_batch(model, replace(layout, activation_checkpointing=way), budget(model)):
             other = "" if way == layout.activation_checkpointing else f" parallel.activation_checkpointing={way}"
-            return f"set micro_batch_size={size}{other}"
+            return "micro_batch_size", f"set micro_batch_size={size}{other}"
     smallest = replace(layout, micro_batch_size=1, activation_checkpointing="full")
     fewer = (replace(model, n_layers=n) for n in range(model.n_layers - 1, 0, -1))
     fitting = next((m.n_layers for m in fewer if memory_estimate(m, smallest).fits(budget(m))), None)
     smaller = f"model.n_layers={fitting} would fit" if fitting else "reduce model.d_model and model.mlp_hidden"
-    return f"use {more}, or a smaller model: {smaller}"
+    return "model", f"use {more}, or a smaller model: {smaller}"
 
 
 def check_memory(found: Memory, config: TrainConfig) -> None:
     """Raises ConfigError when the run cannot fit, and warns when it may not. With parallel.compile a step takes less than its
     estimate, so it is never refused."""
-    if found.available is None or found.needed <= found.available:
+    if found.fits is not False:
         return
-    if MARGIN * found.needed > found.available and not config.parallel.compile:
+    if MARGIN * found.needed > (found.available or 0) and not config.parallel.compile:
         raise does_not_fit(found, config)
     log.warning("the run may run out of memory: it needs about %s; %s", found, found.fix)
 
 
 def does_not_fit(found: Memory, config: TrainConfig) -> ConfigError:
     state = byte_size(memory.state_bytes(config.model, config.optim.name))
-    key = "micro_batch_size" if found.fix.startswith("set micro") else "model"
     parameters = count_parameters(config.model).total
-    what = f"{parameters:,} parameters, whose weights, gradients and optimizer state take {state}; " if key == "model" else ""
-    return ConfigError(key, f"the run does not fit: {what}it needs {found}; {found.fix}")
+    what = (
+        f"{parameters:,} parameters, whose weights, gradients and optimizer state take {state}; " if found.key == "model" else ""
+    )
+    return ConfigError(found.key, f"the run does not fit: {what}it needs {found}; {found.fix}")
 
 
 def facts(config: TrainConfig, mixture: Mixture) -> list[str]:

@@ -51,7 +51,8 @@ def open_run(config: TrainConfig, world: World, signals: StopSignals) -> Iterato
     memory = preflight.memory_of(config, world.size, processes_on_machine(world.size), world.device_memory())
     with contextlib.ExitStack() as stack:
         mixture, evaluation = _open_data(config, world)
-        if world.on_main(lambda: not run_dir.exists()):  # a refused run leaves no run_dir
+        is_new = world.on_main(lambda: not run_dir.exists())
+        if is_new:  # a refused run leaves no run_dir
             world.together(lambda: preflight.check_memory(memory, config))
         world.on_main(lambda: stack.enter_context(_locked(run_dir)))
         found = world.on_main(lambda: find_checkpoint(config))
@@ -73,7 +74,8 @@ def open_run(config: TrainConfig, world: World, signals: StopSignals) -> Iterato
             yield None
             return
         world.on_main(lambda: _check_checkpoint_tokenizer(config, mixture, start))
-        world.together(lambda: preflight.check_memory(memory, config))
+        if not is_new:  # only now, as a finished run has nothing to compute
+            world.together(lambda: preflight.check_memory(memory, config))
         notes.append(f"memory: needs about {memory}")
 
         watchdog = _start_watchdog(config, world, stack)

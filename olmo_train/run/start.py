@@ -81,7 +81,7 @@ def read_start(config: TrainConfig, resolved: dict[str, Any], mixture: Mixture, 
         check_denied(state.get("denied"), mixture.denied_summary, config.allow_changes)
     # A checkpoint of an older version, or a converted one, has one batch size up to its step.
     changes = state.get("batches") or [(1, saved.get("global_batch_size", config.global_batch_size))]
-    batches = BatchSizes(tuple(map(tuple, changes))).after(state["step"], config.global_batch_size)
+    batches = BatchSizes.of(changes).after(state["step"], config.global_batch_size)
     return Start(kind, folder, state, batches)
 
 

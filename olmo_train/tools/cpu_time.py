@@ -7,10 +7,10 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import torch
 
+from olmo_train.hardware import cpuinfo
 from olmo_train.model.config import ModelConfig
 from olmo_train.model.cost import count_parameters, flops_per_token
 from olmo_train.model.init import initial_value
@@ -40,7 +40,8 @@ def step_seconds(config: TrainConfig) -> float:
 
 def _cached(config: TrainConfig) -> dict[str, float]:
     """The measurement, from the cache folder if this machine has made it before."""
-    about = [asdict(replace(config.model, n_layers=2)), asdict(config.optim)["name"], config.parallel.precision, _processor()]
+    processor = next((line for line in cpuinfo() if line.startswith("model name")), "")
+    about = [asdict(replace(config.model, n_layers=2)), config.optim.name, config.parallel.precision, processor]
     about += [config.parallel.cpu_kernels, config.micro_batch_size, torch.get_num_threads(), torch.__version__]
     key = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:24]
     file = cache_folder() / "cpu-time" / f"{key}.json"
@@ -58,14 +59,6 @@ def _cached(config: TrainConfig) -> dict[str, float]:
     except OSError:  # without a writable cache it is measured again next time
         pass
     return measured
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return ""
 
 
 def _measure(config: TrainConfig) -> dict[str, float]:

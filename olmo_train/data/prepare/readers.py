@@ -266,7 +266,7 @@ def _chat(messages: list) -> list[tuple[Any, bool]]:
 
 
 def _content(content: Any) -> list:
-    """The texts of a message: its content, or its parts. A part that is not text is returned as it is."""
+    """The texts of a message: its content, or its parts. A part that is not text is returned unchanged."""
     if not isinstance(content, list):
         return [content]
     return [part.get("text") if isinstance(part, dict) and "text" in part else part for part in content]
