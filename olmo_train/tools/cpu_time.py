@@ -41,7 +41,7 @@ def step_seconds(config: TrainConfig) -> float:
 def _cached(config: TrainConfig) -> dict[str, float]:
     """The measurement, from the cache folder if this machine has made it before."""
     processor = next((line for line in cpuinfo() if line.startswith("model name")), "")
-    about = [asdict(replace(config.model, n_layers=2)), config.optim.name, config.parallel.precision, processor]
+    about: list[object] = [asdict(replace(config.model, n_layers=2)), config.optim.name, config.parallel.precision, processor]
     about += [config.parallel.cpu_kernels, config.micro_batch_size, torch.get_num_threads(), torch.__version__]
     key = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:24]
     file = cache_folder() / "cpu-time" / f"{key}.json"
