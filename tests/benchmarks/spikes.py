@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,12 @@ def judged(steps: list[tuple[float, float]], plants: list[dict[str, Any]] = ()) 
     return spikes, found
 
 
+def split_losses(steps: list[tuple[float, float]]) -> tuple[list[float], list[float]]:
+    """Losses of the last steps at the healthy rate, and of as many at the rate that is too high."""
+    losses, (start, length) = [loss for loss, _ in steps], RATE_STEPS
+    return losses[start - length : start], losses[start : start + length]
+
+
 def rates(runs: dict[int, list[dict[str, Any]]]) -> list[str]:
     """A table of both error rates over these runs: number: [healthy, with a rate too high]."""
     false, planted = {}, {}
@@ -133,7 +140,9 @@ def rates(runs: dict[int, list[dict[str, Any]]]) -> list[str]:
             for step, (loss, norm) in enumerate(steps, 1) if step in PLANTED_AT
         ]  # fmt: skip
         false[run], found = judged(steps, healthy["plants"] + longer)
-        found += [(f"learning rate x {RATE}", any(step > RATE_STEPS[0] for step in judged(diverging["steps"])[0]))]
+        before, after = split_losses(diverging["steps"])
+        rises = "loss rises" if statistics.median(after) > statistics.median(before) else "loss keeps falling"
+        found += [(f"learning rate x {RATE}, {rises}", any(step > RATE_STEPS[0] for step in judged(diverging["steps"])[0]))]
         for kind, is_found in found:
             planted.setdefault(kind, []).append(is_found)
     wrong = {run: steps for run, steps in false.items() if steps}
