@@ -2,8 +2,7 @@
 # Train on all devices of this machine: one process for each GPU, or one on the CPU.
 #   launch/local.sh CONFIG.yaml [MORE.yaml ...] [key=value ...]
 #   NPROC=2 launch/local.sh CONFIG.yaml ...        another number of processes, for example two on the CPU
-# With one process the exit code is that of olmo-train. Several processes run under torchrun, which exits 1 whenever a process
-# exits with a code other than 0; the last `error:` or `stopped:` line says which kind it was.
+# The exit code is that of olmo-train.
 set -euo pipefail
 
 python=${PYTHON:-python3}
@@ -18,4 +17,4 @@ if [ "$gpus" -eq 0 ]; then # processes that share cores must not spin while they
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(($(nproc) / nproc > 0 ? $(nproc) / nproc : 1))}
     export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
 fi
-exec "$python" -m torch.distributed.run --standalone --nproc-per-node="$nproc" -m olmo_train train "$@"
+exec "$python" -m olmo_train.parallel.launch --standalone --nproc-per-node="$nproc" -m olmo_train train "$@"

@@ -1,13 +1,17 @@
 """The launchers, and the text of the first run."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from runs import load_script
+from runs import load_script, wait_for
+
+from olmo_train.checkpoint.folders import committed
+from olmo_train.parallel import launch
 
 LAUNCH = Path(__file__).parent.parent / "launch"
 
@@ -27,47 +31,179 @@ def test_local_starts_one_process_each_and_gives_the_words_on(tmp_path, tiny_wor
 
 
 @pytest.fixture
-def slurm(tmp_path):
-    """slurm(seconds): the batch script with stand-ins for Slurm's commands, which note how they were called in `log`.
+def launcher(tmp_path):
+    """launcher(code, nproc=2): olmo_train.parallel.launch with a script of this code, in which `rank` is set."""
 
-    The stand-in of srun works for so many seconds, saves on SIGTERM and then exits 1, as torchrun does.
-    """
+    def start(code: str, nproc: int = 2) -> subprocess.Popen:
+        (tmp_path / "script.py").write_text(f"import os, signal, sys, time\nrank = int(os.environ['RANK'])\n{code}")
+        words = [sys.executable, "-m", "olmo_train.parallel.launch", "--standalone", f"--nproc-per-node={nproc}"]
+        environment = {**os.environ, "PYTHONPATH": str(LAUNCH.parent)}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        return subprocess.Popen([*words, str(tmp_path / "script.py")], env=environment, cwd=tmp_path, **pipes)
+
+    return start
+
+
+def test_the_launcher_exits_with_the_code_of_the_run_and_leaves_the_last_line_to_it(launcher):
+    failing = (  # rank 0 ends first, when rank 1 ignores torchrun's SIGTERM
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\nopen(f'ready-{rank}', 'w').close()\n"
+        "while not os.path.exists('ready-1'): time.sleep(0.01)\ntime.sleep(rank)\nprint('error: of a rank', file=sys.stderr)"
+    )
+    failed = launcher(f"{failing}\nsys.exit(3 if rank == 1 else 6)")
+    assert (failed.communicate(timeout=60)[1], failed.returncode) == ("error: of a rank\n" * 2, 3)
+    killed = launcher("rank == 1 and os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(60)")
+    last = "error: rank 1: was killed by SIGKILL; run the same command again\n"
+    assert (killed.communicate(timeout=60)[1], killed.returncode) == (last, 128 + signal.SIGKILL)
+
+
+def test_the_launcher_passes_signals_on_and_waits_for_the_run_to_save(launcher):
+    blocked = "signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1, signal.SIGTERM])\nos.write(1, b'ready\\n')\n"
+    blocked += "signal.sigwait([signal.SIGUSR1])\ntime.sleep(1 + rank)\nos.write(1, b'saved\\n')\nsys.exit(75)"
+    run = launcher(blocked)
+    assert [run.stdout.readline() for _ in range(2)] == ["ready\n", "ready\n"]
+    run.send_signal(signal.SIGUSR1)
+    assert (*run.communicate(timeout=60), run.returncode) == ("saved\nsaved\n", "", 75)
+
+
+def test_the_launcher_refuses_restarts():
+    assert launch.main(["--max-restarts=3", "-m", "olmo_train"]) == 2
+
+
+@pytest.mark.parametrize(
+    "codes, code",
+    [
+        ((0, 2), 2),
+        ((2, 2), 2),
+        ((6, 3), 3),
+        ((-9, 6), 6),
+        ((-15, 1), 1),
+        ((75, 75), 75),
+        ((-9, 75), 75),
+        ((-15, -15), 143),
+        ((7,), 7),
+    ],
+)
+def test_the_exit_code_of_a_run_is_that_of_its_error(codes, code):
+    assert launch.exit_code(codes) == code
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("module", ["torch.distributed.run", "olmo_train.parallel.launch"])
+def test_signals_that_come_twice_save_ten_times_of_ten(module, tiny_words, tmp_path, read_metrics):
+    """Slurm signals all processes of a job, and a launcher passes its signal on to its processes."""
+    words = tiny_words("run", total_steps=100_000, **{"checkpoint.interval_steps": 100_000})
+    signals = "--signals-to-handle=SIGTERM,SIGINT,SIGUSR1"
+    command = [sys.executable, "-m", module, "--standalone", "--nproc-per-node=2", *([signals] if "torch" in module else [])]
+    saved = 0
+    for number in [signal.SIGTERM, signal.SIGUSR1] * 5:
+        run = subprocess.Popen([*command, "-m", "olmo_train", "train", *words], stderr=subprocess.PIPE, text=True)
+        wait_for(tmp_path / "run", saved + 3)
+        children = subprocess.run(["pgrep", "-P", str(run.pid)], capture_output=True, text=True).stdout.split()
+        for process in (*map(int, children), run.pid):
+            os.kill(process, number)
+        _, stderr = run.communicate(timeout=60)
+        saved, before = max(committed(tmp_path / "run")), saved
+        assert saved > before and f"stopped: {number.name}: saved after step {saved}" in stderr
+        assert len(read_metrics(tmp_path / "run")) == saved
+        assert "torch" in module or run.returncode == 75
+
+
+SRUN = """#!{python}
+import os, signal, subprocess, sys
+with open({log!r}, "a") as log:
+    print("srun", os.environ["SRUN_CPUS_PER_TASK"], *sys.argv[1:], file=log)
+task = subprocess.Popen([sys.executable, "-c", {task!r}], start_new_session=True)
+def pass_on(number, _):  # srun turns SIGTERM into SIGKILL, and passes SIGUSR1 on to all processes
+    os.killpg(task.pid, signal.SIGKILL if number == signal.SIGTERM else number)
+for number in (signal.SIGTERM, signal.SIGUSR1):
+    signal.signal(number, pass_on)
+code = task.wait()
+sys.exit(128 - code if code < 0 else code)
+"""
+TASK = """
+import os, signal, sys, time
+signal.signal(signal.SIGUSR1, lambda *_: (print("saved", flush=True), sys.exit(75)))
+print("working", flush=True)
+time.sleep(float(os.environ["SECONDS_OF_WORK"]))
+sys.exit(int(os.environ["CODE"]))
+"""
+
+
+@pytest.fixture
+def slurm(tmp_path):
+    """slurm(seconds, code=0, state="RUNNING", *words, **variables): the batch script with stand-ins for Slurm's commands, which
+    note how they were called in slurm.log. The run works for some seconds and ends with this code, or saves on SIGUSR1; then
+    squeue prints this state."""
     log = tmp_path / "log"
-    worker = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: (print('saved'), sys.exit(1))); "
-    worker += "print('working', flush=True); time.sleep(float(sys.argv[1]))"
-    stand_ins = {
-        "scontrol": f'echo "scontrol $*" >> {log}; [ "$1" != show ] || printf "first\\nsecond\\n"',
-        "srun": f'echo "srun $*" >> {log}; exec {sys.executable} -c "{worker}" $SECONDS_OF_WORK',
-    }
-    for name, script in stand_ins.items():
-        (tmp_path / name).write_text(f"#!/bin/bash\n{script}\n")
+    (tmp_path / "srun").write_text(SRUN.format(python=sys.executable, log=str(log), task=TASK))
+    (tmp_path / "scontrol").write_text(
+        f'#!/bin/bash\necho "scontrol $*" >> {log}; [ "$1" != show ] || printf "first\nsecond\n"\n'
+    )
+    (tmp_path / "squeue").write_text(f'#!/bin/bash\necho "squeue $*" >> {log}; echo $STATE\n')
+    for name in ("srun", "scontrol", "squeue"):
         (tmp_path / name).chmod(0o755)
 
-    def start(seconds: float) -> subprocess.Popen:
+    def start(seconds: float, code: int = 0, state: str = "RUNNING", *words: str, **variables: str) -> subprocess.Popen:
+        log.write_text("")
         job = {"SLURM_JOB_NODELIST": "first,second", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "8", "SLURM_JOB_ID": "7"}
-        environment = {**os.environ, **job, "SECONDS_OF_WORK": str(seconds), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
-        words = ["bash", LAUNCH / "slurm.sbatch", "config.yaml", "total_steps=9"]
-        return subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, text=True)
+        job |= {"SLURM_CPUS_PER_TASK": "64", "PYTHON": sys.executable, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+        environment = {**os.environ, **job, "SECONDS_OF_WORK": str(seconds), "CODE": str(code), "STATE": state, **variables}
+        command = ["bash", LAUNCH / "slurm.sbatch", *(words or ["config.yaml", "total_steps=9"])]
+        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
     start.log = log
     return start
 
 
-def test_a_slurm_job_starts_one_torchrun_a_machine_and_ends_with_its_code(slurm):
-    assert slurm(0).wait(timeout=60) == 0
-    (called,) = [line for line in slurm.log.read_text().splitlines() if line.startswith("srun")]
-    assert "--nnodes=2 --nproc-per-node=8" in called and "--rdzv-endpoint=first:29500" in called
-    assert called.endswith("-m olmo_train train config.yaml total_steps=9")
-    assert "requeue" not in slurm.log.read_text()
+def test_a_slurm_job_starts_one_launcher_a_machine_with_the_cores_of_the_job(slurm):
+    ports = set()
+    for _ in range(2):
+        assert slurm(0).wait(timeout=60) == 0
+        called = slurm.log.read_text()
+        (srun,) = [line for line in called.splitlines() if line.startswith("srun 64 ")]
+        assert "--nnodes=2 --nproc-per-node=8" in called and "--rdzv-id=7 -m olmo_train train config.yaml total_steps=9" in called
+        ports |= {int(re.search(r"--rdzv-endpoint=first:(\d+) ", called)[1])}
+        assert "requeue" not in called
+    assert len(ports) == 2  # a port for each job, so that two fit on one machine
 
 
-def test_a_slurm_job_at_its_times_end_lets_the_run_save_and_is_queued_again(slurm):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_slurm_job_at_its_times_end_lets_the_run_save_and_is_queued_again(slurm, number):
     job = slurm(60)
     assert job.stdout.readline() == "working\n"
-    job.send_signal(signal.SIGTERM)
-    assert job.wait(timeout=60) == 1
+    job.send_signal(number)
+    assert job.wait(timeout=60) == 75
     assert job.stdout.read() == "saved\n"
     assert "scontrol requeue 7" in slurm.log.read_text()
+
+
+@pytest.mark.parametrize(
+    "code, state, exits_with, queued",
+    [
+        (0, "RUNNING", 0, False),  # finished
+        (202, "RUNNING", 2, False),  # an error of the configuration, as the launcher returns it to srun
+        (205, "RUNNING", 5, False),
+        (1, "RUNNING", 1, False),  # srun itself
+        (75, "RUNNING", 75, True),  # saved: the signal went to the run alone
+        (6, "RUNNING", 6, True),  # a machine was lost
+        (137, "RUNNING", 137, True),
+        (75, "COMPLETING", 75, False),  # scancel; or Slurm queues it again
+    ],
+)
+def test_a_slurm_job_is_queued_again_unless_it_has_finished_failed_or_been_cancelled(slurm, code, state, exits_with, queued):
+    assert slurm(0, code, state).wait(timeout=60) == exits_with
+    assert ("scontrol requeue 7" in slurm.log.read_text()) == queued
+
+
+def test_the_tasks_of_a_slurm_array_have_a_run_dir_each(slurm):
+    array = {"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_JOB_ID": "5"}
+    assert slurm(0, 75, "RUNNING", "seed-%a.yaml", "run_dir=runs/my seed-%a", **array).wait(timeout=60) == 75
+    called = slurm.log.read_text()
+    assert "train seed-3.yaml run_dir=runs/my seed-3\n" in called and "--rdzv-id=5_3 " in called
+    assert "squeue --noheader --jobs=5_3 " in called and "scontrol requeue 5_3\n" in called
+    job = slurm(0, 0, "RUNNING", "config.yaml", "run_dir=runs/one", **array)
+    assert job.communicate(timeout=60)[1].startswith("error: run_dir: each task of an array needs a separate one; write %a")
+    assert job.returncode == 2 and "srun" not in slurm.log.read_text()
 
 
 def test_a_text_is_named_by_its_path_and_hashed_by_its_contents(tmp_path, monkeypatch):
