@@ -116,13 +116,17 @@ class History:
         """The last step that is known to be done, by the newest checkpoint and the last line of metrics. 0 without a run."""
         from olmo_train.checkpoint import folders
 
-        tail = b""
+        return max(self.last_figures().get("step", 0), *folders.committed(self.run_dir), 0)
+
+    def last_figures(self) -> dict[str, Any]:
+        """The newest value of each figure in the last lines of metrics.jsonl, those that TAIL_BYTES hold."""
+        figures: dict[str, Any] = {}
         if self.metrics_file.is_file():
             with open(self.metrics_file, "rb") as stream:
                 stream.seek(max(self.metrics_file.stat().st_size - TAIL_BYTES, 0))
-                tail = stream.read()
-        logged = (line["step"] for line in map(_line_of_run, reversed(tail.splitlines())) if line)
-        return max(next(logged, 0), *folders.committed(self.run_dir), 0)
+                for line in filter(None, map(_line_of_run, stream.read().splitlines())):
+                    figures |= line
+        return figures
 
     def lines(self) -> Iterator[dict[str, Any]]:
         """The lines of metrics.jsonl, oldest first."""

@@ -9,25 +9,31 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from importlib.metadata import version
 from typing import Any
 
-from olmo_train.parallel.processes import rank
+from olmo_train.parallel.processes import TIMEOUT, killed_after, rank, reads_timeout
 
 log = logging.getLogger(__name__)
 ERASE_LINE, SHOW_CURSOR = "\r\x1b[2K", "\x1b[?25h"  # codes of a terminal; a progress bar hides the cursor
 
 
-def too_slow_to_stop(step_seconds: float, save_seconds: float) -> str | None:
-    """A warning if a step and a save take longer than torchrun waits after a signal before it kills its processes, 30 s by
-    default; None if they fit, or without torchrun."""
-    patience = float(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", 30))
-    needed = step_seconds + save_seconds
-    if "TORCHELASTIC_RUN_ID" not in os.environ or needed < patience:
+def too_slow_to_stop(line: dict[str, Any]) -> str | None:
+    """A warning if torchrun would kill the processes before they have saved; None if it would not, or is not known to.
+
+    `line`: metrics with the seconds of a step and of a save, if they are known.
+    """
+    patience, save_seconds = killed_after(), line.get("throughput/checkpoint_write_seconds")
+    if patience is None:
         return None
-    return (
-        f"a signal to torchrun would lose steps: a step and a save take {needed:.0f} s, and torchrun kills its processes after "
-        f"{patience:.0f} s; start it with TORCH_ELASTIC_SHUTDOWN_TIMEOUT={2 * needed:.0f}, or signal the processes themselves"
-    )
+    kills = f"torchrun kills the run {patience:.0f} s after a signal"
+    launch = "start it with `python -m olmo_train.parallel.launch` instead of torchrun"
+    if TIMEOUT in os.environ and not reads_timeout():
+        return f"{kills}, because that of torch {version('torch')} does not read {TIMEOUT}={os.environ[TIMEOUT]}; {launch}"
+    if save_seconds is None or (needed := line["throughput/step_seconds"] + save_seconds) < patience:
+        return None
+    also = f", or with {TIMEOUT}={2 * needed:.0f}" * reads_timeout()
+    return f"a signal would lose steps: a step and a save take {needed:.0f} s, and {kills}; {launch}{also}"
 
 
 def counts_again(number: int, seconds: float) -> bool:
@@ -49,7 +55,8 @@ class StopSignals:
         self.received = 0  # the signal's number, 0 for none
         self.step: int | None = None  # the step in progress, or the last one
         self.is_saved = False  # the step after which the run stops is committed
-        self._warned = False
+        self._warned = self._acknowledged = False
+        self._lock = threading.Lock()
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[StopSignals]:
@@ -73,13 +80,22 @@ class StopSignals:
             os.close(reading)
 
     def warn_if_too_slow(self, line: dict[str, Any]) -> None:
-        """Warn once when a line of metrics shows that a step and a save take too long for torchrun."""
-        save_seconds = line.get("throughput/checkpoint_write_seconds")
-        if self._warned or save_seconds is None:
-            return
-        if warning := too_slow_to_stop(line["throughput/step_seconds"], save_seconds):
+        """Warn once when metrics show that a step and a save take too long for torchrun."""
+        if not self._warned and (warning := too_slow_to_stop(line)):
             log.warning(warning)
             self._warned = True
+
+    def agree(self, number: int, step: int) -> None:
+        """Note the signal that some rank has received; `step` is the last one that is done."""
+        self._receive(number, None)
+        self._acknowledge(f"{signal.Signals(number).name} on another rank: saving after step {step}\n")
+
+    def _acknowledge(self, text: str) -> None:
+        """Write the text, the first time."""
+        with self._lock:
+            if not self._acknowledged:
+                self._acknowledged = True
+                _write(text)
 
     def _receive(self, number: int, frame: object) -> None:
         self.received = self.received or number
@@ -96,7 +112,7 @@ class StopSignals:
                 self._receive(number, None)
                 doing = "starting" if self.step is None else f"finishing step {self.step}"
                 again = "; Ctrl-C again to leave at once" if number == signal.SIGINT else ""
-                _write(f"{signal.Signals(number).name}: {doing}, then saving{again}\n")
+                self._acknowledge(f"{signal.Signals(number).name}: {doing}, then saving{again}\n")
             elif counts_again(number, now - first) and not (self.is_saved and number != signal.SIGINT):
                 _write(f"{SHOW_CURSOR if os.isatty(2) else ''}{signal.Signals(number).name} again: leaving without saving\n")
                 os._exit(128 + number)  # safe: committed checkpoints are complete at any moment

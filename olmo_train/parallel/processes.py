@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
 
 from olmo_train.errors import ConfigError
 
 GROUP = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # needed to join a process group
 ON_MACHINE = ("LOCAL_RANK", "LOCAL_WORLD_SIZE")
+HANDLED = "TORCHELASTIC_SIGNALS_TO_HANDLE"  # torchrun sets it for its processes
+TIMEOUT = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
 FIX = "start the run with torchrun, or unset them for a run of one process"
 
 
@@ -59,3 +63,17 @@ def rank() -> int:
         return announced().rank
     except ConfigError:
         return 0
+
+
+def killed_after() -> float | None:
+    """Seconds after a stop signal at which torchrun kills this process; None if torchrun did not start it, or started it for
+    launch.py, which waits. It is 30 s, or TORCH_ELASTIC_SHUTDOWN_TIMEOUT where torchrun reads that."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ or "SIGTERM" not in os.environ.get(HANDLED, "SIGTERM"):
+        return None
+    return float(os.environ.get(TIMEOUT, 30)) if reads_timeout() else 30.0
+
+
+def reads_timeout() -> bool:
+    """Whether the installed torchrun reads TORCH_ELASTIC_SHUTDOWN_TIMEOUT; that of torch 2.11 does not."""
+    file = Path(find_spec("torch").origin).parent / "distributed/launcher/api.py"
+    return file.is_file() and TIMEOUT in file.read_text(encoding="utf-8")

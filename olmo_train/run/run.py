@@ -24,6 +24,7 @@ from olmo_train.guards.replicas import divergence
 from olmo_train.guards.signals import StopSignals
 from olmo_train.guards.spikes import SpikeDetector
 from olmo_train.guards.watchdog import Watchdog
+from olmo_train.history import History
 from olmo_train.log.interval import StepStats
 from olmo_train.log.journal import Journal
 from olmo_train.log.run_logger import RunLogger
@@ -64,6 +65,7 @@ class Run:
         """Describe the run, finish an interrupted evaluation, and save step 0 if the configuration says so."""
         if self.world.is_main:
             self._describe(model)
+            self.signals.warn_if_too_slow(History(self.run_dir).last_figures())
         if self.pending_line is not None:
             line, self.pending_line = self.pending_line, None
             self.log(self.start.step, self.evaluate(self.start.step, line, model))
@@ -103,7 +105,8 @@ class Run:
         if agreed == SAVE_FAILED:
             self.checkpointer.wait()
             agreed = self.world.any(self.signals.received)
-        self.signals.received = self.signals.received or agreed
+        if agreed:
+            self.signals.agree(agreed, self.done)
         return bool(agreed)
 
     def add(self, stats: StepStats) -> None:
