@@ -182,10 +182,11 @@ def test_the_architecture_page_names_what_its_files_have():
 
 
 def test_the_configuration_page_has_the_keys_as_the_command_prints_them():
-    block = (
-        (ROOT / "docs/configuration.md").read_text("utf-8").split("## All keys\n", 1)[1].split("```")[1].removeprefix("text\n")
+    _, block, after = (ROOT / "docs/configuration.md").read_text("utf-8").split("## All keys\n", 1)[1].split("```")
+    assert not after.strip(), "the page ends with the list"
+    assert block.removeprefix("text\n").splitlines() == "\n".join(key_lines("", width=80)).splitlines(), (
+        "paste the output of: olmo-train train --keys"
     )
-    assert block.splitlines() == "\n".join(key_lines("", width=80)).splitlines(), "paste the output of: olmo-train train --keys"
 
 
 def test_the_tests_that_the_readme_names_exist():
