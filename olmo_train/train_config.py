@@ -169,13 +169,11 @@ def batch_for(model: ModelConfig) -> int:
     return 2 ** max(0, round(math.log2(tokens * share ** (2 * 0.3271) / model.seq_len)))
 
 
-def schedule_warnings(config: TrainConfig, saved: dict[str, Any] | None, batches: BatchSizes, last_step: int) -> list[str]:
-    """A warning about a jump of the learning rate in a run that was lengthened after `last_step`.
+def schedule_warnings(config: TrainConfig, saved: dict[str, Any], batches: BatchSizes, last_step: int) -> list[str]:
+    """A warning if the learning rate jumps after `last_step`, since the run was lengthened.
 
-    `saved`: the configuration of the checkpoint that is resumed, if any.
+    `saved`: the configuration of the checkpoint that is resumed.
     """
-    if saved is None:
-        return []
     was = build(TrainConfig, saved)
     steps = was.steps_with(batches)
     before, after = lr_at(last_step, was.optim, steps), lr_at(last_step + 1, config.optim, config.steps)

@@ -34,7 +34,7 @@ from olmo_train.parallel.processes import processes_on_machine
 from olmo_train.parallel.world import World, explain_lost_peers
 from olmo_train.plan import preflight
 from olmo_train.run.run import Run
-from olmo_train.run.start import Start, find_checkpoint, owed_line, read_start, with_saved_batch
+from olmo_train.run.start import Start, find_checkpoint, owed_line, read_start
 from olmo_train.storage import lock_run_dir, replace_file
 from olmo_train.train_config import TrainConfig, schedule_warnings
 
@@ -56,10 +56,9 @@ def open_run(config: TrainConfig, world: World, signals: StopSignals) -> Iterato
             world.together(lambda: preflight.check_memory(memory, config))
         world.on_main(lambda: stack.enter_context(_locked(run_dir)))
         found = world.on_main(lambda: find_checkpoint(config))
-        config = world.together(lambda: with_saved_batch(config, found[1]))
+        config, start = world.together(lambda: read_start(config, mixture, *found))
         config.check_world(world.data_size)
         resolved, notes = configuration.to_dict(config), config.batch_notes(world.data_size)
-        start = world.together(lambda: read_start(config, resolved, mixture, *found))
         mixture.set_batches(start.batches)
         config = dataclasses.replace(
             config,
@@ -163,8 +162,7 @@ def _log_attempt(
 ) -> None:
     """Warn about what is probably a mistake, and log the event that begins an attempt."""
     if world.is_main:
-        saved = configuration.read([start.folder / "config.yaml"]) if start.kind == "resume" else None
-        jumps = schedule_warnings(config, saved, start.batches, start.step)
+        jumps = schedule_warnings(config, start.saved, start.batches, start.step) if start.kind == "resume" else ()
         for warning in (*jumps, *preflight.cautions(config, mixture, world.device.type == "cpu")):
             log.warning("%s", warning)
     about |= {"world_size": world.size, "data_size": world.data_size, "checkpoint": str(start.folder or "")}

@@ -23,6 +23,7 @@ class Start:
     kind: str  # start, resume or branch
     folder: Path | None  # the checkpoint to load; None for a fresh model
     state: dict[str, Any]  # state.json of that checkpoint
+    saved: dict[str, Any]  # config.yaml of that checkpoint, as config.read returns it; empty for a fresh model
     batches: BatchSizes  # of the whole run: those of the checkpoint, then the configuration's
 
     @property
@@ -55,26 +56,21 @@ def find_checkpoint(config: TrainConfig) -> tuple[str, Path | None]:
     return "start", None
 
 
-def with_saved_batch(config: TrainConfig, folder: Path | None) -> TrainConfig:
-    """The configuration with the batch size of the checkpoint, if it sets none itself: a run keeps its batch, also one that an
-    earlier version started with another default."""
-    if folder is None or not config.batch_is_unset:
-        return config
-    saved = configuration.decoded(configuration.read([folder / "config.yaml"]))
-    size = saved.get("global_batch_size")  # a converted checkpoint has none
-    return dataclasses.replace(config, global_batch_size=size) if size else config
+def read_start(config: TrainConfig, mixture: Mixture, kind: str, folder: Path | None) -> tuple[TrainConfig, Start]:
+    """Read the checkpoint that `find_checkpoint` found. Returns the configuration too, which takes the checkpoint's batch size if
+    it sets none: a run keeps its batch, also one that an earlier version started with another default.
 
-
-def read_start(config: TrainConfig, resolved: dict[str, Any], mixture: Mixture, kind: str, folder: Path | None) -> Start:
-    """Read the state of the checkpoint that `find_checkpoint` found.
-
-    Raises ConfigError when the configuration `resolved` would train another model than the one that is resumed, and
-    DataError when the data differ. A branch may change anything.
+    Raises ConfigError when the configuration would train another model than the one that is resumed, or on other data. A branch
+    may change anything.
     """
     if folder is None:
-        return Start(kind, None, {"step": 0}, BatchSizes(((1, config.global_batch_size),)))
-    state, saved = folders.read_state(folder), configuration.decoded(configuration.read([folder / "config.yaml"]))
+        return config, Start(kind, None, {"step": 0}, {}, BatchSizes(((1, config.global_batch_size),)))
+    state, words = folders.read_state(folder), configuration.read([folder / "config.yaml"])
+    saved = configuration.decoded(words)
+    if config.batch_is_unset and saved.get("global_batch_size"):  # a converted checkpoint has none
+        config = dataclasses.replace(config, global_batch_size=saved["global_batch_size"])
     if kind == "resume":
+        resolved = configuration.to_dict(config)
         check_changes(saved, resolved, config.allow_changes)
         check_skip_steps(saved, resolved, state["step"], config.allow_changes)
         check_data(state["data"], mixture.fingerprint, config.allow_changes)
@@ -82,7 +78,7 @@ def read_start(config: TrainConfig, resolved: dict[str, Any], mixture: Mixture, 
     # A checkpoint of an older version, or a converted one, has one batch size up to its step.
     changes = state.get("batches") or [(1, saved.get("global_batch_size", config.global_batch_size))]
     batches = BatchSizes.of(changes).after(state["step"], config.global_batch_size)
-    return Start(kind, folder, state, batches)
+    return config, Start(kind, folder, state, words, batches)
 
 
 def owed_line(run_dir: Path, start: Start) -> dict[str, Any] | None:
