@@ -30,6 +30,7 @@ from olmo_train.data.mixture import Mixture
 from olmo_train.data.order import BatchSizes
 from olmo_train.errors import ConfigError, nearest_key
 from olmo_train.eval.config import EvalConfig
+from olmo_train.formats import counted
 from olmo_train.guards.config import GuardConfig
 from olmo_train.log.config import LogConfig, ProfileConfig
 from olmo_train.model.config import ModelConfig
@@ -96,7 +97,9 @@ class TrainConfig:
                 f"{self.total_tokens:g} and total_steps {self.total_steps} are both set; leave one out",
             )
         if self.optim.schedule != "constant" and self.optim.warmup_steps >= self.steps and self.total_steps is None:
-            raise ConfigError("optim.warmup_steps", f"{self.optim.warmup_steps} fills all {self.steps} steps; use fewer")
+            raise ConfigError(
+                "optim.warmup_steps", f"{self.optim.warmup_steps} fills the whole run of {counted(self.steps, 'step')}; use fewer"
+            )
 
     @property
     def steps(self) -> int:
@@ -108,13 +111,6 @@ class TrainConfig:
         if self.total_steps is not None:
             return self.total_steps
         return batches.steps_for(self.total_tokens or 2e12, self.model.seq_len)
-
-    @property
-    def warmup_warning(self) -> str | None:
-        """A warning if the warmup fills the run. With total_tokens this is an error instead."""
-        if self.optim.warmup_steps < self.steps:
-            return None
-        return f"optim.warmup_steps {self.optim.warmup_steps} fills all {self.steps} steps: the schedule never starts; use fewer"
 
     @property
     def tokens_per_step(self) -> int:

@@ -249,7 +249,7 @@ def test_options_that_exclude_each_other_are_refused():
     assert refusal("total_steps=5", "total_tokens=1e9").startswith("total_tokens: ")
     assert refusal("resume_from=a", "init_from=b").startswith("init_from: ")
     assert refusal("data.order=olmo", "data.sources.b.path=b", "data.sources.b.weight=2").startswith("data.order: ")
-    assert refusal("total_tokens=1e9").startswith("optim.warmup_steps: 5000 fills all 239 steps")
+    assert refusal("total_tokens=1e9").startswith("optim.warmup_steps: 5000 fills the whole run of 239 steps")
 
 
 def test_numbers_may_be_written_as_people_write_them():

@@ -62,8 +62,8 @@ def test_a_plan_of_any_length_is_arithmetic(plan, tiny_words, words):
 
 
 def test_a_warmup_that_fills_the_run_is_a_warning(plan, tiny_words):
-    assert "optim.warmup_steps 4 fills all 3 steps" in " ".join(plan(*tiny_words(total_steps=3))[1].split())
-    assert "fills all" not in plan(*tiny_words(total_steps=5))[1]
+    assert "optim.warmup_steps 4 fills the whole run of 3 steps" in " ".join(plan(*tiny_words(total_steps=3))[1].split())
+    assert "fills the whole run" not in plan(*tiny_words(total_steps=5))[1]
 
 
 def test_missing_data_leave_epochs_unknown_and_name_the_reason(plan, tiny_words):

@@ -105,7 +105,7 @@ def said(config, mixture=None):
 def test_a_rate_that_never_reaches_its_peak_is_warned_of(tiny_args):
     assert said(tiny_args()) == []
     (full,) = said(tiny_args(total_steps=4))
-    assert full.startswith("optim.warmup_steps 4 fills all 4 steps")
+    assert full.startswith("optim.warmup_steps 4 fills the whole run of 4 steps")
     (low,) = said(tiny_args(**{"optim.warmup_steps": 8, "optim.schedule_steps": 8}))
     assert low.startswith("the learning rate never reaches optim.peak_lr 0.003: it is at most 0.00266")
     for schedule in ("cosine", "constant", "inverse_sqrt", "wsd"):

@@ -66,10 +66,13 @@ def test_a_longer_run_goes_on_with_the_same_batches(tiny_args, read_metrics, tmp
 
 def test_a_warmup_that_fills_the_run_and_a_jump_of_the_learning_rate_are_warnings(tiny_args, caplog):
     trained(tiny_args("run", total_steps=4))
-    assert "optim.warmup_steps 4 fills all 4 steps" in caplog.text and "jumps" not in caplog.text
+    assert "optim.warmup_steps 4 fills the whole run of 4 steps" in caplog.text and "jumps" not in caplog.text
     caplog.clear()
     trained(tiny_args("run", total_steps=10))
-    assert "the learning rate jumps from 0.0003 at step 4 to 0.00255 at step 5" in caplog.text and "fills all" not in caplog.text
+    assert (
+        "the learning rate jumps from 0.0003 at step 4 to 0.00255 at step 5" in caplog.text
+        and "fills the whole run" not in caplog.text
+    )
 
 
 @pytest.mark.parametrize("order", ["permute", "olmo"])

@@ -132,7 +132,6 @@ def schedule(config: TrainConfig, seconds: float | None, mixture: Mixture | None
     visits = mixture and visits_before(mixture, steps * config.global_batch_size)
     return {
         "total_steps": steps,
-        "warning": config.warmup_warning,
         "total_tokens": steps * config.tokens_per_step,
         "global_batch_size": config.global_batch_size,
         "tokens_per_step": config.tokens_per_step,

@@ -12,7 +12,7 @@ from typing import get_args
 
 from olmo_train.data.mixture import Mixture
 from olmo_train.errors import ConfigError
-from olmo_train.formats import byte_size
+from olmo_train.formats import byte_size, counted
 from olmo_train.hardware import available_memory, computes_bf16
 from olmo_train.model.config import ModelConfig
 from olmo_train.model.cost import count_parameters
@@ -162,10 +162,13 @@ def cautions(config: TrainConfig, mixture: Mixture | None, on_cpu: bool) -> Iter
 
 
 def _rate_cautions(config: TrainConfig) -> Iterator[Caution]:
-    """Of a warmup that fills the run, and of a schedule that ends before its warmup."""
+    """Of a warmup that fills the run, which is an error with total_tokens, and of a schedule that ends before its warmup."""
     optim, last = config.optim, config.steps
-    if config.warmup_warning:
-        yield Caution("warmup", *config.warmup_warning.rsplit("; ", 1))
+    if optim.warmup_steps >= last:
+        what = (
+            f"optim.warmup_steps {optim.warmup_steps} fills the whole run of {counted(last, 'step')}: the schedule never starts"
+        )
+        yield Caution("warmup", what, "use fewer")
         return
     highest = max(lr_at(step, optim, last) for step in {max(optim.warmup_steps - 1, 1), max(optim.warmup_steps, 1)})
     if highest < 0.9 * optim.peak_lr:  # a schedule without a warmup begins a step below its peak
