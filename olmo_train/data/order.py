@@ -22,8 +22,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from olmo_train.errors import ConfigError
-
 PERIOD = 10_000  # places in which shares are exact: weights have four decimals
 KEPT_TABLES = 8  # periods in the cache; a global batch spans one or two
 ROUNDS = 8  # of the Feistel network; four already look random, and eight cost microseconds
@@ -73,11 +71,11 @@ def permute(x: np.ndarray, n: int, key: np.ndarray, backwards: bool = False) -> 
     return result.astype(np.int64).reshape(shape)
 
 
-def quotas(weights: Sequence[float], period: int = PERIOD) -> np.ndarray:
-    """Places of each source in one period, (sources,) int64, which sum to `period`: shares rounded by largest remainders."""
-    exact = np.asarray(weights, dtype=np.float64) / np.sum(weights) * period
+def quotas(weights: Sequence[float]) -> np.ndarray:
+    """Places of each source in one period, (sources,) int64, which sum to PERIOD: shares rounded by largest remainders."""
+    exact = np.asarray(weights, dtype=np.float64) / np.sum(weights) * PERIOD
     places = np.floor(exact).astype(np.int64)
-    largest = np.argsort(-(exact - places), kind="stable")[: period - places.sum()]
+    largest = np.argsort(-(exact - places), kind="stable")[: PERIOD - places.sum()]
     places[largest] += 1
     return places
 
@@ -110,9 +108,7 @@ class BatchSizes:
         return first + step, row
 
     def steps_for(self, tokens: float, seq_len: int) -> int:
-        """The first step after which at least this many tokens have been read. Raises ConfigError."""
-        if not math.isfinite(tokens):
-            raise ConfigError("total_tokens", f"must be finite, got {tokens}")
+        """The first step after which at least this many tokens have been read."""
         first, size = next((f, size) for f, size in reversed(self.changes) if self.places_before(f) * seq_len < tokens or f == 1)
         return first - 1 + math.ceil((tokens - self.places_before(first) * seq_len) / (size * seq_len))
 

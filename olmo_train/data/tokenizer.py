@@ -125,13 +125,13 @@ class Tokenizer:
         return self.inner.decode(list(map(int, ids)), skip_special_tokens=False)
 
 
-def load_tokenizer(name_or_file: str | Path, eos_id: int | None = None, eos: str | None = None) -> Tokenizer:
+def load_tokenizer(name_or_file: str | Path, eos: str | None = None) -> Tokenizer:
     """Read a tokenizer.json file, a folder with one, or an OLMo tokenizer by name.
 
-    The EOS is `eos`, else the one that a file in its folder names, else the first of EOS_TEXTS in the vocabulary; the last must
-    have the id `eos_id`, if set. Raises ConfigError for an unknown file or name, and DataError for contents that cannot be used.
+    The EOS is `eos`, else the one that a file in its folder names, else the first of EOS_TEXTS in the vocabulary. Raises
+    ConfigError for an unknown file or name, and DataError for contents that cannot be used.
     """
-    name = str(name_or_file)
+    name, eos_id = str(name_or_file), None
     file = Path(name)
     if file.is_dir():
         file = file / "tokenizer.json"
@@ -139,7 +139,7 @@ def load_tokenizer(name_or_file: str | Path, eos_id: int | None = None, eos: str
         if name not in OLMO_FILES:
             raise ConfigError(name, f"is neither a tokenizer.json file nor the name of a tokenizer; {nearest(name, OLMO_FILES)}")
         file = _olmo_file(name)
-        eos_id = OLMO_FILES[name] if eos_id is None else eos_id
+        eos_id = OLMO_FILES[name]
     try:
         text = file.read_text(encoding="utf-8")
     except UnicodeDecodeError as problem:
@@ -167,7 +167,8 @@ def config_file(eos_text: str, **more: object) -> bytes:
 
 
 def from_json(text: str, name: str, eos_id: int | None = None, eos: str | None = None) -> Tokenizer:
-    """The tokenizer of the contents of a tokenizer.json; arguments as for `load_tokenizer`. Raises DataError."""
+    """The tokenizer of the contents of a tokenizer.json. The EOS is `eos`, else the first of EOS_TEXTS in the vocabulary, which
+    must have the id `eos_id`, if set. Raises DataError."""
     inner = _open(text, name)
     vocabulary = inner.get_vocab(with_added_tokens=True)
     if eos is not None and eos not in vocabulary:
