@@ -72,6 +72,7 @@ def near(word: str, known: Iterable[str]) -> list[str]:
 
 
 def did_you_mean(names: Iterable[str]) -> str:
+    """`did you mean 'cosine' or 'constant'?`"""
     return f"did you mean {' or '.join(repr(name) for name in names)}?"
 
 

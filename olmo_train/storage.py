@@ -145,6 +145,7 @@ def remove_folder(folder: Path) -> None:
 
 
 def hash_file(path: Path) -> str:
+    """SHA-256 of the contents, in hexadecimal."""
     with open(path, "rb", buffering=0) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

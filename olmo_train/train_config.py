@@ -114,6 +114,7 @@ class TrainConfig:
 
     @property
     def tokens_per_step(self) -> int:
+        """Tokens of a global batch."""
         return self.global_batch_size * self.model.seq_len
 
     def mixture(self, changes: Iterable[Sequence[int]] = ()) -> Mixture:
@@ -139,7 +140,7 @@ class TrainConfig:
         return max(n for n in range(1, min(self.micro_batch_size, rows) + 1) if rows % n == 0)
 
     def batch_notes(self, size: int) -> list[str]:
-        """What a run on `size` processes says about batch sizes that it chose itself."""
+        """Lines about the batch sizes that a run on `size` processes chooses itself."""
         rows, micro, notes = self.global_batch_size // size, self.micro_batch_on(size), []
         if self.batch_is_unset:
             notes.append(

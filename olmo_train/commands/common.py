@@ -66,6 +66,7 @@ def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_allow_argument(parser: argparse.ArgumentParser) -> None:
+    """--eos and --allow-other-tokenizer: what verbs that open a tokenizer take."""
     parser.add_argument("--eos", metavar="TOKEN", help="the token that ends a document (default: as the tokenizer's folder says)")
     what = "only warn when the tokenizer is not the checkpoint's"
     parser.add_argument("--allow-other-tokenizer", action="store_true", help=what)

@@ -73,6 +73,7 @@ def cpu_seconds(config: TrainConfig) -> float:
 
 
 def check_arguments(arguments: argparse.Namespace) -> None:
+    """Raises ConfigError for a figure that is out of its range, or a file that cannot be drawn."""
     for option in ("gpus", "gpu_memory", "gpu_peak", "gpu_power", "mfu", "price", "pue", "carbon"):
         value = getattr(arguments, option)
         if value is not None and not (value > 0 or (value == 0 and option in ("price", "carbon"))):
@@ -145,6 +146,7 @@ def show_run(console: Console, plan: dict[str, Any], config: TrainConfig) -> Non
 
 
 def show_parameters(console: Console, plan: dict[str, Any]) -> None:
+    """The parameters by part of the model, and FLOPs a token."""
     counts = dict(plan["parameters"])
     total = counts.pop("total")
     if not counts["head"]:
@@ -155,6 +157,7 @@ def show_parameters(console: Console, plan: dict[str, Any]) -> None:
 
 
 def show_memory(console: Console, plan: dict[str, Any]) -> None:
+    """Memory by part at the peaks of a step, the state, and the largest micro-batches that fit."""
     moments, layout, gpu = plan["memory_bytes"], plan["layout"], plan["gpu"]
     small = plan["memory_peak_bytes"] < 1e9
     number = lambda count: f"{count / (1e6 if small else 1e9):,.2f}"  # noqa: E731
@@ -177,6 +180,7 @@ def show_memory(console: Console, plan: dict[str, Any]) -> None:
 
 
 def show_cost(console: Console, plan: dict[str, Any]) -> None:
+    """Time, money, energy and CO2 on GPUs, and the same run on more of them."""
     cost, assumed, gpu = plan["cost"], plan["assumptions"], plan["gpu"]
     if not cost:
         console.print("\nEnergy and money are unknown without a GPU; to plan for one: --gpu h100.")
@@ -222,6 +226,7 @@ def show_scaling(console: Console, plan: dict[str, Any]) -> None:
 
 
 def show_schedule(console: Console, plan: dict[str, Any]) -> None:
+    """The learning rate over the run, the sources, and the number of evaluations and checkpoints."""
     rows = [
         [f"{m['step']:,}", f"{m['tokens']:.3e}", f"{m['lr']:.3e}", duration(m["seconds"]) if m["seconds"] else "-"]
         for m in plan["milestones"]

@@ -142,10 +142,12 @@ COMMON_SHAPE = {"bias": ("none",), "qk_norm": (False,), "embedding_scale": (Fals
 
 
 def is_grouped(config: ModelConfig) -> bool:
+    """Whether several query heads share a key and value head, but not all of them."""
     return 1 < config.kv_heads < config.n_heads
 
 
 def falcon_fields(theirs: dict[str, Any]) -> dict[str, Any]:
+    """Fields of ModelConfig that follow from several keys of Falcon's configuration. Raises ConfigError."""
     new = theirs["new_decoder_architecture"]
     if new and theirs["num_ln_in_parallel_attn"] != 1:
         raise ConfigError("num_ln_in_parallel_attn", "must be 1: model.block parallel has one norm for attention and MLP")

@@ -29,6 +29,7 @@ class Evaluation:
         self.tasks = self._open_tasks()
 
     def is_due(self, step: int, last: bool) -> bool:
+        """Whether to evaluate after this step."""
         due = last or step % self.config.eval.interval_steps == 0
         return due and bool(self.sources or self.tasks)
 

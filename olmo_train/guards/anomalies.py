@@ -51,6 +51,7 @@ class AnomalyGuard:
         self._unread: list[StepStats] = []  # steps whose flags have not been read yet
 
     def add(self, stats: StepStats) -> None:
+        """Add a step; its flags are read now or within UNREAD_STEPS steps."""
         self._unread.append(stats)
         most = min(self.config.guards.max_skipped, UNREAD_STEPS)
         if self.world.device.type in READ_AT_ONCE or len(self._unread) == most:

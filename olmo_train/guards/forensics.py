@@ -41,6 +41,7 @@ SHOWN_SEQUENCES, SHOWN_DOCUMENTS, SHOWN_CHARACTERS, SHOWN_PARAMETERS = 5, 5, 500
 
 
 def folder_of(run_dir: Path, step: int) -> Path:
+    """The folder with the forensics of a step."""
     return run_dir / "forensics" / f"step-{step:07d}"
 
 

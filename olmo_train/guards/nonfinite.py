@@ -38,8 +38,10 @@ def check_skipped(in_a_row: int, config: GuardConfig, last_good: Path | None, ev
 
 
 def name_checkpoint(last_good: Path | None) -> str:
+    """The part of an error that names the last good checkpoint."""
     return f"the last good checkpoint is {last_good}" if last_good else "there is no checkpoint yet"
 
 
 def look_at(evidence: Path | None) -> str:
+    """The part of an error that names the forensics; empty without any."""
     return f"look at {evidence / 'README.txt'}; " if evidence else ""

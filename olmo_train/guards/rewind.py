@@ -10,8 +10,8 @@ from olmo_train.guards.config import GuardConfig
 from olmo_train.guards.nonfinite import look_at
 
 
-class Rewind(Exception):  # not an error: the run continues from an earlier checkpoint
-    pass
+class Rewind(Exception):
+    """Not an error: the run continues from an earlier checkpoint."""
 
 
 def plan_rewind(

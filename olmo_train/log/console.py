@@ -45,7 +45,7 @@ class Console:
     """Shows a run, on rank 0: in a terminal one bar below the lines worth keeping, elsewhere a line for each line of metrics."""
 
     def __init__(self, run_dir: str, first_step: int, total_steps: int):
-        """`first_step`: the step that the run goes on from."""
+        """`first_step`: the last step before this start."""
         self.run_dir, self.first_step, self.total_steps = run_dir, first_step, total_steps
         self.last_step, self.started = first_step, time.perf_counter()
         self._warm: float | None = None  # when the first step ended, which is slower than the others
@@ -117,7 +117,7 @@ class Console:
         return [f"left {duration(rounded(max(seconds - (time.perf_counter() - when), 0)))}"]
 
     def finish(self, checkpoint: Path) -> None:
-        """The run is done: take the bar away, and say how the run ended, where things lie, and what to do next."""
+        """The run is done: remove the bar, and print how the run ended, where its files are, and what to do next."""
         if self._live is not None:
             self._live.transient = True
             self.close()
@@ -157,7 +157,8 @@ def rounded(seconds: float) -> float:
 
 
 def loss_text(loss: float) -> str:
-    return "loss -" if math.isnan(loss) else f"loss {loss:.4f}"  # NaN: no step of the interval has a loss
+    """`loss 3.2145`; `loss -` if no step of the interval has a loss, which is NaN then."""
+    return "loss -" if math.isnan(loss) else f"loss {loss:.4f}"
 
 
 def other_figures(metrics: dict[str, Any]) -> list[str]:

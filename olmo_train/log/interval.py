@@ -24,6 +24,7 @@ class OwnMetrics:
         self._open = True
 
     def add(self, step: int, name: str, value: float | Tensor) -> None:
+        """See StepStats.log."""
         first, slash, rest = name.partition("/")
         where = f"stats.log: {name}"
         if first in RESERVED or not (first and slash and rest):
@@ -77,6 +78,7 @@ class StepStats:
 
 
 def mean_loss(sums: Tensor) -> Tensor:
+    """Nats per counted token, from the sums of a global batch (2, sources); NaN without tokens."""
     return sums[0].sum() / sums[1].sum()
 
 
@@ -92,14 +94,17 @@ class Clock:
         self.restart()
 
     def restart(self) -> None:
+        """Begin an interval."""
         self._started, self._paused = time.perf_counter(), 0.0
 
     @property
     def seconds(self) -> float:
+        """Seconds of training since the interval began."""
         return time.perf_counter() - self._started - self._paused
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
+        """Time spent inside `with` does not count."""
         before = time.perf_counter()
         try:
             yield
@@ -140,9 +145,11 @@ class Interval:
         return metrics | {"optim/clipping_rate": clipped / steps, "skipped": int(skipped), "spike": int(spikes)}
 
     def state(self) -> dict[str, Any]:
+        """Plain numbers for state.json."""
         return {"sums": self.sums.tolist(), "counts": self.counts.tolist()}
 
     def restart(self) -> None:
+        """Begin the next interval."""
         self.sums.zero_()
         self.counts.zero_()
         self.data_wait, self.timed_steps = 0.0, 0
@@ -173,6 +180,7 @@ class MeanLoss:
 
     @property
     def perplexity(self) -> float:
+        """exp(loss), capped where a float would overflow."""
         return math.exp(min(self.loss, 700.0))
 
     @property
@@ -181,6 +189,7 @@ class MeanLoss:
         return self.nats / math.log(2) / self.n_bytes if self.n_bytes else None
 
     def metrics(self, prefix: str) -> dict[str, float]:
+        """Under the names of the public OLMo runs, which begin with `prefix`."""
         metrics = {f"{prefix}/CrossEntropyLoss": self.loss, f"{prefix}/Perplexity": self.perplexity}
         return metrics if self.bits_per_byte is None else metrics | {f"{prefix}/BitsPerByte": self.bits_per_byte}
 

@@ -36,6 +36,7 @@ class JsonLines:
         self._warned = False
 
     def append(self, line: dict[str, Any]) -> None:
+        """Write a line."""
         self._waiting += json.dumps(_without_infinity(line), allow_nan=False).encode() + b"\n"
         self._write()
 
@@ -55,6 +56,7 @@ class JsonLines:
         self._file.truncate(content.rfind(b"\n") + 1)
 
     def sync(self) -> None:
+        """Flush the file to the disk."""
         self._write()
         try:
             os.fsync(self._file.fileno())
@@ -109,6 +111,7 @@ class Recorder:
             self._mirrors.remove(mirror)
 
     def event(self, event: str, step: int, **details: Any) -> None:
+        """One line of events.jsonl."""
         line = {"event": event, "step": step, "time": time.time(), **details}
         self._events.append({key: _finite(value) for key, value in line.items()})
 

@@ -21,7 +21,7 @@ PATIENCE = 30  # most seconds that a start or an end waits for W&B's server
 
 
 def wandb_mode(config: WandbConfig) -> str:
-    """online, offline or disabled. `auto` follows the environment, else goes online if there is an API key, and never prompts."""
+    """online, offline or disabled. `auto` follows the environment; otherwise it is online with an API key. It never prompts."""
     if config.mode != "auto":
         return config.mode
     if os.environ.get("WANDB_DISABLED", "").strip().lower() not in ("", "0", "false", "no", "off"):
@@ -43,6 +43,7 @@ def wandb_mode(config: WandbConfig) -> str:
 
 
 def server_url() -> str:
+    """The address of W&B's server."""
     return os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
 
 
@@ -155,12 +156,14 @@ class WandbMirror:
             self._unfinished.unlink()
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Send a line of metrics; offline, it waits for its checkpoint."""
         if step > self.sent:
             self._waiting.append((step, metrics))
         if self._live:
             self.settle(step)
 
     def settle(self, step: int) -> None:
+        """Send the lines up to this step."""
         while self._waiting and self._waiting[0][0] <= step:
             self.sent, metrics = self._waiting.pop(0)
             charts = {key: value for key, value in metrics.items() if key not in (*FACTS, "time")}  # W&B adds a time

@@ -42,4 +42,5 @@ OnFullTensor = Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]
 
 
 def on_unsharded(function: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
+    """Apply a function to a tensor that is not sharded."""
     return function(tensor)

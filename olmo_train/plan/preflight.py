@@ -48,6 +48,7 @@ class Memory:
 
 
 def layout_of(config: TrainConfig, processes: int) -> Layout:
+    """How a step of this run is distributed over the processes."""
     parallel, micro_batch_size = config.parallel, config.micro_batch_on(processes)
     return Layout(
         gpus=processes,
@@ -115,6 +116,7 @@ def check_memory(found: Memory, config: TrainConfig) -> None:
 
 
 def does_not_fit(found: Memory, config: TrainConfig) -> ConfigError:
+    """The error of a run that does not fit, with the key to change."""
     state = byte_size(memory.state_bytes(config.model, config.optim.name))
     parameters = count_parameters(config.model).total
     what = (

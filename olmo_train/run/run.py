@@ -86,6 +86,7 @@ class Run:
             self.logger.say(line)
 
     def loader(self) -> Loader:
+        """The batches of this rank, from the first step on."""
         return Loader(self.mixture, self.world.data_rank, self.world.data_size, self.world.device, self.start.step + 1)
 
     def next_batch(self, loader: Loader) -> Batch | None:
@@ -184,6 +185,7 @@ class Run:
         raise Stopped(name, f"saved after step {step} of {self.config.steps}; run the same command again to resume")
 
     def finish(self) -> None:
+        """Wait for the last save, and log the end of the run."""
         self._finish_saving(leaving=True)
         checkpoint = folders.newest_folder(self.run_dir)
         assert checkpoint is not None  # the last step is saved

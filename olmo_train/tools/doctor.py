@@ -53,6 +53,7 @@ def examine(config: TrainConfig | None) -> list[Finding]:
 
 
 def environment() -> Iterator[Finding]:
+    """The versions of Python and torch, and that wandb is installed."""
     import torch
 
     versions = f"Python {sys.version.split()[0]}, torch {torch.__version__}"
@@ -63,6 +64,7 @@ def environment() -> Iterator[Finding]:
 
 
 def processors() -> Iterator[Finding]:
+    """Threads per core, and free memory."""
     import torch
 
     usable, threads = len(os.sched_getaffinity(0)), torch.get_num_threads()
@@ -73,6 +75,7 @@ def processors() -> Iterator[Finding]:
 
 
 def cache() -> Iterator[Finding]:
+    """Whether the cache folder can be written."""
     folder = cache_folder()
     writable = os.access(existing_part(folder), os.W_OK)
     remedy = "set XDG_CACHE_HOME to a folder that you can write; without a cache every start checks the data again"
@@ -85,6 +88,7 @@ def existing_part(folder: Path) -> Path:
 
 
 def launcher() -> Iterator[Finding]:
+    """The ranks that torchrun, Slurm or another launcher announces."""
     try:
         processes = announced()
     except ConfigError as problem:
@@ -94,6 +98,7 @@ def launcher() -> Iterator[Finding]:
 
 
 def network() -> Iterator[Finding]:
+    """The address of this host, by which processes find each other."""
     name = socket.gethostname()
     try:
         address = socket.gethostbyname(name)
@@ -110,6 +115,7 @@ def network() -> Iterator[Finding]:
 
 
 def gpus() -> Iterator[Finding]:
+    """Whether torch can use the GPUs, whether they are free, and whether their peak is known."""
     import torch
 
     from olmo_train import hardware
@@ -137,6 +143,7 @@ def world_size() -> int:
 
 
 def world(config: TrainConfig) -> Iterator[Finding]:
+    """The batch of a process."""
     size = world_size()
     config.check_world(size)
     each = f"{counted(config.global_batch_size, 'instance')} on {counted(size, 'process')}"
@@ -146,6 +153,7 @@ def world(config: TrainConfig) -> Iterator[Finding]:
 
 
 def kernels(config: TrainConfig) -> Iterator[Finding]:
+    """Which kernels compute attention and loss."""
     import torch
 
     from olmo_train.parallel.kernels import has_cpu_kernels
@@ -159,6 +167,7 @@ def kernels(config: TrainConfig) -> Iterator[Finding]:
 
 
 def disk(config: TrainConfig) -> Iterator[Finding]:
+    """Whether run_dir can be written and has room for the checkpoints."""
     existing = existing_part(Path(config.run_dir).absolute())
     if not os.access(existing, os.W_OK):
         yield Finding("run_dir", "problem", f"{existing} cannot be written", "choose another run_dir, or change its owner")
@@ -172,6 +181,7 @@ def disk(config: TrainConfig) -> Iterator[Finding]:
 
 
 def data(config: TrainConfig) -> Iterator[Finding]:
+    """The sources, how often each is read, and what is probably a mistake."""
     import torch
 
     mixture = config.mixture()
@@ -187,6 +197,7 @@ def data(config: TrainConfig) -> Iterator[Finding]:
 
 
 def memory(config: TrainConfig) -> Iterator[Finding]:
+    """The memory that the run needs."""
     import torch
 
     size, on_gpu = world_size(), torch.cuda.is_available()
@@ -196,6 +207,7 @@ def memory(config: TrainConfig) -> Iterator[Finding]:
 
 
 def tracking(config: TrainConfig) -> Iterator[Finding]:
+    """Where W&B records the run."""
     mode = wandb_mode(config.log.wandb)
     remedy = "" if mode == "online" else "metrics.jsonl is complete without it; `wandb login` or WANDB_API_KEY goes online"
     yield Finding("wandb", "ok", f"will be {mode}", remedy)
