@@ -131,7 +131,7 @@ class TrainConfig:
             below = self.global_batch_size // size * size
             fix = f"{below} or {below + size}" if below else size
             raise ConfigError(
-                "global_batch_size", f"{self.global_batch_size} is not a multiple of the {size} processes; use {fix}"
+                "global_batch_size", f"{self.global_batch_size} is not a multiple of the {counted(size, 'process')}; use {fix}"
             )
 
     def micro_batch_on(self, size: int) -> int:
@@ -144,12 +144,13 @@ class TrainConfig:
         rows, micro, notes = self.global_batch_size // size, self.micro_batch_on(size), []
         if self.batch_is_unset:
             notes.append(
-                f"global_batch_size is not set: {self.global_batch_size} instances, {self.tokens_per_step:,} tokens per step, "
-                f"for a model of {count_parameters(self.model).total:,} parameters"
+                f"global_batch_size is not set: {counted(self.global_batch_size, 'instance')}, "
+                f"{self.tokens_per_step:,} tokens per step, for a model of {count_parameters(self.model).total:,} parameters"
             )
         if micro < self.micro_batch_size:
+            instances = counted(rows, "instance")
             notes.append(
-                f"micro_batch_size {self.micro_batch_size} is lowered to {micro}, which divides the {rows} instances of a process"
+                f"micro_batch_size {self.micro_batch_size} is lowered to {micro}, which divides the {instances} of a process"
             )
         return notes
 

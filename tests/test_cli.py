@@ -39,7 +39,7 @@ MISTAKES = {
     "heads not divisible": (["model.n_heads=5"], 2, "model.n_heads: 5 does not divide d_model 64"),
     "missing config": (["none.yaml"], 2, "none.yaml: there is no such configuration file"),
     "no YAML": (["bad.yaml"], 2, "bad.yaml: is not valid YAML"),
-    "replicas": (["parallel.replicas=2"], 2, "parallel.replicas: 2 does not divide the 1 processes"),
+    "replicas": (["parallel.replicas=2"], 2, "parallel.replicas: 2 does not divide the 1 process"),
     "run_dir is a file": (["run_dir=tokens.npy"], 2, "run_dir: tokens.npy cannot be written"),
     "missing shard": (["data.sources.a.path=gone.npy"], 3, "gone.npy: "),
     "empty glob": (["data.sources.a.path=gone*.npy"], 3, "gone*.npy: matches no file"),
@@ -276,7 +276,7 @@ def test_train_prints_plain_lines_and_exits_0(run_main, tiny_words, tmp_path):
     assert "\x1b" not in done.stdout
     again = run_main("train", *tiny_words("run", total_steps=3))
     assert (again.returncode, again.stdout.splitlines()) == (
-        0, [f"{tmp_path}/run is finished: 3 of 3 steps; set total_steps higher to go on"])  # fmt: skip
+        0, [f"{tmp_path}/run is finished: 3 of 3 steps; set total_steps higher to continue"])  # fmt: skip
 
 
 def test_all_that_a_run_writes_lies_in_its_run_dir(tiny_words, tmp_path, monkeypatch):

@@ -113,7 +113,7 @@ def test_an_id_that_occurs_twice_denies_both(tmp_path):
     "word, told",
     [
         ("a:nothing", r"data.deny: .*documents.parquet: knows no document 'nothing'.*leave it out"),
-        ("a:@99999", r"data.deny: a: has \d+ tokens, so there is none at 99999"),
+        ("a:@99999", r"data.deny: a: has [\d,]+ tokens, so there is none at 99999"),
         ("aa:d1", "data.deny: 'aa:d1' is of the source 'aa', which is not in data.sources; did you mean 'a'"),
         ("missing.txt", "data.deny: 'missing.txt' is neither SOURCE:ID nor a file"),
         ("LIST", r"data.deny: .*list.txt:2: 'd2' is neither SOURCE:ID nor a file"),

@@ -57,7 +57,7 @@ def test_the_verb_prints_json_and_exits_by_the_findings(run_main, tiny_words):
 def test_what_attention_is_computed_by_is_told_and_a_compiler_that_fails_is_a_problem(tiny_args, monkeypatch, tmp_path):
     asked, left = tiny_args(**{"parallel.cpu_kernels": True}), tiny_args()
     for config in (asked, left):
-        assert by_check(doctor.examine(config))["kernels"].finding.startswith("attention and loss are by C++")
+        assert by_check(doctor.examine(config))["kernels"].finding.startswith("attention and loss use the C++")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("CXX", "c++ -no-such-option")
     cpu_kernels.library.cache_clear()

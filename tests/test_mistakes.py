@@ -124,15 +124,15 @@ MISTAKES = {  # the words, the exit code, and the last line, in which ... stands
     ),
     "empty input": (
         [*PREPARE, "empty.txt"], 3,
-        "empty.txt: contains no documents (1 record was skipped); name a file or folder with text",
+        "empty.txt: contains no documents (1 record skipped); name a file or folder with text",
     ),
     "binary input": (
         [*PREPARE, "picture.png"], 3,
-        "picture.png: contains no documents (1 record was skipped); picture.png: is binary, not text",
+        "picture.png: contains no documents (1 record skipped); picture.png: is binary, not text",
     ),
     "input without the text field": (
         [*PREPARE, "fields.jsonl"], 3,
-        "fields.jsonl: contains no documents (9 records were skipped); ... has no text in a field 'text'; its fields: "
+        "fields.jsonl: contains no documents (9 records skipped); ... has no text in a field 'text'; its fields: "
         "content; to read another one, set --text-field content",
     ),
     "batch not divisible": (

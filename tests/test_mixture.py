@@ -95,10 +95,10 @@ def test_the_order_has_the_runs_seed_unless_the_data_have_one(tmp_path):
     assert first(2, 0) == first(3, 0) != first(2, None)
 
 
-def test_too_little_data_is_told_with_what_is_needed(tmp_path):
-    with pytest.raises(DataError, match=r"data.sources.a: 0 instances of 8 tokens in .*a.npy, at least 1 are needed"):
+def test_too_little_data_is_refused_with_what_is_needed(tmp_path):
+    with pytest.raises(DataError, match=r"data.sources.a: 0 instances of 8 tokens in .*a.npy; the run needs at least 1"):
         mixture({"a": write(tmp_path, "a.npy", range(8))})
-    with pytest.raises(DataError, match=r"data.sources.a: 3 instances of 8 tokens in .*, at least 4 are needed"):
+    with pytest.raises(DataError, match=r"data.sources.a: 3 instances of 8 tokens in .*; the run needs at least 4"):
         mixture({"a": write(tmp_path, "a.npy", range(24))}, order="olmo")
 
 

@@ -262,7 +262,7 @@ def test_first_weights_do_not_depend_on_the_number_of_ranks():
 
 def test_replicas_must_divide_the_processes():
     with (
-        pytest.raises(configuration.ConfigError, match="parallel.replicas: 2 does not divide the 1 processes"),
+        pytest.raises(configuration.ConfigError, match="parallel.replicas: 2 does not divide the 1 process"),
         join_world(replicas=2),
     ):
         pass

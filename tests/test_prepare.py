@@ -263,7 +263,7 @@ def test_inputs_without_documents_are_refused_and_leave_nothing(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", 5)
     (tmp_path / "kept").mkdir()
     with pytest.raises(
-        DataError, match=r"contains no documents \(5 records were skipped\).*no text in a field 'body'; its fields: text"
+        DataError, match=r"contains no documents \(5 records skipped\).*no text in a field 'body'; its fields: text"
     ):
         prepare_source(tmp_path, tmp_path / "a.jsonl", name="kept", text_field="body")
     assert list((tmp_path / "kept").iterdir()) == []

@@ -135,7 +135,7 @@ def test_a_folder_is_records_or_text_by_what_most_of_its_files_are_and_the_other
         ("files of another kind than most in their folder", 1, len("about")),
         ("files of another kind than most in their folder", 1, (tmp_path / "rows.jsonl.gz").stat().st_size),
     ]
-    assert "1 other files, such as" in notes[0].why and "the 1 files of records are read" in notes[0].why
+    assert "1 file of other kinds, such as" in notes[0].why and "only files of records are read, 1 here" in notes[0].why
 
 
 def test_a_folder_of_json_files_is_read_as_records(tmp_path):

@@ -44,9 +44,7 @@ def run(arguments: argparse.Namespace) -> None:
                 if not arguments.dry_run:
                     remove_folder(folder)
     if damaged:
-        raise CheckpointError(
-            next(iter(damaged)), f"{len(damaged)} of {len(folders)} checkpoints are damaged; delete them by hand"
-        )
+        raise CheckpointError(next(iter(damaged)), f"is damaged, {len(damaged)} of {len(folders)} in all; delete by hand")
 
 
 def describe(step: int, folder, permanent: bool, problems: list[str] | None) -> str:

@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> None:
             raise ConfigError(f"--{option.replace('_', '-')}", f"goes with {direction}, not with {args.direction}")
     if args.direction == "import-olmo":
         step = olmo.import_olmo(args.source, args.dest, tuple(args.leave_out), args.step)
-        print(f"{args.dest}: {f'resume_from goes on after step {step}' if args.dest.is_dir() else 'written'}")
+        print(f"{args.dest}: {f'resume_from continues after step {step}' if args.dest.is_dir() else 'written'}")
         return
     if args.direction == "export-hf":
         tokenizer = load_tokenizer(args.tokenizer, eos=args.eos) if args.tokenizer else None

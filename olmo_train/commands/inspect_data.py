@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from olmo_train.commands.common import print_table, split_config
 from olmo_train.errors import ConfigError
+from olmo_train.formats import counted
 
 if TYPE_CHECKING:
     from olmo_train.data.inspect import Row, Visit
@@ -79,17 +80,18 @@ def _show_step(history: History, args: argparse.Namespace) -> None:
         print(json.dumps({**about, "passed_over": passed_over, "instances": instances}, ensure_ascii=False))
         return
     note = {None: "", True: ", as the run logged it", False: ", NOT as the run logged it"}[as_logged]
-    print(f"step {args.step} of {history.steps}: {mixture.batches.at(args.step)} instances of {mixture.seq_len} tokens "
-          f"on {world_size} rank{'s' * (world_size > 1)}, sample_hash {sample_hash[:16]}{note}")  # fmt: skip
+    size = mixture.batches.at(args.step)
+    print(f"step {args.step} of {history.steps}: {counted(size, 'instance')} of {mixture.seq_len} tokens "
+          f"on {counted(world_size, 'rank')}, sample_hash {sample_hash[:16]}{note}")  # fmt: skip
     if passed_over:
         print("this step is passed over: its batch is not trained on")
     print_table(("row", "rank", "source", "instance", "epoch", "documents", "text"), [
         (str(row.row), str(row.rank), row.source, str(row.instance), str(row.epoch), _names(row),
          "" if text is None else " ".join(text.split())[:60]) for row, text in zip(rows, texts, strict=True)
     ], left=("source", "documents", "text"))  # fmt: skip
-    hidden = mixture.batches.at(args.step) // (1 if args.rank is None else world_size) - len(rows)
+    hidden = size // (1 if args.rank is None else world_size) - len(rows)
     if hidden:
-        print(f"... and {hidden} more rows; --rank R shows those of one rank, --json all")
+        print(f"... and {counted(hidden, 'more row')}; --rank R shows those of one rank, --json all")
 
 
 def _world_size(attempt: Attempt, args: argparse.Namespace) -> int:
@@ -126,16 +128,16 @@ def _show_document(history: History, args: argparse.Namespace) -> None:
         print(json.dumps(about | {"done_steps": done, "total_steps": history.steps, "visits": visits}))
         return
     if len(found) > 1:
-        print(f"{args.document} is the id of {len(found):,} documents")
+        print(f"{args.document} is the id of {counted(len(found), 'document')}")
     for d in found[:SHOWN_ROWS]:
-        read = f", {reads[d.start]:,} reads" if len(found) > 1 else ""
+        read = f", {counted(reads[d.start], 'read')}" if len(found) > 1 else ""
         print(f"{args.document} from {d.origin}: {d.end - d.start:,} tokens at {d.start:,} of its source{read}")
     if len(found) > SHOWN_ROWS:
         print(f"... and {len(found) - SHOWN_ROWS:,} more; --json lists all")
     if found[0].denied:
         print("data.deny denies it: its tokens are read as context, and nothing is learned from predicting them")
     past = sum(visit["done"] for visit in visits)
-    print(f"{past} reads in the {done:,} steps done, {len(visits) - past} in those to come, up to step {history.steps:,}")
+    print(f"reads: {past:,} done, up to step {done:,}, and {len(visits) - past:,} to come, up to step {history.steps:,}")
     print_table(("step", "", "rank", "row", "instance"), [
         (str(v["step"]), "done" if v["done"] else "to come", str(v["rank"]), str(v["row"]), str(v["instance"]))
         for v in visits[:SHOWN_ROWS]

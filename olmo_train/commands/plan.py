@@ -128,10 +128,10 @@ def show_run(console: Console, plan: dict[str, Any], config: TrainConfig) -> Non
     rows = [
         ["parameters", f"{plan['parameters']['total']:,}"],
         ["steps", f"{plan['total_steps']:,}"],
-        ["tokens per step", f"{plan['tokens_per_step']:,}, {plan['global_batch_size']:,} sequences"],
+        ["tokens per step", f"{plan['tokens_per_step']:,}, {counted(plan['global_batch_size'], 'sequence')}"],
         ["tokens", f"{plan['total_tokens']:.4g}"],
         ["epochs", ", ".join(epochs) or "unknown"],
-        ["warmup", f"{warmup:,} steps, {100 * warmup / plan['total_steps']:.3g}% of the run"],
+        ["warmup", f"{counted(warmup, 'step')}, {100 * warmup / plan['total_steps']:.3g}% of the run"],
     ]
     if machine and machine["step_seconds"]:
         rows.append(["time", f"about {duration(machine['seconds'])}, {duration(machine['step_seconds'])} per step"])
@@ -165,17 +165,18 @@ def show_memory(console: Console, plan: dict[str, Any]) -> None:
     total = ["total", *(number(sum(moment.values())) for moment in moments.values())]
     title = f"Memory of a {'GPU' if gpu else 'process'} in {'MB' if small else 'GB'}, at its three peaks"
     print_table(["", *moments], rows, title=title, total=total)
-    console.print(f"{layout['precision']}, {layout['micro_batches']:,} x {layout['micro_batch_size']} sequences a step, "
+    console.print(f"{layout['precision']}, {layout['micro_batches']:,} x "
+                  f"{counted(layout['micro_batch_size'], 'sequence')} a step, "
                   f"activation_checkpointing={layout['activation_checkpointing']}, without torch.compile.")  # fmt: skip
     shards = layout["gpus"] // layout["replicas"]
-    each = f", {byte_size(plan['state_bytes'] / shards)} on each of {shards} GPUs" if shards > 1 else ""
+    each = f", {byte_size(plan['state_bytes'] / shards)} on each of {counted(shards, 'GPU')}" if shards > 1 else ""
     a_parameter = plan["state_bytes"] / plan["parameters"]["total"]
     console.print(f"State, {a_parameter:.3g} bytes a parameter: {byte_size(plan['state_bytes'])}{each}.")
     if not gpu:
         return
     share = layout["micro_batch_size"] * layout["micro_batches"]
     for checkpointing, largest in plan["largest_micro_batch_size"].items():
-        fits = f"{largest} of a GPU's {share:,} sequences" if largest else "none, take more GPUs"
+        fits = f"{largest} of a GPU's {counted(share, 'sequence')}" if largest else "none, take more GPUs"
         console.print(f"Largest micro-batch with activation_checkpointing={checkpointing}: {fits}.")
 
 
@@ -231,7 +232,7 @@ def show_schedule(console: Console, plan: dict[str, Any]) -> None:
         [f"{m['step']:,}", f"{m['tokens']:.3e}", f"{m['lr']:.3e}", duration(m["seconds"]) if m["seconds"] else "-"]
         for m in plan["milestones"]
     ]
-    title = f"Schedule: {plan['global_batch_size']:,} sequences, {plan['tokens_per_step']:,} tokens a step"
+    title = f"Schedule: {counted(plan['global_batch_size'], 'sequence')}, {plan['tokens_per_step']:,} tokens a step"
     print_table(["step", "tokens", "learning rate", "after"], rows, title=title)
     if plan["sources"]:
         rows = [

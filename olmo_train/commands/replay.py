@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
+from olmo_train.formats import counted
+
 if TYPE_CHECKING:
     from olmo_train.tools.replay import Replay
 
@@ -35,7 +37,7 @@ def run(arguments: argparse.Namespace) -> int:
     for result in results:
         show(result, sequences=arguments.audit is None)
     differing = [result.step for result in results if result.differing]
-    print(f"{len(results) - len(differing)} of {len(results)} steps are equal to the last bit")
+    print(f"equal to the last bit: {len(results) - len(differing)} of {counted(len(results), 'step')}")
     return 1 if differing else 0
 
 

@@ -31,4 +31,4 @@ def run(args: argparse.Namespace) -> int | None:
     save_tokenizer(tokenizer, args.output)
     print(f"{args.output}: {tokenizer.get_vocab_size():,} ids, EOS {EOS_TEXT} is id {tokenizer.token_to_id(EOS_TEXT)}")
     if left_out:
-        print(f"left out: {len(left_out):,} records or files")
+        print(f"left out, of records and files: {len(left_out):,}")

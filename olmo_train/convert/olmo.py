@@ -290,7 +290,7 @@ def _data(theirs: dict[str, Any]) -> dict[str, Any]:
 
 def import_olmo(source: Path, dest: Path, left_out: tuple[str, ...] = (), step: int | None = None) -> int:
     """Write an unsharded OLMo checkpoint (model.pt, config.yaml, and optim.pt if it is there) as one of ours; returns the
-    step after which a run with resume_from goes on. When `source` is a YAML file, write `dest` as its translation.
+    step after which a run with resume_from continues. When `source` is a YAML file, write `dest` as its translation.
 
     Raises ConfigError with their key that we do not have, CheckpointError on files and weights that do not fit.
     """

@@ -63,7 +63,7 @@ def rows_of_step(
     batch_size = mixture.batches.at(step)
     rank_size = rows_per_rank(batch_size, world_size)
     if rank is not None and not 0 <= rank < world_size:
-        raise ConfigError("--rank", f"{rank} is not one of the {world_size} ranks; use 0 to {world_size - 1}")
+        raise ConfigError("--rank", f"{rank} is not a rank; ranks go from 0 to {world_size - 1}")
     first, stop = (0, batch_size) if rank is None else (rank * rank_size, (rank + 1) * rank_size)
     batch = mixture.global_batch(step)[first : stop if most is None else min(stop, first + most)]
     rows: dict[int, Row] = {}

@@ -15,6 +15,7 @@ from typing import Any
 
 from olmo_train import storage
 from olmo_train.errors import DataError
+from olmo_train.formats import counted
 
 FORMAT_VERSION = 1
 META_FILE = "meta.json"
@@ -86,7 +87,7 @@ def read_meta(folder: Path) -> Meta:
         raise DataError(file, f"dtype is {meta.dtype!r}, expected one of {', '.join(DTYPES)}")
     total = sum(shard.tokens for shard in meta.shards)
     if total != meta.tokens:
-        raise DataError(file, f"lists {meta.tokens} tokens, but its shards sum to {total}; prepare the source again")
+        raise DataError(file, f"lists {counted(meta.tokens, 'token')}, but its shards sum to {total}; prepare the source again")
     for shard in meta.shards:  # a name must not lead out of the folder, which may come from anybody
         for name in (shard.file, shard.labels["file"] if shard.labels else shard.file):
             if Path(name).name != name:

@@ -16,6 +16,7 @@ from olmo_train.data.order import BatchSizes, Instances, OlmoOrder, PermutedOrde
 from olmo_train.data.shards import TokenSource, check_block, open_source
 from olmo_train.data.tokenizer import TokenizerRecord, check_same_tokenizer
 from olmo_train.errors import ConfigError, DataError
+from olmo_train.formats import counted
 
 
 class Mixture:
@@ -140,5 +141,5 @@ class Mixture:
     def _check_size(self, size: int, needed: int, name: str) -> None:
         if size < needed:
             files = ", ".join(str(file) for file in sorted({s.files[0] for s in self.sources if s.name in name.split(", ")}))
-            what = f"{size} instances of {self.seq_len} tokens in {files}, at least {needed} are needed"
+            what = f"{counted(size, 'instance')} of {self.seq_len} tokens in {files}; the run needs at least {needed:,}"
             raise DataError(f"data.sources.{name}", what)

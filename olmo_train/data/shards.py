@@ -24,6 +24,7 @@ from olmo_train.data.documents import Document, DocumentTable, scan_documents
 from olmo_train.data.meta import META_FILE, Meta, hash_blocks, hash_file, read_meta
 from olmo_train.data.tokenizer import TokenizerRecord
 from olmo_train.errors import ConfigError, DataError, did_you_mean, near_files
+from olmo_train.formats import counted
 from olmo_train.storage import cache_folder
 
 WHOLE_BYTES = 64 * 2**20  # a source up to this size is hashed completely when it is opened, a larger one in sampled blocks
@@ -111,7 +112,7 @@ class TokenSource:
 
     def _document_at(self, position: int) -> Document:
         if position >= self.n_tokens:
-            raise DataError(self.name, f"has {self.n_tokens} tokens, so there is none at {position}")
+            raise DataError(self.name, f"has {counted(self.n_tokens, 'token')}, so there is none at {position}")
         if self.meta is None and self.eos_id is None:
             what = f"is needed to separate the documents of {self.name}, which is made of raw token files"
             raise ConfigError("data.eos_id", what)

@@ -17,6 +17,7 @@ from olmo_train.data.documents import DOCUMENTS_FILE, ID_DTYPE, IDS_FILE, Docume
 from olmo_train.data.meta import META_FILE, TOKENIZER_FILE, Meta, ShardMeta, hash_file, read_meta
 from olmo_train.data.tokenizer import from_json
 from olmo_train.errors import DataError
+from olmo_train.formats import counted
 
 BLOCK = 2**22  # tokens checked at a time
 LOOKUPS = 256  # ids looked up to check documents.ids
@@ -49,7 +50,7 @@ def verify(folder: Path, on_shard: Callable[[str], None] = lambda name: None) ->
         problems += _labels(folder, shard)
         documents += 0 if ends is None else len(ends)
     if table and documents != meta.documents:
-        problems.append(Problem(folder / DOCUMENTS_FILE, f"expected {meta.documents} documents, found {documents}"))
+        problems.append(Problem(folder / DOCUMENTS_FILE, f"expected {counted(meta.documents, 'document')}, found {documents:,}"))
     if table and not problems:  # else lookups would repeat another problem
         problems += _ids(folder, meta, table)
     return meta, problems
@@ -86,7 +87,7 @@ def _documents_file(folder: Path, meta: Meta, table: DocumentTable) -> Iterator[
     file = folder / DOCUMENTS_FILE
     yield from _hash(file, meta.documents_sha256, hash_file(file))
     if table.n_documents != meta.documents:
-        yield Problem(file, f"expected {meta.documents} rows, found {table.n_documents}")
+        yield Problem(file, f"expected {counted(meta.documents, 'row')}, found {table.n_documents:,}")
 
 
 def _document_ends(folder: Path, table: DocumentTable, index: int, shard: ShardMeta) -> tuple[np.ndarray, list[Problem]]:

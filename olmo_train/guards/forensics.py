@@ -21,6 +21,7 @@ import torch
 
 from olmo_train.data.inspect import Row, TextReader, rows_of_step
 from olmo_train.data.mixture import Mixture
+from olmo_train.formats import counted
 from olmo_train.guards.watchdog import Watchdog
 from olmo_train.log.interval import StepStats
 from olmo_train.log.version import code_version
@@ -220,7 +221,7 @@ def _describe_sequences(sequences: list[dict[str, Any]], ranks: list[dict[str, A
         for document in documents[:SHOWN_DOCUMENTS]:
             lines += _describe_document(document)
         if len(documents) > SHOWN_DOCUMENTS:
-            lines.append(f"     ... and {len(documents) - SHOWN_DOCUMENTS} more documents")
+            lines.append(f"     ... and {counted(len(documents) - SHOWN_DOCUMENTS, 'more document')}")
     return lines
 
 
@@ -237,7 +238,7 @@ def _describe_document(document: dict[str, Any]) -> list[str]:
 def _describe_norms(norms: dict[str, float]) -> list[str]:
     broken = [name for name, norm in norms.items() if not math.isfinite(norm)]
     if broken:
-        lines = [f"Gradients that are not finite: {len(broken)} of {len(norms)} parameters; gradients.json has all"]
+        lines = [f"Gradients that are not finite: {len(broken)} of {counted(len(norms), 'parameter')}; gradients.json has all"]
         shown = broken[:SHOWN_PARAMETERS]
     else:
         lines = [f"The parameters with the largest gradient norms, of {len(norms)}, all of them finite; gradients.json has all"]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from olmo_train.errors import NonFiniteError
+from olmo_train.formats import counted
 from olmo_train.guards.config import GuardConfig
 
 
@@ -31,8 +32,8 @@ def check_skipped(in_a_row: int, config: GuardConfig, last_good: Path | None, ev
     if in_a_row >= config.max_skipped:
         raise NonFiniteError(
             "guards.max_skipped",
-            f"{in_a_row} steps in a row had a non-finite loss or gradient{' or were spikes' if config.spike == 'skip' else ''} "
-            f"and changed nothing; {name_checkpoint(last_good)}; "
+            f"{counted(in_a_row, 'step')} in a row had a non-finite loss or gradient"
+            f"{' or were spikes' if config.spike == 'skip' else ''} and changed nothing; {name_checkpoint(last_good)}; "
             f"{look_at(evidence)}lower optim.peak_lr or look at the data of these steps with inspect-data",
         )
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from olmo_train.errors import NonFiniteError
+from olmo_train.formats import counted
 from olmo_train.guards.config import GuardConfig
 from olmo_train.guards.nonfinite import look_at
 
@@ -28,7 +29,7 @@ def plan_rewind(
     if again >= config.max_rewinds:
         raise NonFiniteError(
             "guards.max_rewinds",
-            f"step {spike} is a spike after {again} rewinds in a row, the first from step {first}, so its batch is not at fault; "
-            f"{look_at(evidence)}lower optim.peak_lr or set guards.spike=record",
+            f"step {spike} is a spike after {counted(again, 'rewind')} in a row, the first from step {first}, so its batch "
+            f"is not at fault; {look_at(evidence)}lower optim.peak_lr or set guards.spike=record",
         )
     return {"from": spike, "to": checkpoint, "skipped": list(range(spike, spike + 2**again))}

@@ -80,7 +80,7 @@ class Journal:
         return metrics | self._origin(batch)
 
     def brief_line(self, stats: StepStats, batch: Batch) -> dict[str, Any]:
-        """The line of a step that is evaluated but not logged otherwise; the interval goes on."""
+        """The line of a step that is evaluated but not logged otherwise; the interval continues."""
         return self._origin(batch) | {"skipped": int(stats.skipped.item())}
 
     def _origin(self, batch: Batch) -> dict[str, Any]:

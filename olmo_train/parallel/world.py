@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from olmo_train.errors import ConfigError, PeerError, UserError
+from olmo_train.formats import counted
 from olmo_train.parallel.processes import announced
 
 T = TypeVar("T")
@@ -134,7 +135,7 @@ def join_world(replicas: int = 1, timeout_seconds: float = 600) -> Iterator[Worl
     processes = announced()
     size = processes.size
     if size % replicas:
-        raise ConfigError("parallel.replicas", f"{replicas} does not divide the {size} processes of this run")
+        raise ConfigError("parallel.replicas", f"{replicas} does not divide the {counted(size, 'process')} of this run")
     if torch.cuda.is_available():
         if processes.local_rank >= (gpus := torch.cuda.device_count()):
             raise ConfigError(

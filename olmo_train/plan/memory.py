@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass, replace
 
 from olmo_train.errors import ConfigError
+from olmo_train.formats import counted
 from olmo_train.model.config import ModelConfig
 from olmo_train.model.cost import (
     LOSS_PART_BYTES,
@@ -41,7 +42,7 @@ class Layout:
 
     def __post_init__(self) -> None:
         if self.gpus < 1 or self.gpus % self.replicas:
-            raise ConfigError("parallel.replicas", f"{self.replicas} does not divide the {self.gpus} GPUs of the plan")
+            raise ConfigError("parallel.replicas", f"{self.replicas} does not divide the {counted(self.gpus, 'GPU')} of the plan")
 
 
 @dataclass(frozen=True)

@@ -128,10 +128,10 @@ def does_not_fit(found: Memory, config: TrainConfig) -> ConfigError:
 def facts(config: TrainConfig, mixture: Mixture) -> list[str]:
     """A run in two lines: epochs of each source, and the share of the warmup."""
     epochs = ", ".join(f"{name} {epoch:.3g}" for name, epoch in mixture.epochs(config.steps).items())
-    warmup = config.optim.warmup_steps
+    warmup, steps = config.optim.warmup_steps, counted(config.steps, "step")
     return [
         f"epochs of each source over the run:  {epochs}",
-        f"warmup {warmup:,} of {config.steps:,} steps ({warmup / config.steps:.0%}), peak learning rate {config.optim.peak_lr:g}",
+        f"warmup {warmup:,} of {steps} ({warmup / config.steps:.0%}), peak learning rate {config.optim.peak_lr:g}",
     ]
 
 

@@ -21,6 +21,7 @@ from olmo_train.data.shards import check_ids
 from olmo_train.data.tokenizer import CONFIG_FILE, config_file, record_of_folder
 from olmo_train.errors import ConfigError, DataError
 from olmo_train.eval.during_run import Evaluation
+from olmo_train.formats import counted
 from olmo_train.guards.anomalies import AnomalyGuard
 from olmo_train.guards.forensics import Forensics
 from olmo_train.guards.heartbeats import new_heartbeats
@@ -69,7 +70,9 @@ def open_run(config: TrainConfig, world: World, signals: StopSignals) -> Iterato
         pending_line = world.on_main(lambda: owed_line(run_dir, start))
         if start.step >= config.steps and pending_line is None:
             if world.is_main:
-                print(f"{run_dir} is finished: {start.step} of {config.steps} steps; set total_steps higher to go on")
+                print(
+                    f"{run_dir} is finished: {start.step} of {counted(config.steps, 'step')}; set total_steps higher to continue"
+                )
             yield None
             return
         world.on_main(lambda: _check_checkpoint_tokenizer(config, mixture, start))

@@ -16,6 +16,7 @@ import torch
 
 from olmo_train import config as configuration
 from olmo_train import hardware
+from olmo_train.formats import counted
 from olmo_train.model.config import ModelConfig
 from olmo_train.model.cost import FLOPS_CONVENTION, flops_per_token
 from olmo_train.train import train
@@ -93,7 +94,7 @@ def _figures(config: TrainConfig, seconds: list[float], phases: dict[str, float]
         "first_step_seconds": first_step,
         "torch": torch.__version__,
         "python": sys.version.split()[0],
-        "device": torch.cuda.get_device_name() if on_gpu else f"cpu, {torch.get_num_threads()} threads",
+        "device": torch.cuda.get_device_name() if on_gpu else f"cpu, {counted(torch.get_num_threads(), 'thread')}",
     }
 
 

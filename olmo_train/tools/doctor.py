@@ -69,7 +69,9 @@ def processors() -> Iterator[Finding]:
 
     usable, threads = len(os.sched_getaffinity(0)), torch.get_num_threads()
     remedy = f"set OMP_NUM_THREADS={usable}: more threads than cores wait for each other"
-    yield judge("processors", threads <= usable, f"{usable} usable cores, {threads} threads per process", remedy)
+    yield judge(
+        "processors", threads <= usable, f"{counted(usable, 'usable core')}, {counted(threads, 'thread')} per process", remedy
+    )
     available = available_memory()
     yield Finding("memory", "ok", "unknown" if available is None else f"{byte_size(available)} of host memory are available")
 
@@ -160,10 +162,10 @@ def kernels(config: TrainConfig) -> Iterator[Finding]:
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if has_cpu_kernels(config.parallel.cpu_kernels, device):
-        yield Finding("kernels", "ok", "attention and loss are by C++ kernels, which are built")
+        yield Finding("kernels", "ok", "attention and loss use the C++ kernels, which are built")
     elif device.type == "cpu":
         remedy = "install a C++ compiler; parallel.cpu_kernels=true shows its errors"
-        yield Finding("kernels", "ok", "attention and loss are by torch, which is slower on a CPU", remedy)
+        yield Finding("kernels", "ok", "attention and loss use torch, which is slower on a CPU", remedy)
 
 
 def disk(config: TrainConfig) -> Iterator[Finding]:
@@ -174,7 +176,7 @@ def disk(config: TrainConfig) -> Iterator[Finding]:
         return
     one = checkpoint_bytes(config.model, config.optim.name)
     needed, free = one * (config.checkpoint.keep_last + 1), shutil.disk_usage(existing).free
-    kept = f"{config.checkpoint.keep_last} checkpoints and one being written take {byte_size(needed)}"
+    kept = f"{counted(config.checkpoint.keep_last, 'checkpoint')} and one being written take {byte_size(needed)}"
     found = f"{byte_size(free)} free at {existing}; {kept}"
     remedy = "make room, keep fewer (checkpoint.keep_last), or choose another run_dir"
     yield judge("disk", free > needed, found, remedy, "problem")
@@ -209,5 +211,5 @@ def memory(config: TrainConfig) -> Iterator[Finding]:
 def tracking(config: TrainConfig) -> Iterator[Finding]:
     """Where W&B records the run."""
     mode = wandb_mode(config.log.wandb)
-    remedy = "" if mode == "online" else "metrics.jsonl is complete without it; `wandb login` or WANDB_API_KEY goes online"
+    remedy = "" if mode == "online" else "metrics.jsonl is complete without it; `wandb login` or WANDB_API_KEY makes it online"
     yield Finding("wandb", "ok", f"will be {mode}", remedy)

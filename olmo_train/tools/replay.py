@@ -20,7 +20,7 @@ from olmo_train.checkpoint import folders
 from olmo_train.checkpoint.config import CheckpointConfig
 from olmo_train.errors import ConfigError
 from olmo_train.eval.config import EvalConfig
-from olmo_train.formats import duration
+from olmo_train.formats import counted, duration
 from olmo_train.guards.forensics import scored_tokens
 from olmo_train.history import Attempt, History
 from olmo_train.log.config import LogConfig, ProfileConfig, WandbConfig
@@ -139,7 +139,7 @@ def _config_of(history: History, attempt: Attempt) -> TrainConfig:
 def _about(lines: dict[int, dict[str, Any]], folder: Path | None, first: int, target: int, stretches: list[Stretch]) -> str:
     """A line with the first step, the number of steps and the estimated time."""
     count = target - first + 1
-    text = f"computing {count} step{'s' * (count > 1)}, {first} to {target}, from {folder or 'the initial weights'}"
+    text = f"computing {counted(count, 'step')}, {first} to {target}, from {folder or 'the initial weights'}"
     logged = [line.get("throughput/step_seconds") for step, line in lines.items() if first <= step <= target]
     if logged := [seconds for seconds in logged if seconds]:
         text += f": about {duration(count * statistics.mean(logged))} at the speed of the run"
@@ -148,7 +148,8 @@ def _about(lines: dict[int, dict[str, Any]], folder: Path | None, first: int, ta
         text += f"; the configuration changed after step {ends}, and each step is computed with its own"
     config, _, attempt = stretches[-1]
     if attempt.world_size != 1 and config.determinism != "world":
-        text += f"; the run had {attempt.world_size} processes, and the last digits differ on one, unless determinism is 'world'"
+        size = counted(attempt.world_size, "process")
+        text += f"; the run had {size}, and the last digits differ on one, unless determinism is 'world'"
     return text
 
 

@@ -20,6 +20,7 @@ from olmo_train.data.meta import META_FILE
 from olmo_train.data.prepare.chunks import CHUNK_BYTES, DECOMPRESSORS, BreaksOff, Skipped, Unit, is_compressed, read_blocks
 from olmo_train.data.prepare.readers import FORMATS, chunks, records
 from olmo_train.errors import ConfigError, DataError
+from olmo_train.formats import counted
 
 SUFFIXES = {suffix: name for name, format in FORMATS.items() for suffix in format.suffixes} | {".csv": "csv", ".tsv": "csv"}
 HUB_FILES = {"dataset_info.json", "state.json", "dataset_dict.json"}  # what `datasets` writes beside a data set's files
@@ -163,8 +164,10 @@ def _of_folder(folder: Path, on_left_out: OnLeftOut) -> list[tuple[str, Path, st
     kept = (records if as_records else texts) or files  # the last: csv alone
     kept_files = {file for _, file in kept}
     if passed := [file for _, file in files if file not in kept_files]:
-        kinds = ("files of records", "other files") if as_records else ("text files", "files of records or tables")
-        detail = f": {len(passed)} {kinds[1]}, such as {passed[0]}; the {len(kept)} {kinds[0]} are read"
+        kinds = ("files of records", "other kinds") if as_records else ("text files", "records or tables")
+        detail = (
+            f": {counted(len(passed), 'file')} of {kinds[1]}, such as {passed[0]}; only {kinds[0]} are read, {len(kept):,} here"
+        )
         _report(on_left_out, folder, "files of another kind than most in their folder", passed, detail)
     _refuse_splits(folder, [file for _, file in kept], as_records)
     return [(format, file, str(file)) for format, file in kept]

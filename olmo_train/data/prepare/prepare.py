@@ -26,6 +26,7 @@ from olmo_train.data.prepare.tokenize import HARMLESS, NO_TEXT, ChunkResult, cou
 from olmo_train.data.prepare.writer import SourceWriter, Tokenized, WriterState
 from olmo_train.data.tokenizer import Tokenizer, load_tokenizer
 from olmo_train.errors import ConfigError, DataError, UserError, check_choice
+from olmo_train.formats import counted
 from olmo_train.storage import lock
 
 VALIDATION = "validation"  # folder of the held-out documents, inside the output
@@ -137,7 +138,7 @@ def prepare(
                 shutil.rmtree(output)
             raise
         except OSError as problem:  # most often a full disk; what was saved stays
-            raise DataError(problem.filename or output, f"{problem.strerror}; the same command goes on from here") from problem
+            raise DataError(problem.filename or output, f"{problem.strerror}; the same command continues from here") from problem
         finally:
             run.close()
         shutil.rmtree(work)
@@ -224,7 +225,7 @@ class _Run:
         if not state.documents:
             records = sum(n["records"] for n in state.left_out.values())
             why = f"{state.first[0]['where']}: {state.first[0]['why']}" if state.first else "name a file or folder with text"
-            skipped = f"{records} record{'s were' if records != 1 else ' was'} skipped"
+            skipped = f"{counted(records, 'record')} skipped"
             raise DataError(" ".join(self.options.inputs), f"contains no documents ({skipped}); {why}")
         if self.every and not self.held_out.state.documents:
             fraction = self.options.validation_fraction
