@@ -122,7 +122,7 @@ def run_main(capfd, tmp_path, monkeypatch):
 
 @pytest.fixture
 def run_cli(tmp_path):
-    """run_cli(*words, nproc=0, timeout=300, **environment): the command line in a process of its own, in tmp_path."""
+    """run_cli(*words, nproc=0, timeout=300, **environment): the command line in a separate process, in tmp_path."""
 
     def run(*words, nproc: int = 0, timeout: float = 300, **environment) -> subprocess.CompletedProcess:
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}"] if nproc else []

@@ -11,7 +11,7 @@ from runs import load_script
 SCRIPT = Path(__file__).parent / "benchmarks/gpu.py"
 
 
-def test_a_rehearsal_gives_the_whole_table(tmp_path):
+def test_a_rehearsal_makes_the_complete_table(tmp_path):
     words = [sys.executable, SCRIPT, "--tiny", "--no-peers", "--output", tmp_path]
     few = {"PYTEST_ADDOPTS": "-k not_finite"}  # one test stands for all
     out = subprocess.run(words, env={**os.environ, **few}, capture_output=True, text=True, timeout=300)
@@ -23,7 +23,7 @@ def test_a_rehearsal_gives_the_whole_table(tmp_path):
     assert out.stdout.strip() == (tmp_path / "gpu.md").read_text().strip()
 
 
-def test_what_failed_is_told_beside_what_did_not():
+def test_failures_are_listed_beside_what_passed():
     script = load_script(SCRIPT)
     row = {"seq_len": 4096, "micro_batch_size": 8, "activation_checkpointing": "selective", "error": "error: out of memory"}
     tests = {"outcomes": {"test_a": "PASSED", "test_b": "FAILED"}, "said": "assert 1 == 2"}

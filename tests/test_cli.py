@@ -57,7 +57,7 @@ MISTAKES = {
 
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_mistake_in_train_has_its_exit_code_and_one_error_line(name, mistake, tiny_words, tmp_path):
-    words, code, told = MISTAKES[name]
+    words, code, expected = MISTAKES[name]
     (tmp_path / "bad.yaml").write_text("a: [1")
     (tmp_path / "empty.npy").touch()
     (tmp_path / "odd.npy").write_bytes(bytes(1001))
@@ -65,7 +65,7 @@ def test_a_mistake_in_train_has_its_exit_code_and_one_error_line(name, mistake, 
     (tmp_path / "folder").mkdir()
     relative = [word.replace(f"{tmp_path}/", "") for word in tiny_words()]
     found, line = mistake("train", *relative, *words)
-    assert (found, line[: len("error: " + told)]) == (code, "error: " + told)
+    assert (found, line[: len("error: " + expected)]) == (code, "error: " + expected)
 
 
 def test_a_mistake_leaves_no_run_dir(mistake, tiny_words, tmp_path):
@@ -75,7 +75,7 @@ def test_a_mistake_leaves_no_run_dir(mistake, tiny_words, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "words, told",
+    "words, expected",
     [
         ([], "error: olmo-train: the following arguments are required: VERB"),
         (["trian"], "error: olmo-train: 'trian' is not a verb; did you mean 'train'?"),
@@ -99,9 +99,9 @@ def test_a_mistake_leaves_no_run_dir(mistake, tiny_words, tmp_path):
         (["plan", "x=1", "--gpus", "many"], "error: olmo-train plan: argument --gpus"),
     ],
 )
-def test_a_wrong_use_is_told_like_every_other_mistake(mistake, words, told):
+def test_a_usage_error_has_the_form_of_every_other_error(mistake, words, expected):
     code, line = mistake(*words)
-    assert code == 2 and line.startswith(told)
+    assert code == 2 and line.startswith(expected)
 
 
 def test_debug_shows_where_an_error_came_from(mistake, tiny_words):
@@ -139,11 +139,11 @@ INCOMPLETE = {
 
 @pytest.mark.parametrize("name", INCOMPLETE)
 def test_a_launchers_environment_that_is_incomplete_is_one_error_on_every_rank(name, mistake, tiny_words, monkeypatch):
-    environment, told = INCOMPLETE[name]
+    environment, expected = INCOMPLETE[name]
     for key, value in environment.items():
         monkeypatch.setenv(key, value)
     code, line = mistake("train", *tiny_words())
-    assert code == 2 and line.startswith(f"error: environment: {told}")
+    assert code == 2 and line.startswith(f"error: environment: {expected}")
     assert mistake("prepare-data", "gone", "--output", "o", "--tokenizer", "gone.json")[1].startswith("error: gone.json: ")
 
 
@@ -203,7 +203,7 @@ def test_every_verb_has_its_module_and_its_help(verb, capsys):
     assert EXAMPLES[verb].split()[0] == verb
 
 
-def test_no_verb_prints_the_help_and_how_to_go_on_and_the_version_is_known(run_main):
+def test_without_a_verb_the_help_is_printed_and_version_prints_the_version(run_main):
     done = run_main()
     assert done.returncode == 2 and done.stdout.startswith("usage: olmo-train ") and "inspect-data" in done.stdout
     assert done.stderr == (
@@ -337,10 +337,10 @@ OUTPUTS = {
 
 @pytest.mark.parametrize("name", OUTPUTS)
 def test_an_output_that_cannot_be_written_is_a_mistake_with_exit_code_2(name, mistake, in_the_way, tmp_path):
-    words, told = OUTPUTS[name]
+    words, expected = OUTPUTS[name]
     (tmp_path / "full.html").symlink_to("/dev/full")
     code, line = mistake(*words.split())
-    assert (code, line[: len(told) + 7]) == (2, f"error: {told}")
+    assert (code, line[: len(expected) + 7]) == (2, f"error: {expected}")
     assert not [file for file in tmp_path.rglob("*") if file.name.endswith(".tmp")]
 
 
@@ -351,8 +351,8 @@ def test_an_input_that_cannot_be_opened_is_named_with_exit_code_3(mistake, in_th
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), "docs.jsonl")
 
     monkeypatch.setattr(prepare, "prepare", refuse)  # root may read everything
-    told = "error: docs.jsonl: Permission denied; name another file, or change its permissions"
-    assert mistake("prepare-data", "docs.jsonl", "--tokenizer", "tok.json", "--output", "docs") == (3, told)
+    expected = "error: docs.jsonl: Permission denied; name another file, or change its permissions"
+    assert mistake("prepare-data", "docs.jsonl", "--tokenizer", "tok.json", "--output", "docs") == (3, expected)
 
 
 def test_words_that_are_no_text_are_refused(mistake):
@@ -390,7 +390,7 @@ sys.exit(cli._flush_stdout(code))
 
 
 @pytest.mark.parametrize(
-    "redirect, code, told",
+    "redirect, code, expected",
     [
         (">&-", 0, ""),
         (">&- <&-", 0, ""),
@@ -398,10 +398,10 @@ sys.exit(cli._flush_stdout(code))
         ("| true; exit ${PIPESTATUS[0]}", 0, ""),
     ],
 )
-def test_a_stdout_that_is_closed_full_or_left_ends_no_command_in_a_traceback(redirect, code, told, tmp_path):
+def test_a_stdout_that_is_closed_full_or_left_ends_no_command_in_a_traceback(redirect, code, expected, tmp_path):
     words = ["bash", "-c", f'"$@" {redirect}', "bash", sys.executable, "-c", PRINTS, str(tmp_path / "file")]
     done = subprocess.run(words, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (code, told)
+    assert (done.returncode, done.stderr) == (code, expected)
     assert (tmp_path / "file").read_text() == ""  # a file that is opened later does not take stdout's number
 
 

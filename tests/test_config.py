@@ -1,4 +1,4 @@
-"""Strict configuration: what is merged, what is refused and how it is told, and that the defaults are the paper's recipe."""
+"""Strict configuration: what is merged, what is refused with which message, and that the defaults are the paper's recipe."""
 
 import dataclasses
 
@@ -143,7 +143,7 @@ def test_a_config_is_frozen():
 
 
 @pytest.mark.parametrize(
-    "word, told",
+    "word, expected",
     [
         ("optim.peek_lr=1", "optim.peek_lr: is not a known key; did you mean 'optim.peak_lr'?"),
         ("modle.d_model=1", "modle: is not a known key; did you mean 'model'?"),
@@ -157,12 +157,12 @@ def test_a_config_is_frozen():
         ("resume=never", "resume: 'never' is not a choice"),
     ],
 )
-def test_an_unknown_key_or_choice_is_refused_with_the_nearest_known_one(word, told):
-    assert refusal(word).startswith(told)
+def test_an_unknown_key_or_choice_is_refused_with_the_nearest_known_one(word, expected):
+    assert refusal(word).startswith(expected)
 
 
 @pytest.mark.parametrize(
-    "word, told",
+    "word, expected",
     [
         ("seed=abc", "seed: must be a whole number, got 'abc'"),
         ("seed=1.5", "seed: must be a whole number, got 1.5"),
@@ -187,8 +187,8 @@ def test_an_unknown_key_or_choice_is_refused_with_the_nearest_known_one(word, to
         ("optim.max_grad_norm=0", "optim.max_grad_norm: must be above 0; .inf clips nothing, got 0.0"),
     ],
 )
-def test_a_wrong_type_or_range_is_refused_by_its_key(word, told):
-    assert refusal(word) == told
+def test_a_wrong_type_or_range_is_refused_by_its_key(word, expected):
+    assert refusal(word) == expected
 
 
 @pytest.mark.parametrize(
@@ -268,7 +268,7 @@ def test_a_path_may_be_one_text_or_a_list():
 
 
 @pytest.mark.parametrize(
-    "text, told",
+    "text, expected",
     [
         ("a: [1", "is not valid YAML"),
         ("- 1\n- 2\n", "must be a mapping of keys"),
@@ -281,10 +281,10 @@ def test_a_path_may_be_one_text_or_a_list():
         ("\x00\x01", "is not valid YAML"),
     ],
 )
-def test_a_file_that_is_no_mapping_is_refused_by_its_name(tmp_path, text, told):
+def test_a_file_that_is_no_mapping_is_refused_by_its_name(tmp_path, text, expected):
     file = write(tmp_path, "bad.yaml", text)
     message = refusal(files=[file])
-    assert message.startswith(f"{file}: ") and told in message and "\n" not in message
+    assert message.startswith(f"{file}: ") and expected in message and "\n" not in message
 
 
 def test_what_is_no_file_and_no_word_is_refused(tmp_path):
@@ -300,7 +300,7 @@ def test_what_is_no_file_and_no_word_is_refused(tmp_path):
     assert "nothing" in refusal("data.sources.a.path=${nothing}")
 
 
-def test_a_batch_that_cannot_be_divided_is_told_with_the_way_out():
+def test_a_batch_that_cannot_be_divided_is_refused_with_the_fix():
     run = load("global_batch_size=100", "micro_batch_size=4")
     with pytest.raises(ConfigError) as caught:
         run.check_world(8)
@@ -365,7 +365,7 @@ def test_keys_are_found_by_the_start_of_their_name():
             find_keys(prefix)
 
 
-# ---- whatever stands in a YAML file or in a word, the loader returns a configuration or refuses it in one line
+# ---- for any YAML file or word, the loader returns a configuration or refuses it in one line
 
 KEYS = sorted(config.flatten(config.to_dict(config.load(TrainConfig, [], ["run_dir=r", "data.sources.a.path=x"]))))
 KEYS += ["model", "data", "optim.betas", "data.sources", "data.sources.a", "data.stages", "log.wandb", "nothing", "a.b", ".", ""]

@@ -296,7 +296,7 @@ def test_a_tokenizer_that_is_too_large_is_refused(tmp_path, tokenizer_file):
 # ---- an imported folder is a checkpoint
 
 
-def test_training_starts_from_an_imported_folder_and_goes_on_from_it(tmp_path, tiny_words, run_main, read_metrics):
+def test_training_starts_and_resumes_from_an_imported_folder(tmp_path, tiny_words, run_main, read_metrics):
     write_random_checkpoint(tmp_path / "ours", ModelConfig(**(OLMO | {"mlp_hidden": 176, "seq_len": 64})))
     assert run_main("convert", "export-hf", tmp_path / "ours", tmp_path / "theirs").returncode == 0
     out = run_main("convert", "import-hf", tmp_path / "theirs", tmp_path / "back")

@@ -69,7 +69,7 @@ SHIPPED = {"olmo-7b": {}, "olmo-1b": ONE_B, "olmo-7b-0424": OLMO_0424, "olmo2-7b
 
 
 @pytest.mark.parametrize("name", SHIPPED)
-def test_official_files_give_the_shipped_model_and_recipe(name, tmp_path):
+def test_official_files_become_the_shipped_model_and_recipe(name, tmp_path):
     ours = olmo.read_settings(with_changes(SHIPPED[name]), left_out=["data.instance_filter"])
     (tmp_path / "ours.yaml").write_text(json.dumps(ours).replace("Infinity", ".inf"))
     translated = config.load(TrainConfig, [tmp_path / "ours.yaml"], [f"run_dir={tmp_path}"])
@@ -135,7 +135,7 @@ SETTINGS = {**parity.RUN, "data": {"drop_last": True}}
 
 
 def their_checkpoint(folder, shape: dict, model: dict, rename=lambda name: name, moments: bool = False):
-    """A folder as OLMo writes it, with random weights; gives ours by our names."""
+    """A folder as OLMo writes it, with random weights; returns ours by our names."""
     weights = random_weights(ModelConfig(**shape))
     theirs = {rename(name): value for name, value in parity.their_names(weights).items()}
     folder.mkdir()

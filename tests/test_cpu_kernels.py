@@ -105,7 +105,7 @@ def test_the_number_of_threads_does_not_change_a_bit():
 
 
 def test_the_registered_operations_keep_torchs_rules():
-    """Among them: the shapes and strides that torch.compile is told are those that come."""
+    """Among them: shapes and strides are those that torch.compile was promised."""
     q, k, v, _ = random_heads((2, 4, 2, 40, 32), torch.float32)
     torch.library.opcheck(cpu_kernels.attention, [x.clone().requires_grad_() for x in (q, k, v)])
 
@@ -150,7 +150,7 @@ def nothing_built(tmp_path, monkeypatch):
     cpu_kernels.library.cache_clear()
 
 
-def test_what_was_built_once_is_found_and_a_damaged_library_is_told(nothing_built, monkeypatch, run_main, tiny_words):
+def test_a_built_library_is_found_again_and_a_damaged_one_is_reported(nothing_built, monkeypatch, run_main, tiny_words):
     def lanes():
         return cpu_kernels.library().lanes()
 
@@ -175,7 +175,7 @@ def test_without_a_compiler_the_run_says_what_to_do_and_leaves_nothing(
     assert not list(cache_folder().rglob("*.so"))
 
 
-def test_no_compiler_at_all_is_told(nothing_built, monkeypatch):
+def test_a_missing_compiler_is_reported(nothing_built, monkeypatch):
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", "")
     with pytest.raises(ConfigError, match="parallel.cpu_kernels: needs a C"):

@@ -110,7 +110,7 @@ def test_an_id_that_occurs_twice_denies_both(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "word, told",
+    "word, message",
     [
         ("a:nothing", r"data.deny: .*documents.parquet: knows no document 'nothing'.*leave it out"),
         ("a:@99999", r"data.deny: a: has [\d,]+ tokens, so there is none at 99999"),
@@ -120,11 +120,11 @@ def test_an_id_that_occurs_twice_denies_both(tmp_path):
         ("BINARY", r"data.deny: the list .*binary cannot be read"),
     ],
 )
-def test_words_that_name_nothing_are_told(prepared, tmp_path, word, told):  # noqa: F811
+def test_words_that_name_nothing_are_refused(prepared, tmp_path, word, message):  # noqa: F811
     (tmp_path / "list.txt").write_text("a:d1\nd2\n")
     (tmp_path / "binary").write_bytes(b"\xff\xfe\xfd")
     word = {"LIST": str(tmp_path / "list.txt"), "BINARY": str(tmp_path / "binary")}.get(word, word)
-    with pytest.raises((ConfigError, DataError), match=told):
+    with pytest.raises((ConfigError, DataError), match=message):
         mixture_of({"a": prepared}, deny=(word,))
 
 
@@ -162,11 +162,11 @@ def test_a_resumed_run_denies_the_same_or_says_so(tiny_words, prepared, tmp_path
     words = run_words(tiny_words, prepared, total_steps=2)
     list(train(built([*words, f"data.deny=[{listed}]"])))
     longer = run_words(tiny_words, prepared, total_steps=3)
-    told = "data.deny: denies {} now and denied 1 document of a{} when this run was saved, .*allow_changes=.data.deny."
-    with pytest.raises(ConfigError, match=told.format("nothing", "")):
+    message = "data.deny: denies {} now and denied 1 document of a{} when this run was saved, .*allow_changes=.data.deny."
+    with pytest.raises(ConfigError, match=message.format("nothing", "")):
         list(train(built(longer)))
     listed.write_text("a:d8\n")  # the words are the same, the documents are not
-    with pytest.raises(ConfigError, match=told.format("1 document of a", " others")):
+    with pytest.raises(ConfigError, match=message.format("1 document of a", " others")):
         list(train(built([*longer, f"data.deny=[{listed}]"])))
     assert len(list(train(built([*longer, "data.deny=[a:d7]"])))) == 1  # the same document, named elsewhere
     longer = run_words(tiny_words, prepared, total_steps=4)
@@ -176,11 +176,11 @@ def test_a_resumed_run_denies_the_same_or_says_so(tiny_words, prepared, tmp_path
 
 def test_inspect_data_marks_denied_documents(tiny_words, prepared, capsys):  # noqa: F811
     words = [*run_words(tiny_words, prepared), "data.deny=[a:d7]"]
-    told = inspect(capsys, *words, "--step", 1)
+    printed = inspect(capsys, *words, "--step", 1)
     marks = {d["id"]: d["denied"] for step in range(1, 9) for row in inspect(capsys, *words, "--step", step)["instances"]
              for d in row["documents"]}  # fmt: skip
     assert [id for id, denied in marks.items() if denied] == ["d7"] and len(marks) > 5
-    assert told["sample_hash"] == inspect(capsys, *words[:-1], "--step", 1)["sample_hash"]
+    assert printed["sample_hash"] == inspect(capsys, *words[:-1], "--step", 1)["sample_hash"]
     document = inspect(capsys, *words, "--document", "a:d7")
     assert document["document"]["denied"] is True and document["visits"]
     step = document["visits"][0]["step"]

@@ -1,4 +1,4 @@
-"""`determinism: world` gives the same bits on any number of processes and for any micro-batch; `run` each time."""
+"""`determinism: world` computes the same bits on any number of processes and for any micro-batch; `run` each time."""
 
 import hashlib
 
@@ -69,7 +69,7 @@ def test_copies_of_the_state_have_the_bits_of_one_process(bits):
     assert bits("two", 2, **changes, **{"parallel.replicas": 2}) == bits("one", 1, **changes)
 
 
-def test_a_run_goes_on_bit_for_bit_on_another_number_of_processes(bits, tiny_words, tmp_path):
+def test_a_run_continues_bit_for_bit_on_another_number_of_processes(bits, tiny_words, tmp_path):
     changes = ODD | {"optim.schedule_steps": 8, "data.validation.held.path": None}
     bits("cut", 2, steps=4, **changes)
     assert bits("cut", 1, steps=8, **changes) == bits("whole", 1, steps=8, **changes)

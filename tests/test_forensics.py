@@ -86,32 +86,32 @@ def test_a_poisoned_document_is_named_first(poisoned_args, ranks):
     assert skipped and all(other == skipped for other in others)
     assert [folder.name for folder in folders(config)] == [f"step-{step:07d}" for step in skipped]
     for folder in folders(config):
-        told = read(folder)
-        assert (told["why"], told["done"], told["loss"], told["world_size"]) == ("skip", "skip", "nan", ranks)
-        first = told["sequences"][0]
+        report = read(folder)
+        assert (report["why"], report["done"], report["loss"], report["world_size"]) == ("skip", "skip", "nan", ranks)
+        first = report["sequences"][0]
         bad = next(d for d in first["documents"] if d["id"] == "the-bad-one")
         assert first["loss"] == "nan" and "docs.jsonl" in bad["origin"] and "cat" in bad["text"]
         assert first["rank"] == first["row"] // (8 // ranks)
-        finite = [s for s in told["sequences"] if s["loss"] != "nan"]
+        finite = [s for s in report["sequences"] if s["loss"] != "nan"]
         assert finite and all("the-bad-one" not in [d["id"] for d in s["documents"] if "§" in d["text"]] for s in finite)
         assert [s["loss"] for s in finite] == sorted((s["loss"] for s in finite), reverse=True)
         readme = (folder / "README.txt").read_text()
-        assert "document the-bad-one of" in readme and f"Step {told['step']} has a loss that" in readme
+        assert "document the-bad-one of" in readme and f"Step {report['step']} has a loss that" in readme
 
 
 def test_what_a_spike_leaves_agrees_with_the_record(spiking, read_metrics):  # noqa: F811
     config = trained(spiking("run", "record"))
     (folder,) = folders(config)
-    told, norms = read(folder), read(folder, "gradients.json")
+    report, norms = read(folder), read(folder, "gradients.json")
     line = read_metrics(config.run_dir)[SPIKE - 1]
-    assert folder.name == f"step-{SPIKE:07d}" and (told["why"], told["done"]) == ("spike", "record")
-    assert told["loss"] == line["train/CrossEntropyLoss"] and told["sample_hash"] == line["sample_hash"]
-    assert told["grad_norm"] == norms["total"] == line["optim/total_grad_norm"]
+    assert folder.name == f"step-{SPIKE:07d}" and (report["why"], report["done"]) == ("spike", "record")
+    assert report["loss"] == line["train/CrossEntropyLoss"] and report["sample_hash"] == line["sample_hash"]
+    assert report["grad_norm"] == norms["total"] == line["optim/total_grad_norm"]
     assert math.hypot(*norms["parameters"].values()) == pytest.approx(norms["total"], rel=1e-5)
     assert len(norms["parameters"]) > 8 and "embed.weight" in norms["parameters"]
-    assert sum(s["loss"] for s in told["sequences"]) / 8 == pytest.approx(told["loss"], rel=1e-6)
-    assert all(d["tokens"] for s in told["sequences"] for d in s["documents"])  # raw files have no text
-    assert told["environment"]["torch"] == torch.__version__ and told["environment"]["ranks"][0]["device"] == "cpu"
+    assert sum(s["loss"] for s in report["sequences"]) / 8 == pytest.approx(report["loss"], rel=1e-6)
+    assert all(d["tokens"] for s in report["sequences"] for d in s["documents"])  # raw files have no text
+    assert report["environment"]["torch"] == torch.__version__ and report["environment"]["ranks"][0]["device"] == "cpu"
 
 
 @pytest.mark.parametrize("determinism", [None, "world"])
@@ -195,7 +195,7 @@ def test_a_full_disk_is_a_warning(tiny_args, monkeypatch, caplog):
     assert folders(config) == []
 
 
-def test_folders_are_bounded_and_the_limit_told_once(tiny_args, monkeypatch, caplog):
+def test_folders_are_limited_and_the_limit_is_reported_once(tiny_args, monkeypatch, caplog):
     monkeypatch.setattr(forensics, "MOST_FOLDERS", 2)
     poison((2, 3, 4, 5), math.nan, monkeypatch)
     config = trained(tiny_args("run", total_steps=6))

@@ -39,13 +39,13 @@ def test_a_row_in_a_batch_is_what_it_is_alone(sampling):
     assert generate(model, PROMPTS, 12, sampling) == alone
 
 
-def test_the_same_seed_gives_the_same_text_and_another_another():
+def test_the_same_seed_makes_the_same_text_and_another_seed_another():
     model, sampling = tiny_model(), Sampling(temperature=2.0)
     first, again, other = (generate(model, [[1, 2]], 20, sampling, seeds=[seed])[0] for seed in (7, 7, 8))
     assert first == again != other
 
 
-def test_a_row_ends_with_its_eos_and_the_others_go_on():
+def test_a_row_ends_with_its_eos_and_the_others_continue():
     model = tiny_model()
     free = generate(model, PROMPTS, 12)
     eos_id = free[0][2]

@@ -20,7 +20,7 @@ def figures(config) -> list[tuple]:
 
 @pytest.fixture
 def watched(monkeypatch):
-    """From step WARM on, train_step raises where it would wait for the GPU; gives the steps that were watched."""
+    """From step WARM on, train_step raises where it would wait for the GPU; returns the steps that were watched."""
     steps, real = [], module.train_step
 
     def step(model, optimizer, batch, *rest):

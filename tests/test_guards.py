@@ -71,7 +71,7 @@ EVERY = {"checkpoint.interval_steps": 1, "checkpoint.keep_last": 20, "total_step
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e30])
-def test_a_gradient_that_is_not_finite_changes_nothing_and_training_goes_on(tiny_args, read_metrics, monkeypatch, value):
+def test_a_gradient_that_is_not_finite_changes_nothing_and_training_continues(tiny_args, read_metrics, monkeypatch, value):
     poison(4, value, monkeypatch)
     config = tiny_args("run", **EVERY)
     skipped = [stats.skipped.item() for stats in train(config)]
@@ -185,9 +185,9 @@ def test_too_many_in_a_row_end_the_run_with_the_last_good_checkpoint_named(tiny_
     poison((3, 5, 6, 7), math.nan, monkeypatch)
     config = tiny_args("run", **EVERY | {"total_steps": 12, "guards.max_skipped": 3, "checkpoint.async_save": False})
     seen = []
-    with pytest.raises(NonFiniteError, match=r"guards.max_skipped: 3 steps in a row .*step-0000006") as told:
+    with pytest.raises(NonFiniteError, match=r"guards.max_skipped: 3 steps in a row .*step-0000006") as caught:
         seen += [stats.step for stats in train(config)]
-    assert told.value.exit_code == 5
+    assert caught.value.exit_code == 5
     assert unchanged(config.run_dir, 4, 6)
 
 
@@ -207,7 +207,7 @@ def test_the_limit_is_exact():
 
 
 def test_a_poisoned_run_ends_with_exit_code_5(run_main, tiny_words, tmp_path):
-    """Weights that a step has made infinite give no finite loss again."""
+    """Weights that a step has made infinite have no finite loss again."""
     done = run_main("train", *tiny_words("run", **{"optim.peak_lr": 1e38, "guards.max_skipped": 3}))
     assert done.returncode == 5
     assert done.stderr.splitlines()[-1].startswith("error: guards.max_skipped: 3 steps in a row")
@@ -218,7 +218,7 @@ def test_a_poisoned_run_ends_with_exit_code_5(run_main, tiny_words, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_stops_the_run_after_a_save_and_it_goes_on_exactly(tiny_words, tiny_args, tmp_path, read_metrics, number):
+def test_a_signal_stops_the_run_after_a_save_and_it_resumes_exactly(tiny_words, tiny_args, tmp_path, read_metrics, number):
     changes = {"total_steps": 200, "checkpoint.interval_steps": 1000}
     run = fork(lambda: main(["train", *tiny_words("run", **changes)]), tmp_path / "stderr")
     wait_for(tmp_path / "run", 5)
@@ -274,7 +274,7 @@ def test_a_signal_to_torchrun_stops_both_processes_after_a_save(tiny_words, tmp_
     assert len(read_metrics(tmp_path / "run")) == step
 
 
-def test_a_save_that_does_not_fit_in_torchruns_patience_is_told(monkeypatch):
+def test_a_save_longer_than_torchruns_shutdown_timeout_is_a_warning(monkeypatch):
     line = {"throughput/step_seconds": 10, "throughput/checkpoint_write_seconds": 50}
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     assert too_slow_to_stop(line) is None

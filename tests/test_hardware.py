@@ -40,7 +40,7 @@ def test_names_that_drivers_report_find_their_row(reported, key):
     ["", "cpu", "a100", "NVIDIA H100 80GB HBM3 MIG 1g.10gb", "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA A10",
      "NVIDIA L40", "NVIDIA GH200 480GB", "Tesla T4", "NVIDIA GeForce RTX 3090 Ti"],
 )  # fmt: skip
-def test_an_unknown_or_ambiguous_name_gives_none_and_never_a_neighbour(name):
+def test_an_unknown_or_ambiguous_name_is_none_and_never_a_similar_gpu(name):
     assert lookup(name) is None
 
 
@@ -71,7 +71,7 @@ def test_the_current_gpu_is_found_by_the_name_that_torch_reports(monkeypatch):
 
 
 class FakeNvml:
-    """A GPU whose counter stands at 5 MJ and has used as many kilowatt-hours as told since."""
+    """A GPU whose counter stands at 5 MJ and has used `used` kWh since."""
 
     def __init__(self, used: float = 0.0):
         self.used = used
@@ -113,7 +113,7 @@ def test_a_part_of_a_gpu_and_one_that_nvml_does_not_know_have_no_meter(monkeypat
     assert open_energy_meter(FakeNvml()) is None
 
 
-def test_the_energy_of_a_run_is_that_of_all_ranks_and_goes_on_over_a_resume(tiny_args, read_metrics, monkeypatch):
+def test_the_energy_of_a_run_is_summed_over_ranks_and_resumes(tiny_args, read_metrics, monkeypatch):
     from ranks import on_ranks
 
     from olmo_train import train as module

@@ -98,7 +98,7 @@ def test_visits_follow_a_change_of_the_mix(tmp_path):
         assert min(steps) <= 3 and last - 2 <= max(steps) <= last
 
 
-def test_wrong_documents_are_told(tmp_path):
+def test_wrong_document_words_are_refused(tmp_path):
     mixture = raw_mixture(tmp_path)
     for word, problem in (("a", ConfigError), ("c:1", ConfigError), ("a:@1000", DataError), ("a:d1", DataError)):
         with pytest.raises(problem):
@@ -120,16 +120,16 @@ def train(words: list[str], steps: int | None = None) -> None:
             break
 
 
-def test_every_logged_step_of_a_run_is_told_as_it_was_logged(tiny_words, prepared, read_metrics, tmp_path, capsys):
+def test_every_logged_step_is_inspected_as_it_was_logged(tiny_words, prepared, read_metrics, tmp_path, capsys):
     words = run_words(tiny_words, prepared)
     train(words, steps=7)  # the checkpoint is of step 5
     train(words)
     lines = read_metrics(tmp_path / "run")
     assert [line["step"] for line in lines] == list(range(1, 13))
     for line in lines:
-        told = inspect(capsys, tmp_path / "run", "--step", line["step"])
-        assert told["sample_hash"] == line["sample_hash"] and told["as_logged"] is True and told["step"] == line["step"]
-    rows = told["instances"]
+        shown = inspect(capsys, tmp_path / "run", "--step", line["step"])
+        assert shown["sample_hash"] == line["sample_hash"] and shown["as_logged"] is True and shown["step"] == line["step"]
+    rows = shown["instances"]
     assert [row["row"] for row in rows] == list(range(8)) and {row["rank"] for row in rows} == {0}
     named = {d["id"]: d["origin"] for row in rows for d in row["documents"]}
     assert named and all(origin.endswith(f"in.jsonl:{int(id[1:]) + 1}") for id, origin in named.items())
@@ -138,26 +138,26 @@ def test_every_logged_step_of_a_run_is_told_as_it_was_logged(tiny_words, prepare
 
 def test_text_is_that_of_the_instances_tokens(tiny_words, prepared, capsys):
     words = run_words(tiny_words, prepared)
-    told = inspect(capsys, *words, "--step", 2)
+    shown = inspect(capsys, *words, "--step", 2)
     mixture = data_config(config.read([], words)).mixture()
     from olmo_train.data.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(prepared)
     expected = [tokenizer.decode(tokens) for tokens in mixture.read(mixture.global_batch(2))]
-    assert [row["text"] for row in told["instances"]] == expected
+    assert [row["text"] for row in shown["instances"]] == expected
     assert [row["text"] for row in inspect(capsys, *words, "--step", 2, "--brief")["instances"]] == [None] * 8
 
 
 def test_a_documents_past_and_future_are_the_steps_that_read_it(tiny_words, prepared, tmp_path, capsys):
     words = run_words(tiny_words, prepared, total_steps=4)
     train(words)
-    told = inspect(capsys, tmp_path / "run", "total_steps=30", "--document", "a:d17")
+    shown = inspect(capsys, tmp_path / "run", "total_steps=30", "--document", "a:d17")
     expected = []
     for step in range(1, 31):
         rows = inspect(capsys, tmp_path / "run", "total_steps=30", "--step", step, "--world-size", 4)["instances"]
         expected += [(step, row["row"]) for row in rows if any(d["id"] == "d17" for d in row["documents"])]
-    assert [(v["step"], v["row"]) for v in told["visits"]] == expected
-    assert told["done_steps"] == 4 and [v["done"] for v in told["visits"]] == [step <= 4 for step, _ in expected]
+    assert [(v["step"], v["row"]) for v in shown["visits"]] == expected
+    assert shown["done_steps"] == 4 and [v["done"] for v in shown["visits"]] == [step <= 4 for step, _ in expected]
     assert main(["inspect-data", str(tmp_path / "run"), "--document", "a:d17"]) == 0
     assert "to come" in capsys.readouterr().out
     assert main(["inspect-data", str(tmp_path / "run"), "--document", "a:d99"]) == 3
@@ -169,19 +169,19 @@ def test_an_id_that_occurs_many_times_names_all_its_documents(tiny_words, prepar
     data = ["prepare-data", tmp_path / "in.jsonl", "--output", tmp_path / "dups", "--tokenizer", prepared, "--workers", 1]
     assert main([str(word) for word in data]) == 0
     words = run_words(tiny_words, tmp_path / "dups", total_steps=9)
-    told = inspect(capsys, *words, "--document", "a:dup")
-    assert [d["origin"].rpartition(":")[2] for d in told["documents"]] == ["1", "4", "7", "10"]
-    assert told["document"] == told["documents"][0] and told["visits"] == sorted(
-        told["visits"], key=lambda visit: (visit["step"], visit["row"]))  # fmt: skip
-    for d in told["documents"]:
+    shown = inspect(capsys, *words, "--document", "a:dup")
+    assert [d["origin"].rpartition(":")[2] for d in shown["documents"]] == ["1", "4", "7", "10"]
+    assert shown["document"] == shown["documents"][0] and shown["visits"] == sorted(
+        shown["visits"], key=lambda visit: (visit["step"], visit["row"]))  # fmt: skip
+    for d in shown["documents"]:
         alone = inspect(capsys, *words, "--document", f"a:@{d['start']}")
-        assert alone["visits"] == [visit for visit in told["visits"] if visit["start"] == d["start"]]
+        assert alone["visits"] == [visit for visit in shown["visits"] if visit["start"] == d["start"]]
         assert len(alone["visits"]) == d["reads"] > 0
     assert main(["inspect-data", *words, "--document", "a:dup"]) == 0
     assert "a:dup is the id of 4 documents" in capsys.readouterr().out
-    for id, told in (("d100", "did you mean 'd10'"), ("Dup", "did you mean 'dup'?"), ("quite another", "an id of it is 'dup'")):
+    for id, fix in (("d100", "did you mean 'd10'"), ("Dup", "did you mean 'dup'?"), ("quite another", "an id of it is 'dup'")):
         assert main(["inspect-data", *words, "--document", f"a:{id}"]) == 3
-        assert f"knows no document '{id}'; {told}" in capsys.readouterr().err
+        assert f"knows no document '{id}'; {fix}" in capsys.readouterr().err
 
 
 def events(run_dir: Path, words: list[str], *attempts) -> None:
@@ -196,7 +196,7 @@ def events(run_dir: Path, words: list[str], *attempts) -> None:
     (run_dir / "config.yaml").write_text(json.dumps(resolved))
 
 
-def test_a_step_is_told_with_the_ranks_and_the_configuration_that_made_it(tiny_words, tmp_path):
+def test_a_step_is_inspected_with_the_ranks_and_the_configuration_that_made_it(tiny_words, tmp_path):
     seed = ["data.seed=9"]
     events(tmp_path / "run", tiny_words(), (0, 2, []), (5, 4, []), (8, 1, seed), (6, 8, seed))
     run = History(tmp_path / "run")
@@ -210,12 +210,12 @@ def test_a_step_is_told_with_the_ranks_and_the_configuration_that_made_it(tiny_w
 def test_visits_of_a_run_whose_order_changed_are_those_of_each_attempt(tiny_words, prepared, tmp_path, capsys):
     words = run_words(tiny_words, prepared)
     events(tmp_path / "run", words, (0, 2, []), (6, 4, ["data.seed=9"]))
-    told = inspect(capsys, tmp_path / "run", "--document", "a:d29")["visits"]
+    shown = inspect(capsys, tmp_path / "run", "--document", "a:d29")["visits"]
     expected = []
     for step in range(1, 13):
         rows = inspect(capsys, tmp_path / "run", "--step", step)["instances"]
         expected += [(step, r["row"], r["rank"]) for r in rows if any(d["id"] == "d29" for d in r["documents"])]
-    assert [(v["step"], v["row"], v["rank"]) for v in told] == expected
+    assert [(v["step"], v["row"], v["rank"]) for v in shown] == expected
     assert {step > 6 for step, _, _ in expected} == {True, False}
 
 
@@ -225,7 +225,7 @@ def test_data_that_was_moved_is_found_where_the_configuration_says_now(tiny_word
     assert len(inspect(capsys, tmp_path / "run", "--step", 3)["instances"]) == 8
 
 
-def test_another_order_than_the_logged_one_is_told(tiny_words, tiny_tokens, tmp_path, capsys, caplog):
+def test_an_order_that_differs_from_the_logged_one_is_reported(tiny_words, tiny_tokens, tmp_path, capsys, caplog):
     events(tmp_path / "run", tiny_words(), (0, 1, []))
     lines = [json.dumps({"step": s, "sample_hash": "0" * 64, "more": "y" * (s * 37 % 91)}) for s in range(2, 13, 2)]
     (tmp_path / "run/metrics.jsonl").write_text("\n".join(lines) + "\n")
@@ -238,8 +238,8 @@ def test_a_run_of_an_earlier_version_is_inspected_whatever_else_it_was_configure
     old = ["log.gone=1", "parallel.shard=as_it_was_called", "gone.too=2", "guards.skip_steps=[3]", "guards.gone=4"]
     events(tmp_path / "run", tiny_words(total_steps=None, total_tokens=12 * 8 * 64), (0, 2, old))
     for step in (3, 12):
-        told = inspect(capsys, tmp_path / "run", "--step", step)
-        assert (told["world_size"], told["passed_over"]) == (2, step == 3)
+        shown = inspect(capsys, tmp_path / "run", "--step", step)
+        assert (shown["world_size"], shown["passed_over"]) == (2, step == 3)
     assert main(["inspect-data", str(tmp_path / "run"), "--step", "13"]) == 2
     assert main(["inspect-data", str(tmp_path / "run"), "--step", "1", "data.gone=5"]) == 2
     assert "data.gone: is not a known key" in capsys.readouterr().err
@@ -271,5 +271,5 @@ def test_a_folder_that_is_no_run_is_exit_2(tmp_path, capsys):
 def test_raw_files_name_documents_by_their_place(tiny_words, capsys):
     rows = inspect(capsys, *tiny_words(**{"data.eos_id": EOS_ID}), "--step", 1)["instances"]
     start = rows[0]["documents"][0]["start"]
-    told = inspect(capsys, *tiny_words(**{"data.eos_id": EOS_ID}), "--document", f"a:@{start}")
-    assert told["document"]["start"] == start and (told["visits"][0]["step"], told["visits"][0]["done"]) == (1, False)
+    shown = inspect(capsys, *tiny_words(**{"data.eos_id": EOS_ID}), "--document", f"a:@{start}")
+    assert shown["document"]["start"] == start and (shown["visits"][0]["step"], shown["visits"][0]["done"]) == (1, False)

@@ -112,8 +112,8 @@ def test_config_diff_shows_the_keys_that_differ_with_both_values(run_main, two_f
     gone = run_main("config", "--diff", "run", "ruin")
     assert (gone.returncode, gone.stderr.startswith("error: ruin: there is no such configuration file")) == (2, True)
     more = run_main("config", "first.yaml", "--diff", "run", "run")
-    told = "error: --diff: compares two runs and takes nothing else; leave out first.yaml\n"
-    assert (more.returncode, more.stderr) == (2, told)
+    message = "error: --diff: compares two runs and takes nothing else; leave out first.yaml\n"
+    assert (more.returncode, more.stderr) == (2, message)
 
 
 def completed(line: str) -> list[str]:

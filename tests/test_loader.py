@@ -105,7 +105,7 @@ def loader_threads():
     return [thread for thread in threading.enumerate() if thread.name == "loader"]
 
 
-def test_a_loader_starts_at_any_step_and_gives_them_in_order(mixture):
+def test_a_loader_starts_at_any_step_and_yields_steps_in_order(mixture):
     mixed = mixture()
     loader = closing(mixed, first_step=7, rank=1, world_size=3)
     for step in range(7, 20):
@@ -140,7 +140,7 @@ def test_what_goes_wrong_while_reading_is_raised_where_the_batch_is_asked_for(mi
     assert loader_threads() == []
 
 
-def test_waiting_for_a_batch_ends_when_told_to_give_up(mixture, monkeypatch):
+def test_waiting_for_a_batch_ends_when_give_up_is_true(mixture, monkeypatch):
     monkeypatch.setattr(loading, "PATIENCE", 0.02)
     mixed, go_on = mixture(), threading.Event()
     real = mixed.read

@@ -1,4 +1,4 @@
-"""The head's loss as one operation gives what torch's operations one by one give: losses, gradients, and weights of tokens."""
+"""The head's loss as one operation equals torch's separate operations: losses, gradients, and weights of tokens."""
 
 import shutil
 
@@ -30,9 +30,9 @@ def step_by_step(x, weight, labels, z_loss=0.0):
 
 def gradients(function, dtype, weights) -> tuple:
     x, weight, labels = inputs(dtype)
-    told = function(x, weight, labels)
-    (told * torch.tensor(weights)).sum().backward()
-    return told.detach(), x.grad, weight.grad
+    losses = function(x, weight, labels)
+    (losses * torch.tensor(weights)).sum().backward()
+    return losses.detach(), x.grad, weight.grad
 
 
 @pytest.mark.parametrize("z_loss", [0.0, 0.01])
@@ -50,7 +50,7 @@ def test_losses_and_gradients_are_those_of_torchs_operations(monkeypatch, dtype,
 
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=NEEDS_COMPILER)])
 @pytest.mark.parametrize("z_loss", [0.0, 0.01])
-def test_the_form_that_is_compiled_for_gpus_gives_the_same(compiled, z_loss):
+def test_the_form_that_is_compiled_for_gpus_computes_the_same(compiled, z_loss):
     loss = HeadLoss(z_loss)
     loss.differentiate_ = torch.compile(losses.differentiate_at_once_) if compiled else losses.differentiate_at_once_
     for dtype, close in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
@@ -68,12 +68,12 @@ def test_without_gradients_the_losses_are_the_same():
 
 def test_logits_far_apart_neither_overflow_nor_vanish():
     x, weight, labels = inputs(torch.float32)
-    told = HeadLoss(0.0)(x * 1e3, weight, labels)
-    assert torch.isfinite(told).all()
-    torch.testing.assert_close(told, step_by_step(x * 1e3, weight, labels))
+    losses = HeadLoss(0.0)(x * 1e3, weight, labels)
+    assert torch.isfinite(losses).all()
+    torch.testing.assert_close(losses, step_by_step(x * 1e3, weight, labels))
 
 
-def test_a_value_that_is_not_finite_is_told():
+def test_a_value_that_is_not_finite_is_found():
     x, weight, labels = inputs(torch.float32)
     assert HeadLoss(0.0)(x * torch.nan, weight, labels)[:2].isnan().all()
 

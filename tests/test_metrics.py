@@ -140,7 +140,7 @@ def test_the_loss_is_the_mean_over_the_intervals_tokens_and_not_over_its_steps()
     assert "train/BitsPerByte" not in found
 
 
-def test_bits_per_byte_are_told_where_the_bytes_of_all_that_was_read_are_known():
+def test_bits_per_byte_are_logged_if_the_bytes_of_all_sources_read_are_known():
     interval = Interval(2, CPU)
     add(interval, [8 * math.log(2), 0.0], [4, 0])
     assert interval.metrics(["a", "b"], [2.0, None])["train/BitsPerByte"] == pytest.approx(1.0)
@@ -148,7 +148,7 @@ def test_bits_per_byte_are_told_where_the_bytes_of_all_that_was_read_are_known()
     assert "train/BitsPerByte" not in interval.metrics(["a", "b"], [2.0, None])
 
 
-def test_a_skipped_step_gives_no_loss_and_is_counted():
+def test_a_skipped_step_adds_no_loss_and_is_counted():
     interval = Interval(1, CPU)
     add(interval, [10.0], [10])
     add(interval, [math.nan], [10], skipped=1.0)
@@ -157,7 +157,7 @@ def test_a_skipped_step_gives_no_loss_and_is_counted():
     assert (found["train/CrossEntropyLoss"], found["skipped"]) == (1.0, 2)
 
 
-def test_an_interval_goes_on_from_its_state():
+def test_an_interval_continues_from_its_state():
     whole, first = Interval(2, CPU), Interval(2, CPU)
     for part in (whole, first):
         add(part, [0.1, 0.7], [3, 5], skipped=0.0, clipped=1.0)
@@ -167,10 +167,10 @@ def test_an_interval_goes_on_from_its_state():
         add(part, [0.2, 0.3], [1, 1])
     assert second.metrics(["a", "b"], [None] * 2) == whole.metrics(["a", "b"], [None] * 2)
     assert second.timed_steps == 1
-    assert Interval(3, CPU, first.state()).sums.tolist() == [[0.0] * 3] * 2  # other sources: begun anew
+    assert Interval(3, CPU, first.state()).sums.tolist() == [[0.0] * 3] * 2  # other sources: starts at 0
 
 
-def test_no_tokens_give_no_loss_and_no_crash():
+def test_without_tokens_the_loss_is_nan_and_nothing_crashes():
     found = MeanLoss(0.0, 0.0, None).metrics("eval/x")
     assert math.isnan(found["eval/x/CrossEntropyLoss"])
     assert MeanLoss(1e6, 1.0, None).metrics("eval/x")["eval/x/Perplexity"] > 1e300
@@ -258,8 +258,8 @@ def test_what_the_configuration_sets_wins_over_the_environment(tmp_path, wandb, 
         monkeypatch.setenv(f"WANDB_{name}", "theirs")
     recorder(tmp_path, config=LogConfig(wandb=WandbConfig("online", "p", name="n", tags=("t",)))).close()
     recorder(tmp_path, config=LogConfig(wandb=WandbConfig("online"))).close()
-    told = [(call["project"], call["name"], call["tags"]) for call in wandb.calls]
-    assert told == [("p", "n", ["t"]), ("theirs", "theirs", None)]  # None: the client reads WANDB_TAGS
+    found = [(call["project"], call["name"], call["tags"]) for call in wandb.calls]
+    assert found == [("p", "n", ["t"]), ("theirs", "theirs", None)]  # None: the client reads WANDB_TAGS
 
 
 def copy_of_run(tmp_path, host=None):
@@ -283,7 +283,7 @@ def test_a_copied_run_dir_is_a_new_run_on_wandb_and_the_original_keeps_its_id(tm
     assert (tmp_path / "copy/wandb/copied-offline-run-1").is_dir()
 
 
-def test_a_moved_run_dir_and_one_on_another_node_go_on_in_their_run_on_wandb(tmp_path, wandb):
+def test_a_moved_run_dir_and_one_on_another_node_continue_their_run_on_wandb(tmp_path, wandb):
     (tmp_path / "run").mkdir()
     copy_of_run(tmp_path, host="another")
     recorder(tmp_path / "run", config=ONLINE).close()  # the same path, as a cluster's nodes see it
@@ -418,7 +418,7 @@ def test_own_metrics_are_in_the_line_of_their_step(tiny_args, read_metrics):
     logged = lines(config.run_dir)
     assert [(line["step"], line["mine/squared"]) for line in logged] == [(5, 25), (7, 49), (10, 100), (12, 144)]
     assert all(line["mine/none"] is None and line.keys() >= {"sample_hash", "skipped"} for line in logged)
-    assert [line["step"] for line in read_metrics(config.run_dir)] == [5, 10, 12]  # the interval goes on
+    assert [line["step"] for line in read_metrics(config.run_dir)] == [5, 10, 12]  # the interval continues
 
 
 def test_a_line_with_own_metrics_and_an_evaluation_has_both(tiny_args, held_out):

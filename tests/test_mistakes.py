@@ -195,7 +195,7 @@ def test_a_mistake_ends_in_one_line_that_names_the_fix(name, place, monkeypatch,
     from olmo_train.__main__ import main
     from olmo_train.storage import lock_run_dir
 
-    words, code, told = MISTAKES[name]
+    words, code, expected = MISTAKES[name]
     monkeypatch.chdir(place)
     Path("runs/used").mkdir(exist_ok=True)
     before = files()
@@ -210,7 +210,7 @@ def test_a_mistake_ends_in_one_line_that_names_the_fix(name, place, monkeypatch,
     printed = capfd.readouterr()
     lines = printed.err.splitlines()
     assert "Traceback" not in printed.err and sum(line.startswith("error: ") for line in lines) == 1
-    pattern = ".*".join(map(re.escape, told.split("...")))
+    pattern = ".*".join(map(re.escape, expected.split("...")))
     assert found == code and re.fullmatch(f"error: {pattern}.*", lines[-1]), printed.err
     assert seconds < SECONDS
     assert files() == before

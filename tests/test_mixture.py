@@ -102,7 +102,7 @@ def test_too_little_data_is_refused_with_what_is_needed(tmp_path):
         mixture({"a": write(tmp_path, "a.npy", range(24))}, order="olmo")
 
 
-def test_an_id_beyond_the_vocabulary_is_told_with_file_and_offset(tmp_path):
+def test_an_id_beyond_the_vocabulary_is_refused_with_file_and_offset(tmp_path):
     """In a place that no sample of the file has looked at."""
     ids = np.zeros(200_000, dtype=np.uint16)
     ids[50_001] = 999

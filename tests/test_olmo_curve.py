@@ -1,6 +1,6 @@
 """Our training is OLMo's: 200 steps beside the curves of ai2-olmo's own trainer, and the numbers that they rest on.
 
-golden_olmo.json was written by tests/references/olmo_parity.py, which runs ai2-olmo 0.6.0 in an environment of its own.
+golden_olmo.json was written by tests/references/olmo_parity.py, which runs ai2-olmo 0.6.0 in a separate environment.
 """
 
 import json

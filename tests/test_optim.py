@@ -43,7 +43,7 @@ def test_the_learning_rate_of_olmo_1b(step, lr):
     assert lr_at(step, config, 739328) == pytest.approx(lr, rel=1e-15, abs=0)
 
 
-def test_the_warmup_starts_where_it_is_told_to():
+def test_the_warmup_starts_at_warmup_start_ratio():
     assert lr_at(0, OptimConfig(warmup_start_ratio=0.0), 10**6) == 0.0
     assert lr_at(0, OptimConfig(warmup_start_ratio=0.1), 10**6) == pytest.approx(3e-5)
     assert lr_at(1, OptimConfig(warmup_steps=0, schedule="constant"), 10) == 3e-4

@@ -149,7 +149,7 @@ def test_an_instance_that_a_later_mix_leaves_out_has_no_place():
 
 @settings(max_examples=8, deadline=None)
 @given(order=orders(), seed=st.integers(0, 100))
-def test_any_places_in_any_order_give_what_all_places_in_a_row_give(order, seed):
+def test_places_in_any_order_hold_the_same_instances_as_in_a_row(order, seed):
     places = np.random.default_rng(seed).integers(0, LENGTH, 200)
     whole, some = order.at(np.arange(LENGTH)), order.at(places)
     assert np.array_equal(some.source, whole.source[places])
@@ -242,7 +242,7 @@ def test_a_resumed_run_keeps_the_sizes_of_the_steps_done():
 
 
 @pytest.mark.parametrize("changes", [CHANGES, BatchSizes(((1, 48), (2, 3), (3, 40), (4, 7))), BatchSizes(((1, 51), (3, 8)))])
-def test_the_order_of_olmo_goes_on_in_its_epoch_when_the_batch_changes(changes):
+def test_the_order_of_olmo_continues_its_epoch_when_the_batch_changes(changes):
     n, order, expected, epoch, position = 51, OlmoOrder([30, 21], changes, seed=4), [], 0, 0
     for step in range(1, 25):
         size = changes.at(step)

@@ -27,7 +27,7 @@ def plan(capsys, monkeypatch):
     return run
 
 
-def test_a_models_file_alone_gives_a_plan_that_fits_80_columns(plan):
+def test_a_model_file_alone_makes_a_plan_that_fits_80_columns(plan):
     code, text, _ = plan(OLMO_1B, *H100S)
     assert code == 0
     assert max(map(len, text.splitlines())) <= 80
@@ -37,14 +37,14 @@ def test_a_models_file_alone_gives_a_plan_that_fits_80_columns(plan):
 
 def test_json_holds_the_learning_rates_and_epochs_of_the_run(plan, tiny_words, tiny_tokens):
     code, text, _ = plan(*tiny_words(), f"data.validation.a.path={tiny_tokens}", "--json")
-    told = json.loads(text)
+    printed = json.loads(text)
     assert code == 0
     config = OptimConfig(peak_lr=3e-3, warmup_steps=4)
-    assert {m["step"]: m["lr"] for m in told["milestones"]} == {
+    assert {m["step"]: m["lr"] for m in printed["milestones"]} == {
         step: lr_at(step, config, 12) for step in (1, 2, 4, 5, 6, 7, 8, 10, 11, 12)
     }
-    assert told["sources"]["a"]["epochs"] == 12 * 8 / ((40_000 - 1) // 64)
-    assert told["checkpoints_saved"] == 3 and told["evaluations"] == 1
+    assert printed["sources"]["a"]["epochs"] == 12 * 8 / ((40_000 - 1) // 64)
+    assert printed["checkpoints_saved"] == 3 and printed["evaluations"] == 1
 
 
 LENGTHS = [{"total_steps": "1e9"}, {"total_steps": "1e18"}, {"total_steps": None, "total_tokens": "1e30"}]
@@ -53,12 +53,12 @@ LENGTHS = [{"total_steps": "1e9"}, {"total_steps": "1e18"}, {"total_steps": None
 @pytest.mark.parametrize("words", LENGTHS)
 def test_a_plan_of_any_length_is_arithmetic(plan, tiny_words, words):
     code, text, _ = plan(*tiny_words(**words, **{"eval.downstream": "[piqa]"}), "--json")
-    told = json.loads(text)
-    steps = told["total_steps"]
+    printed = json.loads(text)
+    steps = printed["total_steps"]
     assert code == 0 and steps == (math.ceil(1e30 / 512) if "total_tokens" in words else int(float(words["total_steps"])))
-    assert told["checkpoints_saved"] == -(-steps // 5) and told["evaluations"] == -(-steps // 1000)
-    assert told["milestones"][-1]["step"] == steps
-    assert told["sources"]["a"]["epochs"] == pytest.approx(steps * 8 / ((40_000 - 1) // 64))
+    assert printed["checkpoints_saved"] == -(-steps // 5) and printed["evaluations"] == -(-steps // 1000)
+    assert printed["milestones"][-1]["step"] == steps
+    assert printed["sources"]["a"]["epochs"] == pytest.approx(steps * 8 / ((40_000 - 1) // 64))
 
 
 def test_a_warmup_that_fills_the_run_is_a_warning(plan, tiny_words):
@@ -74,8 +74,8 @@ def test_missing_data_leave_epochs_unknown_and_name_the_reason(plan, tiny_words)
 
 def test_without_a_gpu_nothing_is_guessed(plan, tiny_words, monkeypatch):
     monkeypatch.setattr("olmo_train.plan.plan.detect", lambda: None)
-    told = json.loads(plan(*tiny_words(), "--json")[1])
-    assert told["cost"] is told["fits"] is told["gpu"] is None
+    printed = json.loads(plan(*tiny_words(), "--json")[1])
+    assert printed["cost"] is printed["fits"] is printed["gpu"] is None
     assert "unknown without a GPU" in plan(*tiny_words())[1]
 
 
@@ -146,14 +146,14 @@ def test_a_steps_time_tells_what_the_network_costs(plan):
 
 def test_more_gpus_are_compared_in_a_table(plan):
     words = (OLMO_1B, "--gpus", 64, "--gpu", "h100", "micro_batch_size=1")
-    told = json.loads(plan(*words, "--json")[1])
-    assert [row["gpus"] for row in told["scaling"]] == [64, 256, 1024]  # 512 sequences a step: 2048 GPUs would have none
-    assert told["scaling"][0]["seconds"] == told["step"]["seconds"]
-    for row in told["scaling"]:
+    printed = json.loads(plan(*words, "--json")[1])
+    assert [row["gpus"] for row in printed["scaling"]] == [64, 256, 1024]  # 512 sequences a step: 2048 GPUs would have none
+    assert printed["scaling"][0]["seconds"] == printed["step"]["seconds"]
+    for row in printed["scaling"]:
         assert row["replicas"] == 1 and row["best"]["seconds"] <= row["seconds"]
-    assert told["scaling"][-1]["best"]["mfu"] > 1.2 * told["scaling"][-1]["mfu"]
+    assert printed["scaling"][-1]["best"]["mfu"] > 1.2 * printed["scaling"][-1]["mfu"]
     text = plan(*words)[1]
-    assert f"{told['scaling'][-1]['best']['mfu']:.1%}" in text and max(map(len, text.splitlines())) <= 80
+    assert f"{printed['scaling'][-1]['best']['mfu']:.1%}" in text and max(map(len, text.splitlines())) <= 80
 
 
 def test_without_a_gpu_the_plan_is_for_this_machines_cpu(plan, tiny_words):
@@ -161,8 +161,8 @@ def test_without_a_gpu_the_plan_is_for_this_machines_cpu(plan, tiny_words):
     first = text.split("\n\n")[0]  # the run_dir of a test fills a line
     assert code == 0 and "1 process on this machine's CPU" in " ".join(first.split()) and "\nFits: " in first
     assert "about 2.0 h, 2 s per step" in text and max(map(len, text.splitlines())) <= 80
-    told = json.loads(plan(*tiny_words(total_steps=3600), "--json")[1])
-    assert told["machine"]["seconds"] == 7200 and told["milestones"][-1]["seconds"] == 7200 and told["machine"]["fits"]
+    printed = json.loads(plan(*tiny_words(total_steps=3600), "--json")[1])
+    assert printed["machine"]["seconds"] == 7200 and printed["milestones"][-1]["seconds"] == 7200 and printed["machine"]["fits"]
 
 
 @pytest.mark.parametrize("words", [(), ("--gpu", "a10g")])

@@ -60,7 +60,7 @@ class LiveBytes(TorchDispatchMode):
 
     @property
     def total(self) -> int:
-        """FSDP frees gathered weights by resizing their storage to nothing, so sizes are read anew."""
+        """FSDP frees gathered weights by resizing their storage to nothing, so sizes are read again."""
         return sum(storage.nbytes() for ref in list(self.alive.values()) if (storage := ref()) is not None)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -194,7 +194,7 @@ def test_a_layout_that_no_run_can_have_is_refused():
         Layout(gpus=8, replicas=3)
 
 
-def test_the_papers_energy_gives_the_papers_carbon():
+def test_the_papers_energy_makes_the_papers_carbon():
     assert time.co2_kg(104_000) == pytest.approx(70_000, rel=0.005)  # OLMo-7B on A100: 104 MWh, 70 t
     assert time.co2_kg(135_000, carbon=0) == 0  # on LUMI, which hydropower feeds
 

@@ -108,7 +108,7 @@ class Interrupted(Exception):
 
 @pytest.mark.parametrize("stop_after", [1, 2, 5, 11])
 @pytest.mark.parametrize("save_seconds", [0, 1000])
-def test_an_interrupted_run_goes_on_to_the_same_bytes(tmp_path, small_chunks, monkeypatch, stop_after, save_seconds):
+def test_an_interrupted_run_continues_to_the_same_bytes(tmp_path, small_chunks, monkeypatch, stop_after, save_seconds):
     rows = [{"text": t} for t in texts(200)] + [{"prompt": t, "response": t} for t in texts(50, seed=1)]
     rows[40] = {"nothing": "here"}
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -132,7 +132,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(tmp_path, small_chunks, mo
 
 
 @pytest.mark.parametrize("place", [(SourceWriter, "_close_shard"), (documents, "id_hash"), (writer, "write_meta")])
-def test_a_kill_while_finishing_goes_on_to_the_same_bytes(tmp_path, monkeypatch, place):
+def test_a_run_killed_while_finishing_continues_to_the_same_bytes(tmp_path, monkeypatch, place):
     whole, _ = prepare_source(tmp_path, write_jsonl(tmp_path / "a.jsonl", 60), name="whole")
     with monkeypatch.context() as patch:
 
@@ -156,7 +156,7 @@ def running(pid):
     return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
-def test_a_killed_process_goes_on_and_leaves_no_workers(tmp_path):
+def test_a_killed_process_continues_and_leaves_no_workers(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", 20_000)
     tokenizer = write_tokenizer(tmp_path / "tokenizer.json")
     command = [sys.executable, "-m", "olmo_train", "prepare-data", str(tmp_path / "a.jsonl"), "--tokenizer", str(tokenizer)]

@@ -44,10 +44,10 @@ def test_running_out_of_memory_tells_what_to_change(tiny_args, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79 GiB")
 
     monkeypatch.setattr(train, "train_step", step)
-    with pytest.raises(OutOfMemoryError) as told:
+    with pytest.raises(OutOfMemoryError) as caught:
         next(train.train(tiny_args()))
-    assert told.value.exit_code == 1
-    assert str(told.value) == (
+    assert caught.value.exit_code == 1
+    assert str(caught.value) == (
         "micro_batch_size: CUDA out of memory. Tried to allocate 2.00 GiB; use a micro_batch_size below 4, or "
         "parallel.activation_checkpointing=selective or full, or more processes; `olmo-train plan` shows how much each takes"
     )
@@ -99,16 +99,16 @@ def faults():  # of ten rounds of taking and freeing 64 MB, after some in which 
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 before = faults()
-told = allocator.keep_freed_memory()
-print(json.dumps([told, before, faults()]))
+kept = allocator.keep_freed_memory()
+print(json.dumps([kept, before, faults()]))
 """
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="of glibc on Linux")
 def test_a_buffer_that_is_taken_again_costs_no_page_faults():
-    told, before, after = json.loads(subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True).stdout)
-    assert told
-    assert before > 10 * 2**26 // 4096 / 2, "the plain allocator maps such a buffer anew each time"
+    kept, before, after = json.loads(subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True).stdout)
+    assert kept
+    assert before > 10 * 2**26 // 4096 / 2, "the plain allocator maps such a buffer again each time"
     assert after < 100
 
 

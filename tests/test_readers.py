@@ -53,7 +53,7 @@ def write(folder, format):
 
 
 @pytest.mark.parametrize("format", ["jsonl", "jsonl.gz", "jsonl.zst", "parquet", "stream.arrow", "file.arrow"])
-def test_every_format_gives_the_same_records(tmp_path, format):
+def test_every_format_is_read_as_the_same_records(tmp_path, format):
     file = write(tmp_path, format)
     expected = [Record(row["id"], str(file), i + 1, ((row["text"], True),)) for i, row in enumerate(ROWS)]
     assert read(file) == expected

@@ -60,7 +60,7 @@ def test_a_remote_shard_whose_hash_is_another_is_refused(server):
     assert not list(cache_folder().rglob("*.tmp"))
 
 
-def test_a_remote_folder_that_was_prepared_anew_is_fetched_anew(server):
+def test_a_remote_folder_that_was_prepared_again_is_fetched_again(server):
     url, served = server
     prepare_source(served)
     before = open_source("test", SourceConfig(f"{url}/source"), 280).fingerprint

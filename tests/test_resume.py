@@ -1,4 +1,4 @@
-"""The same command again goes on as if nothing had happened."""
+"""The same command resumes as if the run had not stopped."""
 
 import os
 import signal
@@ -56,7 +56,7 @@ def test_a_finished_run_is_a_no_op(tiny_args):
     assert is_no_op(trained(tiny_args("run")))
 
 
-def test_a_longer_run_goes_on_with_the_same_batches(tiny_args, read_metrics, tmp_path):
+def test_a_longer_run_continues_with_the_same_batches(tiny_args, read_metrics, tmp_path):
     trained(tiny_args("run", total_steps=6))
     trained(tiny_args("run", total_steps=9))
     trained(tiny_args("whole", total_steps=9))
@@ -249,7 +249,7 @@ def test_two_runs_cannot_share_a_run_dir(tiny_args, tiny_words, run_main, tmp_pa
     trained(tiny_args("run", total_steps=3))  # the lock ended with its holder
 
 
-def test_a_branch_goes_on_in_a_run_dir_of_its_own(tiny_args, tmp_path):
+def test_a_branch_continues_in_a_new_run_dir(tiny_args, tmp_path):
     trained(tiny_args("trunk", total_steps=10))
     folder = tmp_path / "trunk" / "checkpoints" / "step-0000005"
     branch = {"total_steps": 10, "resume_from": folder}

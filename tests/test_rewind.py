@@ -94,12 +94,12 @@ def test_a_spike_that_stops_the_run_is_not_committed(spiking):
     config = spiking("run", "stop", **{"checkpoint.interval_steps": 4})
     with pytest.raises(
         NonFiniteError, match=rf"guards.spike: step {SPIKE} is a spike.*step-0000004.*skip_steps=\[{SPIKE}\]"
-    ) as told:
+    ) as caught:
         trained(config)
-    assert told.value.exit_code == 5 and list(committed(Path(config.run_dir))) == [4]
+    assert caught.value.exit_code == 5 and list(committed(Path(config.run_dir))) == [4]
 
 
-def test_rewinding_gives_the_run_that_never_took_the_step(spiking, read_metrics, capsys):
+def test_a_rewound_run_equals_one_that_never_took_the_step(spiking, read_metrics, capsys):
     """Bit for bit, with each step once in the record."""
     config, named = spiking("run", "rewind"), spiking("named", "record", **{"guards.skip_steps": f"[{SPIKE}]"})
     assert [s.step for s in train(config)] == [*range(1, 8), *range(7, 13)]
@@ -134,7 +134,7 @@ def test_spikes_on_and_on_are_passed_over_in_doubling_stretches_and_end_the_run(
     assert [event["skipped"] for event in events_of(config.run_dir, "rewind")] == [[8], [9, 10], [11, 12, 13, 14]]
 
 
-def test_rewinds_elsewhere_are_counted_anew():
+def test_rewinds_at_other_steps_are_counted_from_zero():
     before = [{"to": 3, "from": 4, "skipped": [4]}, {"to": 3, "from": 6, "skipped": [6, 7]}]
     assert plan_rewind(8, 3, before, GuardConfig())["skipped"] == [8, 9, 10, 11]  # to the same checkpoint
     assert plan_rewind(9, 3, before, GuardConfig())["skipped"] == [9, 10, 11, 12]
@@ -145,7 +145,7 @@ def test_rewinds_elsewhere_are_counted_anew():
 
 
 @pytest.mark.parametrize("moment", ["before", "after"])
-def test_killed_in_a_rewind_a_run_goes_on_as_it_would_have(spiking, read_metrics, monkeypatch, moment):
+def test_a_run_killed_in_a_rewind_continues_as_if_not_killed(spiking, read_metrics, monkeypatch, moment):
     whole, config = spiking("whole", "rewind"), spiking("killed", "rewind")
     trained(whole)
     real = Recorder.event
@@ -176,7 +176,7 @@ def test_two_ranks_rewind_together(spiking, read_metrics):
 
 
 @pytest.mark.parametrize("policy", ["skip", "stop", "rewind"])
-def test_a_verdict_that_is_read_late_is_exact_all_the_same(spiking, read_metrics, policy):
+def test_flags_that_are_read_late_lead_to_the_same_run(spiking, read_metrics, policy):
     """On a GPU steps are read some at a time, and before anything is saved."""
     soon, late = spiking("soon", policy), spiking("late", policy, **{"log.interval_steps": 5})
     outcomes = []
@@ -190,8 +190,8 @@ def test_a_verdict_that_is_read_late_is_exact_all_the_same(spiking, read_metrics
             outcomes.append(states_of(config.run_dir, 12))
         finally:
             anomalies.READ_AT_ONCE = real
-    told = [[(e["event"], e["step"], e.get("skipped")) for e in events_of(c.run_dir, "spike", "rewind")] for c in (soon, late)]
-    assert told[0] == told[1]
+    events = [[(e["event"], e["step"], e.get("skipped")) for e in events_of(c.run_dir, "spike", "rewind")] for c in (soon, late)]
+    assert events[0] == events[1]
     if policy == "stop":
         assert "is a spike" in outcomes[0]
         assert outcomes[0] == outcomes[1]

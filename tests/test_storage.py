@@ -30,12 +30,12 @@ def test_a_committed_folder_verifies(folder):
 
 
 @pytest.mark.parametrize("at", [0, 200, 399])
-def test_a_flipped_bit_is_told_by_the_files_name(folder, at):
+def test_a_flipped_bit_is_reported_with_the_files_name(folder, at):
     flip_bit(folder / "a.bin", at)
     assert problems_of(folder) == ["a.bin does not have the hash of what was written"]
 
 
-def test_every_other_damage_is_told_too(folder):
+def test_every_other_damage_is_reported(folder):
     (folder / "a.bin").write_bytes(b"aaaa" * 99)
     (folder / "b.json").unlink()
     assert problems_of(folder) == ["a.bin has 396 bytes, expected 400", "b.json is missing"]
@@ -80,7 +80,7 @@ def test_a_file_that_a_reader_would_open_must_be_in_the_manifest(folder, name, t
 
 
 def test_any_flipped_byte_of_the_manifest_changes_nothing_silently(folder):
-    """Either the folder is told to be damaged, or the flip was in what nothing depends on, and the rest still verifies."""
+    """The flip is reported as damage, or it is where nothing depends on it, and the rest still verifies."""
     file = folder / "MANIFEST.json"
     good = file.read_bytes()
     entries = json.loads(good)["files"]
@@ -163,8 +163,8 @@ def test_all_is_flushed_before_a_folder_gets_its_name(tmp_path, monkeypatch):
 
 
 def test_one_run_at_a_time(tmp_path):
-    told = rf"run_dir: {tmp_path} is in use by process {os.getpid()} on .* since"
-    with lock_run_dir(tmp_path), pytest.raises(ConfigError, match=told):
+    message = rf"run_dir: {tmp_path} is in use by process {os.getpid()} on .* since"
+    with lock_run_dir(tmp_path), pytest.raises(ConfigError, match=message):
         lock_run_dir(tmp_path).__enter__()
     with lock_run_dir(tmp_path):
         pass

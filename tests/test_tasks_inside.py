@@ -54,7 +54,7 @@ def test_the_numbers_are_those_of_the_command(tiny_args, with_tasks, tmp_path, c
     assert found[-1][1:] == pytest.approx(expected, rel=1e-6)
 
 
-def test_two_processes_and_another_micro_batch_give_the_same_numbers(tiny_args, with_tasks, tmp_path):
+def test_two_processes_and_another_micro_batch_compute_the_same_numbers(tiny_args, with_tasks, tmp_path):
     config = tiny_args("two", **with_tasks, micro_batch_size=2)
     beats = []
 
@@ -98,7 +98,7 @@ def test_a_signal_within_a_task_stops_after_its_batch_and_the_line_stands_once(t
 
 
 @pytest.mark.parametrize(
-    "changes, key, told",
+    "changes, key, message",
     [
         ({"eval.downstream": "[hellaswagg]"}, "eval.downstream", "did you mean 'hellaswag'"),
         ({"eval.tokenizer": None}, "eval.tokenizer", "raw token files"),
@@ -107,10 +107,10 @@ def test_a_signal_within_a_task_stops_after_its_batch_and_the_line_stands_once(t
         ({"eval.downstream_limit": 0}, "eval.downstream_limit", "at least 1"),
     ],
 )
-def test_what_cannot_be_evaluated_is_refused_at_once(tiny_args, with_tasks, tmp_path, monkeypatch, changes, key, told):
+def test_what_cannot_be_evaluated_is_refused_at_once(tiny_args, with_tasks, tmp_path, monkeypatch, changes, key, message):
     save_tokenizer(train_tokenizer([f"{i} {i * i}" for i in range(2000)], 600), tmp_path / "large.json")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match=told) as caught:
+    with pytest.raises(ConfigError, match=message) as caught:
         trained(tiny_args("run", **{**with_tasks, **changes}))
     assert caught.value.where == key and not (tmp_path / "run").exists()
 

@@ -26,7 +26,7 @@ def test_a_document_that_spells_the_eos_does_not_end_there(tokenizer):
     assert tokenizer.eos_id not in tokenizer.encode_batch(["a<|endoftext|>b"])[0]
 
 
-def test_a_batch_gives_the_tokens_of_its_texts(tokenizer):
+def test_a_batch_is_encoded_as_its_texts_one_by_one(tokenizer):
     batch = tokenizer.encode_batch(texts(20))
     assert [ids.tolist() for ids in batch] == [tokenizer.encode(text) for text in texts(20)]
     assert batch[0].dtype == "uint16"

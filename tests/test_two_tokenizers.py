@@ -103,9 +103,9 @@ def test_the_verbs_of_a_checkpoint_refuse_and_allow_them(verb, two, tiny_args, t
     name, *rest = verb.format(b=two[0][1], tokenizer=two[1][1], dest=tmp_path / "out").split()
     words = [name, *rest[:1], str(tmp_path / "run"), *rest[1:]] if name == "convert" else [name, str(tmp_path / "run"), *rest]
     assert main(words) == 3
-    told = capsys.readouterr().err
+    message = capsys.readouterr().err
     hashes = [hashlib.sha256(file.read_bytes()).hexdigest()[:12] for file in two[1]]
-    assert all(digest in told for digest in hashes) and "--allow-other-tokenizer" in told
+    assert all(digest in message for digest in hashes) and "--allow-other-tokenizer" in message
     assert main([*words, "--allow-other-tokenizer"]) == 0
     assert all(digest in caplog.text for digest in hashes)
 

@@ -1,4 +1,4 @@
-"""Text of the user (data, names, paths, prompts) is shown and taken as it is, whatever a library would read in it."""
+"""Text of the user (data, names, paths, prompts) is printed and read literally, though a library would interpret it."""
 
 import io
 import re
@@ -73,19 +73,19 @@ def test_an_option_that_takes_text_takes_the_next_word_as_it_is(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "words, told",
+    "words, message",
     [
         (["--stop", ""], "error: --stop: is empty"),
         (["--seed", "9" * 20], "error: --seed: must lie between -2^63 and 2^63 - 1, got 9"),
         (["--prompt"], "error: olmo-train generate: argument --prompt: expected one argument"),
     ],
 )
-def test_what_generate_cannot_use_is_refused(capsys, words, told):
+def test_what_generate_cannot_use_is_refused(capsys, words, message):
     try:
         code = main(["generate", "nowhere", *words])
     except SystemExit as exit:
         code = exit.code
-    assert code == 2 and capsys.readouterr().err.splitlines()[-1].startswith(told)
+    assert code == 2 and capsys.readouterr().err.splitlines()[-1].startswith(message)
 
 
 def test_a_tiny_temperature_is_greedy():

@@ -1,4 +1,4 @@
-"""W&B has what metrics.jsonl has, each step once, whatever happened to the run; and whatever happens to W&B, the run goes on.
+"""W&B has what metrics.jsonl has, each step once, whatever happened to the run; and whatever happens to W&B, the run continues.
 
 The real client, read back by its own `wandb leet inspect` or by a stand-in for its server.
 """
@@ -67,8 +67,8 @@ def records(run_dir: Path) -> list[dict]:
     """What W&B wrote offline, over all attempts, as its own reader tells it."""
     found = []
     for log in sorted((run_dir / "wandb").glob("offline-run-*/*.wandb")):
-        told = subprocess.run([WANDB, "leet", "inspect", "--json", log], capture_output=True, text=True, check=True)
-        found += [json.loads(line) for line in told.stdout.splitlines()]
+        shown = subprocess.run([WANDB, "leet", "inspect", "--json", log], capture_output=True, text=True, check=True)
+        found += [json.loads(line) for line in shown.stdout.splitlines()]
     return found
 
 
@@ -98,19 +98,19 @@ def test_offline_history_equals_the_metrics_after_two_kills_and_a_resume(start, 
     assert sorted(kinds) == ["killed", "killed", "offline"]  # `wandb sync` takes those that begin with `offline`
 
 
-def test_name_group_tags_configuration_and_code_are_told(start, finished, tmp_path):
+def test_name_group_tags_configuration_and_code_version_are_sent(start, finished, tmp_path):
     changes = {"log.wandb.group": "tiny", "log.wandb.name": "first", "log.wandb.tags": "[a,b]", "log.wandb.project": "p"}
     assert finished(start(total_steps=3, **changes)) == []
-    told = records(tmp_path / "run")
-    run = next(record["run"] for record in told if record["type"] == "run")
+    logged = records(tmp_path / "run")
+    run = next(record["run"] for record in logged if record["type"] == "run")
     assert (run["project"], run["run_group"], run["display_name"], run["tags"]) == ("p", "tiny", "first", ["a", "b"])
     config = run["config"]["update"]
     assert config["total_steps"] == 3 and config["optim"]["peak_lr"] == 3e-3 and "code_version" in config
-    defined = [record["metric"]["name"] for record in told if record["type"] == "metric"]
+    defined = [record["metric"]["name"] for record in logged if record["type"] == "metric"]
     assert "throughput/total_tokens" in defined
-    assert any(record["type"] == "stats" for record in told)  # system metrics
+    assert any(record["type"] == "stats" for record in logged)  # system metrics
     summary = {}
-    for record in told:
+    for record in logged:
         if record["type"] == "summary":
             summary |= record["summary"]["update"]
     last = logged(tmp_path / "run")[-1]
@@ -124,8 +124,8 @@ def test_the_environment_fills_in_what_the_configuration_leaves_open(start, fini
     words = {"PROJECT": "p", "NAME": "n", "RUN_GROUP": "g", "TAGS": "a,b", "ENTITY": "e", "MODE": "OFFLINE"}
     assert finished(start(wandb=words, total_steps=1)) == []
     runs = [record["run"] for record in records(tmp_path / "run") if record["type"] == "run"]
-    told = [(r["project"], r["display_name"], r["run_group"], r["tags"], r["entity"]) for r in runs]
-    assert told == [("p", "n", "g", ["a", "b"], "e")]
+    sent = [(r["project"], r["display_name"], r["run_group"], r["tags"], r["entity"]) for r in runs]
+    assert sent == [("p", "n", "g", ["a", "b"], "e")]
 
 
 def test_a_server_gets_each_step_once_over_a_kill_and_a_resume(start, finished, tmp_path):
@@ -145,9 +145,7 @@ def test_a_server_gets_each_step_once_over_a_kill_and_a_resume(start, finished, 
 
 
 @pytest.mark.parametrize("manner", ["refuses", "hangs", "dies", "is not there"])
-def test_whatever_ails_the_server_the_run_ends_well_with_complete_metrics_and_at_most_one_warning(
-    start, finished, tmp_path, manner
-):
+def test_a_run_with_a_broken_server_finishes_with_complete_metrics_and_at_most_one_warning(start, finished, tmp_path, manner):
     with Server(manner) as server:
         if manner == "is not there":
             server.stop()

@@ -43,7 +43,7 @@ def load_model(config: TrainConfig, weights: Path) -> OLMo:
 
 
 def run(config: TrainConfig, model: OLMo, keep: Path) -> dict[str, list[float]]:
-    """OLMo's own Trainer.fit; notes what train_step gives, and keeps a checkpoint at half of the run."""
+    """OLMo's own Trainer.fit; records what train_step returns, and keeps a checkpoint at half of the run."""
     wrapped = DistributedDataParallel(model)
     trainer = Trainer(
         cfg=config,

@@ -59,7 +59,7 @@ def random_weight(name: str, shape: torch.Size, config: ModelConfig, generator: 
 
 
 def write_random_checkpoint(folder: Path, config: ModelConfig, files: dict[str, bytes] | None = None) -> dict[str, torch.Tensor]:
-    """Write a checkpoint of random weights; gives them."""
+    """Write a checkpoint of random weights; returns them."""
     weights = random_weights(config)
     temporary = folder.with_name(f".{folder.name}")
     temporary.mkdir(parents=True)

@@ -20,7 +20,7 @@ class Server:
     def __init__(self, manner: str):
         self.manner = manner
         self.history: dict[str, list[dict]] = defaultdict(list)
-        self.runs: dict[str, dict] = {}  # {run id: what the client told of it}
+        self.runs: dict[str, dict] = {}  # {run id: what the client sent about it}
         self.uploaded: dict[str, bytes] = {}
         self.requests = 0
         self.over = threading.Event()
