@@ -65,7 +65,7 @@ class Word(str):
 
     @property
     def value(self) -> int | float | bool | str:
-        """A number or truth value as YAML writes them, or the text. Numbers are decimal: 010 is ten; 1e4 is one, too."""
+        """A number or truth value as YAML writes them, or the text. Numbers are decimal: 010 is ten, and 1e4 is a number."""
         lower = self.lower()
         if lower in BOOLS:
             return BOOLS[lower]

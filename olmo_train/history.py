@@ -58,7 +58,7 @@ class Attempt:
 
 
 class History:
-    """What a run has left in its run_dir, which need not exist. `broken`: {file name: numbers of its broken lines}."""
+    """The files of a run_dir, which need not exist. `broken`: {file name: numbers of its broken lines}."""
 
     def __init__(self, run_dir: Path, config: TrainConfig | None = None):
         """`config`: the data_config of the run with today's configuration, which is used where the data were moved, and for a run
@@ -195,6 +195,6 @@ def json_lines(file: Path, broken: list[int], parse: Callable[[bytes], dict | No
 
 
 def _order(config: TrainConfig) -> tuple:
-    """Equal for two configurations in which every place holds the same instance, wherever the data lie."""
+    """Equal for two configurations in which every place holds the same instance, wherever the data are."""
     seed = config.seed if config.data.seed is None else config.data.seed
     return seed, config.model.seq_len, config.data.order, tuple(config.data.sources), tuple(map(repr, config.data.mixes()))

@@ -1,8 +1,8 @@
 """Write files and folders atomically, so that after a crash each is complete or absent.
 
-Write under another name, flush the file and its folder, rename, flush the parent. A folder that carries
-its final name is whole; its MANIFEST.json lists size and hash of every file, taken from the bytes in memory before they
-were written, so that a later read can tell what the disk did to them.
+Write under another name, flush the file and its folder, rename, flush the parent. A folder with its final name is complete. Its
+MANIFEST.json lists the size and hash of every file, taken from the bytes in memory before they were written, so that a later read
+finds what the disk has changed.
 """
 
 from __future__ import annotations

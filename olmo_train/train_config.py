@@ -1,4 +1,4 @@
-"""The configuration of a run, and figures derived from it. The defaults are OLMo-7B's recipe."""
+"""The configuration of a run, and figures that follow from it. The defaults are OLMo-7B's recipe."""
 
 from __future__ import annotations
 

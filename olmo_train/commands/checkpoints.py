@@ -48,7 +48,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def describe(step: int, folder, permanent: bool, problems: list[str] | None) -> str:
-    """One line: step, size, when, whether it is kept for ever and whether it verifies."""
+    """One line: step, size, when, whether it is permanent, and whether it verifies."""
     import json
     import time
 

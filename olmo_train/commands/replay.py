@@ -31,7 +31,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.audit is not None:
         known = sorted(replay.logged_lines(run_dir))
         if not 1 <= arguments.audit <= len(known):
-            raise ConfigError("--audit", f"{arguments.audit} steps, but {len(known)} are logged")
+            raise ConfigError("--audit", f"must be 1 to {len(known)}, the number of logged steps, got {arguments.audit}")
         steps = sorted(random.Random(arguments.seed).sample(known, arguments.audit))
     results = [replay.replay(run_dir, step, announce=lambda text: print(text, flush=True)) for step in steps]
     for result in results:

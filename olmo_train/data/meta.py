@@ -91,7 +91,7 @@ def read_meta(folder: Path) -> Meta:
     for shard in meta.shards:  # a name must not lead out of the folder, which may come from anybody
         for name in (shard.file, shard.labels["file"] if shard.labels else shard.file):
             if Path(name).name != name:
-                raise DataError(file, f"names the shard {name!r}, which does not lie in the folder")
+                raise DataError(file, f"names the shard {name!r}, which is not in the folder")
     return meta
 
 

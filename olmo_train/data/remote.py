@@ -59,7 +59,7 @@ def _fetch_source(url: str) -> Path:
 def _fetch(url: str, sha256: str | None = None, refresh: bool = False) -> Path:
     """The local copy of one file. If several processes ask at once, one downloads and the others wait."""
     parent, _, name = url.partition("?")[0].rpartition("/")
-    # One cache folder per remote folder, so that the files of a source lie side by side.
+    # One cache folder per remote folder, so that the files of a source are in the same folder.
     folder = cache_folder() / "remote" / hashlib.sha256(parent.encode()).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
     place = folder / PurePosixPath(name).name

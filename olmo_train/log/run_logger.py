@@ -1,4 +1,4 @@
-"""What a run logs: metrics and events to files, lines to the console. Rank 0 writes; on other ranks every method does nothing."""
+"""Log a run: metrics and events to files, lines to the console. Rank 0 writes; on other ranks every method does nothing."""
 
 from __future__ import annotations
 

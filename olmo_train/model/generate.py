@@ -102,6 +102,6 @@ def _part(row: list[int], start: int, stop: int) -> list[int]:
 def _check_prompts(prompts: list[list[int]], seq_len: int) -> None:
     for i, prompt in enumerate(prompts):
         if not prompt:
-            raise ConfigError(f"prompt {i}", "is empty; begin with the EOS, which stands before every document")
+            raise ConfigError(f"prompt {i}", "is empty; begin with the EOS, which comes before every document")
         if len(prompt) > seq_len:
             raise ConfigError(f"prompt {i}", f"has {len(prompt)} tokens, more than the model's seq_len {seq_len}; shorten it")

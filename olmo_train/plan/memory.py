@@ -1,4 +1,4 @@
-"""Before launch: the memory of a GPU by part, and a run's time, money, energy and carbon.
+"""The memory of a GPU by part, before launch.
 
 Memory can peak at three moments of a step; at each, the bytes of every part are a closed formula. The formulas follow what
 autograd and FSDP2 keep for the model of transformer.py without torch.compile; tests compare them with the live tensors of a

@@ -41,7 +41,7 @@ def choose_gpu(name: str | None, memory_gb: float | None, tflops: float | None, 
 
 
 def open_data(config: TrainConfig) -> tuple[Mixture | None, str | None]:
-    """The sources, opened, or the reason why they cannot be; a plan is made without them too."""
+    """The sources, opened, or the reason why they cannot be; a plan does not need them."""
     if UNNAMED in config.data.sources:
         return None, "no data are named"
     try:

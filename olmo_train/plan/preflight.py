@@ -1,4 +1,4 @@
-"""What a run says about itself before its first step, and what it refuses: `train`, `doctor` and `plan` use the same code.
+"""What a run reports before its first step, and what it refuses: `train`, `doctor` and `plan` use the same code.
 
 Imports no torch; the caller passes what the device is.
 """

@@ -87,7 +87,7 @@ def all_reduce_seconds(sent: float, replicas: int, inside: bool, links: Links) -
 
 
 def step_estimate(model: ModelConfig, layout: Layout, hardware: Hardware, links: Links, efficiency: float) -> StepEstimate:
-    """Time and traffic of a step. `efficiency` is the share of the peak that a GPU computes at when it waits for nobody;
+    """Time and traffic of a step. `efficiency` is the share of the peak that a GPU reaches when it does not wait for others;
     FLOPs are counted as in flops_per_token. With full activation checkpointing a block's forward is computed once more."""
     shards, layers, tokens = layout.gpus // layout.replicas, model.n_layers, layout.micro_batch_size * model.seq_len
     block, total = block_parameters(model), count_parameters(model).total

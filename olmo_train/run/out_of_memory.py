@@ -24,7 +24,7 @@ def explain_out_of_memory(folder: Path, micro_batch_size: int, checkpointing: st
     try:
         yield
     except RuntimeError as problem:
-        if not isinstance(problem, torch.OutOfMemoryError) and "can't allocate memory" not in str(problem):  # the CPU's words
+        if not isinstance(problem, torch.OutOfMemoryError) and "can't allocate memory" not in str(problem):  # from the CPU
             raise
         rank = processes.rank()
         left = f"; what it held is in {folder}" if _write_memory(folder, rank) else ""
@@ -35,7 +35,7 @@ def explain_out_of_memory(folder: Path, micro_batch_size: int, checkpointing: st
 
 
 def ways_out(micro_batch_size: int, checkpointing: str) -> str:
-    """Changes that save memory and do not affect the training, the most expensive last."""
+    """Changes that save memory and do not change what is learned, the most expensive last."""
     ways = [f"a micro_batch_size below {micro_batch_size}"] if micro_batch_size > 1 else []
     if checkpointing != "full":
         better = "selective or full" if checkpointing == "none" else "full"

@@ -46,7 +46,7 @@ def examine(config: TrainConfig | None) -> list[Finding]:
         try:
             findings += check()
         except UserError as problem:
-            findings.append(Finding(str(problem.where), "problem", problem.what, "as it says"))
+            findings.append(Finding(str(problem.where), "problem", problem.what, "change it as the finding says"))
         except Exception as problem:
             findings.append(Finding(getattr(check, "__name__", "check"), "problem", repr(problem), "report this"))
     return findings
@@ -94,7 +94,9 @@ def launcher() -> Iterator[Finding]:
     try:
         processes = announced()
     except ConfigError as problem:
-        yield Finding("launcher", "warning", str(problem), "as it says; train, bench and replay refuse this environment")
+        yield Finding(
+            "launcher", "warning", str(problem), "change it as the finding says; train, bench and replay refuse this environment"
+        )
         return
     yield Finding("launcher", "ok", f"rank {processes.rank} of {processes.size}" if processes.launched else "none: one process")
 

@@ -62,7 +62,7 @@ def replay(run_dir: Path, step: int, announce: Callable[[str], None] = lambda te
     lines, history = logged_lines(run_dir), History(run_dir)
     target = min((logged for logged in lines if logged >= step), default=None)
     if target is None or step < 1:
-        raise ConfigError("--step", f"{step} is not among the {len(lines)} logged steps, up to {max(lines, default=0)}")
+        raise ConfigError("--step", f"{step} is after the last logged step, {max(lines, default=0)}")
     if not history.attempts:
         raise ConfigError(run_dir, "has no events.jsonl with the configuration of each attempt; restore it")
     folder = _start(history, target)

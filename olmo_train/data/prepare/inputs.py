@@ -1,7 +1,7 @@
 """Find the files that the inputs name, and the format of each.
 
-No file is ignored silently. A file or folder that cannot be read is an error, and one that is not meant to be read is reported as
-a Skipped, with its bytes, so that the account of prepare-data covers the whole input.
+No file is ignored silently. A file or folder that cannot be read is an error; one that is not data is reported as a
+Skipped, with its bytes, so that the account of prepare-data covers the whole input.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def _stat(path: str | Path) -> os.stat_result:
         return os.stat(path)
     except (FileNotFoundError, NotADirectoryError) as problem:
         if os.path.islink(path):
-            raise DataError(path, f"is a broken link to {os.readlink(path)}; mend or remove it") from problem
+            raise DataError(path, f"is a broken link to {os.readlink(path)}; repair or remove it") from problem
         raise ConfigError(path, "does not exist; name a file or a folder of text, JSON lines, Parquet or Arrow") from problem
     except OSError as problem:
         raise DataError(path, f"cannot be read: {problem.strerror}; {READABLE}") from problem
@@ -228,7 +228,7 @@ def _identity(folder: Path) -> tuple[int, int]:
 
 
 def _refuse_splits(folder: Path, files: list[Path], as_records: bool) -> None:
-    """Raise ConfigError for a folder that has training and held-out data, so that nobody trains on the latter by accident.
+    """Raise ConfigError for a folder that has training and held-out data, which would be trained on by accident.
 
     A file's split is the first word of its relative path that names one: c4-train.00000-of-01024.json.gz, test/0.parquet,
     val.jsonl. In a folder of texts such words may be topics (train-travel.md) or programs (train.py): there, at least half
