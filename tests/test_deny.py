@@ -47,7 +47,7 @@ def scored(mixture: Mixture, batch) -> np.ndarray:
 
 @pytest.mark.parametrize("order", ["permute", "olmo"])
 @pytest.mark.parametrize("document_mask", [False, True])
-def test_exactly_the_tokens_of_denied_documents_are_no_labels(prepared, tmp_path, order, document_mask):  # noqa: F811
+def test_exactly_the_tokens_of_denied_documents_are_no_labels(prepared, order, document_mask):  # noqa: F811
     sources = {"p": prepared, "q": prepared}
     plain = mixture_of(sources, order, document_mask=document_mask)
     mixture = mixture_of(sources, order, document_mask=document_mask, deny=("p:d7", "p:d8", "q:d20", "p:@0"))

@@ -102,7 +102,7 @@ def test_wrong_words_are_one_error_line(finished_run, capsys, words, code, messa
     assert error.startswith("error: ") and message in error
 
 
-def test_no_checkpoint_is_exit_4(tmp_path, capsys):
+def test_no_checkpoint_is_exit_4(tmp_path):
     assert main(["evaluate", str(tmp_path)]) == 4
 
 

@@ -113,7 +113,7 @@ def test_a_part_of_a_gpu_and_one_that_nvml_does_not_know_have_no_meter(monkeypat
     assert open_energy_meter(FakeNvml()) is None
 
 
-def test_the_energy_of_a_run_is_summed_over_ranks_and_resumes(tiny_args, read_metrics, monkeypatch):
+def test_the_energy_of_a_run_is_summed_over_ranks_and_resumes(tiny_args, read_metrics):
     from ranks import on_ranks
 
     from olmo_train import train as module

@@ -313,7 +313,7 @@ def test_two_runs_into_one_folder_are_refused(tmp_path):
         prepare_source(tmp_path)
 
 
-def test_text_that_the_tokenizer_does_not_know_or_takes_for_the_eos_is_a_counted_loss(tmp_path, monkeypatch):
+def test_text_that_the_tokenizer_does_not_know_or_takes_for_the_eos_is_a_counted_loss(tmp_path):
     lines = [json.dumps({"text": text}) + "\n" for text in ("abba", "\u6771\u4eac", "ab</s>a", "b\u6771 a")]
     (tmp_path / "d.jsonl").write_text("".join(lines))
     model = models.BPE({"a": 0, "b": 1, "</s>": 2, "<": 3, "/": 4, "s": 5, ">": 6}, [])  # no byte, and no unknown token

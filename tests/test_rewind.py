@@ -81,7 +81,7 @@ def test_a_spike_that_is_skipped_changes_nothing_and_counts_as_skipped(spiking, 
     assert [line["skipped"] for line in read_metrics(config.run_dir)] == [0] * 7 + [1] + [0] * 2
 
 
-def test_what_was_seen_before_a_resume_judges_as_without_it(spiking, read_metrics):
+def test_what_was_seen_before_a_resume_judges_as_without_it(spiking):
     whole, config = spiking("whole", "skip"), spiking("cut", "skip")
     trained(whole)
     trained(cut(config, steps=7))
@@ -145,7 +145,7 @@ def test_rewinds_at_other_steps_are_counted_from_zero():
 
 
 @pytest.mark.parametrize("moment", ["before", "after"])
-def test_a_run_killed_in_a_rewind_continues_as_if_not_killed(spiking, read_metrics, monkeypatch, moment):
+def test_a_run_killed_in_a_rewind_continues_as_if_not_killed(spiking, monkeypatch, moment):
     whole, config = spiking("whole", "rewind"), spiking("killed", "rewind")
     trained(whole)
     real = Recorder.event
@@ -176,7 +176,7 @@ def test_two_ranks_rewind_together(spiking, read_metrics):
 
 
 @pytest.mark.parametrize("policy", ["skip", "stop", "rewind"])
-def test_flags_that_are_read_late_lead_to_the_same_run(spiking, read_metrics, policy):
+def test_flags_that_are_read_late_lead_to_the_same_run(spiking, policy):
     """On a GPU steps are read some at a time, and before anything is saved."""
     soon, late = spiking("soon", policy), spiking("late", policy, **{"log.interval_steps": 5})
     outcomes = []
