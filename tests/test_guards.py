@@ -280,8 +280,8 @@ def test_a_save_longer_than_torchruns_shutdown_timeout_is_a_warning(monkeypatch)
     assert too_slow_to_stop(line) is None
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     assert too_slow_to_stop({}) is None and too_slow_to_stop(line | {"throughput/checkpoint_write_seconds": 19}) is None
-    told = too_slow_to_stop(line)
-    assert "take 60 s" in told and "30 s after" in told and "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=120" in told
+    warning = too_slow_to_stop(line)
+    assert "take 60 s" in warning and "30 s after" in warning and "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=120" in warning
     monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "90")
     assert too_slow_to_stop(line) is None
     monkeypatch.setenv("TORCHELASTIC_SIGNALS_TO_HANDLE", "SIGHUP,SIGQUIT")  # as the launcher of this package
