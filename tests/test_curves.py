@@ -232,6 +232,12 @@ def test_a_metric_is_chosen_by_name_or_pattern_and_an_unknown_one_names_the_near
     assert len(panels.choose([run], ["train/source/*/CrossEntropyLoss"])[0].metrics) == 3
     with pytest.raises(ConfigError, match="did you mean 'train/Perplexity'"):
         panels.choose([run], ["train/perplexity"])
+    other_names = {"lr": "optim/learning_rate_group0", "loss": "train/CrossEntropyLoss", "train/loss": "train/CrossEntropyLoss",
+                   "grad_norm": "optim/total_grad_norm", "val_loss": "eval/web/CrossEntropyLoss",
+                   "tokens/s": "throughput/tokens_per_second", "lerning_rate": "optim/learning_rate_group0"}  # fmt: skip
+    for word, meant in other_names.items():
+        with pytest.raises(ConfigError, match=f"did you mean '{meant}'"):
+            panels.choose([run], [word])
 
 
 @pytest.mark.parametrize("ending, magic", [("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")])

@@ -181,7 +181,7 @@ MISTAKES = {  # the words, the exit code, and the last line, in which ... stands
     ),
     "wrong metric": (
         ["curves", "runs/done", "--metric", "loss"], 2,
-        "--metric: no run has the metric 'loss'; did you mean 'train/CrossEntropyLoss' or",
+        "--metric: no run has the metric 'loss'; did you mean 'train/CrossEntropyLoss'?",
     ),
 }  # fmt: skip
 

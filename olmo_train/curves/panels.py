@@ -6,13 +6,15 @@ its name that the pattern's `*` covers. A metric that matches none gets a separa
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 import numpy as np
 
 from olmo_train.curves.runs import BOOKKEEPING, Run, Series
-from olmo_train.errors import ConfigError, nearest
+from olmo_train.errors import ConfigError, did_you_mean, nearest
+from olmo_train.formats import short
 
 AXES = ("step", "tokens", "flops", "time")
 
@@ -195,6 +197,22 @@ PREFIXES = {"eval": "Loss", "optim": "Optimization", "throughput": "Throughput",
 REDUNDANT = ("*/Perplexity", "throughput/total_*", "optim/learning_rate_group[1-9]*", "skipped", "spike", *BOOKKEEPING)
 
 
+# What other tools call a metric.
+OTHER_NAMES = {
+    "train/CrossEntropyLoss": ("loss", "train_loss", "training_loss", "ce", "ce_loss", "nll", "nll_loss", "lm_loss"),
+    "eval/*/CrossEntropyLoss": ("val", "val_loss", "valid_loss", "validation_loss", "eval_loss", "test_loss", "validation"),
+    "train/Perplexity": ("ppl", "perplexity", "train_ppl", "train_perplexity"),
+    "eval/*/Perplexity": ("val_ppl", "eval_ppl", "val_perplexity", "eval_perplexity"),
+    "optim/learning_rate_group0": ("lr", "learning_rate", "train_lr", "train_learning_rate"),
+    "optim/total_grad_norm": ("grad_norm", "gnorm", "gradient_norm", "global_norm", "norm", "train_grad_norm"),
+    "throughput/tokens_per_second": ("throughput", "speed", "tps", "tok_s", "tokens_s", "tokens_sec", "tokens_per_sec", "wps"),
+    "throughput/step_seconds": ("step_time", "iter_time", "iteration_time", "seconds", "sec_per_step", "time_per_step"),
+    "System/Peak GPU Memory (MB)": ("memory", "mem", "gpu_memory", "peak_memory", "max_memory"),
+    "eval/downstream/*_acc": ("acc", "accuracy"),
+    "train/source/*/epoch": ("epoch", "epochs"),
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Curves:
     """The metrics of these runs in one panel."""
@@ -215,9 +233,7 @@ def choose(runs: list[Run], patterns: list[str] = ()) -> list[Curves]:
     if patterns:
         for pattern in patterns:
             if not any(fnmatchcase(name, pattern) for name in known):
-                raise ConfigError(
-                    "--metric", f"no run has the metric '{pattern}'; {nearest(pattern, set(known) - set(BOOKKEEPING))}"
-                )
+                raise ConfigError("--metric", f"no run has the metric '{pattern}'; {_nearest_metric(pattern, known)}")
         wanted = [name for pattern in patterns for name in known if fnmatchcase(name, pattern)]
     found: dict[str, Curves] = {}
     for name in dict.fromkeys(wanted):
@@ -228,6 +244,15 @@ def choose(runs: list[Run], patterns: list[str] = ()) -> list[Curves]:
         found.setdefault(panel.title, Curves(panel, {})).metrics[name] = label
     rank = {panel.title: i for i, panel in enumerate(PANELS)}
     return sorted(found.values(), key=lambda curves: rank.get(curves.panel.title, len(PANELS)))
+
+
+def _nearest_metric(word: str, known: list[str]) -> str:
+    """`did you mean 'train/CrossEntropyLoss'?`, by what other tools call it, else by its spelling."""
+    plain = re.sub(r"\W+", "_", word.lower()).removeprefix("optim_").removeprefix("throughput_")
+    for pattern, words in OTHER_NAMES.items():
+        if plain in words and (names := [name for name in known if fnmatchcase(name, pattern)]):
+            return did_you_mean(names[:3])
+    return nearest(word, set(known) - set(BOOKKEEPING))
 
 
 def _equal(runs: list[Run], first: str, second: str) -> bool:
@@ -282,3 +307,10 @@ def log_ticks(low: float, high: float, count: int = 5) -> list[float]:
         digits = (1, 2, 3, 5) if ratio < 8 else (1, 2, 5) if ratio < 50 else (1, 3) if ratio < 1000 else (1,)
         ticks = LogLocator(subs=digits, numticks=9).tick_values(low, high)
     return [float(tick) for tick in ticks if low <= tick <= high]
+
+
+def tick_text(tick: float, top: float, digits: int) -> str:
+    """The number beside a tick of an axis that ends at `top`: all with an exponent, or none, as in 0.001 and 0.0005."""
+    if 1e-3 <= top < 1e-2:
+        return np.format_float_positional(tick, precision=8, trim="-")
+    return short(tick, digits)
