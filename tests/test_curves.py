@@ -299,8 +299,18 @@ def test_the_terminal_marks_events_in_the_columns_of_their_steps(run_dir):
     ticks = next(i for i, line in enumerate(lines) if line.lstrip().startswith("└"))
     columns = [i for i, sign in enumerate(lines[ticks]) if sign in "┬┐"]
     at = dict(zip(map(int, lines[ticks + 1].split()), columns, strict=True))
-    assert abs(row.index("▼") - (at[160] + at[240]) / 2) <= 1  # step 200
-    assert abs(row.index("▶") - (at[80] + at[160]) / 2) <= 1  # step 120
+    assert abs(row.index("▼") - at[200]) <= 1
+    assert abs(row.index("▶") - (0.8 * at[100] + 0.2 * at[200])) <= 1  # step 120
+
+
+def test_rows_to_spare_are_shared_by_the_plots_and_hues_and_symbols_are_named_once(run_dir, tmp_path):
+    runs = [read_run(run_dir), read_run(make_run(tmp_path / "other", steps=400))]
+    look = terminal.Look(panels.axis_of(runs, "step"), width=200, height=49)
+    chosen = [curves for curves in panels.choose(runs) if curves.panel.title in terminal.FIRST]
+    lines = terminal.draw_terminal(runs, chosen, look).splitlines()
+    titles = [i for i, line in enumerate(lines) if line.startswith(("Loss", "Gradient norm", "Learning rate"))]
+    assert np.diff([*titles, len(lines)])[1:].tolist() == [terminal.LOW + 1] * 2 and len(lines) == 49
+    assert [lines[titles[0]].count(name) for name in ("tiny", "other", "training", "validation web")] == [1, 1, 1, 1]
 
 
 def test_a_folder_stands_for_all_runs_below_it(tmp_path):

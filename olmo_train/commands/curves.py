@@ -42,6 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--label", action="append", default=[], metavar="NAME", help="what to call a run; once for each, in order"
     )
+    parser.add_argument(
+        "--each-seed", action="store_true", help="draw each run; runs that differ only in their seed are else their mean"
+    )
     parser.add_argument("--follow", action="store_true", help="draw again whenever the run logs, until it ends or Ctrl-C")
     parser.add_argument(
         "--serve", nargs="?", type=int, const=0, metavar="PORT", help="a live page on this computer, at this port or a free one"
@@ -73,7 +76,7 @@ def _choose(args: argparse.Namespace, first: tuple[str, ...]) -> tuple[list[Run]
     """The runs, the panels of --metric or else those titled `first` (all if it is empty), and how they are drawn."""
     from olmo_train.curves import exports, panels
 
-    runs = exports.read_runs(args.runs, args.label)
+    runs = exports.read_runs(args.runs, args.label, args.each_seed)
     chosen = panels.choose(runs, args.metric)
     if first and not args.metric:
         chosen = [curves for curves in chosen if curves.panel.title in first] or chosen[:1]

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import dataclasses
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from olmo_train.curves.runs import STEP_KEYS, Run, Series, collect, elapsed_seconds, join, note_of, parent_of, read_run
+from olmo_train.curves.seeds import average_seeds
 from olmo_train.errors import ConfigError, DataError
 from olmo_train.history import json_lines
 
@@ -21,9 +22,9 @@ from olmo_train.history import json_lines
 GIGAFLOPS, FLOPS = "throughput/total_training_Gflops", "throughput/total_flops"
 
 
-def read_runs(paths: list[Path], labels: list[str] = ()) -> list[Run]:
-    """Read run folders, all runs below other folders, and exported files into runs with distinct names. `labels` rename them,
-    in order. A branch is joined to its parent.
+def read_runs(paths: list[Path], labels: list[str] = (), each_seed: bool = False) -> list[Run]:
+    """Read run folders, all runs below other folders, and exported files into runs with distinct names. A branch is joined to
+    its parent. Runs that differ only in their seed become their mean, unless `each_seed`. `labels` rename the runs, in order.
 
     Raises DataError when a path does not exist or holds no metrics, ConfigError when labels are not one for each run.
     """
@@ -36,10 +37,12 @@ def read_runs(paths: list[Path], labels: list[str] = ()) -> list[Run]:
         else:
             raise DataError(path, "does not exist; name a run_dir, or a history exported as .csv or .jsonl")
     runs = [_joined(run, runs) for run in runs]
+    runs = [replace(run, name=name) for run, name in zip(runs, _distinct_names(runs), strict=True)]
+    runs = runs if each_seed else average_seeds(runs)
     names = labels or _distinct_names(runs)
     if len(names) != len(runs):
         raise ConfigError("--label", f"{len(names)} labels for {len(runs)} runs; give one for each, in order")
-    return [dataclasses.replace(run, name=name) for run, name in zip(runs, names, strict=True)]
+    return [replace(run, name=name) for run, name in zip(runs, names, strict=True)]
 
 
 def run_dirs(folder: Path) -> list[Path]:
@@ -62,7 +65,7 @@ def _runs_below(folder: Path) -> list[Run]:
             if len(found) == 1:
                 raise
         else:
-            runs.append(run if run_dir == folder else dataclasses.replace(run, name=run_dir.relative_to(folder).as_posix()))
+            runs.append(run if run_dir == folder else replace(run, name=run_dir.relative_to(folder).as_posix()))
     if not runs:
         raise DataError(folder, "holds runs, but no metrics yet; wait for the first line (--follow waits for you)")
     return runs

@@ -125,11 +125,17 @@ def _draw_curve(axes: Axes, run: Run, metric: str, name: str | None, style: dict
     series = run.series[metric]
     raw = thin.thin(series, MAX_POINTS)
     if window:
-        _plot(axes, run, raw, axis, alpha=0.25, linewidth=0.5, color=style["color"])
+        if metric not in run.spread:
+            _plot(axes, run, raw, axis, alpha=0.25, linewidth=0.5, color=style["color"])
         _plot(axes, run, thin.smooth(thin.means(series, MAX_POINTS), window), axis, label=plain(name), **style)
     else:
         few = panels.is_evaluation(metric) and len(series) <= 60
         _plot(axes, run, raw, axis, label=plain(name), marker="o" if few else None, markersize=2.2, **style)
+    if metric in run.spread:
+        low, high = thin.spread(series, run.spread[metric], MAX_POINTS, window)
+        x = axis.at(run, low.steps)
+        if x is not None:
+            axes.fill_between(x, low.values, high.values, color=style["color"], alpha=0.18, linewidth=0)
 
 
 def _plot(axes: Axes, run: Run, series: Series, axis: Axis, **style) -> None:
@@ -154,15 +160,17 @@ def _number_axes(axes: Axes, view: View, log_y: bool) -> None:
     from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter
 
     numbers = FuncFormatter(lambda value, _: short(value, digits=6))
+    top = axes.get_ylim()[1]
+    y_numbers = FuncFormatter(lambda value, _: panels.tick_text(value, top, digits=6))
     if not view.log_x:
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=view.axis.name == "step", steps=[1, 2, 2.5, 5, 10]))
         axes.xaxis.set_major_formatter(numbers)
     if not log_y:
         axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
-        axes.yaxis.set_major_formatter(numbers)
+        axes.yaxis.set_major_formatter(y_numbers)
         return
     axes.yaxis.set_major_locator(FixedLocator(panels.log_ticks(*axes.get_ylim())))
-    axes.yaxis.set_major_formatter(numbers)
+    axes.yaxis.set_major_formatter(y_numbers)
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 

@@ -1,7 +1,7 @@
 """The page: one HTML file with the data, the plotting library and the code, which loads nothing from a network.
 
-This module prepares the data and fills `page.html`; `page.js` draws it. Values are written as Python's shortest representation
-of a float, which reads back bit for bit. A run of up to `MAX_POINTS` lines is complete in the page.
+This module prepares the data and fills `page.html`; `plots.js` and `page.js` draw it. Values are written as Python's shortest
+representation of a float, which reads back bit for bit. A run of up to `MAX_POINTS` lines is complete in the page.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def page_text(runs: list[Run], chosen: list[Curves], view: View, live: bool = Fa
         "STYLE": _file("page.css"),
         "DATA": data_text(runs, chosen, view),
         "PLOTLY": _plotly(),
-        "SCRIPT": _file("page.js"),
+        "SCRIPT": _file("plots.js") + _file("page.js"),
     }
     pieces = _file("page.html").split("%%")  # text, name, text, name, ... text
     return "".join(parts[piece] if i % 2 else piece for i, piece in enumerate(pieces))
@@ -54,6 +54,8 @@ def page_data(runs: list[Run], chosen: list[Curves], view: View) -> dict[str, An
     count = sum(metric in run.series for curves in shown for metric in curves.metrics for run in runs)
     max_points = min(MAX_POINTS, max(MIN_POINTS, PAGE_POINTS // max(1, count)))
     notes = [f"{run.name}: {note}" for run in runs for note in run.notes]
+    if any(run.seeds for run in runs):
+        notes.append("A curve of several seeds is their mean; the band reaches from the lowest to the highest of them")
     if len(own) > MAX_OWN_PANELS:
         notes.append(f"{len(own) - MAX_OWN_PANELS} more metrics are not drawn; choose them with --metric")
     return {
@@ -102,8 +104,12 @@ def summary(run: Run) -> dict[str, Any]:
     losses = [_last(s) for name, s in run.series.items() if name.startswith("eval/") and name.endswith("/CrossEntropyLoss")]
     count = {kind: sum(e["event"] == kind for e in run.events) for kind in panels.EVENTS}
     speed = run.series.get("throughput/tokens_per_second")
+    seeds = [summary(seed) for seed in run.seeds if seed.last_step == run.last_step]
+    values = {loss: [seed[loss] for seed in seeds if seed[loss] is not None] for loss in ("training", "validation")}
     return {
+        "ranges": {loss: [min(found), max(found)] for loss, found in values.items() if len(found) > 1},
         "steps": run.last_step,
+        "total_steps": run.total_steps,
         "tokens": _last(run.series.get("throughput/total_tokens")),
         "seconds": _last(run.elapsed),
         "training": _last(run.series.get("train/CrossEntropyLoss")),
@@ -118,7 +124,7 @@ def _panel(curves: Curves, runs: list[Run], max_points: int) -> dict[str, Any]:
     for metric, name in curves.metrics.items():
         for i, run in enumerate(runs):
             if metric in run.series:
-                drawn.append({"metric": metric, "name": name, "run": i, **_curve(run.series[metric], max_points)})
+                drawn.append({"metric": metric, "name": name, "run": i, **_curve(run, metric, max_points)})
     limits = [run.config.get(curves.panel.limit) for run in runs]
     return {
         "title": curves.panel.title,
@@ -132,14 +138,20 @@ def _panel(curves: Curves, runs: list[Run], max_points: int) -> dict[str, Any]:
     }
 
 
-def _curve(series: Series, max_points: int) -> dict[str, Any]:
+def _curve(run: Run, metric: str, max_points: int) -> dict[str, Any]:
+    series, spread = run.series[metric], run.spread.get(metric)
     kept = thin.thin(series, max_points)
     curve: dict[str, Any] = _points(kept)
+    if spread is not None:
+        curve["low"], curve["high"] = (_points(ends)["value"] for ends in thin.spread(series, spread, max_points, 0))
     odd = {step: str(v) for step, v in zip(curve["step"], kept.values.tolist(), strict=True) if not math.isfinite(v)}
     if odd:
         curve["odd"] = odd
     if len(kept) < len(series):
         curve["mean"] = _points(thin.means(series, max_points // 4))
+        if spread is not None:
+            ends = (thin.means(Series(series.steps, values), max_points // 4) for values in spread)
+            curve["mean"]["low"], curve["mean"]["high"] = (_points(end)["value"] for end in ends)
     return curve
 
 

@@ -54,6 +54,8 @@ class Run:
     notes: list[str] = field(default_factory=list)  # what could not be read
     state: str = ""  # running, finished or stopped; empty where it is not known
     about: dict[str, str] = field(default_factory=dict)  # facts for the heading of a page: {name: text}
+    seeds: tuple[Run, ...] = ()  # of which this run is the mean
+    spread: dict[str, np.ndarray] = field(default_factory=dict)  # {metric: lowest and highest of the seeds (2, n)} at its steps
 
     @property
     def last_step(self) -> int:
@@ -61,6 +63,8 @@ class Run:
 
     @property
     def ended(self) -> bool:
+        if self.seeds:
+            return all(run.ended for run in self.seeds)
         if self.total_steps is not None:
             return self.last_step >= self.total_steps
         return any(event["event"] == "finish" and event["step"] >= self.last_step for event in self.events)

@@ -11,7 +11,6 @@ import numpy as np
 from olmo_train.curves import panels, thin
 from olmo_train.curves.panels import Curves, Panel, View
 from olmo_train.curves.runs import Run
-from olmo_train.formats import short
 
 FIRST = ("Loss", "Gradient norm", "Learning rate")  # drawn when no metric is chosen
 TALL, LOW = 18, 10  # rows of the first plot and of the others
@@ -53,8 +52,10 @@ def _plot_rows(free: int | None, legends: list[int]) -> list[int]:
         return [TALL, *[LOW] * (count - 1)]
     while count > 1 and sum(legends[:count]) + LEAST_TALL + (count - 1) * LEAST_LOW > free:
         count -= 1
-    spare = free - sum(legends[:count]) - (count - 1) * LEAST_LOW
-    return [max(LEAST_TALL, spare), *[LEAST_LOW] * (count - 1)]
+    rows, low = free - sum(legends[:count]), LEAST_LOW
+    while low < LOW and rows - (count - 1) * (low + 1) >= TALL:
+        low += 1
+    return [max(LEAST_TALL, rows - (count - 1) * low), *[low] * (count - 1)]
 
 
 def headline(run: Run) -> str:
@@ -64,7 +65,8 @@ def headline(run: Run) -> str:
     for metric, series in run.series.items():
         panel, name = panels.place(metric)
         if panel.title == "Loss":
-            parts.append(f"{name} {series.values[-1]:.4f}")
+            low, high = run.spread[metric][:, -1] if run.seeds else (0, 0)
+            parts.append(f"{name} {series.values[-1]:.4f}" + (f" ({low:.4f} to {high:.4f})" if low < high else ""))
     for kind, mark in panels.EVENTS.items():
         count = sum(event["event"] == kind for event in run.events)
         if count and mark.shown:
@@ -110,19 +112,23 @@ def _legend(runs: list[Run], curves: Curves, look: Look) -> list[str]:
     import plotext
 
     title = curves.panel.title + (f" ({curves.panel.shown_unit})" if curves.panel.shown_unit else "")
-    names, styles = panels.legend_names(runs, curves), _styles(runs, curves, look)
     lines, used = [title], len(title)
-    first = {name: curve for curve, name in reversed(names.items())}  # runs of one group share a name
-    for name in dict.fromkeys(names.values()) if len(names) > 1 else ():
-        color, symbol = styles[first[name]]
-        entry = f"{symbol or '──'} {name}"
-        shown = str(plotext.colorize(entry, color)) if look.color else entry
+    entries: dict[str, str | None] = {}  # {text: colour}
+    names, styles = panels.legend_names(runs, curves), _styles(runs, curves, look)
+    if look.color and len(runs) > 1 and len(curves.metrics) > 1:  # the hue is the run, the symbol the metric
+        entries = {f"── {name}": COLORS[i] for i, name in enumerate(panels.hues(runs)[0])}
+        entries |= {f"{styles[i, m][1] or '──'} {curves.metrics[m]}": None for i, m in names}
+    elif len(names) > 1:
+        for curve, name in names.items():
+            entries.setdefault(f"{styles[curve][1] or '──'} {name}", styles[curve][0])
+    for entry, color in entries.items():
+        shown = str(plotext.colorize(entry, color)) if look.color and color else entry
         if used + 3 + len(entry) > look.width:
             lines, used = [*lines, shown], len(entry)
         else:
             lines[-1], used = f"{lines[-1]}   {shown}", used + 3 + len(entry)
     most = max(2, (look.height or 1000) // 8)
-    return lines if len(lines) <= most else [*lines[: most - 1], f"and more curves, {len(first)} in all"]
+    return lines if len(lines) <= most else [*lines[: most - 1], f"and more curves, {len(names)} in all"]
 
 
 def _styles(runs: list[Run], curves: Curves, look: Look) -> dict[tuple[int, str], tuple[str, str | None]]:
@@ -170,7 +176,7 @@ def _points(run: Run, metric: str, panel: Panel, look: Look) -> tuple[np.ndarray
 
 def _rulers(figure: Any, x: list[float], y: list[float], log_y: bool, look: Look) -> None:
     """Round numbers on both axes."""
-    for side, ends, log, count in (("x", x, look.log_x, look.width // 14), ("y", y, log_y, 5)):
+    for side, ends, log, count in (("x", x, look.log_x, min(10, look.width // 14)), ("y", y, log_y, 5)):
         if not ends:
             continue
         low, high = min(ends), max(ends)
@@ -179,7 +185,7 @@ def _rulers(figure: Any, x: list[float], y: list[float], log_y: bool, look: Look
         ruler = figure.ruler(side)
         ruler.lim(low, high)
         at = _ticks(low, high, count, log, whole=side == "x" and look.axis.name == "step")
-        ruler.ticks(at, [short(10**t if log else t, digits=4) for t in at])
+        ruler.ticks(at, [panels.tick_text(10**t, 10**high, 4) if log else panels.tick_text(t, high, 4) for t in at])
 
 
 def _ticks(low: float, high: float, count: int, log: bool, whole: bool) -> list[float]:
@@ -188,4 +194,6 @@ def _ticks(low: float, high: float, count: int, log: bool, whole: bool) -> list[
 
     if log:
         return np.log10(panels.log_ticks(10**low, 10**high, count)).tolist()
-    return [float(t) for t in MaxNLocator(count, integer=whole).tick_values(low, high) if low <= t <= high]
+    return [
+        float(t) for t in MaxNLocator(count, integer=whole, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high) if low <= t <= high
+    ]

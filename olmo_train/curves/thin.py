@@ -54,6 +54,15 @@ def smooth(series: Series, window: float) -> Series:
     return _average(_average(series, window / 2), window / 2)  # two boxes make a triangle
 
 
+def spread(series: Series, ends: np.ndarray, max_points: int, window: float) -> tuple[Series, Series]:
+    """The lowest and highest values `ends` (2, n) around a mean, thinned as `series` is, or averaged as its smoothed curve is."""
+    low, high = (Series(series.steps, values) for values in ends)
+    if window:
+        return smooth(means(low, max_points), window), smooth(means(high, max_points), window)
+    kept = np.searchsorted(series.steps, thin(series, max_points).steps)
+    return Series(series.steps[kept], low.values[kept]), Series(series.steps[kept], high.values[kept])
+
+
 def _average(series: Series, reach: float) -> Series:
     """Mean of the points within `reach` steps; towards the first step both sides shrink, so that the start stays."""
     steps = series.steps.astype(np.float64)
