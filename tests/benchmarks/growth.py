@@ -2,8 +2,9 @@
 naming a batch with the size of the data.
 
     python tests/benchmarks/growth.py [--output growth.png]
+    python tests/benchmarks/growth.py --table docs/benchmarks.md --output growth.png      draws a printed table again
 
-Each step's time is the median of an `olmo-train bench` in a process of its own. Prints a table and draws it, beside a line in
+Each step's time is the median of an `olmo-train bench` in a separate process. Prints a table and draws it, beside a line in
 proportion to the work.
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -27,7 +29,8 @@ STEP = {  # what grows: its values
     "micro_batch_size": (1, 2, 4, 8),
     "processes": (1, 2),
 }
-WORK_GROWS = ("model.seq_len", "model.n_layers", "parameters")  # where nothing is said here, a step's work stays as it is
+WORK_GROWS = ("model.seq_len", "model.n_layers", "parameters")  # with the others the work of a step stays the same
+TITLES = {"step": "Seconds per step", "save": "Seconds per save", "naming a batch": "Seconds to name a batch"}
 WIDTHS = (128, 256, 512, 1024)  # d_model of the models that are saved
 INSTANCES = tuple(10**exponent for exponent in (4, 6, 8, 10))  # of the data out of which a batch of 2048 is named
 
@@ -92,35 +95,54 @@ def table(found: dict[str, dict[int, float]]) -> str:
     return "\n".join(lines)
 
 
+def read_table(text: str) -> dict[str, dict[int, float]]:
+    """What `table` printed, alone or in a page."""
+    rows = re.findall(r"^\| ((?:step|save|naming a batch): [^|]+) \| (.+) \|$", text, re.M)
+    return {key: {int(v.replace(",", "")): float(s) for v, s in re.findall(r"([\d,]+): ([\d.]+)", line)} for key, line in rows}
+
+
 def draw(found: dict[str, dict[int, float]], file: Path) -> None:
+    import matplotlib
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 6), layout="constrained")
-    panels = figure.subplots(2, -(-len(found) // 2)).flatten()
-    for axes, (key, points) in zip(panels, found.items(), strict=False):
-        values, seconds = list(points), list(points.values())
-        axes.loglog(values, seconds, marker="o", label="measured")
-        line = [seconds[-1] * (value / values[-1] if key.split(":")[-1].strip() in WORK_GROWS else 1) for value in values]
-        axes.loglog(values, line, linestyle="--", color="0.6", label="in proportion to work")
-        axes.set_xticks(values, [f"{value:,}" if value < 10**5 else f"{value:.0e}" for value in values], minor=False)
-        axes.minorticks_off()
-        axes.set_title(key)
-        axes.set_ylim(min(*seconds, *line) / 2, max(*seconds, *line) * 2)
-        axes.grid(alpha=0.3)
-    panels[0].set_ylabel("seconds")
-    panels[0].legend(frameon=False)
-    for axes in panels[len(found) :]:
-        axes.set_axis_off()
-    figure.savefig(file, dpi=110)
+    from olmo_train.curves.figure import STYLE
+    from olmo_train.curves.panels import COLORS, log_ticks
+    from olmo_train.formats import short
+
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(7, 4), layout="constrained")
+        panels = figure.subplots(2, -(-len(found) // 2)).flatten()
+        for axes, (key, points) in zip(panels, found.items(), strict=False):
+            what, _, grown = key.partition(": ")
+            values, seconds = list(points), list(points.values())
+            work = [seconds[-1] * (value / values[-1] if grown in WORK_GROWS else 1) for value in values]
+            axes.loglog(values, work, linestyle="--", color="#6c757d", label="in proportion to work")
+            axes.loglog(values, seconds, marker="o", markersize=3.5, color=COLORS[0], label="measured")
+            axes.set_xticks(values, [f"{value:,}" if value < 10**4 else short(value) for value in values])
+            low, high = min(*seconds, *work) / 2, max(*seconds, *work) * 2
+            ticks = log_ticks(low, high)
+            axes.set_yticks(ticks, [short(tick) for tick in ticks])
+            axes.set_ylim(low, high)
+            axes.minorticks_off()
+            axes.set_title(TITLES[what], loc="left", fontweight="bold")
+            axes.set_xlabel(grown)
+        for axes in panels[len(found) :]:
+            axes.remove()
+        handles, names = panels[0].get_legend_handles_labels()
+        figure.legend(handles[::-1], names[::-1], loc="outside lower center", ncols=2)
+        figure.savefig(file, dpi=200)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, help="draw into this file")
+    parser.add_argument("--table", type=Path, help="read the table in this file instead of measuring")
     parser.add_argument("--steps", type=int, default=5, help="timed steps of each point (default 5)")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of all processes together")
     parser.add_argument("--word", action="append", default=[], metavar="KEY=VALUE", help="a setting of all the steps")
     arguments = parser.parse_args()
+    if arguments.table:
+        return draw(read_table(arguments.table.read_text()), arguments.output)
     found = {f"step: {key}": {value: step_seconds(key, value, arguments) for value in values} for key, values in STEP.items()}
     found["save: parameters"] = save_seconds(WIDTHS)
     found["naming a batch: instances"] = order_seconds(INSTANCES)
