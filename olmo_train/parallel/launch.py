@@ -45,8 +45,13 @@ def main(words: list[str]) -> int:
         return _error("--max-restarts", "would start a run again that a signal has stopped; leave it out, or use torchrun", 2)
     logging.disable(logging.ERROR)  # torchrun reports every failed process, which has reported its error itself
     received: set[int] = set()
+
+    def pass_on(number: int, frame: object) -> None:
+        received.add(number)
+        _signal_children(number)
+
     for number in PASSED_ON:
-        signal.signal(number, lambda number, _: (received.add(number), _pass_on(number)))
+        signal.signal(number, pass_on)
     try:
         run.run(arguments)
     except ChildFailedError as failed:
@@ -63,7 +68,7 @@ def main(words: list[str]) -> int:
     return 0
 
 
-def _pass_on(number: int) -> None:
+def _signal_children(number: int) -> None:
     """Send a signal to the processes that this one has started; leave if there are none."""
     children = []
     for file in Path("/proc").glob("[0-9]*/stat"):
