@@ -7,13 +7,23 @@ import torch
 from crash import run
 from runs import lines_of
 from test_guards import states_of
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from olmo_train.errors import ConfigError
-from olmo_train.parallel.determinism import QUANTUM, RANGE, loss_terms
+from olmo_train.parallel.determinism import DETERMINISM, QUANTUM, RANGE, loss_terms
+from olmo_train.train import train
 
 SAME = ("train/CrossEntropyLoss", "optim/total_grad_norm", "optim/clipping_rate", "eval/held/CrossEntropyLoss", "sample_hash")
 # 33 and 7 cannot be halved, so shards differ in size, and in what a vectorized loop leaves over.
 ODD = {"model.d_model": 36, "model.n_heads": 2, "model.mlp_hidden": 33, "model.n_layers": 2, "model.norm": "rms_norm"}
+# Operations that torch 2.11 to 2.13 refuse on CUDA tensors under torch.use_deterministic_algorithms(True): the second list of its
+# docstring, by the beginnings of their names. cumsum only of floating-point numbers.
+REFUSED = (
+    "median.dim", "nanmedian.dim", "kthvalue", "cumsum", "cumprod", "put_", "histc", "bincount", "scatter_reduce", "nll_loss2d",
+    "_ctc_loss", "_embedding_bag", "grid_sampler", "max_unpool", "max_pool3d", "avg_pool3d_backward", "fractional_max",
+    "adaptive_max_pool2d_backward", "_adaptive_avg_pool", "upsample", "reflection_pad", "replication_pad",
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -91,7 +101,6 @@ def test_the_same_command_again_has_the_same_bits(bits):
 
 def test_gradients_too_large_to_be_added_exactly_skip_the_step(tiny_args, monkeypatch):
     from olmo_train.parallel import determinism
-    from olmo_train.train import train
 
     monkeypatch.setattr(determinism, "RANGE", 1e-9)
     stats = [stats.skipped.item() for stats in train(tiny_args("run", determinism="world", total_steps=2))]
@@ -134,8 +143,56 @@ def test_world_with_what_it_does_not_cover_is_refused(tiny_args):
 
 
 def test_the_configuration_accepts_the_rows_of_the_table(tiny_args):
-    from olmo_train.parallel.determinism import DETERMINISM
-
     assert [tiny_args(determinism=name).determinism for name in DETERMINISM] == ["none", "run", "world"]
     with pytest.raises(ConfigError, match="determinism"):
         tiny_args(determinism="always")
+
+
+@pytest.mark.parametrize("name", ["run", "world"])
+def test_torch_is_strict_inside_and_as_before_outside(name):
+    modes = lambda: (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled())  # noqa: E731
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with DETERMINISM[name].prepare():
+            assert modes() == (True, False)
+        assert modes() == (True, True)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    with DETERMINISM[name].prepare():
+        assert modes() == (True, False)
+    assert modes() == (False, False)
+
+
+class Operations(TorchDispatchMode):
+    """The operations of torch that were called, those inside DTensor's too, but cumsum of integers."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # DTensor calls the operations on its shards
+        name = str(function).removeprefix("aten.")
+        if not (name.startswith("cumsum") and not args[0].is_floating_point()):
+            self.names.add(name)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"determinism": "run"},
+        {"determinism": "world", "model.norm": "rms_norm", "model.qk_norm": True, "optim.name": "muon"},
+        {"data.document_mask": True, "data.eos_id": 7, "model.tie_embeddings": True, "model.z_loss": 1e-4, "model.n_kv_heads": 1},
+        {"parallel.activation_checkpointing": "selective", "parallel.precision": "bf16", "model.clip_qkv": 1.0},
+    ],
+)
+def test_no_operation_of_a_run_is_one_that_torch_refuses_on_a_gpu(tiny_args, held_out, changes):
+    values = {"determinism": "run", "total_steps": 2, "parallel.cpu_kernels": False, "data.validation.held.path": held_out}
+    config = tiny_args(**{**values, **changes})
+    with Operations() as called:
+        for stats in train(config):
+            stats.loss.item()
+    assert {"mm.default", "sort.default", "embedding_dense_backward.default"} <= called.names, "what was watched"
+    assert not [name for name in called.names if name.startswith(REFUSED)]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from olmo_train.guards.spikes import LEAST, WINDOW, SpikeDetector
+from olmo_train.guards.spikes import LEAST, WINDOW, SpikeDetector, nanmedian
 
 
 def judge(detector, loss, norm=1.0):
@@ -85,3 +85,11 @@ def test_a_state_that_went_through_json_judges_on_as_before():
     for loss in (3.9, 4.3, 4.1, 9.0, 3.8):
         assert judge(one, loss) == judge(other, loss)
     assert one.state() == other.state()
+
+
+def test_the_median_is_that_of_torch_without_its_index():
+    rows = torch.randn(6, 9, dtype=torch.float64).round(decimals=1)
+    for row in range(6):
+        rows[row, torch.randperm(9)[: 9 * row // 5]] = torch.nan
+    assert torch.equal(nanmedian(rows)[:5], rows.nanmedian(dim=1).values[:5])
+    assert nanmedian(rows)[5].isnan()

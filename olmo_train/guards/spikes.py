@@ -54,12 +54,22 @@ class SpikeDetector:
 
         For normal noise the median of |difference of two neighbours| is sqrt(2) / 1.4826 standard deviations.
         """
-        recent = self.window[:, (self.seen + self._recent) % WINDOW].nanmedian(dim=1).values
-        level = torch.minimum(recent, self.window.nanmedian(dim=1).values)  # a slow rise does not lift its own level
-        noise = (self.window - self.window.roll(1, dims=1)).abs().nanmedian(dim=1).values * (1.4826 / 2**0.5)
+        recent = nanmedian(self.window[:, (self.seen + self._recent) % WINDOW])
+        level = torch.minimum(recent, nanmedian(self.window))  # a slow rise does not lift its own level
+        noise = nanmedian((self.window - self.window.roll(1, dims=1)).abs()) * (1.4826 / 2**0.5)
         return level + torch.maximum(self._sigmas * noise, self._least_rise)
 
     def state(self) -> dict[str, Any]:
         """Plain numbers for state.json, null for empty places of the window."""
         rows = [[None if value != value else value for value in row] for row in self.window.tolist()]
         return {"window": rows, "seen": int(self.seen)}
+
+
+def nanmedian(rows: Tensor) -> Tensor:
+    """The median of each row of (n, m) without its NaNs, (n,); the lower one of two, NaN for a row of NaNs only.
+
+    The values of torch.nanmedian(dim=1), which has no deterministic kernel on a GPU, as it also returns a place.
+    """
+    ordered = rows.sort(dim=1).values  # NaN last
+    middle = ((~rows.isnan()).sum(dim=1, keepdim=True) - 1).clamp(min=0) // 2
+    return ordered.gather(1, middle)[:, 0]

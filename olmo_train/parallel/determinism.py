@@ -33,19 +33,24 @@ LOSS_QUANTUM = 2.0**-24  # nats; the summed loss of a sequence is a multiple of 
 
 @contextlib.contextmanager
 def deterministic_torch(threads: int | None = None) -> Iterator[None]:
-    """Use torch's deterministic kernels, which are slower, where it has them, and warn where it has none. `threads`: of this
-    process; None: as many as before."""
+    """Use torch's deterministic kernels, which are slower. An operation that has none raises a RuntimeError.
+
+    Not with warn_only: attention would then keep cuDNN's kernel and the other non-deterministic backwards on a GPU.
+
+    `threads`: of this process; None: as many as before.
+    """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as torch.use_deterministic_algorithms asks for
-    before = torch.are_deterministic_algorithms_enabled(), DETERMINISTIC.fill_uninitialized_memory, torch.get_num_threads()
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    filled, n_threads = DETERMINISTIC.fill_uninitialized_memory, torch.get_num_threads()
+    torch.use_deterministic_algorithms(True)
     DETERMINISTIC.fill_uninitialized_memory = False  # costs time, and only helps to find uninitialized reads
-    torch.set_num_threads(threads or torch.get_num_threads())
+    torch.set_num_threads(threads or n_threads)
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before[0])
-        DETERMINISTIC.fill_uninitialized_memory = before[1]
-        torch.set_num_threads(before[2])
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        DETERMINISTIC.fill_uninitialized_memory = filled
+        torch.set_num_threads(n_threads)
 
 
 def loss_terms(losses: Tensor) -> Tensor:
