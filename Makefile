@@ -10,7 +10,8 @@
 #   make check   style, types and the import rules
 #   make test-tools   a browser and other tools; without them a few tests are skipped
 #   make bench   throughput of the first run's model on this machine
-# All of them write only to .venv/, data/ and runs/.
+#   make gpu-bundle   gpu-bundle/: what tests/benchmarks/gpu.py needs on a machine without a network
+# All of them write only to .venv/, data/, runs/ and gpu-bundle/.
 
 PYTHON ?= python3
 HELD_OUT ?= 0.05
@@ -37,7 +38,7 @@ else
   PROMPTS := $(if $(PROMPT),--prompt '$(PROMPT)',--prompt '**HAMLET**' --prompt 'class ')
 endif
 
-.PHONY: train test-tools prepare-text test slow check bench
+.PHONY: train test-tools prepare-text test slow check bench gpu-bundle
 .DELETE_ON_ERROR:
 
 ifdef TEXT
@@ -68,6 +69,20 @@ check: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/olmo-train bench configs/runs/first-run.yaml $(ARGS)
+
+# What tests/benchmarks/gpu.py needs besides the packages of an image with CUDA and torch: packages for all, and each peer in a
+# folder. Without dependencies: an image has the others.
+BUNDLED := omegaconf torchao
+PEERS := torchtitan olmo-core litgpt
+torchtitan := torchtitan==0.3.0 torchdata torch_checkpointing datasets==4.7.0 dill multiprocess tyro docstring-parser typeguard spmd_types==0.2.3
+olmo-core := ai2-olmo-core==3.0.0 dataclass-extensions importlib_resources bettermap
+litgpt := litgpt==0.5.13 jsonargparse==4.41.0
+INTO = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-compile --target
+
+gpu-bundle: $(INSTALLED)
+	rm -rf $@
+	$(INTO) $@/packages --constraint constraints.txt $(BUNDLED)
+	$(foreach peer,$(PEERS),$(INTO) $@/peers/$(peer) $($(peer)) &&) du -sh $@
 
 # The environment, created again when the requirements change.
 $(INSTALLED): pyproject.toml constraints.txt

@@ -1,34 +1,135 @@
-"""The script for a machine with a GPU, rehearsed from end to end where there is none."""
+"""The script for a machine with a GPU, rehearsed where there is none, without the packages that such a machine lacks."""
 
+import importlib.metadata
+import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from runs import load_script
 
 SCRIPT = Path(__file__).parent / "benchmarks/gpu.py"
+# Of the packages installed here, those that an image with CUDA and torch for research has.
+BARE = (
+    "torch", "triton", "numpy", "filelock", "fsspec", "jinja2", "markupsafe", "mpmath", "networkx", "sympy", "setuptools",
+    "typing-extensions", "pyarrow", "safetensors", "tokenizers", "transformers", "huggingface-hub", "hf-xet", "httpx",
+    "httpcore", "h11", "anyio", "sniffio", "regex", "tqdm", "requests", "urllib3", "certifi", "idna", "charset-normalizer",
+    "packaging", "pyyaml", "rich", "markdown-it-py", "mdurl", "pygments", "matplotlib", "contourpy", "cycler", "fonttools",
+    "kiwisolver", "pillow", "pyparsing", "python-dateutil", "six", "click", "typer", "shellingham", "tensorboard", "protobuf",
+    "pytest", "iniconfig", "pluggy", "pytest-xdist", "execnet", "hypothesis", "sortedcontainers", "nvidia-ml-py",
+)  # fmt: skip
+BUNDLED = ("omegaconf",)  # of gpu-bundle/packages; torchao is only for float8
+HOOK = """
+import importlib.machinery, sys
+
+class Bare(importlib.machinery.PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        if path is None and name in {hidden!r}:
+            path = [{bundle!r}]
+        return importlib.machinery.PathFinder.find_spec(name, path, target)
+
+sys.meta_path[sys.meta_path.index(importlib.machinery.PathFinder)] = Bare
+"""
 
 
-def test_a_rehearsal_makes_the_complete_table(tmp_path):
-    words = [sys.executable, SCRIPT, "--tiny", "--no-peers", "--output", tmp_path]
-    few = {"PYTEST_ADDOPTS": "-k not_finite"}  # one test stands for all
-    out = subprocess.run(words, env={**os.environ, **few}, capture_output=True, text=True, timeout=300)
+@pytest.fixture
+def bare(tmp_path):
+    """The environment of a process in which only BARE and a bundle of BUNDLED can be imported."""
+    bundle = tmp_path / "bundle"
+    bundle.mkdir()
+    for name in BUNDLED:
+        (bundle / name).symlink_to(Path(importlib.util.find_spec(name).origin).parent)
+    plain = lambda name: re.sub(r"[-_.]+", "-", name).lower()  # noqa: E731
+    owners = importlib.metadata.packages_distributions().items()
+    here = {module for module, names in owners if any(re.match("nvidia|cuda|olmo-train", plain(n)) for n in names)}
+    hidden = {module for module, names in owners if not any(plain(name) in BARE for name in names)} - here
+    assert {"omegaconf", "wandb", "plotly"} <= hidden
+    (tmp_path / "hook").mkdir()
+    (tmp_path / "hook/sitecustomize.py").write_text(HOOK.format(hidden=hidden, bundle=str(bundle)))
+    return {**os.environ, "PYTHONPATH": str(tmp_path / "hook")}
+
+
+def test_on_a_bare_machine_a_failing_row_is_reported_and_the_other_parts_are_measured(tmp_path, bare):
+    parts = "row:64x2:model.norm=none,row:64x2:selective,tests:not_finite"  # one test stands for all
+    words = [sys.executable, SCRIPT, "--tiny", "--parts", parts, "--output", tmp_path / "out"]
+    out = subprocess.run(words, env=bare, capture_output=True, text=True, timeout=300)
     assert out.returncode == 0, out.stderr
-    results = json.loads((tmp_path / "gpu.json").read_text())
-    assert list(results["tests"]["outcomes"].values()) == ["PASSED"]
-    assert [row["activation_checkpointing"] for row in results["bench"]] == ["selective"]
-    assert all(row["tokens_per_second"] > 0 and row["planned_bytes"] > 0 for row in results["bench"])
-    assert out.stdout.strip() == (tmp_path / "gpu.md").read_text().strip()
+    failed, row, tests = json.loads((tmp_path / "out/gpu.json").read_text())["parts"].values()
+    assert failed["error"].startswith("error: model.norm: ")
+    assert row["tokens_per_second"] > 0 and row["planned_bytes"] > 0
+    assert sum(row["phase_seconds"].values()) > 0 and min(row["phase_seconds"].values()) >= 0
+    assert list(tests["outcomes"].values()) == ["PASSED"], tests
+    assert out.stdout.strip().endswith((tmp_path / "out/gpu.md").read_text().strip())
 
 
-def test_failures_are_listed_beside_what_passed():
-    script = load_script(SCRIPT)
-    row = {"seq_len": 4096, "micro_batch_size": 8, "activation_checkpointing": "selective", "error": "error: out of memory"}
-    tests = {"outcomes": {"test_a": "PASSED", "test_b": "FAILED"}, "said": "assert 1 == 2"}
-    peers = {"olmo-1b-2048": {"litgpt": {"table": "", "error": "not installed"}}}
-    results = {"device": "gpu", "torch": "2", "seconds": 3.0, "tests": tests, "bench": [row], "peers": peers}
-    text = script.report(results)
-    for words in ("1 of 2 passed", "test_b: FAILED", "assert 1 == 2", "error: out of memory", "not installed"):
+@pytest.fixture
+def script():
+    return load_script(SCRIPT)
+
+
+def test_parts_are_expanded_once_and_a_wrong_one_is_refused_before_anything_runs(script):
+    assert script.expanded(["tests", "muon", "row:2048x8:muon"]) == ["tests", "row:2048x8:muon"]
+    for group in script.ORDER:
+        assert script.expanded([group])
+    for wrong in ("benches", "row:2048", "row:2048x8:quick"):
+        with pytest.raises(ValueError, match=wrong.split(":")[-1]):
+            script.expanded([wrong])
+
+
+def test_every_row_is_a_configuration(script, monkeypatch):
+    from olmo_train import config
+    from olmo_train.train_config import TrainConfig
+
+    for rows in script.ROWS.values():
+        for row in rows:
+            file, *words = script.row_words(row)
+            if "rowwise" in row:
+                continue
+            built = config.load(TrainConfig, [file], [*words, "run_dir=x", "data.sources.a.path=x"])
+            assert built.tokens_per_step == (262_144 if "262144" in row else 65_536), row
+    assert script.row_words("4096x3")[2] == "global_batch_size=15"  # whole micro-batches
+
+
+def test_a_command_is_stopped_at_the_deadline_and_none_is_started_after_it(script, monkeypatch):
+    monkeypatch.setattr(script, "LEAST", 0)
+    code, said, error = script.Commands(6).python("-c", "import time; print('begun', flush=True); time.sleep(60)")
+    assert (code, said) == (124, "begun\n") and "stopped" in error
+    monkeypatch.setattr(script, "LEAST", 20)
+    code, _, error = script.Commands(10).python("-c", "raise SystemExit(3)")
+    assert code == 124 and "not started" in error
+
+
+def test_the_report_has_what_failed_beside_what_did_not(script):
+    phases = dict.fromkeys(("forward", "backward", "clip", "optimizer", "other"), 0.1)
+    row = {"tokens_per_second": 1000.0, "mfu": 0.55, "step_seconds": 0.5, "first_step_seconds": 20.0, "phase_seconds": phases}
+    row |= {"peak_memory_bytes": 4e9, "planned_bytes": 5e9}
+    contestant = {"version": "2", "tokens_per_second": [900.0, 910.0], "peak_gb": 3.0, "first_step_seconds": 2.0}
+    parts = {
+        "row:2048x8": row,
+        "row:2048x8:float8": {**row, "tokens_per_second": 1250.0, "mfu": None},
+        "row:2048x8:full": {"error": "error: out of memory"},
+        "row:2048x8:262144": row,
+        "tests": {
+            "outcomes": {"test_a": "PASSED", "test_b": "FAILED"},
+            "reasons": ["FAILED x - assert 1"],
+            "said": "assert 1 == 2",
+        },
+        "peers": {"said": ["litgpt is skipped: not installed"], "figures": {"ours": contestant, "half": {"version": "1"}}},
+    }
+    text = script.report({"device": "gpu", "torch": "2", "python": "3", "commit": "c", "parts": parts})
+    for words in (
+        "1 of 2 passed",
+        "test_b: FAILED",
+        "assert 1 == 2",
+        "error: out of memory",
+        "litgpt is skipped",
+        "| ours | 2 | 905",
+    ):
         assert words in text
+    assert "| 2048x8:float8 | 1,250 | 1.25 | unknown |" in text
+    assert "| 2048x8:262144 | 1,000 |  | 55.0% |" in text

@@ -1,6 +1,7 @@
 """`determinism: world` computes the same bits on any number of processes and for any micro-batch; `run` each time."""
 
 import hashlib
+import os
 
 import pytest
 import torch
@@ -150,6 +151,7 @@ def test_the_configuration_accepts_the_rows_of_the_table(tiny_args):
 
 @pytest.mark.parametrize("name", ["run", "world"])
 def test_torch_is_strict_inside_and_as_before_outside(name):
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] in (":4096:8", ":16:8"), "read by cuBLAS before any run"
     modes = lambda: (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled())  # noqa: E731
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:

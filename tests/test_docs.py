@@ -31,7 +31,7 @@ NEEDS = {
     "README.md": ["a network the first time, for Python packages", "ten minutes", "8 GPUs", "a cluster with Slurm"],
     "CONTRIBUTING.md": ["a network the first time; style, types, import rules"],
     "docs/architectures.md": ["a GPU", *["a checkpoint and a configuration file of allenai/OLMo"] * 2],
-    "docs/benchmarks.md": ["a GPU; --tiny tries all of it on a CPU"],
+    "docs/benchmarks.md": ["a GPU"] * 3,
     "docs/configuration.md": ["a GPU"],
     "docs/curves.md": ["Ctrl-C to end; a live page on this computer", "a file exported from W&B"],
 }

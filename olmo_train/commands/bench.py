@@ -18,10 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     import contextlib
     import json
-    import os
     import sys
-
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # read by torch's import; the profiler announces its start
 
     from olmo_train.errors import ConfigError
     from olmo_train.parallel import processes
@@ -47,7 +44,7 @@ def table(figures: dict) -> str:
         "device": figures["device"],
         "speed": f"{figures['tokens_per_second']:,.0f} tokens/s",
         "step": f"{figures['step_seconds']:.4f} s (fastest {fastest:.4f}, slowest {slowest:.4f})",
-        "phases, profiled": f"{phases} s",
+        "phases": f"{phases} s",
         "work": f"{figures['flops_per_second'] / 1e12:.4g} TFLOP/s ({figures['flops_convention']})",
         "MFU": mfu,
         "peak memory": byte_size(figures["peak_memory_bytes"]),

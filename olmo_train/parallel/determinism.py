@@ -22,6 +22,10 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from olmo_train.optim.adamw import DeterministicAdamW
 
+# cuBLAS is deterministic with this workspace. It is read once, at the first matrix product of a process, so it is set before any
+# run. On Hopper torch's workspaces have this size anyway, elsewhere they take 24 MB more.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
 DETERMINISTIC: Any = torch.utils.deterministic  # its flag is a property that type checkers do not see
 
 # Gradients of one sequence, already divided by the tokens of the global batch: fp64 adds multiples of 2^-42 exactly up to
@@ -39,7 +43,6 @@ def deterministic_torch(threads: int | None = None) -> Iterator[None]:
 
     `threads`: of this process; None: as many as before.
     """
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as torch.use_deterministic_algorithms asks for
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     filled, n_threads = DETERMINISTIC.fill_uninitialized_memory, torch.get_num_threads()
     torch.use_deterministic_algorithms(True)

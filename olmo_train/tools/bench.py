@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import resource
 import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import torch
 
 from olmo_train import config as configuration
 from olmo_train import hardware
+from olmo_train import train as training
 from olmo_train.formats import counted
 from olmo_train.model.config import ModelConfig
 from olmo_train.model.cost import FLOPS_CONVENTION, flops_per_token
@@ -23,7 +26,7 @@ from olmo_train.train import train
 from olmo_train.train_config import TrainConfig
 
 PHASES = ("forward", "backward", "clip", "optimizer")  # the ranges that train_step names for profilers
-PROFILED = 3  # steps profiled by phase, after the timed ones
+PROFILED = 3  # steps timed by phase, after the others
 RANDOM_TOKENS = 2_000_000  # of a random source, if the configuration has no data
 
 
@@ -46,7 +49,7 @@ def load(files: list[str], words: list[str], folder: Path) -> TrainConfig:
 
 
 def measure(files: list[str], words: list[str], steps: int, warmup: int) -> dict[str, Any]:
-    """Train `warmup` steps, then time `steps` steps one by one, then profile PROFILED steps.
+    """Train `warmup` steps, then time `steps` steps one by one, then the phases of PROFILED steps.
 
     Returns plain numbers: medians over steps, so that one slow step does not count.
     """
@@ -98,22 +101,48 @@ def _figures(config: TrainConfig, seconds: list[float], phases: dict[str, float]
     }
 
 
+class PhaseClock:
+    """Takes the place of torch's record_function in train_step, and measures the ranges by the clock of the device."""
+
+    def __init__(self) -> None:
+        self.spans: list[tuple[str, Any, Any]] = []
+
+    @contextlib.contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        start = self.now()
+        yield
+        self.spans.append((name, start, self.now()))
+
+    def now(self) -> Any:
+        """Seconds on a CPU. On a GPU an event that its stream reaches after all work before it, so that nothing waits."""
+        if not torch.cuda.is_available():
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds(self, start: Any, end: Any) -> float:
+        """Between two values of `now`; those of a GPU have to be reached."""
+        return end - start if isinstance(start, float) else start.elapsed_time(end) / 1000
+
+
 def _phases(run) -> dict[str, float]:
-    """Mean seconds of a step in each phase, by torch's profiler; `other` is the remaining time: data, logging, guards."""
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    if torch.cuda.is_available():
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
-    before = time.perf_counter()
-    with torch.profiler.profile(activities=activities, acc_events=True) as profile:
+    """Mean seconds of a step in each phase; `other` is the remaining time: data, counting, logging, guards."""
+    clock = PhaseClock()
+    record_function = training.record_function
+    setattr(training, "record_function", clock)  # noqa: B010, a class for type checkers
+    try:
+        start = clock.now()
         for _ in range(PROFILED):
             next(run)
-        _finished()
-    whole = (time.perf_counter() - before) / PROFILED
+        end = clock.now()
+    finally:
+        setattr(training, "record_function", record_function)  # noqa: B010
+    _finished()
     spent = dict.fromkeys(PHASES, 0.0)
-    for event in profile.key_averages():
-        if event.key in spent:
-            spent[event.key] += max(event.cpu_time_total, event.device_time_total) / 1e6 / PROFILED
-    return {**spent, "other": max(whole - sum(spent.values()), 0.0)}
+    for name, begin, over in clock.spans:
+        spent[name] += clock.seconds(begin, over) / PROFILED
+    return {**spent, "other": clock.seconds(start, end) / PROFILED - sum(spent.values())}
 
 
 def _finished() -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -25,7 +26,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 ROOT = Path(__file__).parents[2]
 MARK = "[peers] "  # begins each line that a contestant says to us; others are its own chatter
@@ -158,6 +159,10 @@ def transformers(work: SimpleNamespace, folder: Path) -> Step:
 def olmo_core(work: SimpleNamespace, folder: Path) -> Step:
     """OLMo-core's own train module: its accumulation, loss, clipping and optimizer; on a GPU compiled, as its scripts do."""
     import torch
+
+    if importlib.util.find_spec("cached_path") is None:  # for remote files, which nothing reads here
+        sys.modules["cached_path"] = ModuleType("cached_path")
+        sys.modules["cached_path"].cached_path = None
     from olmo_core.config import DType
     from olmo_core.nn.layer_norm import LayerNormConfig
     from olmo_core.nn.transformer import TransformerConfig
@@ -313,8 +318,8 @@ class Contestant:
     def __init__(self, name: str, arguments: argparse.Namespace, folder: str | None):
         python = Path(folder, "bin", "python") if folder else None
         python = str(python) if python and python.exists() else sys.executable
-        paths = [*([folder] if folder and python == sys.executable else []), str(ROOT)]
-        env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "WANDB_MODE": "disabled"}
+        paths = [*([folder] if folder and python == sys.executable else []), str(ROOT), os.environ.get("PYTHONPATH", "")]
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "WANDB_MODE": "disabled"}
         if arguments.tuned:
             env["GLIBC_TUNABLES"] = TUNED
         words = [python, __file__, "--contestant", name, "--work", arguments.work, "--warmup", str(arguments.warmup)]
