@@ -85,7 +85,7 @@ def test_help_takes_less_than_half_a_second_of_computing():
     assert min(seconds) < 0.5
 
 
-@pytest.mark.parametrize("goal", ["train", "train TEXT=my-text", "test", "check", "bench"])
+@pytest.mark.parametrize("goal", ["train", "train TEXT=my-text", "test", "check", "bench", "gpu-bundle"])
 def test_each_make_goal_can_be_planned(goal, tmp_path):
     """In a fresh clone, as far as make can tell: every file that a rule needs has a rule that makes it."""
     for name in ("Makefile", "pyproject.toml", "constraints.txt", "launch"):
@@ -98,4 +98,4 @@ def test_each_make_goal_can_be_planned(goal, tmp_path):
 
 def test_git_ignores_what_the_goals_write():
     ignored = (ROOT / ".gitignore").read_text().split()
-    assert {"/.venv/", "/data/", "/runs/"} <= set(ignored)
+    assert {"/.venv/", "/data/", "/runs/", "/gpu-bundle/"} <= set(ignored)
