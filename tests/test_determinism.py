@@ -109,17 +109,18 @@ def test_gradients_too_large_to_be_added_exactly_skip_the_step(tiny_args, monkey
 
 
 def test_the_norm_is_the_norm():
-    from olmo_train.parallel import shard
+    from torch.distributed.tensor import distribute_tensor
+
     from olmo_train.parallel.determinism import exact_norm
     from olmo_train.parallel.world import join_world
 
     torch.manual_seed(0)
     with join_world() as world:
         values = [torch.randn(40, 3), 1e-6 * torch.randn(7), torch.zeros(5), 1e4 * torch.randn(2, 2)]
-        sharded = [shard.distribute_tensor(value, world.mesh) for value in values]
+        sharded = [distribute_tensor(value, world.mesh) for value in values]
         exactly = exact_norm(sharded)[0].item()
         assert exactly == pytest.approx(torch.cat([v.flatten() for v in values]).norm().item(), rel=1e-6)
-        small = [shard.distribute_tensor(1e-6 * torch.randn(1000), world.mesh), sharded[0]]
+        small = [distribute_tensor(1e-6 * torch.randn(1000), world.mesh), sharded[0]]
         assert exact_norm(small)[0].item() == pytest.approx(values[0].norm().item(), rel=1e-6)
         for bad in (float("nan"), float("inf"), -float("inf")):
             sharded[1].to_local()[3] = bad

@@ -17,7 +17,7 @@ from olmo_train.train_config import TrainConfig
 PACKAGE = Path(__file__).parent.parent / "olmo_train"
 FLOORS = (  # lowest first; a folder's config.py lies below the rest of the folders, so that a configuration needs no torch
     "errors",
-    "storage hardware formats",
+    "storage hardware formats deal",
     "config",
     "*/config",
     "model data optim",

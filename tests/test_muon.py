@@ -1,13 +1,24 @@
-"""Muon: torch's arithmetic, in fp32, on whole matrices, for every number of processes; a skipped step leaves no trace."""
+"""Muon: torch's arithmetic, in fp32, on whole matrices, for every number of processes; a skipped step leaves no trace. Each
+matrix is orthogonalized on one rank."""
+
+from collections import Counter
 
 import pytest
 import torch
-from runs import LOSS, history, trained, trained_on
+import torch.distributed as dist
+from ranks import on_ranks
+from runs import LOSS, history, trained
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.optim._muon import _zeropower_via_newtonschulz as newton_schulz_of_torch
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from olmo_train.checkpoint.load import load_model
 from olmo_train.optim import adamw, build, config
 from olmo_train.optim import muon as optim_muon
+from olmo_train.parallel.exchange import on_full_tensors
 
 SHAPES = {
     "embed.weight": (32, 16),
@@ -49,9 +60,92 @@ def test_steps_equal_those_of_torch_up_to_its_bf16():
 def test_orthogonalizing_keeps_singular_vectors_and_brings_values_near_one():
     matrix = torch.randn(48, 16, generator=torch.Generator().manual_seed(2))
     u, s, v = torch.linalg.svd(matrix, full_matrices=False)
-    seen = u.T @ optim_muon.orthogonalize(matrix) @ v.T
+    seen = u.T @ optim_muon.newton_schulz(matrix) @ v.T
     assert (seen - seen.diagonal().diag()).abs().max() < 1e-4
     assert seen.diagonal().min() > 0.6 and seen.diagonal().max() < 1.3
+
+
+def test_in_bf16_orthogonalizing_has_the_bits_of_torch_also_in_a_batch():
+    for shape in ((48, 16), (16, 48), (32, 32)):
+        matrices = list(torch.randn(3, *shape, generator=torch.Generator().manual_seed(3)).bfloat16())
+        theirs = [newton_schulz_of_torch(matrix, (3.4445, -4.775, 2.0315), 5, 1e-7) for matrix in matrices]
+        assert all(map(torch.equal, map(optim_muon.newton_schulz, matrices), theirs)), shape
+        batched = optim_muon.orthogonalize(matrices, in_batches=True)
+        assert all((x - y).abs().max() < 0.02 for x, y in zip(batched, theirs, strict=True)), shape
+
+
+def test_matrices_of_one_shape_in_a_batch_are_those_one_by_one():
+    generator = torch.Generator().manual_seed(4)
+    matrices = [torch.randn(shape, generator=generator) for shape in ((8, 4), (4, 8), (8, 4), (4, 4), (8, 4), (4, 8))]
+    alone, batched = (optim_muon.orthogonalize(matrices, in_batches=batches) for batches in (False, True))
+    assert all(torch.equal(x, optim_muon.newton_schulz(matrix)) for x, matrix in zip(alone, matrices, strict=True))
+    assert all(torch.allclose(x, y, atol=1e-5) for x, y in zip(alone, batched, strict=True))
+    assert all(torch.equal(x, y) for x, y in zip(alone, optim_muon.orthogonalize(matrices), strict=True)), "a CPU has no batches"
+
+
+ROWS = (1, 7, 33, 8, 3)  # of tensors that do not divide over 4 ranks; some ranks have no row of some
+
+
+def moved(mesh) -> list:
+    """Full tensors doubled by their owners, and what each rank was given."""
+    placements = [Shard(0)] if mesh.ndim == 1 else [Replicate(), Shard(0)]
+    tensors = [torch.arange(3.0 * rows).view(rows, 3) + rows for rows in ROWS]
+    sharded = [distribute_tensor(tensor, mesh, placements, src_data_rank=None) for tensor in tensors]
+    seen = []
+
+    def doubled(full: list[torch.Tensor]) -> list[torch.Tensor]:
+        seen.extend(len(tensor) for tensor in full)
+        return [2 * tensor for tensor in full]
+
+    owners = [i % mesh.size() for i in range(len(ROWS))]
+    results = on_full_tensors(doubled, sharded, owners)
+    assert all(torch.equal(r.full_tensor(), 2 * t) for r, t in zip(results, tensors, strict=True))
+    assert all(r.to_local().shape == s.to_local().shape for r, s in zip(results, sharded, strict=True))
+    return seen
+
+
+@pytest.mark.parametrize("shape", [(2,), (4,), (2, 2), (4, 1)])
+def test_each_rank_works_on_the_full_tensors_that_it_owns_and_all_get_their_shards(shape):
+    size = torch.Size(shape).numel()
+    names = ("replicate", "shard")[-len(shape) :]
+    seen = on_ranks(size, lambda world: moved(init_device_mesh("cpu", shape, mesh_dim_names=names)))
+    assert seen == [[rows for i, rows in enumerate(ROWS) if i % size == rank] for rank in range(size)]
+
+
+class Collectives(TorchDispatchMode):
+    """Counts the collectives by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace in ("c10d", "_c10d_functional"):
+            self.counts[function._schema.name.partition("::")[2]] += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("shape", [(8,), (2, 4)])
+@pytest.mark.parametrize("elements, rounds", [(2**22, 1), (1, 2)])
+def test_a_step_on_eight_ranks_is_two_collectives_a_round(shape, elements, rounds, monkeypatch):
+    monkeypatch.setattr(optim_muon, "ROUND_ELEMENTS", elements)
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)
+    try:
+        mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
+        placements = [Shard(0)] if mesh.ndim == 1 else [Replicate(), Shard(0)]
+        full = {f"blocks.{i}.attn.wq.weight": torch.ones(64, 32) for i in range(16)} | {"norm.weight": torch.ones(32)}
+        parameters = {
+            name: nn.Parameter(distribute_tensor(value, mesh, placements, src_data_rank=None)) for name, value in full.items()
+        }
+        optimizer = build.build_optimizer(parameters, CONFIG, ranks=8, on_full_tensors=on_full_tensors)
+        build.allocate_state(optimizer)
+        for parameter in parameters.values():
+            parameter.grad = torch.ones_like(parameter)
+        with Collectives() as seen:
+            optimizer.step()
+        assert seen.counts == {"alltoall_base_": 2 * rounds}
+    finally:
+        dist.destroy_process_group()
 
 
 def test_the_updates_of_q_k_and_v_are_as_large_whatever_the_scales_of_their_gradients():
@@ -107,11 +201,20 @@ def test_a_resumed_run_continues_bit_for_bit(tmp_path, tiny_args):
     assert all(torch.equal(p, ours[name]) for name, p in load_model(tmp_path / "whole").named_parameters())
 
 
-def test_two_processes_train_as_one(tmp_path, tiny_args):
-    for size in (1, 2):
-        trained_on(size, tiny_args(f"on-{size}", **{"optim.name": "muon"}))
-    curves = [torch.tensor(history(tmp_path / f"on-{size}", LOSS)).flatten() for size in (1, 2)]
-    assert len(curves[0]) == 12 and curves[0][-1] < curves[0][0] - 0.1
-    assert (curves[0] - curves[1]).abs().max() < 1e-5
-    one, two = (dict(load_model(tmp_path / f"on-{size}").named_parameters()) for size in (1, 2))
-    assert max((one[name] - two[name]).abs().max() for name in one) < 1e-5
+def test_two_and_four_processes_train_as_one_and_share_the_work(tmp_path, tiny_args, monkeypatch):
+    """Also with replicas, which do not repeat each other's work."""
+    calls, newton_schulz = [], optim_muon.newton_schulz
+    monkeypatch.setattr(optim_muon, "newton_schulz", lambda x: calls.append(x.shape) or newton_schulz(x))
+    curves, models = {}, {}
+    for ranks, replicas in ((1, 1), (2, 1), (4, 1), (4, 2)):
+        name = f"on-{ranks}-{replicas}"
+        run = tiny_args(name, **{"optim.name": "muon", "micro_batch_size": 2, "parallel.replicas": replicas})
+        counts = on_ranks(ranks, lambda world, run=run: trained(run, world) and len(calls), replicas=replicas)
+        assert sum(counts) == 13 * 14, "seven matrices of two blocks, in 12 steps and in the one that allocates the state"
+        assert max(counts) <= 13 * -(-14 // ranks)
+        curves[name] = torch.tensor(history(tmp_path / name, LOSS)).flatten()
+        models[name] = dict(load_model(tmp_path / name).named_parameters())
+    curve, model = curves["on-1-1"], models["on-1-1"]
+    assert len(curve) == 12 and curve[-1] < curve[0] - 0.1
+    assert all((curve - other).abs().max() < 1e-5 for other in curves.values())
+    assert all((model[name] - other[name]).abs().max() < 1e-5 for other in models.values() for name in model)

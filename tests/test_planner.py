@@ -23,6 +23,7 @@ from olmo_train.optim import build
 from olmo_train.optim import config as optim_config
 from olmo_train.parallel import config as parallel_config
 from olmo_train.parallel import gradients, shard
+from olmo_train.parallel.exchange import on_full_tensors
 from olmo_train.plan import memory, time
 from olmo_train.plan.memory import Layout, memory_estimate
 from olmo_train.plan.time import Assumptions, run_cost
@@ -91,7 +92,9 @@ def measure_step(model_config: ModelConfig, layout: Layout) -> tuple[int, int]:
         for parameter in model.parameters():
             torch.nn.init.zeros_(parameter)
         recipe = optim_config.OptimConfig(name=layout.optimizer)
-        optimizer = build.build_optimizer(dict(model.named_parameters()), recipe, shard.on_full_tensor)
+        optimizer = build.build_optimizer(
+            dict(model.named_parameters()), recipe, ranks=layout.gpus, on_full_tensors=on_full_tensors
+        )
         ids = torch.zeros(layout.micro_batch_size, model_config.seq_len, dtype=torch.int64)
         run_step(model, optimizer, ids, layout.micro_batches)  # the first step makes the moments
         live = LiveBytes()

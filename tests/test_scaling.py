@@ -10,7 +10,8 @@ from olmo_train.hardware import lookup
 from olmo_train.model.config import ModelConfig
 from olmo_train.model.cost import block_parameters, count_parameters
 from olmo_train.plan.memory import RUNTIME_BYTES, Layout, memory_estimate
-from olmo_train.plan.scaling import LINKS, all_reduce_seconds, ring_seconds, step_estimate
+from olmo_train.plan.scaling import LINKS, all_reduce_seconds, exchange_seconds, ring_seconds, step_estimate
+from olmo_train.plan.time import update_flops
 
 H100 = lookup("h100")
 DGX = LINKS[H100.name]
@@ -95,6 +96,21 @@ def test_full_recomputation_is_a_third_more_compute_in_the_blocks():
 def test_on_thousands_of_gpus_replicas_are_faster_than_one_ring():
     fsdp, hsdp = (estimate(gpus=4096, replicas=replicas) for replicas in (1, 512))
     assert hsdp.seconds < 0.5 * fsdp.seconds
+
+
+def test_muon_is_shared_by_all_gpus_and_its_matrices_are_sent_there_and_back():
+    plain, one = estimate(), estimate(optimizer="muon")
+    flops = 32 * 5 * (4 * 6 * 4096**3 + 3 * (4 * 4096**2 * 11008 + 2 * 4096**3))
+    assert update_flops(OLMO_7B, Layout(optimizer="muon")) == flops
+    assert one.seconds - plain.seconds == pytest.approx(flops / (989.4e12 * 0.5))
+    for gpus in (8, 64):  # each has 1 / gpus of it, but for matrices that cannot be cut
+        assert flops / gpus <= update_flops(OLMO_7B, Layout(gpus=gpus, optimizer="muon")) < 1.02 * flops / gpus
+    assert update_flops(OLMO_7B, Layout(gpus=64, replicas=8, optimizer="muon")) < 1.02 * flops / 64
+    sent = 2 * 7 / 8 * 2 * 32 * (4 * 4096**2 + 3 * 4096 * 11008) / 8
+    assert exchange_seconds(OLMO_7B, Layout(gpus=8, optimizer="muon"), DGX) == pytest.approx(sent / 360e9)
+    eight, muon = estimate(gpus=8), estimate(gpus=8, optimizer="muon")
+    assert muon.exposed_seconds - eight.exposed_seconds == pytest.approx(sent / 360e9)
+    assert update_flops(OLMO_7B, Layout()) == exchange_seconds(OLMO_7B, Layout(gpus=8), DGX) == 0
 
 
 # Published: model, {layout}, tokens/s of a GPU. The efficiency is that of the first row of each series.

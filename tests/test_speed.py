@@ -13,6 +13,7 @@ from olmo_train.guards.spikes import SpikeDetector
 from olmo_train.model.transformer import Transformer
 from olmo_train.optim import build
 from olmo_train.parallel import shard
+from olmo_train.parallel.exchange import on_full_tensors
 from olmo_train.parallel.world import join_world
 
 on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -36,7 +37,9 @@ def a_step(config, world):
         model = Transformer(config.model)
     shard.shard(model, config.parallel, world)
     shard.init_weights(model, config.seed)
-    optimizer = build.build_optimizer(dict(model.named_parameters()), config.optim, shard.on_full_tensor)
+    optimizer = build.build_optimizer(
+        dict(model.named_parameters()), config.optim, ranks=world.size, on_full_tensors=on_full_tensors
+    )
     build.allocate_state(optimizer)
     tokens = torch.arange(config.global_batch_size * config.model.seq_len).view(config.global_batch_size, -1) % 512
     batch = Batch(tokens, tokens, torch.zeros(len(tokens), dtype=torch.int64)).to(world.device)

@@ -197,6 +197,8 @@ def show_cost(console: Console, plan: dict[str, Any]) -> None:
         ["energy", amount(cost["kwh"], "kWh", "MWh"), f"{gpu['power_watts']:g} W a GPU x PUE {assumed['pue']:g} (--pue)"],
         ["CO2eq", amount(cost["co2_kg"], "kg", "t"), f"{assumed['carbon']:g} kg a kWh (--carbon)"],
     ]
+    if updates := plan["update_flops"] * plan["total_steps"]:
+        rows.insert(1, ["Muon's FLOPs", f"{updates:.3g}", "orthogonalization, on each GPU"])
     print_table(["", "amount", "from"], rows, left=["", "from"], title="Cost")
     if step := plan["step"]:
         waiting = step["exposed_seconds"] / step["seconds"]

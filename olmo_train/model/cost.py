@@ -41,15 +41,25 @@ def count_parameters(config: ModelConfig) -> ParameterCount:
     )
 
 
+def attention_matrices(config: ModelConfig) -> list[tuple[int, int]]:
+    """Shapes of one block's matrices in attention: the q, k, v and output projections."""
+    queries, keys, d_model = config.n_heads * config.head_size, config.kv_heads * config.head_size, config.d_model
+    return [(queries, d_model), (keys, d_model), (keys, d_model), (d_model, queries)]
+
+
+def mlp_matrices(config: ModelConfig) -> list[tuple[int, int]]:
+    """Shapes of one block's matrices in the MLP: a gated one has two input matrices."""
+    return [(config.mlp_hidden, config.d_model)] * (2 if config.gated else 1) + [(config.d_model, config.mlp_hidden)]
+
+
 def attention_parameters(config: ModelConfig) -> int:
-    """Matrix parameters of one block's attention: the q, k, v and output projections."""
-    queries, keys = config.n_heads * config.head_size, config.kv_heads * config.head_size
-    return config.d_model * (queries + 2 * keys) + queries * config.d_model
+    """Matrix parameters of one block's attention."""
+    return sum(rows * columns for rows, columns in attention_matrices(config))
 
 
 def mlp_parameters(config: ModelConfig) -> int:
-    """Matrix parameters of one block's MLP: a gated one has two input matrices."""
-    return (3 if config.gated else 2) * config.d_model * config.mlp_hidden
+    """Matrix parameters of one block's MLP."""
+    return sum(rows * columns for rows, columns in mlp_matrices(config))
 
 
 def norm_parameters(config: ModelConfig, width: int) -> int:

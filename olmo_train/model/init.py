@@ -1,7 +1,7 @@
 """The initial value of every parameter: a pure function of the configuration, the seed and the parameter's name.
 
-So it depends neither on the number of ranks nor on the order of the layers: each rank draws the full tensor and
-parallel/shard.py keeps this rank's shard. This takes host memory for one full parameter at a time.
+So it depends neither on the number of ranks nor on the order of the layers. parallel/shard.py draws each full tensor on one rank,
+which sends the shards to the others; this takes memory for one full parameter at a time.
 """
 
 from __future__ import annotations

@@ -8,14 +8,15 @@ import torch
 from torch import nn
 
 from olmo_train.optim.config import OptimConfig
-from olmo_train.optim.groups import OnFullTensor, on_unsharded, param_groups
+from olmo_train.optim.groups import OnFullTensors, on_unsharded, param_groups
 
 
 def adamw(
     parameters: Mapping[str, nn.Parameter],
     config: OptimConfig,
-    on_full_tensor: OnFullTensor = on_unsharded,
     kind: type[torch.optim.AdamW] = torch.optim.AdamW,
+    ranks: int = 1,
+    on_full_tensors: OnFullTensors = on_unsharded,
 ) -> torch.optim.AdamW:
     """torch's fused AdamW. Its `found_inf` makes a step an exact no-op without a host sync (see guards/nonfinite.py)."""
     return kind(param_groups(parameters, config), lr=config.peak_lr, betas=config.betas, eps=config.eps, fused=True)

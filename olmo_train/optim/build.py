@@ -9,19 +9,23 @@ from torch import nn
 
 from olmo_train.optim.adamw import adamw
 from olmo_train.optim.config import OptimConfig
-from olmo_train.optim.groups import OnFullTensor, on_unsharded
+from olmo_train.optim.groups import OnFullTensors, on_unsharded
 from olmo_train.optim.muon import muon
 
 
 def build_optimizer(
     parameters: Mapping[str, nn.Parameter],
     config: OptimConfig,
-    on_full_tensor: OnFullTensor = on_unsharded,
     adamw_class: type[torch.optim.AdamW] = torch.optim.AdamW,
+    ranks: int = 1,
+    on_full_tensors: OnFullTensors = on_unsharded,
 ) -> torch.optim.Optimizer:
-    """The optimizer over {name: parameter}, without frozen parameters; group_of decides their weight decay."""
+    """The optimizer over {name: parameter}, without frozen parameters; group_of decides their weight decay.
+
+    Work on full tensors is dealt over `ranks` and done through `on_full_tensors`.
+    """
     parameters = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
-    return OPTIMIZERS[config.name](parameters, config, on_full_tensor, adamw_class)
+    return OPTIMIZERS[config.name](parameters, config, adamw_class, ranks, on_full_tensors)
 
 
 OPTIMIZERS = {"adamw": adamw, "muon": muon}

@@ -48,3 +48,16 @@ class OptimConfig:
             raise ConfigError("optim.schedule_steps", f"{self.schedule_steps} is below warmup_steps {self.warmup_steps}")
         if self.decay_steps is not None and self.schedule != "wsd":
             raise ConfigError("optim.decay_steps", f"is read with schedule: wsd only, not {self.schedule}; leave it out")
+
+
+# ---- Muon
+
+
+NEWTON_SCHULZ_STEPS = 5  # Jordan et al. 2024
+ROUND_ELEMENTS = 2**22  # elements of full matrices that a rank orthogonalizes at a time, or one larger matrix
+
+
+def newton_schulz_flops(rows: int, columns: int) -> int:
+    """FLOPs of orthogonalizing one matrix: in each iteration two products with the m x n matrix and one of m x m, m <= n."""
+    m, n = min(rows, columns), max(rows, columns)
+    return NEWTON_SCHULZ_STEPS * (4 * m * m * n + 2 * m**3)

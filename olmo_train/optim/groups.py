@@ -36,11 +36,11 @@ def param_groups(parameters: Mapping[str, nn.Parameter], config: OptimConfig) ->
     ]
 
 
-# Applies a function to the full tensor of a shard and shards the result the same way: parallel.shard.on_full_tensor. For
-# tensors that are not sharded: on_unsharded.
-OnFullTensor = Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]
+# Applies a function to the full tensors that this rank owns, and shards the results of all ranks like the tensors:
+# parallel.exchange.on_full_tensors(function, tensors, the owner of each). For one process without shards: on_unsharded.
+OnFullTensors = Callable[[Callable[[list[Tensor]], list[Tensor]], list[Tensor], list[int]], list[Tensor]]
 
 
-def on_unsharded(function: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
-    """Apply a function to a tensor that is not sharded."""
-    return function(tensor)
+def on_unsharded(function: Callable[[list[Tensor]], list[Tensor]], tensors: list[Tensor], owners: list[int]) -> list[Tensor]:
+    """Apply a function to tensors that are not sharded."""
+    return function(tensors)

@@ -7,18 +7,19 @@ state are fp32; blocks compute in `precision`.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
+from olmo_train.deal import deal, in_rounds
 from olmo_train.model.init import initial_value
 from olmo_train.model.transformer import Transformer
 from olmo_train.parallel import kernels
 from olmo_train.parallel.config import ParallelConfig
 from olmo_train.parallel.determinism import DETERMINISM, Determinism, round_gradients
+from olmo_train.parallel.exchange import to_shards
 from olmo_train.parallel.recompute import RECOMPUTED
 from olmo_train.parallel.world import World
 
@@ -72,12 +73,21 @@ def _own_parameters(module: nn.Module) -> list[nn.Parameter]:
 
 @torch.no_grad()
 def init_weights(model: Transformer, seed: int) -> None:
-    """Set the first value of every parameter, sharded or not; equal for every world size."""
-    for name, parameter in model.named_parameters():
-        value = initial_value(name, parameter.shape, model.config, seed)
-        if isinstance(parameter, DTensor):  # every rank has drawn the full value, so nothing is sent
-            value = distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None)
-        parameter.copy_(value)
+    """Set the first value of every parameter, sharded or not; equal for every world size.
+
+    Each is drawn on one rank, which sends the shards to the others: the ranks have equal shares of the elements.
+    """
+    named = list(model.named_parameters())
+    sizes = [parameter.numel() for _, parameter in named]
+    mesh = getattr(named[0][1], "device_mesh", None)
+    rank, ranks = (mesh.get_rank(), mesh.size()) if mesh else (0, 1)
+    owners = deal(sizes, ranks)
+    for pieces in in_rounds(sizes, owners, most=1):  # one tensor a rank at a time
+        drawn = [named[i] for i in pieces if owners[i] == rank]
+        values = [initial_value(name, p.shape, model.config, seed).to(p.device) for name, p in drawn]
+        parameters = [named[i][1] for i in pieces]
+        for parameter, value in zip(parameters, to_shards(values, parameters, [owners[i] for i in pieces]), strict=True):
+            parameter.copy_(value)
 
 
 def reshard(model: nn.Module) -> None:
@@ -90,11 +100,3 @@ def reshard(model: nn.Module) -> None:
 def full_tensor(tensor: Tensor) -> Tensor:
     """The full tensor of a DTensor; any other tensor as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def on_full_tensor(function: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
-    """function(full tensor), computed on every rank and sharded like `tensor`."""
-    if not isinstance(tensor, DTensor):
-        return function(tensor)
-    result = function(tensor.full_tensor())
-    return distribute_tensor(result, tensor.device_mesh, tensor.placements, src_data_rank=None)

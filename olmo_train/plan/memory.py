@@ -15,15 +15,17 @@ from olmo_train.formats import counted
 from olmo_train.model.config import ModelConfig
 from olmo_train.model.cost import (
     LOSS_PART_BYTES,
+    attention_matrices,
     attention_parameters,
     block_parameters,
     count_parameters,
+    mlp_matrices,
     mlp_parameters,
 )
+from olmo_train.optim.config import ROUND_ELEMENTS
 
 BYTES = {"bf16": 2, "fp32": 4}
 RUNTIME_BYTES = 1_500_000_000  # assumed: CUDA context, NCCL buffers, cuBLAS workspaces, fragments between tensors
-MATRIX_COPIES = 5  # of Muon's largest matrix, whole and in fp32, while it is orthogonalized; sharded ones are gathered first
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,7 @@ def memory_estimate(model: ModelConfig, layout: Layout) -> MemoryEstimate:
     )
 
     # Muon's copies come when the buffers from which the root's gradients are reduced are gone.
-    buffers = max((width + reduced) * root, matrix_working_bytes(model, layout.optimizer))
+    buffers = max((width + reduced) * root, matrix_working_bytes(model, layout))
     update = parts(math.ceil(4 * total / shards), 0, 0, width * root + buffers)
     return MemoryEstimate({"loss": loss, "backward": backward, "update": update})
 
@@ -138,10 +140,19 @@ def state_bytes(model: ModelConfig, optimizer: str) -> int:
     return checkpoint_bytes(model, optimizer) + 4 * count_parameters(model).total
 
 
-def matrix_working_bytes(model: ModelConfig, optimizer: str) -> int:
-    """Bytes of the copies of the largest matrix that Muon's update makes; each rank has it whole. 0 with AdamW."""
-    columns = max(model.mlp_hidden, model.n_heads * model.head_size)
-    return MATRIX_COPIES * 4 * model.d_model * columns if optimizer == "muon" else 0
+def matrix_working_bytes(model: ModelConfig, layout: Layout) -> int:
+    """Bytes of full matrices and their copies in one round of Muon's update, in fp32; 0 with AdamW. A GPU, which orthogonalizes
+    in bf16, needs less."""
+    if layout.optimizer != "muon":
+        return 0
+    shapes = attention_matrices(model) + mlp_matrices(model)
+    sizes = [rows * columns for rows, columns in shapes]
+    largest, square = max(sizes), max(min(shape) ** 2 for shape in shapes)
+    own = max(largest, min(math.ceil(model.n_layers * sum(sizes) / layout.gpus), ROUND_ELEMENTS))  # of this rank in a round
+    updates = layout.replicas * own  # this rank's shards of the matrices of all ranks
+    orthogonalizing = updates + own + (own if layout.gpus > 1 else 0) + 4 * largest + 3 * square
+    sending = 3 * updates + own if layout.gpus > 1 else 0
+    return 4 * max(orthogonalizing, sending)
 
 
 def kept_activation_bytes(model: ModelConfig, layout: Layout) -> int:

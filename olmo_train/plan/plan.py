@@ -75,6 +75,7 @@ def make_plan(
         "parameters": asdict(count) | {"total": count.total},
         "flops_per_token": flops_per_token(config.model),
         "flops_convention": FLOPS_CONVENTION,
+        "update_flops": time.update_flops(config.model, layout),
         "layout": asdict(layout),
         "memory_bytes": estimate.moments,
         "memory_peak_bytes": estimate.peak,
@@ -96,7 +97,8 @@ def make_plan(
             way: memory.largest_micro_batch(config.model, replace(layout, activation_checkpointing=way), gpu.memory_bytes)
             for way in get_args(Checkpointing)
         }
-        plan["cost"] = asdict(time.run_cost(config.model, config.steps * config.tokens_per_step, gpus, gpu, assumed))
+        updates = config.steps * plan["update_flops"]
+        plan["cost"] = asdict(time.run_cost(config.model, config.steps * config.tokens_per_step, gpus, gpu, assumed, updates))
     if gpu and gpu.name in scaling.LINKS:
         step = scaling.step_estimate(config.model, layout, gpu, scaling.LINKS[gpu.name], assumed.mfu)
         plan["step"] = asdict(step) | {"exposed_seconds": step.exposed_seconds}

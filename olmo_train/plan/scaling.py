@@ -21,6 +21,7 @@ from olmo_train.model.cost import (
     mlp_parameters,
 )
 from olmo_train.plan.memory import BYTES, Layout, memory_estimate
+from olmo_train.plan.time import update_flops
 
 MOST_GPUS = 4096  # of the table of a plan
 
@@ -86,6 +87,17 @@ def all_reduce_seconds(sent: float, replicas: int, inside: bool, links: Links) -
     return 2 * sent * (replicas - 1) / replicas / (links.reached * bandwidth) + 2 * math.ceil(math.log2(replicas)) * hop
 
 
+def exchange_seconds(model: ModelConfig, layout: Layout, links: Links) -> float:
+    """Of Muon's all-to-alls, which bring each matrix in bf16 to the GPU that orthogonalizes it, and the result to the shards of
+    all replicas; nothing hides them. 0 with AdamW."""
+    if layout.optimizer != "muon" or layout.gpus == 1:
+        return 0.0
+    elements = model.n_layers * (attention_parameters(model) + mlp_parameters(model)) / layout.gpus  # that a GPU owns
+    shards, inside = layout.gpus // layout.replicas, layout.gpus <= links.gpus_per_node
+    sent = 2 * elements * ((shards - 1) / shards + layout.replicas * (layout.gpus - 1) / layout.gpus)
+    return sent / (links.reached * (links.node_bandwidth if inside else links.network_bandwidth))
+
+
 def step_estimate(model: ModelConfig, layout: Layout, hardware: Hardware, links: Links, efficiency: float) -> StepEstimate:
     """Time and traffic of a step. `efficiency` is the share of the peak that a GPU reaches when it does not wait for others;
     FLOPs are counted as in flops_per_token. With full activation checkpointing a block's forward is computed once more."""
@@ -119,7 +131,9 @@ def step_estimate(model: ModelConfig, layout: Layout, hardware: Hardware, links:
         sent = again * gather + last * scatter
         seconds += (layers - 1) * max(backward, sent, last * between) + backward
         seconds += last * (scatter + scatter_root + max(between, between_root))  # no compute remains
-    compute = layout.micro_batches * (layers * (forward + backward) + 3 * head)
+    update, exchange = update_flops(model, layout) / speed, exchange_seconds(model, layout, links)
+    seconds += update + exchange
+    compute = layout.micro_batches * (layers * (forward + backward) + 3 * head) + update
 
     # Embedding, head and final norm stay whole between forward and backward; blocks are gathered for each.
     of_block, of_root = (2 * layout.micro_batches, layout.micro_batches) if layout.shard == "full" else (1, 1)
@@ -128,7 +142,7 @@ def step_estimate(model: ModelConfig, layout: Layout, hardware: Hardware, links:
     all_tokens = layout.gpus * layout.micro_batches * tokens
     return StepEstimate(
         compute_seconds=compute,
-        communication_seconds=gathers + layers * (scatter + between) + scatter_root + between_root,
+        communication_seconds=gathers + layers * (scatter + between) + scatter_root + between_root + exchange,
         seconds=seconds,
         gathered_bytes=share * width * (of_block * layers * block + of_root * root),
         reduced_bytes=share * reduced * total,

@@ -7,9 +7,12 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from olmo_train.checkpoint.config import CheckpointConfig
+from olmo_train.deal import deal
 from olmo_train.hardware import Hardware
 from olmo_train.model.config import ModelConfig
-from olmo_train.model.cost import flops_per_token
+from olmo_train.model.cost import attention_matrices, flops_per_token, mlp_matrices
+from olmo_train.optim.config import newton_schulz_flops
+from olmo_train.plan.memory import Layout
 
 PAPER_PUE = 1.1  # Groeneveld et al. 2024, section 5 (power and carbon): data-centre power over GPU power
 PAPER_CARBON = 0.610  # kgCO2eq/kWh, ibid., for the run on A100s
@@ -39,12 +42,26 @@ class RunCost:
     money: float | None
 
 
-def run_cost(model: ModelConfig, tokens: float, gpus: int, hardware: Hardware, assumed: Assumptions) -> RunCost:
+def update_flops(model: ModelConfig, layout: Layout) -> int:
+    """FLOPs of one update on the busiest GPU that flops_per_token does not count: the orthogonalizations of Muon, which deals
+    the matrices over all GPUs; 0 with AdamW."""
+    if layout.optimizer != "muon":
+        return 0
+    costs = [newton_schulz_flops(*shape) for shape in attention_matrices(model) + mlp_matrices(model)] * model.n_layers
+    loads = [0] * layout.gpus
+    for cost, owner in zip(costs, deal(costs, layout.gpus), strict=True):
+        loads[owner] += cost
+    return max(loads)
+
+
+def run_cost(
+    model: ModelConfig, tokens: float, gpus: int, hardware: Hardware, assumed: Assumptions, update_flops: float = 0.0
+) -> RunCost:
     """Time from FLOPs and an assumed MFU; energy and carbon as the OLMo paper counts them: power x PUE x intensity.
-    Evaluation, saving and restarts are not included."""
+    Evaluation, saving and restarts are not included. `update_flops`: of one GPU in all updates of the run."""
     per_token = flops_per_token(model)
-    tokens_per_second = gpus * hardware.peak_flops * assumed.mfu / per_token
-    seconds = tokens / tokens_per_second
+    seconds = (tokens * per_token / gpus + update_flops) / (hardware.peak_flops * assumed.mfu)
+    tokens_per_second = tokens / seconds
     gpu_hours = gpus * seconds / 3600
     gpu_kwh = gpu_hours * hardware.power_watts / 1000
     return RunCost(

@@ -11,6 +11,7 @@ from olmo_train.model.transformer import Transformer
 from olmo_train.optim.build import allocate_state, build_optimizer
 from olmo_train.parallel import shard
 from olmo_train.parallel.determinism import DETERMINISM
+from olmo_train.parallel.exchange import on_full_tensors
 from olmo_train.parallel.world import World
 from olmo_train.train_config import TrainConfig
 
@@ -21,7 +22,8 @@ def build(config: TrainConfig, world: World, checkpoint: Path | None) -> tuple[T
         model = Transformer(config.model)
     determinism = DETERMINISM[config.determinism]
     shard.shard(model, config.parallel, world, determinism, config.global_batch_size)
-    optimizer = build_optimizer(dict(model.named_parameters()), config.optim, shard.on_full_tensor, determinism.adamw)
+    parameters = dict(model.named_parameters())
+    optimizer = build_optimizer(parameters, config.optim, determinism.adamw, world.size, on_full_tensors)
     allocate_state(optimizer)
     if checkpoint:
         load.load(checkpoint, model, optimizer, world)

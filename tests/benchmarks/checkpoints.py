@@ -39,7 +39,7 @@ def build(config, world):
     with torch.device("meta"):
         model = Transformer(config.model)
     shard.shard(model, config.parallel, world)
-    optimizer = optim.build_optimizer(dict(model.named_parameters()), config.optim, shard.on_full_tensor)
+    optimizer = optim.build_optimizer(dict(model.named_parameters()), config.optim)
     optim.allocate_state(optimizer)
     shard.init_weights(model, config.seed)
     return model, optimizer
