@@ -24,6 +24,7 @@ WORDS = ["run_dir=unused", "data.sources.a.path=unused", "model.d_model=6", "mod
          "model.mlp_hidden=7", "model.vocab_size=33", "model.padded_vocab_size=33", "model.seq_len=8",
          "model.norm=rms_norm", "optim.warmup_steps=0", "parallel.precision=fp32"]  # fmt: skip
 CONFIG = configuration.load(TrainConfig, [], WORDS)
+SNAPSHOT: dict = {}  # {how: (bytes, allocations)} of this rank's last snapshot
 
 
 def build(world):
@@ -55,8 +56,11 @@ def train_and_save(world, run_dir: Path) -> dict:
     saver = Checkpointer(run_dir, CheckpointConfig(), world, {"config.yaml": configuration.dump(CONFIG).encode()})
     saver.save(3, model, optimizer, {"data": {}})
     saver.wait()
+    buffers = list(saver._host.values())
     saver.close()
-    return state(model, optimizer)
+    found = state(model, optimizer)
+    SNAPSHOT[run_dir.name] = sum(buffer.nbytes for buffer in buffers), len({b.untyped_storage().data_ptr() for b in buffers})
+    return found
 
 
 def load(world, run_dir: Path) -> dict:
@@ -76,7 +80,9 @@ def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("saved")
     with join_world() as world:
         one = train_and_save(world, folder / "one")
-    two, copies = on_ranks(2, lambda w: [train_and_save(w, folder / "two"), train_and_save(replicated(w), folder / "copies")])[0]
+    ranks = on_ranks(2, lambda w: [train_and_save(w, folder / "two"), train_and_save(replicated(w), folder / "copies"), SNAPSHOT])
+    two, copies, _ = ranks[0]
+    SNAPSHOT["ranks"] = [rank[2] for rank in ranks]
     return {"one": (folder / "one", one), "two": (folder / "two", two), "copies": (folder / "copies", copies)}
 
 
@@ -105,7 +111,18 @@ def test_what_was_saved_is_loaded_exactly(of, to, saved, loaded):
 
 def test_every_rank_has_written_a_part_of_its_own(saved):
     shards = {how: len(list(folders.folder_of(folder, 3).glob("*.safetensors"))) for how, (folder, _) in saved.items()}
-    assert (shards["one"], shards["two"]) == (1, 2)
+    assert shards == {"one": 1, "two": 2, "copies": 2}
+
+
+def test_a_rank_snapshots_what_it_writes_in_one_allocation(saved):
+    """Replicas hold the same state, and each copies and writes its share of it."""
+    expected = 12 * sum(p.numel() for p in Transformer(CONFIG.model).parameters())
+    assert SNAPSHOT["one"] == (expected, 1)
+    for how in ("two", "copies"):
+        sizes, allocations = zip(*(rank[how] for rank in SNAPSHOT["ranks"]), strict=True)
+        assert sum(sizes) == expected and max(sizes) < 0.6 * expected and allocations == (1, 1)
+        written = [file.stat().st_size for file in folders.folder_of(saved[how][0], 3).glob("*.safetensors")]
+        assert sum(written) > expected and max(written) < 0.7 * sum(written)
 
 
 def test_the_model_alone_is_read_without_any_group(saved):

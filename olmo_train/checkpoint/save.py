@@ -33,6 +33,7 @@ from olmo_train.checkpoint.config import CheckpointConfig
 from olmo_train.checkpoint.folders import _aside, folder_of, newest_folder, superfluous
 from olmo_train.checkpoint.format import FORMAT
 from olmo_train.checkpoint.load import state_tensors
+from olmo_train.deal import deal
 from olmo_train.errors import NonFiniteError, SaveError
 from olmo_train.formats import byte_size
 from olmo_train.model.transformer import Transformer
@@ -40,6 +41,7 @@ from olmo_train.parallel.world import World
 from olmo_train.storage import commit_folder, remove_folder, temporary_folder, write_file
 
 log = logging.getLogger(__name__)
+ALIGNMENT = 64  # bytes at whose multiples a buffer begins: a cache line
 
 
 class Checkpointer:
@@ -56,7 +58,8 @@ class Checkpointer:
         self._mesh = world.mesh if on_host else DeviceMesh("cpu", world.mesh.mesh, mesh_dim_names=world.mesh.mesh_dim_names)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future | None = None
-        self._host: dict[str, Tensor] = {}  # buffers of the snapshot, by name
+        self._host: dict[str, Tensor] = {}  # buffers of the snapshot, by name: parts of one allocation
+        self._checkpoint_bytes = 0  # of all tensors of a checkpoint
         self._figures: dict[str, float] = {}
         self._failure: SaveError | None = None  # of the last save
         self.last_step = resumed_step  # of the last save that was started and has not failed: no need to save this step again
@@ -108,16 +111,23 @@ class Checkpointer:
 
     def close(self) -> None:
         self._thread.shutdown(wait=True)
+        if self._host and self.world.device.type == "cuda":
+            slab = next(iter(self._host.values())).untyped_storage()
+            torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(slab.data_ptr()))
+        self._host = {}
 
     def _snapshot(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Copy to host memory. The buffers are reused by the next snapshot: copying to new memory takes several times as long."""
-        snapshot = {}
+        """Copy the tensors that this rank writes to host memory. The buffers are reused by the next snapshot: copying to new
+        memory takes several times as long."""
+        self._checkpoint_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        mine = {name: tensors[name] for name in names_to_write(tensors, self.world.mesh)}
+        local = {name: tensor.to_local() if isinstance(tensor, DTensor) else tensor for name, tensor in mine.items()}
         on_gpu = self.world.device.type == "cuda"
-        for name, tensor in tensors.items():
-            local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-            if name not in self._host:
-                self._host[name] = torch.empty_like(local, device="cpu", pin_memory=on_gpu)
-            snapshot[name] = self._host[name].copy_(local, non_blocking=True)
+        if not self._host:
+            self._host = _host_buffers(local, pinned=on_gpu)
+        snapshot: dict[str, Tensor] = {}
+        for name, tensor in mine.items():
+            snapshot[name] = self._host[name].copy_(local[name], non_blocking=True)
             if isinstance(tensor, DTensor):
                 snapshot[name] = DTensor.from_local(
                     snapshot[name], self._mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
@@ -146,7 +156,7 @@ class Checkpointer:
             dcp.save(tensors, storage_writer=writer, process_group=self.world.background_group)
         except CheckpointException as problem:  # raised on every rank when one could not write
             causes = {rank: failure[0] for rank, failure in problem.failures.items()}
-            raise SaveError(final, f"could not be written: {causes}; {self._need(tensors)}") from problem
+            raise SaveError(final, f"could not be written: {causes}; {self._need()}") from problem
         parts = self._together(final, lambda: writer.entries)
         entries = {name: entry for part in parts for name, entry in part.items()}
         self._together(final, lambda: self._commit(temporary, final, state, entries) if self.world.is_main else None)
@@ -165,10 +175,10 @@ class Checkpointer:
                 raise SaveError(final, problem)
         return [result for result, _ in outcomes]
 
-    def _need(self, tensors: dict[str, Tensor]) -> str:
+    def _need(self) -> str:
         """The space that checkpoints need, for the error about a full disk."""
-        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-        return f"a checkpoint needs {byte_size(size)}, {byte_size(shutil.disk_usage(self.run_dir).free)} are free"
+        free = shutil.disk_usage(self.run_dir).free
+        return f"a checkpoint needs {byte_size(self._checkpoint_bytes)}, {byte_size(free)} are free"
 
     def _commit(self, temporary: Path, final: Path, state: dict, entries: dict[str, dict]) -> None:
         for name, content in {"state.json": json.dumps(state, indent=1).encode(), **self.files}.items():
@@ -180,6 +190,28 @@ class Checkpointer:
             remove_folder(folder)
         for leftover in final.parent.glob(".step-*"):  # left by saves and deletions that were killed
             remove_folder(leftover)
+
+
+def names_to_write(tensors: dict[str, Tensor], mesh: DeviceMesh) -> list[str]:
+    """The names of the tensors whose shards this rank writes: all of them, or with replicas, which hold the same shards, its
+    replica's share of the bytes."""
+    replicas = mesh.size(0) if mesh.ndim > 1 else 1
+    owners = deal([tensor.numel() for tensor in tensors.values()], replicas)
+    replica = mesh.get_local_rank(0) if replicas > 1 else 0
+    return [name for name, owner in zip(tensors, owners, strict=True) if owner == replica]
+
+
+def _host_buffers(tensors: dict[str, Tensor], pinned: bool) -> dict[str, Tensor]:
+    """A buffer in host memory for each tensor, {name: buffer}, all in one allocation.
+
+    torch rounds each pinned allocation up to a power of two, also a large one, so ordinary memory is allocated and then pinned.
+    """
+    sizes = [-(-tensor.nbytes // ALIGNMENT) * ALIGNMENT for tensor in tensors.values()]
+    slab = torch.empty(sum(sizes), dtype=torch.uint8)
+    if pinned and slab.nbytes:
+        torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(slab.data_ptr(), slab.nbytes, 0))
+    parts = zip(tensors.items(), slab.split(sizes), strict=True)
+    return {name: part[: tensor.nbytes].view(tensor.dtype).view(tensor.shape) for (name, tensor), part in parts}
 
 
 def _non_finite(tensors: dict[str, Tensor]) -> list[str]:

@@ -73,7 +73,7 @@ def memory_of(config: TrainConfig, processes: int, on_machine: int, gpu_bytes: i
 
     def besides(model: ModelConfig) -> int:
         """Bytes of a process on a CPU besides those of the estimate."""
-        return PROCESS_BYTES + memory.checkpoint_bytes(model, layout.optimizer) // (processes // layout.replicas)
+        return PROCESS_BYTES + memory.checkpoint_bytes(model, layout.optimizer) // processes
 
     def budget(model: ModelConfig) -> int:
         """What a process may use, with the runtime of a GPU, which `fits` adds."""
