@@ -150,17 +150,30 @@ def hash_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def problems_of(folder: Path, contents: bool = True) -> list[str]:
+Expected = dict[str, tuple[int, str]]  # {file name: (size, hash)}, as in a manifest
+FileCheck = Callable[[Path, Expected], dict[str, str]]  # folder, the files to check -> {file name: problem}
+
+
+def check_files(folder: Path, expected: Expected, contents: bool = True) -> dict[str, str]:
+    """{file name: problem} of the files that do not have the expected size and hash."""
+    with ThreadPoolExecutor(os.cpu_count()) as threads:  # one thread per file
+        found = threads.map(lambda name: _problem_of(folder / name, name, *expected[name], contents), expected)
+        return {name: problem for name, problem in zip(expected, found, strict=True) if problem}
+
+
+def problems_of(folder: Path, contents: bool = True, check: FileCheck = check_files) -> list[str]:
     """The problems of a committed folder, file by file; empty if every file matches the manifest.
 
     A file that the manifest does not name is ignored, with a warning, unless a reader of checkpoints would open it. A link
-    counts as the file that it points to. Without `contents`, names and sizes are compared, and no file is read.
+    counts as the file that it points to. Without `contents`, names and sizes are compared, and no file is read. `check`
+    compares the contents.
     """
     try:
         expected = _read_manifest(folder / MANIFEST)
-        with ThreadPoolExecutor(os.cpu_count()) as threads:  # one thread per file
-            found = threads.map(lambda name: _problem_of(folder / name, name, *expected[name], contents), expected)
-            problems = [problem for problem in found if problem]
+        found = check_files(folder, expected, contents=False)
+        if contents:
+            found |= check(folder, {name: entry for name, entry in expected.items() if name not in found})
+        problems = [found[name] for name in expected if name in found]
         present = {path.name: path.is_symlink() for path in folder.iterdir()}
     except ValueError as problem:
         return [str(problem)]
@@ -177,8 +190,8 @@ def problems_of(folder: Path, contents: bool = True) -> list[str]:
     return problems
 
 
-def _read_manifest(file: Path) -> dict[str, tuple[int, str]]:
-    """{name: (size, hash)}. Raises ValueError with a one-line reason."""
+def _read_manifest(file: Path) -> Expected:
+    """Raises ValueError with a one-line reason."""
     if not file.is_file():
         raise ValueError(f"{file.name} is missing")
     try:

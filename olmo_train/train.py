@@ -125,7 +125,7 @@ def train_from_newest(config: TrainConfig, world: World, signals: StopSignals) -
         if run is None:  # finished
             return
         config = run.config  # with total_steps set
-        model, optimizer = build(config, world, run.start.folder)
+        model, optimizer = build(config, world, run.start.folder, run.start.init_folder)
         run.begin(model, optimizer)
         loader = stack.enter_context(contextlib.closing(run.loader()))
         profiler = stack.enter_context(step_profiler(config.profile, run.run_dir / "profile", world.rank, run.start.step + 1))

@@ -251,6 +251,25 @@ def test_a_kill_while_a_checkpoint_is_replaced_does_not_lose_it(finished, tiny_a
     assert not list(folder.parent.glob(".*.old"))
 
 
+def test_a_pinned_snapshot_is_one_registered_allocation_until_it_is_closed(monkeypatch):
+    """torch's pinned allocator would round it up to a power of two; CUDA itself is a stand-in here."""
+    registered = {}
+    runtime = SimpleNamespace(
+        cudaHostRegister=lambda address, size, flags: registered.update({address: size}), cudaHostUnregister=registered.pop
+    )
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    monkeypatch.setattr(torch.cuda, "check_error", lambda code: None)
+    tensors = {"a": torch.ones(3), "b": torch.ones(5, 7), "c": torch.ones(0, 2), "d": torch.ones(2)}
+    buffers = checkpoint_save._host_buffers(tensors, pinned=True)
+    start = buffers["a"].data_ptr()
+    assert registered == {start: 64 + 192 + 64}
+    assert [buffers[name].data_ptr() - start for name in "abd"] == [0, 64, 256]
+    assert all(buffers[name].copy_(tensor).equal(tensor) and buffers[name].is_contiguous() for name, tensor in tensors.items())
+    thread, world = SimpleNamespace(shutdown=lambda wait: None), SimpleNamespace(device=torch.device("cuda"))
+    checkpoint_save.Checkpointer.close(SimpleNamespace(_thread=thread, _host=buffers, world=world))
+    assert registered == {}
+
+
 def test_a_non_finite_state_is_never_committed(tiny_args):
     from olmo_train.errors import NonFiniteError
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from olmo_train.checkpoint.config import CheckpointConfig
 from olmo_train.errors import CheckpointError, did_you_mean, near_files
-from olmo_train.storage import problems_of, remove_folder
+from olmo_train.storage import FileCheck, check_files, problems_of, remove_folder
 
 log = logging.getLogger(__name__)
 FOLDER = re.compile(r"step-(\d{7,})")
@@ -46,15 +46,15 @@ def put_back(run_dir: Path) -> None:
             os.rename(aside, final)
 
 
-def newest(run_dir: Path, strict: bool = False) -> Path | None:
-    """The newest checkpoint that verifies; None if the run has no checkpoint.
+def newest(run_dir: Path, strict: bool = False, check: FileCheck = check_files) -> Path | None:
+    """The newest checkpoint that verifies; None if the run has no checkpoint. `check` compares the contents of its files.
 
     Damaged ones are skipped with a warning and not changed. Raises CheckpointError if there are checkpoints and none verifies;
     with `strict`, if the newest one does not verify.
     """
     folders = committed(run_dir)
     for folder in reversed(folders.values()):
-        problems = problems_of(folder)
+        problems = problems_of(folder, check=check)
         if not problems:
             return folder
         if strict:
@@ -73,14 +73,14 @@ def newest_folder(run_dir: Path) -> Path | None:
     return next(reversed(committed(run_dir).values()), None)
 
 
-def resolve(path: Path) -> Path:
+def resolve(path: Path, check: FileCheck = check_files) -> Path:
     """The checkpoint folder at `path`, or the newest one of a run_dir at `path`. Raises CheckpointError."""
     if (path / "MANIFEST.json").is_file():
-        problems = problems_of(path)
+        problems = problems_of(path, check=check)
         if problems:
             raise CheckpointError(path, f"is damaged: {'; '.join(problems)}")
         return path
-    folder = newest(path) if path.is_dir() else None
+    folder = newest(path, check=check) if path.is_dir() else None
     if folder is None:
         raise CheckpointError(path, f"is neither a checkpoint folder nor a run_dir with a checkpoint; {_which_there_are(path)}")
     return folder

@@ -12,6 +12,7 @@ import hashlib
 import json
 import mmap
 from bisect import bisect_right
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -51,6 +52,9 @@ class TokenSource:
         labels = [shard.labels for shard in meta.shards] if meta else [None] * len(files)
         self._labels = [_map(folder / shard["file"], np.dtype(np.uint8), 0) if shard else None for shard in labels]
         self.fingerprint = _fingerprint(files, meta)
+
+    def shard_tokens(self, shard: int) -> int:
+        return self._starts[shard + 1] - self._starts[shard]
 
     def tokenizer_record(self, where: str) -> TokenizerRecord | None:
         """The tokenizer that the source was prepared with; None for raw files, which record none."""
@@ -162,13 +166,14 @@ def open_source(name: str, config: SourceConfig, vocab_size: int, eos_id: int | 
     return source
 
 
-def check_ids(source: TokenSource, vocab_size: int) -> None:
-    """Check every token id, and every prepared shard's hash, once.
+def check_ids(source: TokenSource, vocab_size: int, shards: Iterable[int] | None = None) -> None:
+    """Check every token id, and every prepared shard's hash, once. `shards`: which ones, by number; None: all.
 
     A shard that passed is noted in the user's cache folder, by path, size, time of change and vocabulary, and not checked again.
     Raises DataError with file, offset (in tokens from the start of the file's tokens) and id.
     """
-    for shard, (file, view) in enumerate(zip(source.files, source._views, strict=True)):
+    for shard in range(len(source.files)) if shards is None else shards:
+        file, view = source.files[shard], source._views[shard]
         mark = _check_mark(source, shard, vocab_size)
         if mark.exists():
             continue

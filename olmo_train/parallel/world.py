@@ -71,7 +71,7 @@ class World:
                 outcome[0] = function()
             except (UserError, OSError) as problem:
                 outcome[1] = problem
-        dist.broadcast_object_list(outcome, src=0, group=self.control_group)
+        outcome = self.broadcast(outcome)
         if outcome[1] is not None:
             raise outcome[1]
         return outcome[0]
@@ -100,6 +100,12 @@ class World:
         values = [None] * self.size
         dist.all_gather_object(values, value, group=self.control_group)
         return values
+
+    def broadcast(self, value: T) -> T:
+        """Rank 0's value, a small picklable object, on every rank."""
+        values = [value]
+        dist.broadcast_object_list(values, src=0, group=self.control_group)
+        return values[0]
 
     def barrier(self) -> None:
         dist.barrier(group=self.control_group)

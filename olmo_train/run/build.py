@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from olmo_train.checkpoint import folders, load
+from olmo_train.checkpoint import load
 from olmo_train.model.transformer import Transformer
 from olmo_train.optim.build import allocate_state, build_optimizer
 from olmo_train.parallel import shard
@@ -16,8 +16,11 @@ from olmo_train.parallel.world import World
 from olmo_train.train_config import TrainConfig
 
 
-def build(config: TrainConfig, world: World, checkpoint: Path | None) -> tuple[Transformer, torch.optim.Optimizer]:
-    """The sharded model and its optimizer, with the state of `checkpoint`, the weights of init_from, or first weights."""
+def build(
+    config: TrainConfig, world: World, checkpoint: Path | None, init_folder: Path | None = None
+) -> tuple[Transformer, torch.optim.Optimizer]:
+    """The sharded model and its optimizer: with the state of `checkpoint`, else the weights of the checkpoint `init_folder`,
+    else first weights. Both folders are verified."""
     with torch.device("meta"):
         model = Transformer(config.model)
     determinism = DETERMINISM[config.determinism]
@@ -27,8 +30,8 @@ def build(config: TrainConfig, world: World, checkpoint: Path | None) -> tuple[T
     allocate_state(optimizer)
     if checkpoint:
         load.load(checkpoint, model, optimizer, world)
-    elif config.init_from:
-        load.load_weights(world.on_main(lambda: folders.resolve(Path(config.init_from))), model, world)
+    elif init_folder:
+        load.load_weights(init_folder, model, world)
     else:
         shard.init_weights(model, config.seed)
     return model, optimizer

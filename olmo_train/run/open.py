@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import os
 import socket
@@ -16,9 +17,11 @@ import torch
 from olmo_train import config as configuration
 from olmo_train.checkpoint import folders
 from olmo_train.checkpoint.save import Checkpointer
+from olmo_train.checkpoint.verify import with_all_ranks
 from olmo_train.data.mixture import Mixture
 from olmo_train.data.shards import check_ids
 from olmo_train.data.tokenizer import CONFIG_FILE, config_file, record_of_folder
+from olmo_train.deal import deal
 from olmo_train.errors import ConfigError, DataError
 from olmo_train.eval.during_run import Evaluation
 from olmo_train.formats import counted
@@ -56,8 +59,10 @@ def open_run(config: TrainConfig, world: World, signals: StopSignals) -> Iterato
         if is_new:  # a refused run leaves no run_dir
             world.together(lambda: preflight.check_memory(memory, config))
         world.on_main(lambda: stack.enter_context(_locked(run_dir)))
-        found = world.on_main(lambda: find_checkpoint(config))
-        config, start = world.together(lambda: read_start(config, mixture, *found))
+        watchdog = _start_watchdog(config, world, stack)
+        with watchdog.patient("verifies checkpoints"):
+            found = with_all_ranks(world, functools.partial(find_checkpoint, config))
+        config, start = world.together(lambda: read_start(config, mixture, found))
         config.check_world(world.data_size)
         resolved, notes = configuration.to_dict(config), config.batch_notes(world.data_size)
         mixture.set_batches(start.batches)
@@ -75,12 +80,11 @@ def open_run(config: TrainConfig, world: World, signals: StopSignals) -> Iterato
                 )
             yield None
             return
-        world.on_main(lambda: _check_checkpoint_tokenizer(config, mixture, start))
+        world.on_main(lambda: _check_checkpoint_tokenizer(mixture, start))
         if not is_new:  # only now, as a finished run has nothing to compute
             world.together(lambda: preflight.check_memory(memory, config))
         notes.append(f"memory: needs about {memory}")
 
-        watchdog = _start_watchdog(config, world, stack)
         text = configuration.dump(resolved, os.getcwd()).encode()
         world.on_main(lambda: replace_file(run_dir / "config.yaml", text))
         attempt = world.on_main(lambda: 1 + len(History(run_dir).starts))
@@ -103,17 +107,21 @@ def open_run(config: TrainConfig, world: World, signals: StopSignals) -> Iterato
 
 
 def _open_data(config: TrainConfig, world: World) -> tuple[Mixture, Evaluation]:
-    """The training data and what is evaluated, checked on rank 0."""
+    """The training data and what is evaluated. Each rank checks its share of the shards."""
     mixture = world.together(config.mixture)
     evaluation = world.together(lambda: Evaluation(config, world, mixture))
+    world.on_main(lambda: mixture.check_tokenizers(evaluation.sources, evaluation.tokenizer))
+    # Ids of larger sources are checked batch by batch.
+    sources = [source for source in (*mixture.sources, *evaluation.sources) if source.n_tokens <= CHECKED_TOKENS]
+    shards = {file: (source, shard) for source in sources for shard, file in enumerate(source.files)}
+    owners = deal([source.shard_tokens(shard) for source, shard in shards.values()], world.size)
 
     def check() -> None:
-        mixture.check_tokenizers(evaluation.sources, evaluation.tokenizer)
-        for source in (*mixture.sources, *evaluation.sources):
-            if source.n_tokens <= CHECKED_TOKENS:  # ids of larger sources are checked batch by batch
-                check_ids(source, config.model.vocab_size)
+        for (source, shard), owner in zip(shards.values(), owners, strict=True):
+            if owner == world.rank:
+                check_ids(source, config.model.vocab_size, [shard])
 
-    world.on_main(check)
+    world.together(check)
     return mixture, evaluation
 
 
@@ -129,9 +137,9 @@ def _locked(run_dir: Path) -> Iterator[None]:
         yield
 
 
-def _check_checkpoint_tokenizer(config: TrainConfig, mixture: Mixture, start: Start) -> None:
+def _check_checkpoint_tokenizer(mixture: Mixture, start: Start) -> None:
     """Check that the data have the tokenizer that the initial weights were trained with."""
-    folder = start.folder or (folders.resolve(Path(config.init_from)) if config.init_from else None)
+    folder = start.folder or start.init_folder
     if folder:
         mixture.check_tokenizers((), record_of_folder(folder))
 

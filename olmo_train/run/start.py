@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from olmo_train import config as configuration
 from olmo_train.checkpoint import folders
@@ -13,6 +13,7 @@ from olmo_train.data.mixture import Mixture
 from olmo_train.data.order import BatchSizes
 from olmo_train.history import History
 from olmo_train.run.resume import check_changes, check_data, check_denied, check_skip_steps
+from olmo_train.storage import FileCheck, check_files
 from olmo_train.train_config import TrainConfig
 
 
@@ -25,6 +26,7 @@ class Start:
     state: dict[str, Any]  # state.json of that checkpoint
     saved: dict[str, Any]  # config.yaml of that checkpoint, as config.read returns it; empty for a fresh model
     batches: BatchSizes  # of the whole run: those of the checkpoint, then the configuration's
+    init_folder: Path | None = None  # the checkpoint of init_from, whose weights a fresh model starts with
 
     @property
     def step(self) -> int:
@@ -43,28 +45,37 @@ class Start:
         return int(self.state.get("skipped_in_a_row", sum(counts[4:])))
 
 
-def find_checkpoint(config: TrainConfig) -> tuple[str, Path | None]:
-    """(kind, checkpoint folder): the newest checkpoint of run_dir that verifies, else resume_from, else none.
+class Found(NamedTuple):
+    """The verified checkpoint that a run starts from."""
 
-    Raises CheckpointError when run_dir has checkpoints and none verifies, or when resume_from is not a checkpoint.
+    kind: str  # start, resume or branch
+    folder: Path | None = None  # as in Start
+    init_folder: Path | None = None  # as in Start
+
+
+def find_checkpoint(config: TrainConfig, check: FileCheck = check_files) -> Found:
+    """The newest checkpoint of run_dir that verifies, else resume_from, else the weights of init_from, else nothing.
+
+    Raises CheckpointError when run_dir has checkpoints and none verifies, or when resume_from or init_from is not a checkpoint.
     """
-    folder = folders.newest(Path(config.run_dir), config.resume == "strict")
+    folder = folders.newest(Path(config.run_dir), config.resume == "strict", check)
     if folder is not None:
-        return "resume", folder
+        return Found("resume", folder)
     if config.resume_from is not None:
-        return "branch", folders.resolve(Path(config.resume_from))
-    return "start", None
+        return Found("branch", folders.resolve(Path(config.resume_from), check))
+    return Found("start", init_folder=folders.resolve(Path(config.init_from), check) if config.init_from else None)
 
 
-def read_start(config: TrainConfig, mixture: Mixture, kind: str, folder: Path | None) -> tuple[TrainConfig, Start]:
+def read_start(config: TrainConfig, mixture: Mixture, found: Found) -> tuple[TrainConfig, Start]:
     """Read the checkpoint that `find_checkpoint` found. Returns the configuration too, which takes the checkpoint's batch size if
     it sets none: a run keeps its batch, also one that an earlier version started with another default.
 
     Raises ConfigError when the configuration would train another model than the one that is resumed, or on other data. A branch
     may change anything.
     """
+    kind, folder = found.kind, found.folder
     if folder is None:
-        return config, Start(kind, None, {"step": 0}, {}, BatchSizes(((1, config.global_batch_size),)))
+        return config, Start(kind, None, {"step": 0}, {}, BatchSizes(((1, config.global_batch_size),)), found.init_folder)
     state, words = folders.read_state(folder), configuration.read([folder / "config.yaml"])
     saved = configuration.decoded(words)
     if config.batch_is_unset and saved.get("global_batch_size"):  # a converted checkpoint has none
