@@ -116,7 +116,16 @@ def main(words: list[str] | None = None) -> int:
             f"error: {verb}: interrupted{'; the same command continues' * (verb == 'prepare-data')}", file=sys.stderr, flush=True
         )
         code = INTERRUPTED
-    return _flush_stdout(code)
+    except Exception:
+        if not _is_joined():
+            raise
+        sys.excepthook(*sys.exc_info())
+        code = 1
+    code = _flush_stdout(code)
+    if _is_joined():  # Python's own exit may wait for NCCL, and so for ranks that do not have this error
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 def open_streams() -> None:
@@ -202,6 +211,12 @@ def _run(verb: Callable[[argparse.Namespace], int | None], arguments: argparse.N
         if error.speaks or not _is_silent(arguments.verb):
             print(f"{error.label}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         return error.exit_code
+
+
+def _is_joined() -> bool:
+    """Whether this process is still in a group: an error kept it from leaving."""
+    world = sys.modules.get("olmo_train.parallel.world")  # absent: this verb needs no torch
+    return world is not None and world.is_joined()
 
 
 def _is_silent(verb: str) -> bool:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import gc
 from collections.abc import Generator
-from pathlib import Path
 
 import torch
 from torch.profiler import record_function
@@ -105,8 +104,6 @@ def train(config: TrainConfig, world: World | None = None) -> Generator[StepStat
     with contextlib.ExitStack() as stack:
         stack.enter_context(explain_lost_peers())
         stack.enter_context(DETERMINISM[config.determinism].prepare())
-        report = Path(config.run_dir) / "forensics" / "out-of-memory"
-        stack.enter_context(explain_out_of_memory(report, config.micro_batch_size, config.parallel.activation_checkpointing))
         signals = stack.enter_context(StopSignals().installed())
         if world is None:
             world = stack.enter_context(join_world(config.parallel.replicas, group_timeout(config.guards.hang_seconds)))
@@ -125,6 +122,8 @@ def train_from_newest(config: TrainConfig, world: World, signals: StopSignals) -
         if run is None:  # finished
             return
         config = run.config  # with total_steps set
+        report = run.run_dir / "forensics" / "out-of-memory"
+        stack.enter_context(explain_out_of_memory(report, config.micro_batch_size, config.parallel.activation_checkpointing))
         model, optimizer = build(config, world, run.start.folder, run.start.init_folder)
         run.begin(model, optimizer)
         loader = stack.enter_context(contextlib.closing(run.loader()))

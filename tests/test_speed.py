@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from olmo_train import train
@@ -27,6 +28,8 @@ class HostReads(TorchDispatchMode):
         self.count = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # torch then calls the operations on the local tensors, which come here
         self.count += function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default)
         return function(*args, **(kwargs or {}))
 
@@ -47,10 +50,29 @@ def a_step(config, world):
     return lambda step: train.train_step(model, optimizer, replace(batch, step=step), config, world, spikes)
 
 
+def test_a_read_inside_an_operation_on_sharded_tensors_is_seen(monkeypatch):
+    def multiply(operation, args, kwargs):  # as the code that DTensor runs for an operation could
+        args[0].to_local().mul_(args[0].to_local().sum().item())
+        return args[0]
+
+    monkeypatch.setitem(DTensor._op_dispatcher._custom_op_handlers, torch.ops.aten.mul_.Tensor, multiply)
+    with join_world() as world, HostReads() as reads:
+        sharded = distribute_tensor(torch.ones(4), world.mesh, [Shard(0)])
+        before = reads.count
+        sharded.mul_(2)
+        assert reads.count == before + 1
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
-def test_a_step_reads_no_tensor_on_the_host(tiny_args, precision, checkpointing):
-    changes = {"parallel.precision": precision, "parallel.activation_checkpointing": checkpointing, "model.z_loss": 1e-4}
+def test_a_step_reads_no_tensor_on_the_host(tiny_args, precision, checkpointing, name):
+    changes = {
+        "optim.name": name,
+        "parallel.precision": precision,
+        "parallel.activation_checkpointing": checkpointing,
+        "model.z_loss": 1e-4,
+    }
     with join_world() as world, HostReads() as reads:
         step = a_step(tiny_args(**changes), world)
         step(1)

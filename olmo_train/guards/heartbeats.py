@@ -1,4 +1,4 @@
-"""The heartbeat files of a run: each rank writes its step and process, and reads those of the others."""
+"""The heartbeat files of a run: each rank writes its step and process, and reads those of the others. Imports no torch."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from olmo_train.errors import ConfigError
+from olmo_train.errors import ConfigError, PeerError
 from olmo_train.storage import replacing
 
 STATES = {"T": "its process is stopped", "Z": "its process is dead", "X": "its process is gone"}  # of /proc/PID/stat
+HANG, LOST = "hang", "lost"  # files that mark that the run hangs, or that a rank failed or died
+DEAD = (STATES["Z"], STATES["X"])
 
 
 def new_heartbeats(run_dir: Path) -> Path:
@@ -26,12 +28,12 @@ def new_heartbeats(run_dir: Path) -> Path:
 
 
 class Heartbeats:
-    """The heartbeats of all ranks in one folder. Only the watchdog's thread and `close` write."""
+    """The heartbeats of all ranks in one folder. Only the watchdog's process and `close` write."""
 
-    def __init__(self, folder: Path, rank: int, size: int):
-        """Raises ConfigError if the folder cannot be written."""
+    def __init__(self, folder: Path, rank: int, size: int, pid: int):
+        """`pid`: the process of this rank. Raises ConfigError if the folder cannot be written."""
         self.folder, self.rank, self.size = folder, rank, size
-        self.me: dict[str, Any] = {"step": 0, "doing": "start", "batch": "", "progress": 0, "host": _host(), "pid": os.getpid()}
+        self.me: dict[str, Any] = {"step": 0, "doing": "start", "batch": "", "progress": 0, "host": _host(), "pid": pid}
         self._pulse = 0
         self._seen: dict[int, tuple[int, float]] = {}  # rank: its pulse, and when it last changed
         try:
@@ -86,11 +88,28 @@ class Heartbeats:
         about = self.read(rank)
         if about is None or about["host"] != self.me["host"]:
             return None
-        try:
-            state = Path(f"/proc/{about['pid']}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[0]
-        except OSError:
-            state = "X" if Path("/proc/self").exists() else ""
-        return STATES.get(state)
+        return state_of(about["pid"])
+
+    def lost(self, silence: float) -> dict[int, str]:
+        """{rank: why} of the other ranks that failed, died, or have been silent for `silence` seconds."""
+        found = {rank: f"failed: {text}" for rank, text in self.notes("error").items() if rank != self.rank}
+        for rank in set(self.others()) - set(found):
+            where = describe(self.read(rank))
+            if self.state(rank) in DEAD:
+                found[rank] = f"was killed, or died without a word, {where}"
+            elif self.silent_for(rank) > silence:
+                found[rank] = f"is silent, {where}"
+        return found
+
+    def lost_error(self, lost: dict[int, str]) -> PeerError:
+        """The error that names the lost ranks. It speaks on the first of the other ranks, unless rank 0 failed with an error that
+        it prints itself, or a hang was reported."""
+        reasons = "; ".join(f"rank {rank} {why}" for rank, why in sorted(lost.items())) or "another process of the run is gone"
+        error = PeerError("peers", f"{reasons}; run the same command again")
+        first = min(set(range(self.size)) - set(lost))
+        is_reported = self.file(0, "error").exists() or (self.folder / HANG).exists()
+        error.speaks = self.rank == first and not is_reported
+        return error
 
     def close(self) -> None:
         """Remove this rank's file; the last running rank removes the folder."""
@@ -99,6 +118,15 @@ class Heartbeats:
             if not any(self.state(rank) is None for rank in self.others() if self.file(rank).exists()):
                 shutil.rmtree(self.folder, ignore_errors=True)
                 self.folder.parent.rmdir()
+
+
+def state_of(pid: int) -> str | None:
+    """Why a process of this machine does not run; None if it does."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[0]
+    except OSError:
+        state = "X" if Path("/proc/self").exists() else ""
+    return STATES.get(state)
 
 
 def _host() -> str:

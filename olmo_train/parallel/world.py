@@ -7,7 +7,9 @@ no port. A World is passed explicitly; there are no globals.
 from __future__ import annotations
 
 import contextlib
+import os
 import re
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -23,8 +25,15 @@ from olmo_train.formats import counted
 from olmo_train.parallel.processes import announced
 
 T = TypeVar("T")
+LEAVE_SECONDS = 2.0  # to wait for the other ranks before leaving the world early, or after an error
 # gloo reports a closed connection or a timeout as a plain RuntimeError
-GLOO_ERRORS = ("gloo/transport", "Connection closed by peer", "Application timeout caused pair closure")
+GLOO_ERRORS = (
+    "gloo/transport",
+    "gloo/rendezvous",
+    "Gloo connectFullMesh failed",
+    "Connection closed by peer",
+    "Application timeout caused pair closure",
+)
 
 
 @dataclass(frozen=True)
@@ -117,8 +126,7 @@ def explain_lost_peers() -> Iterator[None]:
     try:
         yield
     except RuntimeError as problem:
-        is_torchs = isinstance(problem, (dist.DistNetworkError, dist.DistBackendError))
-        if not is_torchs and not any(words in str(problem) for words in GLOO_ERRORS):
+        if not isinstance(problem, dist.DistError) and not any(words in str(problem) for words in GLOO_ERRORS):
             raise
         reason = _reason(str(problem))
         raise PeerError("peers", f"another process of the run is gone: {reason}; run the same command again") from problem
@@ -126,13 +134,14 @@ def explain_lost_peers() -> Iterator[None]:
 
 def _reason(text: str) -> str:
     """The first sentence of an error from torch, gloo or NCCL, without source file names."""
-    line = next(iter(text.strip().splitlines()), "")
-    return re.sub(r"\[?\S*/\S+:\d+[\],]*\s*", "", line).split(". ")[0].rstrip(". ")
+    line = next(iter(text.strip().splitlines()), "").replace("error in: ", "error: ")
+    return re.sub(r"\[?\S*/\S+\.\w+:\d+[\],]*\s*", "", line).split(". ")[0].rstrip(". ")
 
 
 @contextlib.contextmanager
 def join_world(replicas: int = 1, timeout_seconds: float = 600) -> Iterator[World]:
-    """Join the processes that torchrun started, or be a world of one; leaves the group at the end.
+    """Join the processes that torchrun started, or be a world of one; leaves the group at the end, except after an error that
+    the other ranks do not have: they would be waited for.
 
     `replicas`: how many groups of ranks each hold a full copy of the sharded state (HSDP); 1 is plain FSDP.
     A collective fails when a rank does not join it within `timeout_seconds`.
@@ -144,20 +153,24 @@ def join_world(replicas: int = 1, timeout_seconds: float = 600) -> Iterator[Worl
         raise ConfigError("parallel.replicas", f"{replicas} does not divide the {counted(size, 'process')} of this run")
     if torch.cuda.is_available():
         if processes.local_rank >= (gpus := torch.cuda.device_count()):
-            raise ConfigError(
+            error = ConfigError(
                 "LOCAL_RANK", f"{processes.local_rank} has no GPU: this machine shows {gpus}; start {gpus} processes"
             )
+            error.speaks = processes.local_rank == gpus  # rank 0 has a GPU, and waits for this one
+            raise error
         device, backend = torch.device("cuda", processes.local_rank), "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(device)
     else:
         device, backend = torch.device("cpu"), "gloo"
     timeout = timedelta(seconds=timeout_seconds)
-    with contextlib.ExitStack() as stack:
-        if processes.launched:
-            dist.init_process_group(backend, timeout=timeout)
-        else:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)  # no port needed
-        stack.callback(dist.destroy_process_group)
+    # NCCL's monitor aborts a process whose launches block, by default after 480 s: the watchdog's report comes first.
+    os.environ.setdefault("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", str(int(timeout_seconds + 120)))
+    if processes.launched:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)  # no port needed
+    control_group = dist.new_group(backend="gloo", timeout=timeout)
+    try:
         shape, names = ((replicas, size // replicas), ("replicate", "shard")) if replicas > 1 else ((size,), ("shard",))
         mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
         for group in mesh.get_all_groups():  # torch creates them with its default timeout, 600 s on a GPU
@@ -170,5 +183,31 @@ def join_world(replicas: int = 1, timeout_seconds: float = 600) -> Iterator[Worl
             device=device,
             mesh=mesh,
             background_group=dist.new_group(backend="gloo", timeout=timeout),
-            control_group=dist.new_group(backend="gloo", timeout=timeout),
+            control_group=control_group,
         )
+    except BaseException:
+        if size == 1 or _all_leave(control_group):
+            dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
+
+
+def is_joined() -> bool:
+    """Whether this process is in a group, which after an error it may never leave."""
+    return dist.is_initialized()
+
+
+def _all_leave(control_group: Any) -> bool:
+    """Whether every rank leaves the world within LEAVE_SECONDS. After an error of one rank the others do not, and NCCL's
+    `destroy_process_group` waits until all have called it."""
+    deadline = time.monotonic() + LEAVE_SECONDS
+    try:
+        arrival = dist.barrier(group=control_group, async_op=True)
+        while not arrival.is_completed():
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.01)
+        arrival.wait()
+    except RuntimeError:  # a rank is gone
+        return False
+    return True

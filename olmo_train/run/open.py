@@ -100,6 +100,8 @@ def open_run(config: TrainConfig, world: World, signals: StopSignals) -> Iterato
         for note in notes:
             logger.say(note)
         _log_attempt(config, world, logger, start, mixture, {"attempt": attempt, "config": resolved})
+        stack.enter_context(watchdog.exit_report())  # before logs are closed and a save is awaited
+        stack.enter_context(explain_lost_peers())
         yield Run(
             config, world, signals, start, mixture, evaluation, watchdog, logger, journal, checkpointer, anomalies, spikes,
             pending_line,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,10 +27,8 @@ def explain_out_of_memory(folder: Path, micro_batch_size: int, checkpointing: st
             raise
         rank = processes.rank()
         left = f"; what it held is in {folder}" if _write_memory(folder, rank) else ""
-        error = OutOfMemoryError("micro_batch_size", f"{_first_line(problem)}{left}; {ways_out(micro_batch_size, checkpointing)}")
-        if rank:  # rank 0, which prints all other errors, may not have run out of memory
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        raise error from problem
+        ways = ways_out(micro_batch_size, checkpointing)
+        raise OutOfMemoryError("micro_batch_size", f"{_first_line(problem)}{left}; {ways}") from problem
 
 
 def ways_out(micro_batch_size: int, checkpointing: str) -> str:
