@@ -19,8 +19,13 @@ import time
 import traceback
 from pathlib import Path
 
+import torch
+
 from olmo_train.parallel.world import join_world
 
+# Start autograd's threads now, one for each device, of which conftest.py hides the GPUs. After the first fake tensor a CUDA build
+# of torch without a GPU counts eight devices, and no child of a process with a thread for a device may use autograd.
+torch.ones((), requires_grad=True).backward()
 PATIENCE = 90  # seconds; a test takes one or two on a quiet machine
 
 
@@ -75,6 +80,7 @@ def environments(size: int) -> list[dict[str, str]]:
 def on_ranks(size: int, function, **options) -> list:
     """The result of `function` on each rank; `options` are those of join_world. Raises AssertionError with the tracebacks of the
     ranks that fail."""
+    assert size == 1 or not torch.cuda.is_available(), "two ranks would share one GPU; see conftest.py"
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         children = [
