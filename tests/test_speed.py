@@ -20,6 +20,11 @@ from olmo_train.parallel.world import join_world
 on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
+ATEN = torch.ops.aten
+# A read inside an operation on DTensors comes as `item` or `is_nonzero`, one elsewhere as what these call.
+READS = {ATEN._local_scalar_dense.default, ATEN.item.default, ATEN.is_nonzero.default, ATEN.equal.default}
+
+
 class HostReads(TorchDispatchMode):
     """Counts the tensors whose value is asked for on the host: item, tolist, bool, float."""
 
@@ -30,7 +35,7 @@ class HostReads(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented  # torch then calls the operations on the local tensors, which come here
-        self.count += function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default)
+        self.count += function in READS
         return function(*args, **(kwargs or {}))
 
 
@@ -55,7 +60,7 @@ def test_a_read_inside_an_operation_on_sharded_tensors_is_seen(monkeypatch):
         args[0].to_local().mul_(args[0].to_local().sum().item())
         return args[0]
 
-    monkeypatch.setitem(DTensor._op_dispatcher._custom_op_handlers, torch.ops.aten.mul_.Tensor, multiply)
+    monkeypatch.setitem(DTensor._op_dispatcher._custom_op_handlers, ATEN.mul_.Tensor, multiply)
     with join_world() as world, HostReads() as reads:
         sharded = distribute_tensor(torch.ones(4), world.mesh, [Shard(0)])
         before = reads.count
