@@ -78,8 +78,8 @@ class Watchdog:
 
     @contextlib.contextmanager
     def exit_report(self) -> Iterator[None]:
-        """If this rank fails, write the reason to a file; if a peer is lost, add the peer's reason to the PeerError. Only the inner
-        of two reports, before anything is closed."""
+        """If this rank fails, write the reason to a file; if a peer is lost, add the peer's reason to the PeerError. The inner
+        of two reports once, before anything is closed."""
         try:
             yield
         except (Exception, GeneratorExit) as problem:
