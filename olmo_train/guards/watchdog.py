@@ -82,7 +82,7 @@ class Watchdog:
         of two reports once, before anything is closed."""
         try:
             yield
-        except (Exception, GeneratorExit) as problem:
+        except Exception as problem:
             if not self._is_reported:
                 self._is_reported = True
                 self._leave(problem)
@@ -90,16 +90,14 @@ class Watchdog:
                     raise self._explain(problem) from problem
             raise
 
-    def _leave(self, problem: Exception | GeneratorExit) -> None:
+    def _leave(self, problem: Exception) -> None:
         """Note why this rank leaves, and allow time to close logs and to finish a save. The watcher no longer ends this rank for
         a lost one."""
         why = str(problem) if isinstance(problem, UserError) else f"{type(problem).__name__}: {problem}"
-        if isinstance(problem, GeneratorExit):
-            why = "its loop over train() ended"
         if not isinstance(problem, PeerError):
             with contextlib.suppress(OSError):
                 self.beats.note("error", " ".join(why.split()))
-        self._failed = not isinstance(problem, PeerError | GeneratorExit)
+        self._failed = not isinstance(problem, PeerError)
         self._is_busy, self._patience = True, max(self.seconds, PATIENCE)
         self._share()
 
