@@ -71,11 +71,10 @@ bench: $(INSTALLED)
 	$(BIN)/olmo-train bench configs/runs/first-run.yaml $(ARGS)
 
 # What tests/benchmarks/gpu.py needs besides the packages of an image with CUDA and torch: packages for all, and each peer in a
-# folder. Without dependencies: an image has the others.
+# folder. Without dependencies: an image has the others. torchtitan is missing, as its release 0.3.0 needs torch 2.12.
 BUNDLED := omegaconf torchao
-PEERS := torchtitan olmo-core litgpt
-torchtitan := torchtitan==0.3.0 torchdata torch_checkpointing datasets==4.7.0 dill multiprocess tyro docstring-parser typeguard spmd_types==0.2.3
-olmo-core := ai2-olmo-core==3.0.0 dataclass-extensions importlib_resources bettermap
+PEERS := olmo-core litgpt
+olmo-core := ai2-olmo-core==3.0.0 dataclass-extensions importlib_resources bettermap dill
 litgpt := litgpt==0.5.13 jsonargparse==4.41.0
 INTO = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-compile --target
 

@@ -161,8 +161,11 @@ def olmo_core(work: SimpleNamespace, folder: Path) -> Step:
     import torch
 
     if importlib.util.find_spec("cached_path") is None:  # for remote files, which nothing reads here
-        sys.modules["cached_path"] = ModuleType("cached_path")
-        sys.modules["cached_path"].cached_path = None
+        client = type("Client", (), {"recoverable_errors": ()})
+        clients = {"S3Client": client, "SchemeClient": client, "add_scheme_client": lambda *_: None}
+        for name, contents in (("cached_path", {"cached_path": None}), ("cached_path.schemes", clients)):
+            sys.modules[name] = ModuleType(name)
+            vars(sys.modules[name]).update(contents)
     from olmo_core.config import DType
     from olmo_core.nn.layer_norm import LayerNormConfig
     from olmo_core.nn.transformer import TransformerConfig
