@@ -9,7 +9,7 @@ import math
 import re
 import types
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from typing import (
     TYPE_CHECKING,
     Annotated,
@@ -85,6 +85,8 @@ class TrainConfig:
             object.__setattr__(self, "global_batch_size", batch_for(self.model))
             object.__setattr__(self, "batch_is_unset", True)
         parallel = self.parallel
+        if self.determinism != "none" and parallel.compile is None:  # on a GPU the compiler may time kernels, and choose others
+            object.__setattr__(self, "parallel", replace(parallel, compile=False))
         if self.determinism == "world" and (parallel.compile or parallel.float8 or parallel.reduce_dtype != "fp32"):
             raise ConfigError(
                 "determinism", "'world' sums gradients in fp64, uncompiled; leave out parallel.compile, float8 and reduce_dtype"

@@ -58,6 +58,7 @@ WAYS = {
         ["parallel.precision=bf16", "micro_batch_size=2", "parallel.activation_checkpointing=selective"],
     ),
     "float8": (1, ["parallel.precision=bf16", "parallel.float8=true", "micro_batch_size=2"]),
+    "float8, rowwise": (1, ["parallel.precision=bf16", "parallel.float8=rowwise", "micro_batch_size=2"]),
     "two, float8": (2, ["parallel.precision=bf16", "parallel.float8=true", "micro_batch_size=2"]),
     "two, float8, products kept": (
         2,

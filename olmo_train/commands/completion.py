@@ -49,5 +49,5 @@ def config_words(prefix: str, **_) -> Iterator[str]:
         if not equals:
             yield f"{key.name}="
         elif key.name == name:
-            values = {"bool": "true | false"}.get(key.kind, key.kind).split(" | ")
+            values = key.kind.replace("bool", "true | false").split(" | ")
             yield from (f"{name}={value}" for value in values if " " not in value and value not in SHORT_NAMES.values())

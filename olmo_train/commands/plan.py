@@ -167,7 +167,8 @@ def show_memory(console: Console, plan: dict[str, Any]) -> None:
     print_table(["", *moments], rows, title=title, total=total)
     console.print(f"{layout['precision']}, {layout['micro_batches']:,} x "
                   f"{counted(layout['micro_batch_size'], 'sequence')} a step, "
-                  f"activation_checkpointing={layout['activation_checkpointing']}, without torch.compile.")  # fmt: skip
+                  f"activation_checkpointing={layout['activation_checkpointing']}, without torch.compile"
+                  f"{', with which the run takes less' if plan['compiled'] else ''}.")  # fmt: skip
     shards = layout["gpus"] // layout["replicas"]
     each = f", {byte_size(plan['state_bytes'] / shards)} on each of {counted(shards, 'GPU')}" if shards > 1 else ""
     a_parameter = plan["state_bytes"] / plan["parameters"]["total"]

@@ -161,7 +161,7 @@ def read_settings(values: dict[str, Any], left_out: Iterable[str] = ()) -> dict[
         "parallel.precision": _choice("precision", theirs, PRECISIONS),
         "parallel.reduce_dtype": _reduce_dtype(theirs),
         "parallel.activation_checkpointing": "full" if theirs["activation_checkpointing"] else "none",
-        "parallel.compile": theirs["compile"] is not None,
+        "parallel.compile": theirs["compile"] is not None or None,  # not compiled there: our default
         "checkpoint.interval_steps": theirs["save_interval"] or 1000,
     }
     nested: dict[str, Any] = {}

@@ -18,6 +18,7 @@ from olmo_train.log.interval import Clock, Interval, StepStats, slow_ranks, thro
 from olmo_train.log.run_logger import RunLogger
 from olmo_train.model.cost import flops_per_token
 from olmo_train.optim import schedules
+from olmo_train.parallel.kernels import is_compiled
 from olmo_train.parallel.world import World
 from olmo_train.train_config import TrainConfig
 
@@ -51,7 +52,8 @@ class Journal:
         self.logger.count(stats.step)
         if stats.step <= self._first_step + 1:
             loss = stats.loss.item()
-            self.logger.early(time.perf_counter() - self._began, loss, self.config.parallel.compile)
+            compiled = is_compiled(self.config.parallel, self.world.device)
+            self.logger.early(time.perf_counter() - self._began, loss, compiled)
         clipped = (stats.grad_norm > schedules.max_grad_norm_at(stats.step, self.config.optim)).float()  # 0 if passed over
         self.interval.add(stats.sums, stats.skipped, clipped, stats.spike, self._waited)
 

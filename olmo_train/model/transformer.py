@@ -14,7 +14,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from olmo_train.model.config import ModelConfig
 from olmo_train.model.loss import HeadLoss
@@ -40,28 +40,47 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 Mask = Tensor | BlockMask | None  # None: plain causal attention
+BLOCK = 128  # queries and keys of a block that flex attention skips as one; its default
 
 
-def document_mask(documents: Tensor) -> Mask:
-    """The mask of causal attention within documents, for document numbers (B, T).
-
-    Flex attention skips fully masked blocks; on a CPU it has no backward, so the mask there is dense.
-    """
-    B, T = documents.shape
-    if documents.is_cuda:
-        same = lambda b, h, q, k: (q >= k) & (documents[b, q] == documents[b, k])  # noqa: E731
-        return create_block_mask(same, B, None, T, T, device=documents.device)
-    causal = torch.ones(T, T, dtype=torch.bool, device=documents.device).tril()
-    return causal & (documents[:, None, :, None] == documents[:, None, None, :])  # (B, 1, T, T)
-
-
-def document_positions(documents: Tensor) -> Tensor:
-    """Positions that restart at 0 with each document, (B, 1, T), for document numbers (B, T)."""
+def document_starts(documents: Tensor) -> Tensor:
+    """The place in its row of the first token of each token's document, (B, T), for document numbers (B, T)."""
     places = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
     first = torch.ones_like(documents, dtype=torch.bool)
     first[:, 1:] = documents[:, 1:] != documents[:, :-1]
-    starts = torch.where(first, places, 0).cummax(dim=1).values
-    return (places - starts)[:, None]
+    return torch.where(first, places, 0).cummax(dim=1).values
+
+
+def document_mask(starts: Tensor) -> Mask:
+    """The mask of causal attention within documents: query q sees the keys from starts[q] to q, for starts (B, T).
+
+    Flex attention skips fully masked blocks; on a CPU it has no backward, so the mask there is dense.
+    """
+    if starts.is_cuda:
+        return document_blocks(starts)
+    places = torch.arange(starts.shape[1], device=starts.device)
+    return (places <= places[:, None]) & (places >= starts[:, None, :, None])  # (B, 1, T, T)
+
+
+def document_blocks(starts: Tensor) -> BlockMask:
+    """document_mask as blocks, from the first and the last start in each block of queries. torch's create_block_mask would build
+    the mask of all B x T x T pairs first."""
+    B, T = starts.shape
+    n = -(-T // BLOCK)
+    padded = F.pad(starts, (0, n * BLOCK - T), value=T).view(B, n, BLOCK)  # no key is before the start of an absent query
+    first, last = padded[..., :1], padded[..., -1:]  # (B, n, 1): starts grow along a row
+    queries, keys = torch.arange(n, device=starts.device)[:, None], torch.arange(n, device=starts.device)
+    full = (keys < queries) & (BLOCK * keys >= last)  # (B, n, n): each query of the block sees each key of the block
+    part = (keys <= queries) & (BLOCK * (keys + 1) > first) & ~full  # (B, n, n): a query sees a key
+
+    def counted(blocks: Tensor) -> tuple[Tensor, Tensor]:
+        """The number of blocks in each row and their indices, (B, 1, n) and (B, 1, n, n), those that count first."""
+        order = blocks.int().argsort(dim=-1, descending=True, stable=True)
+        return blocks.sum(dim=-1, dtype=torch.int32)[:, None], order.int()[:, None]
+
+    sees = lambda b, h, q, k: (k <= q) & (k >= starts[b, q])  # noqa: E731
+    of_queries, of_keys = (*counted(part), *counted(full)), (*counted(part.mT), *counted(full.mT))
+    return BlockMask((T, T), *of_queries, *of_keys, (BLOCK, BLOCK), sees)
 
 
 @functools.cache
@@ -73,7 +92,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
     """softmax(q k^T / sqrt(D)) v, (B, H, T, D), for q (B, H, T, D) and k, v (B, K, S, D), K a divisor of H."""
     grouped = q.shape[1] != k.shape[1]
     if isinstance(mask, BlockMask):
-        return _compiled_flex_attention()(q, k, v, block_mask=mask, enable_gqa=grouped)
+        flex = flex_attention if torch.compiler.is_compiling() else _compiled_flex_attention()
+        return flex(q, k, v, block_mask=mask, enable_gqa=grouped)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
 
 
@@ -223,7 +243,9 @@ class Transformer(nn.Module):
         """The RoPE tables and the attention mask of these tokens."""
         if documents is not None:
             assert cache is None, "documents are for training, a cache is for generation"
-            return rope_tables(document_positions(documents), self.config), document_mask(documents)
+            starts = document_starts(documents)
+            positions = torch.arange(documents.shape[1], device=documents.device) - starts  # (B, T), from 0 in each document
+            return rope_tables(positions[:, None], self.config), document_mask(starts)
         past = 0 if cache is None else cache.length
         positions = torch.arange(past, past + input_ids.shape[1], device=input_ids.device)
         # Several queries after a cache need a shifted causal mask; SDPA's own starts at the first key.

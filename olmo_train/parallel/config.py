@@ -21,13 +21,19 @@ class ParallelConfig:
     # selective: store the results of matrix products and attention, recompute norms, RoPE and activation; full: recompute all, a
     # third more compute for far less memory
     activation_checkpointing: Checkpointing = "none"
-    # torch.compile each block: half a minute the first time, a few seconds from the cache (TORCHINDUCTOR_CACHE_DIR); pays off
-    # after some minutes of training
-    compile: bool = False
-    # matrix products of the blocks in float8 by torchao (pip install 'olmo-train[float8]'), with tensorwise scaling, on GPUs that
-    # support it; a CPU emulates it slowly. Its speed has not been measured
-    float8: bool = False
+    # torch.compile blocks and loss. null: on a GPU where kernels can be built (Triton, a C compiler), unless `determinism` asks
+    # for the same bits. It takes half a minute the first time, a few seconds from the cache (TORCHINDUCTOR_CACHE_DIR); on a CPU
+    # it pays off after some minutes of training
+    compile: bool | None = None
+    # matrix products of the blocks in float8 by torchao (pip install 'olmo-train[float8]'), on GPUs that support it; a CPU
+    # emulates it slowly. true: one scale for a matrix, the fastest; rowwise: one for each row, less rounding where few values
+    # are large. The speed of both has not been measured
+    float8: bool | Literal["rowwise"] = False
     # C++ kernels for attention and loss on a CPU. null: where a compiler (c++ or CXX) is found; true: fail if they cannot be
     # built; false: use torch. They take two seconds to build and are cached. Document masks and head sizes that are not
     # multiples of 16 use torch
     cpu_kernels: bool | None = None
+
+    def is_compiled(self, on_gpu: bool) -> bool:
+        """Whether blocks and loss are compiled on this kind of device."""
+        return on_gpu if self.compile is None else self.compile

@@ -1,39 +1,62 @@
 """Select the implementations of attention, loss and matrix products by device, once, from outside the model.
 
-On a CPU, attention and loss are our C++ kernels if they can be built. On a GPU, attention is torch's, or FlashAttention 3 if it
-is installed, and the loss is compiled with the blocks.
+On a CPU, attention and loss are our C++ kernels if they can be built. On a GPU, attention is torch's, which chooses between
+cuDNN and FlashAttention 2, and the loss is compiled with the blocks.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import os
+import shutil
+import sysconfig
+from dataclasses import replace
+from pathlib import Path
 
 import torch
 
 from olmo_train.errors import ConfigError
 from olmo_train.model.loss import differentiate_at_once_
 from olmo_train.model.transformer import Attention, Transformer
+from olmo_train.parallel.config import ParallelConfig
 
 FLOAT8_MULTIPLE = 16  # sizes of a float8 matrix product must be multiples (cuBLAS)
 
 
-def select_kernels(model: Transformer, device: torch.device, cpu_kernels: bool | None, compiled: bool, float8: bool) -> None:
+def select_kernels(model: Transformer, config: ParallelConfig, device: torch.device) -> None:
     """Set the implementations that the keys of `parallel` select, in place. Raises ConfigError if one is not available here."""
-    if has_cpu_kernels(cpu_kernels, device):
+    if has_cpu_kernels(config.cpu_kernels, device):
         from olmo_train.parallel.cpu_kernels import attend, differentiate_
 
         model.loss.differentiate_ = differentiate_
         for block in model.blocks:
             block.attn.attend = attend
-    if device.type == "cuda":
-        # FlashAttention 3, if it is installed, but not in deterministic runs: its backward adds in no fixed order.
-        has_flash = torch.cuda.get_device_capability()[0] == 9 and importlib.util.find_spec("flash_attn_interface")
-        if has_flash and not torch.are_deterministic_algorithms_enabled():
-            torch.nn.attention.activate_flash_attention_impl("FA3")
-        if compiled:
-            model.loss.differentiate_ = torch.compile(differentiate_at_once_)
-    if float8:
-        use_float8(model, device)
+    if device.type == "cuda" and is_compiled(config, device):
+        model.loss.differentiate_ = torch.compile(differentiate_at_once_, fullgraph=True)
+    if config.float8:
+        use_float8(model, device, "tensorwise" if config.float8 is True else config.float8)
+
+
+def is_compiled(config: ParallelConfig, device: torch.device) -> bool:
+    """Whether blocks and loss are compiled. If `parallel.compile` is null, a GPU on which nothing can be compiled trains without.
+    Raises ConfigError when it is true there."""
+    compiled = config.is_compiled(device.type == "cuda")
+    if not compiled or device.type != "cuda" or (missing := missing_for_compile()) is None:
+        return compiled
+    if config.compile:
+        raise ConfigError("parallel.compile", f"needs {missing}, which is not found; install it, or set false")
+    return False
+
+
+def missing_for_compile() -> str | None:
+    """What torch.compile lacks on this machine to build kernels for a GPU; None if nothing. Triton builds its launcher in C."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton"
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return "a C compiler (gcc, clang or $CC)"
+    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+        return "Python.h (the package python3-dev)"
+    return None
 
 
 def has_cpu_kernels(asked: bool | None, device: torch.device) -> bool:
@@ -58,9 +81,9 @@ def uses_cpu_kernels(model: Transformer) -> bool:
     return model.blocks[0].attn.attend is not Attention.attend
 
 
-def use_float8(model: Transformer, device: torch.device) -> None:
-    """Compute the matrix products of the blocks in float8 with torchao, tensorwise scaled; a CPU emulates it. Raises ConfigError
-    if torchao is missing, the GPU has no float8, or a size is not a multiple of 16."""
+def use_float8(model: Transformer, device: torch.device, scaling: str) -> None:
+    """Compute the matrix products of the blocks in float8 with torchao; `scaling` is its recipe. A CPU emulates it. Raises
+    ConfigError if torchao is missing, the GPU has no float8, or a size is not a multiple of 16."""
     try:
         from torchao.float8 import Float8LinearConfig, convert_to_float8_training
     except ImportError:
@@ -71,4 +94,5 @@ def use_float8(model: Transformer, device: torch.device) -> None:
         if weight.ndim == 2 and any(size % FLOAT8_MULTIPLE for size in weight.shape):
             what = f"sizes must be multiples of {FLOAT8_MULTIPLE}, but {name} is {tuple(weight.shape)}; set it to false"
             raise ConfigError("parallel.float8", what)
-    convert_to_float8_training(model.blocks, config=Float8LinearConfig(emulate=device.type == "cpu"))
+    recipe = Float8LinearConfig.from_recipe_name(scaling)
+    convert_to_float8_training(model.blocks, config=replace(recipe, emulate=device.type == "cpu"))

@@ -20,7 +20,7 @@ from olmo_train.parallel import kernels
 from olmo_train.parallel.config import ParallelConfig
 from olmo_train.parallel.determinism import DETERMINISM, Determinism, round_gradients
 from olmo_train.parallel.exchange import to_shards
-from olmo_train.parallel.recompute import RECOMPUTED
+from olmo_train.parallel.recompute import training_forward
 from olmo_train.parallel.world import World
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -38,12 +38,10 @@ def shard(
 
     `global_batch_size` is the number of sequences whose gradients are summed, for the range of rounded gradients.
     """
-    kernels.select_kernels(model, world.device, config.cpu_kernels, config.compile, config.float8)
+    compiled = kernels.is_compiled(config, world.device)
+    kernels.select_kernels(model, config, world.device)
     for block in model.blocks:
-        if config.activation_checkpointing != "none":
-            block.forward = functools.partial(RECOMPUTED[config.activation_checkpointing], block.forward)
-        if config.compile:
-            block.compile()
+        block.forward = training_forward(block.forward, config.activation_checkpointing, compiled)
     # Activations between blocks already have the right precision; casting inputs would round the fp32 RoPE tables.
     policy = MixedPrecisionPolicy(
         param_dtype=DTYPES[config.precision],
@@ -62,7 +60,7 @@ def shard(
             module.set_force_sum_reduction_for_comms(True)
         if determinism.reduce_dtype:
             round_gradients(module, functools.partial(_own_parameters, module), global_batch_size)
-    model.keeps_weights = keeps_weights
+    model.keeps_weights, model.is_compiled = keeps_weights, compiled
     return model.to_empty(device=world.device)
 
 

@@ -77,6 +77,7 @@ def make_plan(
         "flops_convention": FLOPS_CONVENTION,
         "update_flops": time.update_flops(config.model, layout),
         "layout": asdict(layout),
+        "compiled": config.parallel.is_compiled(gpu is not None),
         "memory_bytes": estimate.moments,
         "memory_peak_bytes": estimate.peak,
         "memory_peak_moment": estimate.moment,

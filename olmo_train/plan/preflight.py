@@ -33,6 +33,9 @@ class Memory:
     """The memory that a run needs beside the memory that there is, in bytes: of one GPU, or of this machine on a CPU."""
 
     needed: int
+    least: (
+        int  # of this, what it needs in any case; less than `needed` only for a compiled run, which takes less than its estimate
+    )
     available: int | None  # None: unknown
     place: str  # "this machine" or "each GPU"
     key: str = ""  # the configuration key that a run which does not fit should change
@@ -79,12 +82,14 @@ def memory_of(config: TrainConfig, processes: int, on_machine: int, gpu_bytes: i
         """What a process may use, with the runtime of a GPU, which `fits` adds."""
         return gpu_bytes or (available or 0) // on_machine - besides(model) + memory.RUNTIME_BYTES
 
-    peak = memory_estimate(config.model, layout).peak
-    if gpu_bytes is None:
-        needed, available, place = on_machine * (peak + besides(config.model)), available_memory(), "this machine"
-    else:
-        needed, available, place = peak + memory.RUNTIME_BYTES, gpu_bytes, "each GPU"
-    found = Memory(needed, available, place)
+    def needed(layout: Layout) -> int:
+        peak = memory_estimate(config.model, layout).peak
+        return peak + memory.RUNTIME_BYTES if gpu_bytes else on_machine * (peak + besides(config.model))
+
+    compiled = config.parallel.is_compiled(gpu_bytes is not None)
+    least = needed(replace(layout, activation_checkpointing="full") if compiled else layout)
+    available, place = (gpu_bytes, "each GPU") if gpu_bytes else (available_memory(), "this machine")
+    found = Memory(needed(layout), least, available, place)
     if found.fits is not False:
         return found
     key, fix = _fix(config.model, layout, budget, "more machines" if gpu_bytes is None else "more GPUs")
@@ -106,11 +111,10 @@ def _fix(model: ModelConfig, layout: Layout, budget: Callable[[ModelConfig], int
 
 
 def check_memory(found: Memory, config: TrainConfig) -> None:
-    """Raises ConfigError when the run cannot fit, and warns when it may not. With parallel.compile a step takes less than its
-    estimate, so it is never refused."""
+    """Raises ConfigError when the run cannot fit, and warns when it may not."""
     if found.fits is not False:
         return
-    if MARGIN * found.needed > (found.available or 0) and not config.parallel.compile:
+    if MARGIN * found.least > (found.available or 0):
         raise does_not_fit(found, config)
     log.warning("the run may run out of memory: it needs about %s; %s", found, found.fix)
 

@@ -81,6 +81,7 @@ class Run:
             f"{counted(config.steps, 'step')} of {config.tokens_per_step:,} tokens, "
             f"{self.world.size} x {self.world.device.type}, {config.parallel.precision}"
             + (", C++ kernels" if kernels.uses_cpu_kernels(model) else "")
+            + (", compiled" if model.is_compiled else "")
         )
         for line in preflight.facts(config, self.mixture):
             self.logger.say(line)

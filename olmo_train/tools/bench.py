@@ -22,6 +22,7 @@ from olmo_train import train as training
 from olmo_train.formats import counted
 from olmo_train.model.config import ModelConfig
 from olmo_train.model.cost import FLOPS_CONVENTION, flops_per_token
+from olmo_train.parallel.kernels import is_compiled
 from olmo_train.train import train
 from olmo_train.train_config import TrainConfig
 
@@ -95,6 +96,7 @@ def _figures(config: TrainConfig, seconds: list[float], phases: dict[str, float]
         "mfu": rate * flops / device.peak_flops if device else None,
         "peak_memory_bytes": peak,
         "first_step_seconds": first_step,
+        "compiled": is_compiled(config.parallel, torch.device("cuda" if on_gpu else "cpu")),
         "torch": torch.__version__,
         "python": sys.version.split()[0],
         "device": torch.cuda.get_device_name() if on_gpu else f"cpu, {counted(torch.get_num_threads(), 'thread')}",

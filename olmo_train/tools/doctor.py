@@ -160,9 +160,15 @@ def kernels(config: TrainConfig) -> Iterator[Finding]:
     """Which kernels compute attention and loss."""
     import torch
 
-    from olmo_train.parallel.kernels import has_cpu_kernels
+    from olmo_train.parallel.kernels import has_cpu_kernels, is_compiled, missing_for_compile
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if is_compiled(config.parallel, device):
+        yield Finding("compile", "ok", "blocks are compiled, which takes half a minute the first time")
+    elif device.type == "cuda":
+        missing = missing_for_compile()
+        remedy = f"install {missing}" if missing else "set parallel.compile=true, or leave it out, unless determinism is on"
+        yield Finding("compile", "warning", "blocks are not compiled, which costs about a quarter of the speed", remedy)
     if has_cpu_kernels(config.parallel.cpu_kernels, device):
         yield Finding("kernels", "ok", "attention and loss use the C++ kernels, which are built")
     elif device.type == "cpu":
