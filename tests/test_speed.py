@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from fake import Collectives, fake_world
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -103,6 +104,38 @@ def test_a_logged_step_of_the_loop_reads_a_fixed_number_of_tensors(tiny_args):
             run.close()
     assert counts[1000] <= 1, "a step that is not logged"
     assert counts[1] <= 4, "a logged one"
+
+
+L, M = 2, 2  # blocks and micro-batches of the tiny configuration
+SUMS = {"all_reduce": 3}  # of scored tokens, of the losses, and of the norm of all gradients
+# A step's collectives. Weights are gathered for each forward, and those of a block again for each backward; gradients are
+# reduced with the last micro-batch.
+STEPS = {
+    "FSDP": ({}, 1, {"all_gather": M * (2 * L + 2), "reduce_scatter": L + 2}),
+    "tied": ({"model.tie_embeddings": True}, 1, {"all_gather": M * (2 * L + 1), "reduce_scatter": L + 1}),
+    "recomputed": (
+        {"parallel.activation_checkpointing": "full"}, 1, {"all_gather": M * (2 * L + 2), "reduce_scatter": L + 2}
+    ),
+    "grad_op": ({"parallel.shard": "grad_op"}, 1, {"all_gather": L + 2, "reduce_scatter": L + 2}),
+    "HSDP": ({}, 2, {"all_gather": M * (2 * L + 2), "reduce_scatter": L + 2, "all_reduce": 3 + L + 2}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("way", STEPS)
+def test_a_step_on_eight_ranks_sends_these_collectives_and_no_more(tiny_args, way):
+    changes, replicas, expected = STEPS[way]
+    with fake_world(8, replicas) as world:
+        step = a_step(tiny_args(**changes, **{"parallel.replicas": replicas}), world)
+        step(1)
+        with Collectives() as collectives:
+            step(2)
+    assert collectives.counts == SUMS | expected
+
+
+def test_one_rank_gathers_and_reduces_nothing(tiny_args):
+    with fake_world() as world, Collectives() as collectives:
+        a_step(tiny_args(), world)(1)
+    assert set(collectives.counts) <= {"all_reduce"}
 
 
 @on_a_gpu

@@ -204,6 +204,18 @@ class KVCache:
         return k, v
 
 
+class Head(nn.Linear):
+    """The output matrix. Logits and loss are computed in its forward, so that FSDP can gather it for that time alone."""
+
+    def forward(self, x: Tensor, labels: Tensor | None, loss: HeadLoss) -> Tensor:
+        return logits_or_loss(x, self.weight, labels, loss)
+
+
+def logits_or_loss(x: Tensor, weight: Tensor, labels: Tensor | None, loss: HeadLoss) -> Tensor:
+    """x @ weight.T, (B, T, V), or its loss (B,) if there are labels, for x (B, T, C) and weight (V, C)."""
+    return F.linear(x, weight) if labels is None else loss(x, weight, labels)
+
+
 class Transformer(nn.Module):
     """A language model. Built on the meta device it takes no memory; init.py computes its initial values."""
 
@@ -213,7 +225,7 @@ class Transformer(nn.Module):
         self.embed = nn.Embedding(config.vocab_rows, config.d_model)
         self.blocks = nn.ModuleList(BLOCKS[config.block](config) for _ in range(config.n_layers))
         self.norm = NORMS[config.norm](config.d_model, config.norm_eps, config.bias == "norm")
-        self.head = None if config.tie_embeddings else nn.Linear(config.d_model, config.vocab_rows, bias=False)
+        self.head = None if config.tie_embeddings else Head(config.d_model, config.vocab_rows, bias=False)
         self.loss = HeadLoss(config.z_loss)
 
     def forward(
@@ -236,8 +248,10 @@ class Transformer(nn.Module):
             x = block(x, rope, mask, cache)
         if cache is not None:
             cache.length += input_ids.shape[1]
-        x, weight = self.norm(x), self.embed.weight if self.head is None else self.head.weight
-        return F.linear(x, weight) if labels is None else self.loss(x, weight, labels)
+        x = self.norm(x)
+        if self.head is None:
+            return logits_or_loss(x, self.embed.weight, labels, self.loss)
+        return self.head(x, labels, self.loss)
 
     def _positions(self, input_ids: Tensor, documents: Tensor | None, cache: KVCache | None) -> tuple[tuple, Mask]:
         """The RoPE tables and the attention mask of these tokens."""

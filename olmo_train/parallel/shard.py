@@ -7,6 +7,8 @@ state are fp32; blocks compute in `precision`.
 from __future__ import annotations
 
 import functools
+import itertools
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -50,23 +52,41 @@ def shard(
     )
     # A single rank holds all fp32 weights anyway; freeing the bf16 copies would only make it cast them again.
     keeps_weights = config.shard == "grad_op" or world.mesh.size(world.mesh.ndim - 1) == 1
-    for module in [*model.blocks, model]:
+    units = gathered_units(model)
+    for unit in reversed(units):  # the model after its blocks
         # The backward begins with the head, where the forward ends: freed in between, the head would be gathered again at once.
-        frees = not keeps_weights and module is not model
-        fully_shard(module, mesh=world.mesh, mp_policy=policy, reshard_after_forward=frees)
-        if world.mesh.size() > 1:  # else FSDP would divide by one, in a pass over all gradients
+        frees = not keeps_weights and unit[0] not in (model, model.norm)
+        fully_shard(unit, mesh=world.mesh, mp_policy=policy, reshard_after_forward=frees)
+        if determinism.reduce_dtype:
+            round_gradients(unit[0], functools.partial(_own_parameters, unit), global_batch_size)
+    if not isinstance(model, FSDPModule):
+        fully_shard(model, mesh=world.mesh, mp_policy=policy)  # has no weights left, but coordinates the units
+        model.embed.set_unshard_in_backward(False)  # the gradient of an embedding does not depend on its weights
+        # By default torch would prefetch what ran before: the head of the previous micro-batch. This gathers nothing.
+        model.embed.set_modules_to_backward_prefetch([model.embed])
+    for (first, *_), (second, *_) in itertools.pairwise(units):
+        first.set_modules_to_forward_prefetch([second])
+        second.set_modules_to_backward_prefetch([first])
+    if world.mesh.size() > 1:  # else FSDP would divide by one, in a pass over all gradients
+        for module, *_ in units:
             # FSDP averages gradients over ranks; the loss is already divided by the tokens of the global batch, so sum them.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
-        if determinism.reduce_dtype:
-            round_gradients(module, functools.partial(_own_parameters, module), global_batch_size)
     model.keeps_weights, model.is_compiled = keeps_weights, compiled
     return model.to_empty(device=world.device)
 
 
-def _own_parameters(module: nn.Module) -> list[nn.Parameter]:
-    """The parameters that `fully_shard` gathers for this module and not for one of its blocks."""
-    return [parameter for name, parameter in module.named_parameters() if not name.startswith("blocks.")]
+def gathered_units(model: Transformer) -> list[list[Any]]:
+    """The modules whose weights are gathered, and whose gradients are reduced, at once, in the order of the forward. A tied
+    matrix is needed at both ends, so the model gathers it with the final norm."""
+    blocks = [[block] for block in model.blocks]
+    return [[model], *blocks] if model.head is None else [[model.embed], *blocks, [model.norm, model.head]]
+
+
+def _own_parameters(unit: list[nn.Module]) -> list[nn.Parameter]:
+    """The parameters that `fully_shard` gathers for this unit."""
+    named = [item for module in unit for item in module.named_parameters()]
+    return [parameter for name, parameter in named if not name.startswith("blocks.")]
 
 
 @torch.no_grad()

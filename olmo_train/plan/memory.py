@@ -74,12 +74,17 @@ def memory_estimate(model: ModelConfig, layout: Layout) -> MemoryEstimate:
     backward: a block is differentiated; with activation checkpointing, after it was recomputed.
     update: all gradients exist, those of the embedding and the head are reduced, and the optimizer steps.
     """
-    total, block = count_parameters(model).total, block_parameters(model)
-    root = total - model.n_layers * block  # embedding, head and final norm, which are gathered as one unit
-    shards = layout.gpus // layout.replicas
+    count, block = count_parameters(model), block_parameters(model)
+    total, shards = count.total, layout.gpus // layout.replicas
+    # Weights outside the blocks, gathered at the beginning of a forward and at its end: embedding, then final norm and head.
+    # If they are tied, they are one unit, which is there from the beginning to the end of the backward.
+    ends = total - model.n_layers * block
+    first, last = (ends, 0) if model.tie_embeddings else (count.embedding, ends - count.embedding)
     width, reduced = BYTES[layout.precision], BYTES[layout.reduce_dtype]
-    moments = checkpoint_bytes(model, layout.optimizer) - 4 * total
-    state = {"weights": math.ceil(4 * total / shards), "optimizer": math.ceil(moments / shards)}
+    # Rank 0 has a row more of embedding and head than some others if their rows do not divide evenly.
+    uneven = -model.vocab_rows % shards * model.d_model * (1 if model.tie_embeddings else 2)
+    moments = checkpoint_bytes(model, layout.optimizer) - 4 * total + 8 * uneven
+    state = {"weights": math.ceil(4 * (total + uneven) / shards), "optimizer": math.ceil(moments / shards)}
 
     def parts(gradients: int, activations: int, logits: int, buffers: int) -> dict[str, int]:
         return state | {
@@ -90,33 +95,37 @@ def memory_estimate(model: ModelConfig, layout: Layout) -> MemoryEstimate:
         }
 
     # Micro-batches before the last add up whole gradients on each rank; sharded ones appear with the last.
-    whole_gradients = reduced * total if layout.micro_batches > 1 else 0
+    accumulates = layout.micro_batches > 1
+    whole_gradients = reduced * total if accumulates else 0
     tokens = layout.micro_batch_size * model.seq_len
     kept, final = tokens * kept_activation_bytes(model, layout), tokens * final_activation_bytes(model, layout.precision)
     reshards = layout.shard == "full" and shards > 1  # one rank keeps its weights whole, see parallel.shard
-    gathered = width * (root if reshards else total)
-    if reshards:
-        gathered += width * block  # the next block, gathered at the same time
+    # While the loss is computed, the buffer of the last gather is there too: that of the head, or of the last block.
+    gathered = width * (total if not reshards else 2 * last or first + block)
     loss = parts(whole_gradients, model.n_layers * kept + final, loss_bytes(model, tokens, width), gathered)
 
-    # From block to block the backward adds sharded gradients and frees activations, so the highest block is its first,
-    # or its last, which also meets the fp32 buffer from which the gradients of the one before are being reduced.
-    freed_gradients = reduced * block if whole_gradients else 0
-    later = (model.n_layers - 1) * (math.ceil(4 * block / shards) - freed_gradients)
-    freed = (model.n_layers - 1) * kept
-    reducing = reduced * block
-    if later - freed + reducing <= 0 or model.n_layers == 1:
-        later = freed = reducing = 0
+    def after_backward(size: int) -> int:
+        """Bytes that a unit's gradients add once they are sharded."""
+        return math.ceil(4 * size / shards) - (reduced * size if accumulates else 0)
+
+    # From block to block the backward adds sharded gradients and frees activations, so the highest block is its first or its
+    # last. Either meets the buffer from which the gradients of the unit before are being reduced.
+    freed, gradients, reducing = 0, after_backward(last), reduced * last
+    later = (model.n_layers - 1) * after_backward(block)
+    if model.n_layers > 1 and later - (model.n_layers - 1) * kept + reduced * block > reducing:
+        freed, gradients, reducing = (model.n_layers - 1) * kept, gradients + later, reduced * block
     working = tokens * block_working_bytes(model, layout)
-    own = width * block if reshards else 0
-    matrix_gradients = width * model.d_model * (model.mlp_hidden + (0 if model.tie_embeddings else model.vocab_rows))
+    # The block at work, and the next one, gathered at the same time.
+    gathered = width * ((0 if last else first) + 2 * block if reshards else total)
+    matrix_gradients = width * model.d_model * model.mlp_hidden
     backward = parts(
-        whole_gradients + later, model.n_layers * kept - freed + working, 0, gathered + own + matrix_gradients + reducing
+        whole_gradients + gradients, model.n_layers * kept - freed + working, 0, gathered + matrix_gradients + reducing
     )
 
-    # Muon's copies come when the buffers from which the root's gradients are reduced are gone.
-    buffers = max((width + reduced) * root, matrix_working_bytes(model, layout))
-    update = parts(math.ceil(4 * total / shards), 0, 0, width * root + buffers)
+    # Muon's copies come when the buffers from which the last gradients are reduced are gone.
+    buffers = max((width + reduced) * first, matrix_working_bytes(model, layout))
+    gathered = width * first if model.tie_embeddings or not reshards else 0
+    update = parts(math.ceil(4 * total / shards), 0, 0, gathered + buffers)
     return MemoryEstimate({"loss": loss, "backward": backward, "update": update})
 
 

@@ -98,14 +98,27 @@ def exchange_seconds(model: ModelConfig, layout: Layout, links: Links) -> float:
     return sent / (links.reached * (links.node_bandwidth if inside else links.network_bandwidth))
 
 
+def unit_seconds(size: int, layout: Layout, links: Links) -> tuple[float, float, float]:
+    """Of gathering a unit of `size` weights, of reducing its gradients to shards, and of adding those up between replicas."""
+    if not size:
+        return 0.0, 0.0, 0.0
+    shards, gradients = layout.gpus // layout.replicas, BYTES[layout.reduce_dtype] * size
+    gather, scatter = (ring_seconds(sent, shards, links) for sent in (BYTES[layout.precision] * size, gradients))
+    between = all_reduce_seconds(gradients / shards, layout.replicas, layout.gpus <= links.gpus_per_node, links)
+    # Where shards cross the network too, one comes after the other.
+    return (gather, scatter + between, 0.0) if shards > links.gpus_per_node else (gather, scatter, between)
+
+
 def step_estimate(model: ModelConfig, layout: Layout, hardware: Hardware, links: Links, efficiency: float) -> StepEstimate:
     """Time and traffic of a step. `efficiency` is the share of the peak that a GPU reaches when it does not wait for others;
     FLOPs are counted as in flops_per_token. With full activation checkpointing a block's forward is computed once more."""
     shards, layers, tokens = layout.gpus // layout.replicas, model.n_layers, layout.micro_batch_size * model.seq_len
-    block, total = block_parameters(model), count_parameters(model).total
-    root = total - layers * block
+    block, count = block_parameters(model), count_parameters(model)
+    total = count.total
+    # Outside the blocks: the embedding, gathered before them, and final norm and head, gathered after them; all before if tied.
+    ends = total - layers * block
+    first = ends if model.tie_embeddings else count.embedding
     width, reduced = BYTES[layout.precision], BYTES[layout.reduce_dtype]
-    inside = layout.gpus <= links.gpus_per_node
 
     speed = hardware.peak_flops * efficiency
     products = attention_parameters(model) + mlp_parameters(model)
@@ -113,38 +126,39 @@ def step_estimate(model: ModelConfig, layout: Layout, hardware: Hardware, links:
     backward = forward * (3 if layout.activation_checkpointing == "full" else 2)
     head = tokens * 2 * model.vocab_rows * model.d_model / speed
 
-    gather, gather_root = (ring_seconds(width * size, shards, links) for size in (block, root))
-    scatter, scatter_root = (ring_seconds(reduced * size, shards, links) for size in (block, root))
-    between, between_root = (
-        all_reduce_seconds(reduced * size / shards, layout.replicas, inside, links) for size in (block, root)
-    )
-    if shards > links.gpus_per_node:  # all of them cross the network, one after the other
-        scatter, scatter_root, between, between_root = scatter + between, scatter_root + between_root, 0.0, 0.0
+    gather, scatter, between = unit_seconds(block, layout, links)
+    gather_first, scatter_first, between_first = unit_seconds(first, layout, links)
+    gather_last, scatter_last, between_last = unit_seconds(ends - first, layout, links)
 
     seconds = 0.0
     for micro_batch in range(layout.micro_batches):
         last = micro_batch == layout.micro_batches - 1
         gathers = layout.shard == "full" or micro_batch == 0  # grad_op keeps the whole weights until the step's end
         again = layout.shard == "full"
-        seconds += gathers * (gather_root + gather)  # nothing is computed yet
-        seconds += (layers - 1) * max(forward, gathers * gather) + forward + 3 * head
-        sent = again * gather + last * scatter
-        seconds += (layers - 1) * max(backward, sent, last * between) + backward
-        seconds += last * (scatter + scatter_root + max(between, between_root))  # no compute remains
+        seconds += gathers * (gather_first + gather)  # nothing is computed yet
+        seconds += (layers - 1) * max(forward, gathers * gather) + max(forward, gathers * gather_last)
+        seconds += head + max(2 * head, again * gather)
+        # During the backward of a block, the gradients of what came after it are reduced, and the block before it is gathered.
+        seconds += max(backward, again * (layers > 1) * gather + last * scatter_last, last * between_last)
+        if layers > 1:
+            seconds += (layers - 2) * max(backward, again * gather + last * scatter, last * between)
+            seconds += max(backward, last * scatter, last * between)
+        seconds += last * (scatter + scatter_first + max(between, between_first))  # no compute remains
     update, exchange = update_flops(model, layout) / speed, exchange_seconds(model, layout, links)
     seconds += update + exchange
     compute = layout.micro_batches * (layers * (forward + backward) + 3 * head) + update
 
-    # Embedding, head and final norm stay whole between forward and backward; blocks are gathered for each.
-    of_block, of_root = (2 * layout.micro_batches, layout.micro_batches) if layout.shard == "full" else (1, 1)
-    gathers = of_block * layers * gather + of_root * gather_root
+    # Blocks are gathered for forward and backward. The embedding has no use in the backward, and the head stays gathered for it.
+    of_block, of_ends = (2 * layout.micro_batches, layout.micro_batches) if layout.shard == "full" else (1, 1)
+    gathers = of_block * layers * gather + of_ends * (gather_first + gather_last)
+    reductions = layers * (scatter + between) + scatter_first + between_first + scatter_last + between_last
     share = (shards - 1) / shards
     all_tokens = layout.gpus * layout.micro_batches * tokens
     return StepEstimate(
         compute_seconds=compute,
-        communication_seconds=gathers + layers * (scatter + between) + scatter_root + between_root + exchange,
+        communication_seconds=gathers + reductions + exchange,
         seconds=seconds,
-        gathered_bytes=share * width * (of_block * layers * block + of_root * root),
+        gathered_bytes=share * width * (of_block * layers * block + of_ends * ends),
         reduced_bytes=share * reduced * total,
         all_reduced_bytes=2 * (layout.replicas - 1) / layout.replicas * reduced * total / shards,
         tokens_per_second=all_tokens / seconds,
