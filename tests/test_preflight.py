@@ -98,6 +98,20 @@ def test_an_estimate_slightly_above_the_memory_is_a_warning(tiny_args, memory_gb
         preflight.check_memory(preflight.memory_of(config, 1, 1), config)
 
 
+def test_a_compiled_run_is_refused_only_if_it_would_not_fit_with_full_recomputation(tiny_args, memory_gb, caplog):
+    """How much less than its estimate it takes is not known."""
+    changes = {"model.seq_len": 1024, "global_batch_size": 64, "micro_batch_size": 64, "parallel.compile": True}
+    config, full = tiny_args(**changes), tiny_args(**changes | {"parallel.activation_checkpointing": "full"})
+    needed, least = (preflight.memory_of(each, 1, 1).needed for each in (config, full))
+    assert least < 0.7 * needed
+    memory_gb(1.01 * least / GB)
+    preflight.check_memory(preflight.memory_of(config, 1, 1), config)
+    assert "may run out of memory" in caplog.text
+    memory_gb(0.85 * least / GB)
+    with pytest.raises(ConfigError):
+        preflight.check_memory(preflight.memory_of(config, 1, 1), config)
+
+
 def said(config, mixture=None):
     return [str(caution) for caution in preflight.cautions(config, mixture, on_cpu=True)]
 
