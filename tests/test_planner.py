@@ -148,7 +148,7 @@ def test_the_state_of_olmo_7b_takes_exactly_the_planned_bytes(gpus, replicas):
         with torch.device("meta"):
             model = Transformer(OLMO_7B)
         shard.shard(model, parallel_config.ParallelConfig(replicas=replicas, cpu_kernels=False), world)
-        optimizer = build.build_optimizer(dict(model.named_parameters()), optim_config.OptimConfig(), shard.on_full_tensor)
+        optimizer = build.build_optimizer(dict(model.named_parameters()), optim_config.OptimConfig())
         build.allocate_state(optimizer)
         moments = [tensor for state in optimizer.state.values() for name, tensor in state.items() if name != "step"]
         size = {"weights": list(model.parameters()), "optimizer": moments}
