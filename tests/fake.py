@@ -1,6 +1,7 @@
 """Many ranks in one process: torch's fake process group makes it rank 0 of any world, with collectives that move nothing.
 
 fake_world(size, replicas)   join it; yields the World
+zero_weights(model)          the values of a sharded model, where init_weights would exchange them between ranks
 Collectives()                counts the collectives of what runs in its context, by kind
 """
 
@@ -29,6 +30,11 @@ def fake_world(size: int = 1, replicas: int = 1):
         yield World(0, size, 0, size, torch.device("cpu"), mesh, background_group=None, control_group=None)
     finally:
         dist.destroy_process_group()
+
+
+def zero_weights(model: torch.nn.Module, *_) -> None:
+    for parameter in model.parameters():
+        torch.nn.init.zeros_(parameter)
 
 
 class Collectives(TorchDispatchMode):

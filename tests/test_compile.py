@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from fake import fake_world
+from fake import fake_world, zero_weights
 from functorch.compile import make_boxed_func
 from functorch.compile import min_cut_rematerialization_partition as partition
 from torch._dynamo.backends.common import aot_autograd
@@ -63,7 +63,7 @@ def sharded(world, shape=SHAPE, **choices) -> Transformer:
     with torch.device("meta"):
         model = Transformer(shape)
     shard.shard(model, ParallelConfig(cpu_kernels=False, compile=True, **choices), world)
-    shard.init_weights(model, 1)
+    zero_weights(model)
     return model
 
 
