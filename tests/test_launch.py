@@ -35,7 +35,7 @@ def launcher(tmp_path):
     """launcher(code, nproc=2): olmo_train.parallel.launch with a script of this code, in which `rank` is set."""
 
     def start(code: str, nproc: int = 2) -> subprocess.Popen:
-        (tmp_path / "script.py").write_text(f"import os, signal, sys, time\nrank = int(os.environ['RANK'])\n{code}")
+        (tmp_path / "script.py").write_text(f"import os, signal, sys, time\nsignal.alarm(120)\nrank = int(os.environ['RANK'])\n{code}")
         words = [sys.executable, "-m", "olmo_train.parallel.launch", "--standalone", f"--nproc-per-node={nproc}"]
         environment = {**os.environ, "PYTHONPATH": str(LAUNCH.parent)}
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
