@@ -35,7 +35,9 @@ def launcher(tmp_path):
     """launcher(code, nproc=2): olmo_train.parallel.launch with a script of this code, in which `rank` is set."""
 
     def start(code: str, nproc: int = 2) -> subprocess.Popen:
-        (tmp_path / "script.py").write_text(f"import os, signal, sys, time\nsignal.alarm(120)\nrank = int(os.environ['RANK'])\n{code}")
+        (tmp_path / "script.py").write_text(
+            f"import os, signal, sys, time\nsignal.alarm(120)\nrank = int(os.environ['RANK'])\n{code}"
+        )
         words = [sys.executable, "-m", "olmo_train.parallel.launch", "--standalone", f"--nproc-per-node={nproc}"]
         environment = {**os.environ, "PYTHONPATH": str(LAUNCH.parent)}
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
@@ -63,6 +65,21 @@ def test_the_launcher_passes_signals_on_and_waits_for_the_run_to_save(launcher):
     assert [run.stdout.readline() for _ in range(2)] == ["ready\n", "ready\n"]
     run.send_signal(signal.SIGUSR1)
     assert (*run.communicate(timeout=60), run.returncode) == ("saved\nsaved\n", "", 75)
+
+
+def test_the_launcher_reports_a_rendezvous_that_fails():
+    words = [
+        "--nnodes=2",
+        "--rdzv-backend=c10d",
+        "--rdzv-endpoint=256.0.0.1:1",
+        "--rdzv-conf=timeout=1,read_timeout=1",
+        "script.py",
+    ]
+    failed = subprocess.run(
+        [sys.executable, "-m", "olmo_train.parallel.launch", *words], capture_output=True, text=True, timeout=100
+    )
+    assert failed.returncode == 1
+    assert re.search("error: --rdzv-endpoint: .*; check that all machines have started and reach it\n$", failed.stderr)
 
 
 def test_the_launcher_refuses_restarts():
@@ -204,6 +221,8 @@ def test_the_tasks_of_a_slurm_array_have_a_run_dir_each(slurm):
     job = slurm(0, 0, "RUNNING", "config.yaml", "run_dir=runs/one", **array)
     assert job.communicate(timeout=60)[1].startswith("error: run_dir: each task of an array needs a separate one; write %a")
     assert job.returncode == 2 and "srun" not in slurm.log.read_text()
+    assert slurm(0, 0, "RUNNING", "%a.yaml", SLURM_NNODES="1", **array).wait(timeout=60) == 0
+    assert "--nnodes=1 " in slurm.log.read_text() and "--rdzv-endpoint=localhost:" in slurm.log.read_text()
 
 
 def test_a_text_is_named_by_its_path_and_hashed_by_its_contents(tmp_path, monkeypatch):

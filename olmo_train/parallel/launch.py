@@ -33,7 +33,7 @@ def exit_code(codes: Collection[int]) -> int:
 def main(words: list[str]) -> int:
     """Run torchrun with these words; returns the exit code of the run."""
     level = os.environ.get(CPP_LEVEL)
-    os.environ[CPP_LEVEL] = level or "ERROR"  # for this import: no C++ stack when the machine that holds the store ends first
+    os.environ[CPP_LEVEL] = level or "FATAL"  # for this import: no C++ stack when another machine has ended, or not started
     from torch.distributed import DistError, run
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous.api import RendezvousError
@@ -63,8 +63,8 @@ def main(words: list[str]) -> int:
     except (RendezvousError, DistError) as problem:
         if received or os.times().children_user:  # the run had started, and the machine that holds the store ended first
             return 6
-        what = " ".join(str(problem).split()) or type(problem).__name__
-        return _error("--rdzv-endpoint", f"{what}; check that all machines have started, then run the same command again", 6)
+        what = " ".join(str(problem).split()).partition(". ")[0] or type(problem).__name__
+        return _error("--rdzv-endpoint", f"{what}; check that all machines have started and reach it", 1)
     return 0
 
 

@@ -77,6 +77,16 @@ def not_requeued(slurm: Cluster, what: str, words: list[str]) -> None:
     print(f"{what:44} {ended['JobState']}, exit code {ended['ExitCode']}, {ended['Restarts']} restarts: {line}", flush=True)
 
 
+def array(slurm: Cluster, words: list[str]) -> None:
+    """Print how the two tasks of an array end, and their run_dirs."""
+    job = slurm.submit(*words, f"run_dir={slurm.folder}/seed-%a", "seed=%a", array="1-2", nodes="1")
+    for task in ("1", "2"):
+        slurm.wait_for(f"task {task} ends", lambda task=task: slurm.job(f"{job}_{task}")["JobState"] in ("COMPLETED", "FAILED"))
+        ended, run_dir = slurm.job(f"{job}_{task}"), slurm.folder / f"seed-{task}"
+        kept = max(file.name for file in (run_dir / "checkpoints").glob("step-*"))
+        print(f"{f'task {task} of an array':44} {ended['JobState']}, {run_dir.name}/checkpoints/{kept}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
@@ -93,6 +103,7 @@ def main() -> None:
         not_requeued(slurm, "a run that finishes", short)
         not_requeued(slurm, "a configuration error", [*short, "optim.peak_rl=1"])
         not_requeued(slurm, "data that is missing", [*short, f"run_dir={slurm.folder}/other", "data.sources.a.path=missing.npy"])
+        array(slurm, short)
         lost = preemptions(slurm, endless)
         print(f"{lost.count(0)} of {len(lost)} preemptions lost no step", flush=True)
         lost_node(slurm, [*endless, f"run_dir={slurm.folder}/node", "checkpoint.interval_steps=5"])
