@@ -303,6 +303,23 @@ def test_the_terminal_marks_events_in_the_columns_of_their_steps(run_dir):
     assert abs(row.index("▶") - (0.8 * at[100] + 0.2 * at[200])) <= 1  # step 120
 
 
+@pytest.mark.parametrize("width, rows", [(80, 24), (140, 27), (140, 30), (140, 40)])
+def test_the_numbers_of_the_y_axis_never_share_a_row(tmp_path, monkeypatch, width, rows):
+    runs = [read_run(make_run(tmp_path / str(rate), steps=400, peak_lr=rate)) for rate in (3e-4, 1e-3)]
+    texts, tick_text = [], panels.tick_text
+    monkeypatch.setattr(panels, "tick_text", lambda *words: texts.append(tick_text(*words)) or texts[-1])
+    look = terminal.Look(panels.axis_of(runs, "step"), width=width, height=rows - 1, color=False)
+    chosen = [curves for curves in panels.choose(runs) if curves.panel.title in terminal.FIRST]
+    lines = terminal.draw_terminal(runs, chosen, look).splitlines()
+    shown, on_y = [], []
+    for line, below in zip(lines, lines[1:], strict=False):
+        if "┤" in line:
+            on_y.insert(0, line.split("┤")[0].strip())
+        elif line.lstrip().startswith("└"):
+            shown, on_y = shown + below.split() + on_y, []
+    assert shown == texts
+
+
 def test_rows_to_spare_are_shared_by_the_plots_and_hues_and_symbols_are_named_once(run_dir, tmp_path):
     runs = [read_run(run_dir), read_run(make_run(tmp_path / "other", steps=400))]
     look = terminal.Look(panels.axis_of(runs, "step"), width=200, height=49)
@@ -394,7 +411,7 @@ def test_following_waits_for_the_first_metrics_and_stops_at_the_last_step(run_di
         (["{run}", "--metric", "train/loss"], ConfigError, 2, "no run has the metric"),
         (["{run}", "--output", "{tmp}/a.gif"], ConfigError, 2, ".html, .png, .svg or .pdf"),
         (["{run}", "--output", "{tmp}/a.png", "--follow"], ConfigError, 2, "leave out --output"),
-        (["{run}", "--label", "a", "--label", "b"], ConfigError, 2, "2 labels for 1 runs"),
+        (["{run}", "--label", "a", "--label", "b"], ConfigError, 2, "2 labels for 1 run"),
         (["{tmp}/plain.jsonl", "--x", "tokens"], ConfigError, 2, "known here: step"),
     ],
 )

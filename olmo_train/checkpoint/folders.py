@@ -18,6 +18,7 @@ FOLDER = re.compile(r"step-(\d{7,})")
 
 
 def folder_of(run_dir: Path, step: int) -> Path:
+    """The checkpoint folder of a step, whether or not it exists."""
     return run_dir / "checkpoints" / f"step-{step:07d}"
 
 

@@ -16,6 +16,7 @@ from typing import Any
 from olmo_train.curves.runs import STEP_KEYS, Run, Series, collect, elapsed_seconds, join, note_of, parent_of, read_run
 from olmo_train.curves.seeds import average_seeds
 from olmo_train.errors import ConfigError, DataError
+from olmo_train.formats import counted
 from olmo_train.history import json_lines
 
 # OLMo logs training FLOPs in units of 1e9 under this name; ours are in FLOPs under the other.
@@ -41,7 +42,7 @@ def read_runs(paths: list[Path], labels: list[str] = (), each_seed: bool = False
     runs = runs if each_seed else average_seeds(runs)
     names = labels or _distinct_names(runs)
     if len(names) != len(runs):
-        raise ConfigError("--label", f"{len(names)} labels for {len(runs)} runs; give one for each, in order")
+        raise ConfigError("--label", f"{counted(len(names), 'label')} for {counted(len(runs), 'run')}; name each run, in order")
     return [replace(run, name=name) for run, name in zip(runs, names, strict=True)]
 
 

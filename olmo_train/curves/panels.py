@@ -16,8 +16,6 @@ from olmo_train.curves.runs import BOOKKEEPING, Run, Series
 from olmo_train.errors import ConfigError, did_you_mean, nearest
 from olmo_train.formats import short
 
-AXES = ("step", "tokens", "flops", "time")
-
 
 @dataclass(frozen=True)
 class Axis:
@@ -293,6 +291,7 @@ def is_evaluation(metric: str) -> bool:
 
 
 def may_smooth(panel: Panel, metric: str) -> bool:
+    """Whether `--smooth` averages this metric: neither a schedule nor an evaluation."""
     return panel.smooth and not is_evaluation(metric)
 
 

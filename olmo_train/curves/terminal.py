@@ -96,7 +96,7 @@ def _panel(runs: list[Run], curves: Curves, look: Look, height: int, with_marks:
         signal = figure.signal(x.tolist(), y.tolist(), marker=plotext.marker(symbol or "braille", color))
         signal.lines(look.color or not panels.is_evaluation(metric))
         figure.draw(signal)
-    _rulers(figure, x_ends, y_ends, curves.panel.log, look)
+    _rulers(figure, x_ends, y_ends, curves.panel.log, look, rows=height - 3)  # without the axis, its numbers and its name
     plot = figure.build()
     lines = [line.rstrip() for line in plot.string(colorless=not look.color).splitlines()]
     if not with_marks:
@@ -174,9 +174,9 @@ def _points(run: Run, metric: str, panel: Panel, look: Look) -> tuple[np.ndarray
     return np.log10(x) if look.log_x else x, np.log10(y) if panel.log else y
 
 
-def _rulers(figure: Any, x: list[float], y: list[float], log_y: bool, look: Look) -> None:
-    """Round numbers on both axes."""
-    for side, ends, log, count in (("x", x, look.log_x, min(10, look.width // 14)), ("y", y, log_y, 5)):
+def _rulers(figure: Any, x: list[float], y: list[float], log_y: bool, look: Look, rows: int) -> None:
+    """Round numbers on both axes, at most one in each of the plot's rows."""
+    for side, ends, log, count in (("x", x, look.log_x, min(10, look.width // 14)), ("y", y, log_y, min(5, rows // 2))):
         if not ends:
             continue
         low, high = min(ends), max(ends)
@@ -185,7 +185,18 @@ def _rulers(figure: Any, x: list[float], y: list[float], log_y: bool, look: Look
         ruler = figure.ruler(side)
         ruler.lim(low, high)
         at = _ticks(low, high, count, log, whole=side == "x" and look.axis.name == "step")
+        if side == "y":
+            at = _one_a_row(at, (high - low) / (rows - 1))
         ruler.ticks(at, [panels.tick_text(10**t, 10**high, 4) if log else panels.tick_text(t, high, 4) for t in at])
+
+
+def _one_a_row(ticks: list[float], row: float) -> list[float]:
+    """The ticks without those less than a row, in units of the axis, above another: they would be written over each other."""
+    kept = ticks[:1]
+    for tick in ticks[1:]:
+        if tick - kept[-1] >= row:
+            kept.append(tick)
+    return kept
 
 
 def _ticks(low: float, high: float, count: int, log: bool, whole: bool) -> list[float]:
