@@ -65,6 +65,23 @@ def test_plain_output_keeps_each_line(clock, capsys):
     assert lines[49] == "step  500/1000  loss 4.8123  lr 2.10e-03  grad 0.84  12.3k tokens/s  left 5 s"
 
 
+@pytest.mark.parametrize("resumed_at", [0, 198, 199])
+def test_the_time_left_is_that_of_the_other_steps_and_evaluations(clock, resumed_at):
+    """400 steps of 1 s and, every 100 steps, an evaluation of 60 s."""
+    console = Console("run", resumed_at, 400, eval_steps=100)
+    for step in range(resumed_at + 1, 202):
+        clock[0] += 1
+        console.step(step)
+        if step % 100 == 0:
+            clock[0] += 60
+            console.log(step, line_of(4.8123) | {"eval/web/CrossEntropyLoss": 5.0})
+        if step == 200:
+            assert console.left() == ([] if resumed_at == 199 else ["left 5.3 min"])  # 200 steps and 2 evaluations
+    assert console.left() == ["left 5.3 min"]
+    clock[0] += 1000  # a slow save, which does not bring the end nearer
+    assert console.left() == ["left 5.3 min"]
+
+
 @pytest.mark.parametrize(
     "first, second, compiled, lines",
     [

@@ -44,12 +44,16 @@ def rich_console(**options: Any) -> Any:
 class Console:
     """Shows a run, on rank 0: in a terminal one bar below the lines worth keeping, elsewhere a line for each line of metrics."""
 
-    def __init__(self, run_dir: str, first_step: int, total_steps: int):
-        """`first_step`: the last step before this start."""
-        self.run_dir, self.first_step, self.total_steps = run_dir, first_step, total_steps
+    def __init__(self, run_dir: str, first_step: int, total_steps: int, eval_steps: int = 10**9):
+        """`first_step`: the last step before this start; `eval_steps`: the run evaluates every N steps and at its end."""
+        self.run_dir, self.first_step, self.total_steps, self.eval_steps = run_dir, first_step, total_steps, eval_steps
         self.last_step, self.started = first_step, time.perf_counter()
         self._warm: float | None = None  # when the first step ended, which is slower than the others
-        self._left: tuple[float, float] | None = None  # when the last step ended, and the seconds that the others take from there
+        self._ended, self._step_seconds = (
+            self.started,
+            0.0,
+        )  # when the last step ended, and the mean of steps without evaluations
+        self._evaluation, self._evaluated = 0.0, 0.0  # seconds of the last evaluation, and of all since the first step
         self._kept = (first_step, self.started)  # step and time of the last line of losses
         self._loss, self._losses, self._figures = "", "", [""]  # in training, in validation, and the other figures, as text
         self._estimated, self._live = False, None
@@ -71,11 +75,11 @@ class Console:
 
     def step(self, step: int) -> None:
         """A step is done."""
-        now, self.last_step = time.perf_counter(), step
+        self._ended, self.last_step = time.perf_counter(), step
         if self._warm is None:
-            self._warm = now
+            self._warm, self._evaluated = self._ended, 0.0
         elif (timed := step - self.first_step - 1) > 0:
-            self._left = now, (now - self._warm) / timed * (self.total_steps - step)
+            self._step_seconds = (self._ended - self._warm - self._evaluated) / timed
 
     def early(self, seconds: float, loss: float, compiled: bool) -> None:
         """The first or the second step is done, after `seconds`. The first is slower than the others, so it makes the estimate
@@ -92,6 +96,9 @@ class Console:
 
     def log(self, step: int, metrics: dict[str, Any]) -> None:
         """A line of metrics."""
+        if any(key.startswith("eval/") for key in metrics):
+            self._evaluation = time.perf_counter() - self._ended
+            self._evaluated += self._evaluation
         if "train/CrossEntropyLoss" in metrics:
             self._loss, self._figures = loss_text(metrics["train/CrossEntropyLoss"]), other_figures(metrics)
             kept_step, kept_at = self._kept
@@ -111,10 +118,12 @@ class Console:
 
     def left(self) -> list[str]:
         """`left 12.5 min`, or nothing before the second step and after the last."""
-        if self._left is None or self.last_step == self.total_steps:
+        if not self._step_seconds or self.last_step == self.total_steps:
             return []
-        when, seconds = self._left
-        return [f"left {duration(rounded(max(seconds - (time.perf_counter() - when), 0)))}"]
+        evaluations = -(-self.total_steps // self.eval_steps) - self.last_step // self.eval_steps
+        in_step = min(time.perf_counter() - self._ended, self._step_seconds)  # evaluating and saving count down nothing
+        seconds = (self.total_steps - self.last_step) * self._step_seconds - in_step + evaluations * self._evaluation
+        return [f"left {duration(rounded(seconds))}"]
 
     def finish(self, checkpoint: Path) -> None:
         """The run is done: remove the bar, and print how the run ended, where its files are, and what to do next."""

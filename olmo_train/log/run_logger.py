@@ -25,7 +25,8 @@ class RunLogger:
         run_dir = Path(config.run_dir)
         self._committed_step = last_step or -1  # a fresh run may save its step 0
         self._recorder = world.on_main_only(lambda: Recorder(run_dir, config.log, resolved, last_step)) or _Silent()
-        self._console = world.on_main_only(lambda: Console(config.run_dir, last_step, config.steps)) or _Silent()
+        every = config.eval.interval_steps
+        self._console = world.on_main_only(lambda: Console(config.run_dir, last_step, config.steps, every)) or _Silent()
         self.event, self.sync = self._recorder.event, self._recorder.sync
         self.say, self.count, self.early = self._console.say, self._console.step, self._console.early
 
