@@ -99,9 +99,13 @@ class TrainConfig:
                 f"{self.total_tokens:g} and total_steps {self.total_steps} are both set; leave one out",
             )
         if self.optim.schedule != "constant" and self.optim.warmup_steps >= self.steps and self.total_steps is None:
-            raise ConfigError(
-                "optim.warmup_steps", f"{self.optim.warmup_steps} fills the whole run of {counted(self.steps, 'step')}; use fewer"
-            )
+            raise ConfigError("optim.warmup_steps", "; ".join(self.warmup_too_long))
+
+    @property
+    def warmup_too_long(self) -> tuple[str, str]:
+        """What is wrong with a warmup that fills the run, and the remedy."""
+        what = f"{self.optim.warmup_steps} fills the whole run of {counted(self.steps, 'step')}"
+        return f"{what}: the learning rate never reaches its peak", f"set optim.warmup_steps to at most {self.steps - 1}"
 
     @property
     def steps(self) -> int:

@@ -149,7 +149,8 @@ MISTAKES = {  # the words, the exit code, and the last line, in which ... stands
     ),
     "warmup above steps": (
         run(total_steps=None, total_tokens=5000, **{"optim.warmup_steps": 50}), 2,
-        "optim.warmup_steps: 50 fills the whole run of 10 steps; use fewer",
+        "optim.warmup_steps: 50 fills the whole run of 10 steps: the learning rate never reaches its peak; "
+        "set optim.warmup_steps to at most 9",
     ),
     "resume with another learning rate": (
         ["train", *words_of("runs/done", "tokens.npy", **{"optim.peak_lr": 1e-4})], 2,

@@ -1,5 +1,7 @@
 """What a run says and refuses before its first step."""
 
+import logging
+
 import pytest
 
 from olmo_train import hardware
@@ -119,7 +121,11 @@ def said(config, mixture=None):
 def test_a_rate_that_never_reaches_its_peak_is_warned_of(tiny_args):
     assert said(tiny_args()) == []
     (full,) = said(tiny_args(total_steps=4))
-    assert full.startswith("optim.warmup_steps 4 fills the whole run of 4 steps")
+    peak = "optim.warmup_steps 4 fills the whole run of 4 steps: the learning rate never reaches its peak"
+    assert full == f"{peak}; set optim.warmup_steps to at most 3"
+    assert said(tiny_args(total_steps=4, **{"optim.warmup_steps": 3})) == []
+    record = logging.makeLogRecord({"levelname": "WARNING", "msg": full})  # of a caller that has not set up logging
+    assert logging.lastResort.format(record) == f"WARNING: {full}"
     (low,) = said(tiny_args(**{"optim.warmup_steps": 8, "optim.schedule_steps": 8}))
     assert low.startswith("the learning rate never reaches optim.peak_lr 0.003: it is at most 0.00266")
     for schedule in ("cosine", "constant", "inverse_sqrt", "wsd"):

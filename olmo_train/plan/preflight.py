@@ -171,10 +171,8 @@ def _rate_cautions(config: TrainConfig) -> Iterator[Caution]:
     """Of a warmup that fills the run, which is an error with total_tokens, and of a schedule that ends before its warmup."""
     optim, last = config.optim, config.steps
     if optim.warmup_steps >= last:
-        what = (
-            f"optim.warmup_steps {optim.warmup_steps} fills the whole run of {counted(last, 'step')}: the schedule never starts"
-        )
-        yield Caution("warmup", what, "use fewer")
+        what, remedy = config.warmup_too_long
+        yield Caution("warmup", f"optim.warmup_steps {what}", remedy)
         return
     highest = max(lr_at(step, optim, last) for step in {max(optim.warmup_steps - 1, 1), max(optim.warmup_steps, 1)})
     if highest < 0.9 * optim.peak_lr:  # a schedule without a warmup begins a step below its peak
@@ -182,7 +180,7 @@ def _rate_cautions(config: TrainConfig) -> Iterator[Caution]:
             f"the learning rate never reaches optim.peak_lr {optim.peak_lr:g}: it is at most {highest:.3g}, since the schedule "
             f"ends at step {optim.schedule_steps or last}, and the warmup at step {optim.warmup_steps}"
         )
-        yield Caution("warmup", what, "use fewer optim.warmup_steps, or a later optim.schedule_steps")
+        yield Caution("warmup", what, "set fewer optim.warmup_steps, or a later optim.schedule_steps")
 
 
 def _vocabulary_cautions(config: TrainConfig, mixture: Mixture) -> Iterator[Caution]:
