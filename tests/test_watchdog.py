@@ -168,6 +168,26 @@ def test_an_error_of_one_rank_ends_all_within_10_seconds(running, tmp_path, fail
         assert last_line(tmp_path, 1) in ("", f"[rank1]: {text}")  # torch's name of the rank before a traceback
 
 
+@pytest.mark.parametrize("failing", [0, 1])
+def test_an_error_in_the_callers_loop_on_one_rank_ends_all_within_10_seconds(tiny_args, tmp_path, failing):
+    config = tiny_args(total_steps=100_000)
+
+    def run(rank):
+        as_nccl_leaves()
+        for stats in module.train(config):
+            assert rank != failing or stats.step < 4, "mine"
+
+    ranks = [
+        fork(lambda rank=rank: run(rank), tmp_path / f"{rank}.stderr", **environment)
+        for rank, environment in enumerate(environments(2))
+    ]
+    wait_for(config.run_dir, 3)
+    deadline = time.monotonic() + 10
+    assert [exit_code(pid, deadline - time.monotonic()) for pid in ranks] == [1, 1]
+    assert last_line(tmp_path, failing).startswith("AssertionError: mine")
+    assert f"PeerError: peers: rank {failing} ended its loop over train()" in last_line(tmp_path, 1 - failing)
+
+
 def hold_the_lock():
     """Block in C with Python's lock held, as the launch of a GPU kernel does while its queue is full."""
     reading, _ = os.pipe()

@@ -60,7 +60,7 @@ class Heartbeats:
         return self.folder / f"rank-{rank:04d}.{kind}"
 
     def note(self, kind: str, text: str) -> None:
-        """Leave a text for the other ranks: an `error`, or the function that `hangs`."""
+        """Leave a text for the other ranks: an `error`, the function that `hangs`, or nothing when the loop has `ended`."""
         self.file(self.rank, kind).write_text(text, encoding="utf-8", errors="replace")
 
     def notes(self, kind: str) -> dict[int, str]:
@@ -92,7 +92,8 @@ class Heartbeats:
 
     def lost(self, silence: float) -> dict[int, str]:
         """{rank: why} of the other ranks that failed, died, or have been silent for `silence` seconds."""
-        found = {rank: f"failed: {text}" for rank, text in self.notes("error").items() if rank != self.rank}
+        found = {rank: "ended its loop over train()" for rank in self.notes("ended") if rank != self.rank}
+        found |= {rank: f"failed: {text}" for rank, text in self.notes("error").items() if rank != self.rank}
         for rank in set(self.others()) - set(found):
             where = describe(self.read(rank))
             if self.state(rank) in DEAD:

@@ -89,6 +89,9 @@ class Watchdog:
                 if isinstance(problem, PeerError):
                     raise self._explain(problem) from problem
             raise
+        else:
+            with contextlib.suppress(OSError):
+                self.beats.note("ended", "")
 
     def _leave(self, problem: Exception) -> None:
         """Note why this rank leaves, and allow time to close logs and to finish a save. The watcher no longer ends this rank for
