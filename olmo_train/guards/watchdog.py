@@ -15,6 +15,7 @@ import logging
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -126,7 +127,7 @@ class Watchdog:
     def _start(self) -> None:
         """Start the watcher, and let it write this process's stacks and end it by signals that C code handles: Python runs its
         own handlers only while no other code holds its lock."""
-        shared, stacks = os.memfd_create("heartbeat"), os.memfd_create("stacks")
+        shared, stacks = _open_memory(), _open_memory()
         self._shared = shared
         self._share()
         faulthandler.register(watcher.STACKS, file=stacks, all_threads=True)
@@ -166,3 +167,11 @@ class Watchdog:
         if self._shared is not None:
             about = {"me": self.beats.me, "last": time.monotonic(), "patience": self._patience, "is_busy": self._is_busy}
             os.pwrite(self._shared, json.dumps(about).encode().ljust(watcher.RECORD_BYTES), 0)
+
+
+def _open_memory() -> int:
+    """A file in memory; on a system that has none (macOS) a temporary one without a name."""
+    if hasattr(os, "memfd_create"):
+        return os.memfd_create("watchdog")
+    with tempfile.TemporaryFile() as file:
+        return os.dup(file.fileno())
