@@ -16,7 +16,7 @@ from typing import NoReturn
 
 from olmo_train import __version__
 from olmo_train.commands import completion
-from olmo_train.errors import ConfigError, DataError, UserError, did_you_mean, near, near_keys, nearest
+from olmo_train.errors import ConfigError, DataError, UserError, did_you_mean, near, near_keys, nearest, reason
 from olmo_train.parallel.processes import rank
 
 VERBS = {
@@ -235,7 +235,7 @@ def as_user_error(problem: OSError | UnicodeEncodeError, arguments: argparse.Nam
         if named and (problem.errno == errno.ENOSPC or any(_is_of(Path(file), Path(os.path.abspath(named))) for file in files)):
             return ConfigError(option, f"{named} cannot be written: {problem.strerror}; name another place")
     if not files:
-        return UserError(arguments.verb, f"{problem}; --debug shows where")
+        return UserError(arguments.verb, f"{reason(problem)}; --debug shows where")
     return DataError(problem.filename2 or problem.filename, f"{problem.strerror}; name another file, or change its permissions")
 
 

@@ -61,6 +61,19 @@ class Stopped(UserError):  # stopped by a signal after saving: the same command 
     label = "stopped"
 
 
+class BothSet(ConfigError):
+    """Two keys that exclude each other are set; `other` is the second one."""
+
+    def __init__(self, where: object, what: str, other: str = ""):
+        super().__init__(where, what)
+        self.other = other
+
+
+def reason(problem: Exception) -> str:
+    """What an exception says, in one line; of an OSError without its number and file, which the message names already."""
+    return getattr(problem, "strerror", None) or " ".join(str(problem).split()) or type(problem).__name__
+
+
 def near(word: str, known: Iterable[str]) -> list[str]:
     """The known name that is spelled most like `word`, or up to three that contain it, the shortest first."""
     by_lower = {name.lower(): name for name in sorted(known, reverse=True)}
@@ -162,6 +175,11 @@ def nearest_key(key: str, known: list[str]) -> str:
     return f"known: {', '.join(beside)}; `olmo-train train --keys` lists all with their meaning"
 
 
+def no_run(folder: Path, what: str) -> str:
+    """Why a folder is no run_dir, and what to type instead; `what` if it is none of a checkpoint either."""
+    return f"is a checkpoint; name its run_dir, {folder.parent.parent}" if (folder / "MANIFEST.json").is_file() else what
+
+
 def no_such_file(file: Path) -> str:
     """Why a word of the command line is no YAML file, and what to type instead."""
     key, equals, text = str(file).partition("=")
@@ -169,8 +187,11 @@ def no_such_file(file: Path) -> str:
         own = file / "config.yaml"
         return f"is a folder, not a YAML file; {did_you_mean([str(own)]) if own.is_file() else 'name a YAML file in it'}"
     missing = "there is no such configuration file"
+    if equals and key == "run_dir" and file.name == "config.yaml" and Path(text).is_file():
+        return f"ends in .yaml, so it is read as the name of a file; {did_you_mean([f'run_dir={Path(text).parent}'])}"
     if equals:
-        return f"""{missing}; to set a key to this text, put quotes around the value: {key}='"{text}"'"""
+        what = "ends in .yaml, so it is read as the name of a file, and there is no such file"
+        return f"""{what}; to set a key to this text, put quotes around the value: {key}='"{text}"'"""
     names = near_files(file, "*.y*ml")
     return f"{missing}; {did_you_mean(names) if names else 'name a YAML file, or set a key as KEY=VALUE'}"
 

@@ -41,7 +41,7 @@ MISTAKES = {
     "no YAML": (["bad.yaml"], 2, "bad.yaml: is not valid YAML"),
     "replicas": (["parallel.replicas=2"], 2, "parallel.replicas: 2 does not divide the 1 process"),
     "run_dir is a file": (["run_dir=tokens.npy"], 2, "run_dir: tokens.npy cannot be written"),
-    "missing shard": (["data.sources.a.path=gone.npy"], 3, "gone.npy: "),
+    "missing shard": (["data.sources.a.path=gone.npy"], 3, "data.sources.a.path: gone.npy does not exist"),
     "empty glob": (["data.sources.a.path=gone*.npy"], 3, "gone*.npy: matches no file"),
     "empty shard": (["data.sources.a.path=empty.npy"], 3, "empty.npy: is an empty shard"),
     "an odd byte": (["data.sources.a.path=odd.npy"], 3, "odd.npy: has 1001 bytes, no multiple of 2"),
@@ -49,7 +49,7 @@ MISTAKES = {
     "vocabulary too small": (["model.vocab_size=300"], 3, "tokens.npy: token "),
     "unprepared folder": (["data.sources.a.path=folder"], 3, "folder: has no meta.json"),
     "too little data": (["data.sources.a.path=short.npy"], 3, "data.sources.a: 0 instances of 64 tokens in "),
-    "missing validation": (["data.validation.v.path=gone.npy"], 3, "gone.npy: "),
+    "missing validation": (["data.validation.v.path=gone.npy"], 3, "data.validation.v.path: gone.npy does not exist"),
     "no checkpoint to branch from": (["resume_from=folder"], 4, "folder: is neither a checkpoint folder nor a run_dir"),
     "no checkpoint to start from": (["init_from=nowhere"], 4, "nowhere: is neither a checkpoint folder nor a run_dir"),
 }  # fmt: skip
@@ -164,8 +164,8 @@ def test_two_ranks_tell_a_mistake_once(tiny_words, tmp_path, monkeypatch):
     ranks = [fork(lambda: main(words), tmp_path / "stderr", **environment) for environment in environments(2)]
     assert [exit_code(rank) for rank in ranks] == [3, 3]
     assert (tmp_path / "stderr").read_text().splitlines() == [
-        f"error: gone.npy: cannot be opened: No such file or directory ({tmp_path}/gone.npy); "
-        "name an existing shard or prepare the source again"
+        f"error: data.sources.a.path: gone.npy does not exist ({tmp_path}/gone.npy); "
+        "name an existing token file, or a folder that prepare-data wrote"
     ]
 
 
@@ -175,7 +175,7 @@ def test_a_name_with_an_equals_sign_is_a_file_where_there_is_one(tmp_path, mista
     assert split_config(["lr=0.1/x.txt", "lr=0.1/y.yaml", "a.yaml", "b.c=d", "lr=0.1"]) == (
         ["lr=0.1/x.txt", "lr=0.1/y.yaml", "a.yaml"], ["b.c=d", "lr=0.1"])  # fmt: skip
     assert mistake("plan", "lr=0.1/y.yaml")[1] == (
-        "error: lr=0.1/y.yaml: there is no such configuration file; "
+        "error: lr=0.1/y.yaml: ends in .yaml, so it is read as the name of a file, and there is no such file; "
         """to set a key to this text, put quotes around the value: lr='"0.1/y.yaml"'"""
     )
 
@@ -394,7 +394,7 @@ sys.exit(cli._flush_stdout(code))
     [
         (">&-", 0, ""),
         (">&- <&-", 0, ""),
-        ("> /dev/full", 1, "error: plan: [Errno 28] No space left on device; --debug shows where\n"),
+        ("> /dev/full", 1, "error: plan: No space left on device; --debug shows where\n"),
         ("| true; exit ${PIPESTATUS[0]}", 0, ""),
     ],
 )

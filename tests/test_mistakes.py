@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import time
 from pathlib import Path
 
@@ -40,6 +41,10 @@ def place(tmp_path_factory, stream):
         ):
             assert main(words.split()) == 0
         assert main(["train", *words_of("runs/done", "tokens.npy")]) == 0
+        shutil.copytree("runs/done", "runs/moved")
+        shutil.copytree("data/one", "data/damaged")
+        shard = Path("data/damaged/tokens-00000.bin")
+        shard.write_bytes(shard.read_bytes()[:-2] + b"\1\1")
     finally:
         os.chdir(before)
     return place
@@ -111,7 +116,57 @@ MISTAKES = {  # the words, the exit code, and the last line, in which ... stands
     ),
     "data path wrong": (
         run(**{SOURCE: "data/oen"}), 3,
-        "data/oen: cannot be opened: No such file or directory ... did you mean 'data/one'?",
+        "data.sources.a.path: data/oen does not exist (...); did you mean 'data/one'?",
+    ),
+    "data that are not prepared yet": (
+        run(**{SOURCE: "data/mine"}), 3,
+        "data.sources.a.path: data/mine does not exist (...); make it first: olmo-train prepare-data TEXT --output data/mine "
+        "--tokenizer FILE",
+    ),
+    "no validation data": (
+        run(**{SOURCE: "data/one", "data.validation.a.path": "data/one/validation"}), 3,
+        "data.validation.a.path: data/one/validation does not exist (...); make it first: olmo-train prepare-data TEXT "
+        "--output data/one --tokenizer FILE --validation-fraction 0.05",
+    ),
+    "data to evaluate on that do not exist": (
+        ["evaluate", "runs/done", "--data", "x=nowhere"], 3,
+        "--data x: nowhere does not exist (...); make it first: olmo-train prepare-data TEXT --output nowhere --tokenizer FILE",
+    ),
+    "no tokenizer yet": (
+        ["prepare-data", "texts", "--output", "data/new", "--tokenizer", "data/tokenizer.json"], 2,
+        "data/tokenizer.json: does not exist; make it first: olmo-train train-tokenizer TEXT --output data/tokenizer.json",
+    ),
+    "a tokenizer's name": (
+        ["prepare-data", "texts", "--output", "data/new", "--tokenizer", "allenai_dolma3"], 2,
+        "allenai_dolma3: is neither a tokenizer.json file nor the name of a tokenizer; did you mean 'allenai_dolma2'?",
+    ),
+    "data of a larger vocabulary": (
+        run(**{SOURCE: "data/one", "model.vocab_size": 100}), 3,
+        "data/one/meta.json: vocab_size is 300, above the model's; raise model.vocab_size from 100 to at least 300",
+    ),
+    "damaged data": (
+        run(**{SOURCE: "data/damaged"}), 3,
+        "data/damaged/tokens-00000.bin: contents changed: ...; copy it again, or prepare the text again into a new folder",
+    ),
+    "damaged data, prepared again": (
+        ["prepare-data", "texts", "--output", "data/damaged", "--tokenizer", "one.json", "--workers", "1"], 3,
+        "data/damaged/tokens-00000.bin: contents changed: ...; copy it again, or prepare the text again into a new folder",
+    ),
+    "a checkpoint for a run": (
+        ["checkpoints", "runs/done/checkpoints/step-0000012"], 4,
+        "runs/done/checkpoints/step-0000012: is a checkpoint; name its run_dir, runs/done",
+    ),
+    "curves of a checkpoint": (
+        ["curves", "runs/done/checkpoints/step-0000012"], 3,
+        "runs/done/checkpoints/step-0000012: is a checkpoint; name its run_dir, runs/done",
+    ),
+    "replay of a checkpoint": (
+        ["replay", "runs/done/checkpoints/step-0000012", "--step", "3"], 2,
+        "runs/done/checkpoints/step-0000012: is a checkpoint; name its run_dir, runs/done",
+    ),
+    "the config.yaml of a run for a run_dir": (
+        run(run_dir="runs/done/config.yaml"), 2,
+        "run_dir=runs/done/config.yaml: ends in .yaml, so it is read as the name of a file; did you mean 'run_dir=runs/done'?",
     ),
     "data of another vocabulary": (
         run(**{"model.vocab_size": 300}), 3,
@@ -156,6 +211,11 @@ MISTAKES = {  # the words, the exit code, and the last line, in which ... stands
         ["train", *words_of("runs/done", "tokens.npy", **{"optim.peak_lr": 1e-4})], 2,
         "optim.peak_lr: is 0.0001 now and was 0.003 when this run was saved, which would train another model; set it "
         "back, choose another run_dir, or set allow_changes=[optim.peak_lr]",
+    ),
+    "a run that was moved": (
+        ["train", "runs/moved/config.yaml"], 2,
+        "runs/moved/config.yaml: lies in runs/moved, but names run_dir runs/done; add run_dir=runs/moved to continue the "
+        "run in runs/moved, or run_dir=NEW to start another one",
     ),
     "branch from a deleted checkpoint": (
         run(resume_from="runs/done/checkpoints/step-0000007"), 4,
@@ -223,3 +283,26 @@ def test_a_micro_batch_above_the_batch_is_lowered_with_a_line(place, monkeypatch
     monkeypatch.chdir(place)
     assert main(["train", *words_of("runs/lowered", "tokens.npy", micro_batch_size=16, total_steps=5)]) == 0
     assert "micro_batch_size 16 is lowered to 8, which divides the 8 instances of a process" in "".join(capfd.readouterr())
+
+
+@pytest.mark.parametrize(
+    "file", ["runs/done/config.yaml", "{place}/runs/done/config.yaml", "link/config.yaml", "copies/config.yaml"]
+)
+def test_the_config_of_a_run_resumes_it_by_any_path(folder, place, monkeypatch, capfd):
+    from olmo_train.__main__ import main
+
+    monkeypatch.chdir(place)
+    Path("copies").mkdir(exist_ok=True)
+    shutil.copy("runs/done/config.yaml", "copies")  # outside of any run
+    if not Path("link").exists():
+        Path("link").symlink_to("runs/done")
+    assert main(["train", f"{folder.format(place=place)}/config.yaml"]) == 0
+    assert "runs/done is finished: 12 of 12 steps" in capfd.readouterr().out
+
+
+def test_a_moved_run_continues_in_the_run_dir_that_is_named(place, monkeypatch, capfd):
+    from olmo_train.__main__ import main
+
+    monkeypatch.chdir(place)
+    assert main(["train", "runs/moved/config.yaml", "run_dir=runs/moved"]) == 0
+    assert "runs/moved is finished" in capfd.readouterr().out

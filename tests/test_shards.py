@@ -83,7 +83,7 @@ def test_a_numpy_header_that_tells_something_else_is_refused(tmp_path, array):
 
 
 def test_damaged_raw_files_are_refused_by_name(tmp_path):
-    refused(tmp_path / "none.npy", "none.npy: cannot be opened: No such file")
+    refused(tmp_path / "none.npy", "none.npy does not exist; name an existing token file")
     refused(tmp_path / "*.npy", "matches no file")
     (tmp_path / "empty.npy").write_bytes(b"")
     refused(tmp_path / "empty.npy", "empty.npy: is an empty shard")
@@ -170,7 +170,7 @@ def test_a_changed_prepared_source_is_refused(tmp_path):
 
 def test_a_prepared_source_must_fit_the_model(tmp_path):
     folder, _ = prepare_source(tmp_path)
-    refused(folder, "vocab_size is 280, above the model's", 279)
+    refused(folder, "vocab_size is 280, above the model's; raise model.vocab_size from 279 to at least 280", 279)
     refused(folder, "dtype is uint16, but the configuration says uint32", 280, dtype="uint32")
     with pytest.raises(DataError, match=r"eos_id is 0 \('<\|endoftext\|>'\), but the configuration says 7"):
         open_source("test", SourceConfig(str(folder)), 280, eos_id=7)

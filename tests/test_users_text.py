@@ -1,5 +1,6 @@
 """Text of the user (data, names, paths, prompts) is printed and read literally, though a library would interpret it."""
 
+import ast
 import io
 import re
 import sys
@@ -11,6 +12,7 @@ import torch
 import olmo_train
 from olmo_train.__main__ import main
 from olmo_train.commands.common import print_table, watch
+from olmo_train.errors import reason
 from olmo_train.log.console import Console
 from olmo_train.model.generate import Sampling, choose
 
@@ -55,6 +57,17 @@ def test_only_console_makes_a_console_of_rich():
         makers = re.findall(r"\b(?:rich import print|rich\.print|track\(|(?<!rich_)Console\()", file.read_text())
         allowed = {"console.py": ["Console("], "run_logger.py": ["Console("], "common.py": ["track("]}
         assert makers in ([], allowed.get(file.name)), file
+
+
+def test_no_message_shows_the_number_of_an_error_of_the_system():
+    """Nor the path again, which Python adds to it: `reason` returns what happened alone."""
+    assert reason(OSError(30, "Read-only file system", "ro/.nb.tmp")) == "Read-only file system"
+    assert reason(OSError("two\nlines")) == "two lines" and reason(EOFError()) == "EOFError"
+    for file in Path(olmo_train.__file__).parent.rglob("*.py"):
+        for handler in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(handler, ast.ExceptHandler) and handler.name and "OSError" in ast.unparse(handler.type):
+                shown = [ast.unparse(part.value) for part in ast.walk(handler) if isinstance(part, ast.FormattedValue)]
+                assert handler.name not in shown, (file, handler.lineno)
 
 
 def parsed(monkeypatch, *words):

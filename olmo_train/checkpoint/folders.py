@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from olmo_train.checkpoint.config import CheckpointConfig
-from olmo_train.errors import CheckpointError, did_you_mean, near_files
+from olmo_train.errors import CheckpointError, did_you_mean, near_files, reason
 from olmo_train.storage import FileCheck, check_files, problems_of, remove_folder
 
 log = logging.getLogger(__name__)
@@ -105,7 +105,9 @@ def read_state(folder: Path) -> dict[str, Any]:
     try:
         return json.loads((folder / "state.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as problem:
-        raise CheckpointError(folder, f"state.json cannot be read: {problem}; all processes must see the same files") from problem
+        raise CheckpointError(
+            folder, f"state.json cannot be read: {reason(problem)}; all processes must see the same files"
+        ) from problem
 
 
 def superfluous(run_dir: Path, config: CheckpointConfig, last_step: int | None = None) -> list[Path]:

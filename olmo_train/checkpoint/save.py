@@ -34,7 +34,7 @@ from olmo_train.checkpoint.folders import _aside, folder_of, newest_folder, supe
 from olmo_train.checkpoint.format import FORMAT
 from olmo_train.checkpoint.load import state_tensors
 from olmo_train.deal import deal
-from olmo_train.errors import NonFiniteError, SaveError
+from olmo_train.errors import NonFiniteError, SaveError, reason
 from olmo_train.formats import byte_size
 from olmo_train.model.transformer import Transformer
 from olmo_train.parallel.world import World
@@ -167,7 +167,7 @@ class Checkpointer:
         try:
             mine = (function(), None)
         except OSError as problem:
-            mine = (None, f"could not be written: {problem}")
+            mine = (None, f"could not be written: {reason(problem)}")
         outcomes: list[Any] = [None] * self.world.size
         dist.all_gather_object(outcomes, mine, group=self.world.background_group)
         for _, problem in outcomes:

@@ -20,7 +20,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     from olmo_train import config
     from olmo_train.checkpoint import folders as checkpoint
-    from olmo_train.errors import CheckpointError, ConfigError
+    from olmo_train.errors import CheckpointError, ConfigError, no_run
     from olmo_train.storage import lock_run_dir, problems_of, remove_folder
     from olmo_train.train_config import TrainConfig
 
@@ -29,7 +29,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise ConfigError("--dry-run", "goes with --prune")
     folders = checkpoint.committed(run_dir)
     if not folders:
-        raise CheckpointError(run_dir, "holds no checkpoint; name a run_dir that has saved one")
+        raise CheckpointError(run_dir, no_run(run_dir, "holds no checkpoint; name a run_dir that has saved one"))
     retention = config.load(TrainConfig, [run_dir / "config.yaml"]).checkpoint
     damaged = {}
     for step, folder in folders.items():

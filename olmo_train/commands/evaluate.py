@@ -103,7 +103,8 @@ def _sources(vocab_size: int, folder: Path, config: TrainConfig | None, args: ar
     if not named:
         raise ConfigError("data.validation", "names no held-out source in this run; use --data NAME=PATH, or --tasks")
     eos_id = config.data.eos_id if config else None
-    sources = [open_source(name, source, vocab_size, eos_id) for name, source in named.items()]
+    where = "--data {}" if args.data else "data.validation.{}.path"
+    sources = [open_source(name, source, vocab_size, eos_id, where.format(name)) for name, source in named.items()]
     allowed = args.allow_other_tokenizer or (args.data is None and not config.data.check_tokenizer)
     records = [source.tokenizer_record(f"{'--data' if args.data else 'data.validation'} {source.name}") for source in sources]
     check_same_tokenizer([record_of_folder(folder), *records], not allowed, OTHER_TOKENIZER)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
+from pathlib import Path
 
 from olmo_train.commands.common import add_config_arguments, split_config
+from olmo_train.errors import ConfigError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,7 +18,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     from olmo_train import config
-    from olmo_train.errors import ConfigError
 
     if arguments.keys is not None:
         print("\n".join(key_lines(arguments.keys)))
@@ -28,8 +29,23 @@ def run(arguments: argparse.Namespace) -> None:
         )
     from olmo_train.train import TrainConfig, train
 
-    for _ in train(config.load(TrainConfig, *split_config(arguments.config))):
+    files, overrides = split_config(arguments.config)
+    loaded = config.load(TrainConfig, files, overrides)
+    check_run_dir(Path(config.origins(files, overrides)["run_dir"]), loaded.run_dir)
+    for _ in train(loaded):
         pass
+
+
+def check_run_dir(origin: Path, run_dir: str) -> None:
+    """Refuse the config.yaml of a run that was moved or copied, as it would start or resume the run_dir that it names.
+
+    `origin` is the file that set run_dir. Raises ConfigError.
+    """
+    folder = origin.parent
+    is_of_run = origin.name == "config.yaml" and any((folder / name).exists() for name in ("metrics.jsonl", "checkpoints"))
+    if is_of_run and not (Path(run_dir).exists() and folder.samefile(run_dir)):
+        fix = f"add run_dir={folder} to continue the run in {folder}, or run_dir=NEW to start another one"
+        raise ConfigError(origin, f"lies in {folder}, but names run_dir {run_dir}; {fix}")
 
 
 def key_lines(prefix: str, width: int | None = None) -> Iterator[str]:

@@ -18,6 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int | None:
+    from olmo_train.data.meta import PREPARE_AGAIN
     from olmo_train.data.prepare.prepare import VALIDATION
     from olmo_train.data.verify import Problem, verify
     from olmo_train.errors import DataError
@@ -34,4 +35,4 @@ def run(args: argparse.Namespace) -> int | None:
         print(f"problem: {problem.file}: {problem.what}", file=sys.stderr)
     if problems:
         more = f" (and {len(problems) - 1} more, above)" if len(problems) > 1 else ""
-        raise DataError(problems[0].file, f"{problems[0].what}; copy it again, or prepare it into a new folder{more}")
+        raise DataError(problems[0].file, f"{problems[0].what}; {PREPARE_AGAIN}{more}")

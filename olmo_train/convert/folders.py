@@ -18,7 +18,7 @@ from torch import Tensor
 
 from olmo_train import config as configuration
 from olmo_train.checkpoint.format import FORMAT
-from olmo_train.errors import CheckpointError, ConfigError
+from olmo_train.errors import CheckpointError, ConfigError, reason
 from olmo_train.model.config import ModelConfig
 from olmo_train.model.transformer import Transformer
 from olmo_train.storage import temporary_folder, write_file
@@ -63,7 +63,7 @@ def new_folder(dest: Path) -> Iterator[Path]:
             stack.callback(shutil.rmtree, temporary, ignore_errors=True)
             yield temporary
         except OSError as problem:
-            raise ConfigError(dest, f"cannot be written: {problem}; name another place") from problem
+            raise ConfigError(dest, f"cannot be written: {reason(problem)}; name another place") from problem
 
 
 def write_checkpoint(

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from olmo_train import config as yaml_config
-from olmo_train.errors import ConfigError, DataError
+from olmo_train.errors import ConfigError, DataError, no_run
 from olmo_train.formats import counted, short
 from olmo_train.history import History
 from olmo_train.model.cost import count_parameters
@@ -84,7 +84,7 @@ def read_run(run_dir: Path) -> Run:
     """
     history = History(run_dir)
     if not history.metrics_file.is_file():
-        raise DataError(run_dir, "holds no metrics.jsonl; name the run_dir of a run that was started")
+        raise DataError(run_dir, no_run(run_dir, "holds no metrics.jsonl; name the run_dir of a run that was started"))
     columns, clock = collect(history.lines())
     if not columns:
         raise DataError(history.metrics_file, "holds no metrics yet; wait for the first line (--follow waits for you)")

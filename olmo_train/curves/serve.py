@@ -8,7 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from olmo_train.curves import page
 from olmo_train.curves.panels import Curves, View
 from olmo_train.curves.runs import Run
-from olmo_train.errors import ConfigError, DataError
+from olmo_train.errors import ConfigError, DataError, reason
 
 HOST = "127.0.0.1"  # never another computer's to see
 
@@ -42,7 +42,9 @@ def serve(choose: Callable[[], tuple[list[Run], list[Curves], View]], port: int,
     try:
         server = ThreadingHTTPServer((HOST, port), Handler)
     except (OSError, OverflowError) as problem:
-        raise ConfigError("--serve", f"port {port} cannot be used: {problem}; name another, or none for a free one") from problem
+        raise ConfigError(
+            "--serve", f"port {port} cannot be used: {reason(problem)}; name another, or none for a free one"
+        ) from problem
     with server:
         announce(f"http://localhost:{server.server_address[1]}")
         try:

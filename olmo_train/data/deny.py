@@ -12,7 +12,7 @@ import numpy as np
 
 from olmo_train.data.documents import Document
 from olmo_train.data.shards import TokenSource
-from olmo_train.errors import ConfigError, DataError, nearest
+from olmo_train.errors import ConfigError, DataError, nearest, reason
 
 KEY = "data.deny"
 
@@ -79,7 +79,9 @@ def _listed(words: tuple[str, ...]) -> list[tuple[str, str]]:
         try:
             lines = Path(word).read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as problem:
-            raise ConfigError(KEY, f"the list {word} cannot be read: {problem}; it is text, one SOURCE:ID a line") from problem
+            raise ConfigError(
+                KEY, f"the list {word} cannot be read: {reason(problem)}; it is text, one SOURCE:ID a line"
+            ) from problem
         found += [(line.strip(), f"{KEY}: {word}:{n}") for n, line in enumerate(lines, 1) if line.strip()]
     return found
 

@@ -17,7 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from olmo_train.errors import DataError
+from olmo_train.data.meta import PREPARE_AGAIN
+from olmo_train.errors import DataError, reason
 
 DOCUMENTS_FILE = "documents.parquet"
 IDS_FILE = "documents.ids"
@@ -87,7 +88,7 @@ class DocumentTable:
         try:
             self._parquet = pq.ParquetFile(self.file, memory_map=True)
         except (OSError, pa.ArrowException) as problem:
-            raise DataError(self.file, f"cannot be read: {problem}; prepare the source again") from problem
+            raise DataError(self.file, f"cannot be read: {reason(problem)}; {PREPARE_AGAIN}") from problem
         names = self._parquet.schema_arrow.names
         self._shard, self._start = names.index("shard"), names.index("start")
 
@@ -137,7 +138,7 @@ class DocumentTable:
         try:
             table = self._parquet.read_row_groups(list(range(low, high)), columns=["start", "end"])
         except (OSError, pa.ArrowException) as problem:
-            raise DataError(self.file, f"cannot be read: {problem}; prepare the source again") from problem
+            raise DataError(self.file, f"cannot be read: {reason(problem)}; {PREPARE_AGAIN}") from problem
         return table["start"].to_numpy(), table["end"].to_numpy()
 
     @cached_property
@@ -146,7 +147,7 @@ class DocumentTable:
         try:
             return np.memmap(file, ID_DTYPE, mode="r")
         except (OSError, ValueError) as problem:
-            raise DataError(file, f"cannot be read: {problem}; prepare the source again") from problem
+            raise DataError(file, f"cannot be read: {reason(problem)}; {PREPARE_AGAIN}") from problem
 
     def find(self, ids: set[str], shard_starts: list[int]) -> list[Document]:
         """Every document of these ids, in order; their positions are in the stream. Each row group is read once.

@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from olmo_train import storage
-from olmo_train.errors import DataError
+from olmo_train.errors import DataError, reason
 from olmo_train.formats import counted
 
 FORMAT_VERSION = 1
 META_FILE = "meta.json"
+# The fix for a damaged source; prepare-data does not write into a finished folder.
+PREPARE_AGAIN = "copy it again, or prepare the text again into a new folder"
 TOKENIZER_FILE = "tokenizer.json"
 DTYPES = ("uint16", "uint32")
 BLOCK_BYTES = 4096
@@ -76,18 +78,18 @@ def read_meta(folder: Path) -> Meta:
         values = json.loads(file.read_bytes())
         version = values.get("format_version")
         if version != FORMAT_VERSION:
-            raise DataError(file, f"format_version is {version}, expected {FORMAT_VERSION}; prepare the source again")
+            raise DataError(file, f"format_version is {version}, expected {FORMAT_VERSION}; {PREPARE_AGAIN}")
         values.setdefault("account", {})  # earlier versions kept none
         values = {f.name: values[f.name] for f in fields(Meta)}
         shards = tuple(ShardMeta(**shard) for shard in values.pop("shards"))
         meta = Meta(shards=shards, **values)
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as problem:
-        raise DataError(file, f"cannot be read: {type(problem).__name__}: {problem}; prepare the source again") from problem
+        raise DataError(file, f"cannot be read: {type(problem).__name__}: {reason(problem)}; {PREPARE_AGAIN}") from problem
     if meta.dtype not in DTYPES:
         raise DataError(file, f"dtype is {meta.dtype!r}, expected one of {', '.join(DTYPES)}")
     total = sum(shard.tokens for shard in meta.shards)
     if total != meta.tokens:
-        raise DataError(file, f"lists {counted(meta.tokens, 'token')}, but its shards sum to {total}; prepare the source again")
+        raise DataError(file, f"lists {counted(meta.tokens, 'token')}, but its shards sum to {total}; {PREPARE_AGAIN}")
     for shard in meta.shards:  # a name must not lead out of the folder, which may come from anybody
         for name in (shard.file, shard.labels["file"] if shard.labels else shard.file):
             if Path(name).name != name:

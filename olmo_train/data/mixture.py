@@ -50,7 +50,8 @@ class Mixture:
 
     def open_validation(self) -> list[TokenSource]:
         """The sources of data.validation. Raises ConfigError and DataError."""
-        return [open_source(name, s, self.vocab_size, self.eos_id) for name, s in self.config.validation.items()]
+        where, named = "data.validation.{}.path", self.config.validation.items()
+        return [open_source(name, source, self.vocab_size, self.eos_id, where.format(name)) for name, source in named]
 
     def check_tokenizers(self, validation: Iterable[TokenSource] = (), *others: TokenizerRecord | None) -> None:
         """Raises DataError when the sources, the validation sources or `others` were made with different tokenizers."""

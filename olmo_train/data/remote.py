@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 from olmo_train.data.meta import META_FILE, TOKENIZER_FILE, hash_file, read_meta
-from olmo_train.errors import ConfigError, DataError
+from olmo_train.errors import ConfigError, DataError, reason
 from olmo_train.storage import cache_folder, lock, replacing
 
 log = logging.getLogger(__name__)
@@ -137,9 +137,9 @@ def _open_filesystem(url: str) -> tuple[Any, str]:
     except ImportError as problem:
         package = known_implementations[url.partition("://")[0]]["class"].partition(".")[0]
         install = "" if package == "fsspec" else f"; pip install {package}"
-        raise ConfigError(url, f"cannot be opened: {problem}{install}") from problem
+        raise ConfigError(url, f"cannot be opened: {reason(problem)}{install}") from problem
     except ValueError as problem:
-        raise ConfigError(url, f"cannot be opened: {problem}") from problem
+        raise ConfigError(url, f"cannot be opened: {reason(problem)}") from problem
 
 
 def _glob(url: str) -> list[str]:

@@ -21,10 +21,10 @@ import numpy as np
 
 from olmo_train.data import remote
 from olmo_train.data.config import SourceConfig
-from olmo_train.data.documents import Document, DocumentTable, scan_documents
-from olmo_train.data.meta import META_FILE, Meta, hash_blocks, hash_file, read_meta
+from olmo_train.data.documents import DOCUMENTS_FILE, Document, DocumentTable, scan_documents
+from olmo_train.data.meta import META_FILE, PREPARE_AGAIN, Meta, hash_blocks, hash_file, read_meta
 from olmo_train.data.tokenizer import TokenizerRecord
-from olmo_train.errors import ConfigError, DataError, did_you_mean, near_files
+from olmo_train.errors import ConfigError, DataError, did_you_mean, near_files, reason
 from olmo_train.formats import counted
 from olmo_train.storage import cache_folder
 
@@ -143,10 +143,13 @@ class _ShardFile:
         return (self.size - self.offset) // self.dtype.itemsize
 
 
-def open_source(name: str, config: SourceConfig, vocab_size: int, eos_id: int | None = None) -> TokenSource:
+def open_source(
+    name: str, config: SourceConfig, vocab_size: int, eos_id: int | None = None, where: str | None = None
+) -> TokenSource:
     """Open a source and make the cheap checks: existence, sizes, dtype, vocabulary, a sample of contents and of ids.
 
-    `vocab_size` and `eos_id` are the model's. Raises DataError with the file, the expected and the found value.
+    `vocab_size` and `eos_id` are the model's; `where` is the key or option that names the path, by default that of a source.
+    Raises DataError with the file, the expected and the found value.
     """
     path = remote.localize(config.path)
     folder = Path(path) if isinstance(path, str) and Path(path).is_dir() else None
@@ -157,7 +160,8 @@ def open_source(name: str, config: SourceConfig, vocab_size: int, eos_id: int | 
         _check_contents(folder, meta)
     else:
         meta, dtype = None, np.dtype(config.dtype or ("uint16" if vocab_size <= 2**16 else "uint32")).newbyteorder("<")
-        files = [_raw_file(file, dtype) for file in _expand(path)]
+        where = where or f"data.sources.{name}.path"
+        files = [_raw_file(where, file, dtype) for file in _expand(path)]
     source = TokenSource(name, files, meta, folder, eos_id)
     for shard in _evenly(len(source.files), 64):
         view = source._views[shard]
@@ -211,7 +215,7 @@ def check_block(source: TokenSource, shard: int, start: int, ids: np.ndarray, vo
 
 def _check_hash(file: Path, found: str, expected: str) -> None:
     if found != expected:
-        raise DataError(file, f"contents changed: sha256 {found}, meta.json has {expected}; prepare the source again")
+        raise DataError(file, f"contents changed: sha256 {found}, meta.json has {expected}; {PREPARE_AGAIN}")
 
 
 def _check_meta(folder: Path, meta: Meta, config: SourceConfig, vocab_size: int, eos_id: int | None) -> None:
@@ -219,11 +223,12 @@ def _check_meta(folder: Path, meta: Meta, config: SourceConfig, vocab_size: int,
     if config.dtype not in (None, meta.dtype):
         what = f"dtype is {meta.dtype}, but the configuration says {config.dtype}; leave dtype out for a prepared folder"
     elif meta.vocab_size > vocab_size:
-        what = f"vocab_size is {meta.vocab_size}, above the model's; raise model.vocab_size {vocab_size}"
+        fix = f"raise model.vocab_size from {vocab_size} to at least {meta.vocab_size}"
+        what = f"vocab_size is {meta.vocab_size}, above the model's; {fix}"
     elif eos_id not in (None, meta.eos_id):
         what = f"eos_id is {meta.eos_id} ({meta.eos_text!r}), but the configuration says {eos_id}; use one tokenizer"
     elif not meta.shards:
-        what = "names no shards, so there is nothing to read; prepare the source again"
+        what = f"names no shards, so there is nothing to read; {PREPARE_AGAIN}"
     if what:
         raise DataError(folder / META_FILE, what)
 
@@ -233,10 +238,10 @@ def _prepared_file(folder: Path, meta: Meta, index: int) -> _ShardFile:
     for file, size in [(shard.file, shard.size)] + ([(shard.labels["file"], shard.tokens)] if shard.labels else []):
         found = _size(folder / file)
         if found != size:
-            what = f"has {found} bytes, but {META_FILE} says {size}; copy it again or prepare the source again"
+            what = f"has {found} bytes, but {META_FILE} says {size}; {PREPARE_AGAIN}"
             raise DataError(folder / file, what)
     if shard.size != shard.tokens * dtype.itemsize or shard.tokens == 0:
-        what = f"{shard.file}: {shard.tokens} tokens of {meta.dtype} are not {shard.size} bytes; prepare the source again"
+        what = f"{shard.file}: {shard.tokens} tokens of {meta.dtype} are not {shard.size} bytes; {PREPARE_AGAIN}"
         raise DataError(folder / META_FILE, what)
     return _ShardFile(folder / shard.file, shard.size, 0, dtype)
 
@@ -248,6 +253,15 @@ def _check_contents(folder: Path, meta: Meta) -> None:
         shard = meta.shards[index]
         file = folder / shard.file
         _check_hash(file, *((hash_file(file), shard.sha256) if whole else (hash_blocks(file), shard.blocks_sha256)))
+
+
+def check_prepared(folder: Path, meta: Meta) -> None:
+    """Compare the files of a prepared folder with its meta.json, as at the start of a training. Raises DataError."""
+    for index in range(len(meta.shards)):
+        _prepared_file(folder, meta, index)
+    _check_contents(folder, meta)
+    if sum(shard.size for shard in meta.shards) <= WHOLE_BYTES:
+        _check_hash(folder / DOCUMENTS_FILE, hash_file(folder / DOCUMENTS_FILE), meta.documents_sha256)
 
 
 def _expand(path: str | tuple[str, ...]) -> list[Path]:
@@ -266,8 +280,8 @@ def _expand(path: str | tuple[str, ...]) -> list[Path]:
     return files
 
 
-def _raw_file(file: Path, dtype: np.dtype) -> _ShardFile:
-    size, offset = _size(file), 0
+def _raw_file(where: str, file: Path, dtype: np.dtype) -> _ShardFile:
+    size, offset = _size(file, where), 0
     try:
         with open(file, "rb") as stream:
             if stream.read(6) == b"\x93NUMPY":
@@ -289,19 +303,31 @@ def _numpy_header(file: Path, stream, dtype: np.dtype) -> int:
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, _, found = read(stream)
     except (ValueError, OSError) as problem:
-        raise DataError(file, f"begins as a NumPy file, but its header cannot be read: {problem}") from problem
+        raise DataError(file, f"begins as a NumPy file, but its header cannot be read: {reason(problem)}") from problem
     if found != dtype or len(shape) != 1:
         raise DataError(file, f"has a NumPy header of {found} and shape {shape}, expected one row of {dtype.name}; set dtype")
     return stream.tell()
 
 
-def _size(file: Path) -> int:
+def _size(file: Path, where: str | None = None) -> int:
+    """Bytes of a shard, or of a file that the key or option `where` names."""
     try:
         return file.stat().st_size
     except OSError as problem:
-        meant = near_files(file)
-        fix = did_you_mean(meant) if meant else "name an existing shard or prepare the source again"
-        raise DataError(file, f"cannot be opened: {problem.strerror}{_looked_for(file)}; {fix}") from problem
+        if where and isinstance(problem, FileNotFoundError | NotADirectoryError):
+            raise DataError(where, f"{file} does not exist{_looked_for(file)}; {_how_to_make(file)}") from problem
+        fix = "change its permissions, or name other data" if where else PREPARE_AGAIN
+        raise DataError(file, f"cannot be opened: {problem.strerror}; {fix}") from problem
+
+
+def _how_to_make(file: Path) -> str:
+    """What to type instead of data that do not exist, or to make them."""
+    if meant := near_files(file):
+        return did_you_mean(meant)
+    if file.suffix in (".npy", ".bin"):
+        return "name an existing token file, or a folder that prepare-data wrote"
+    folder, more = (file.parent, " --validation-fraction 0.05") if file.name == "validation" else (file, "")
+    return f"make it first: olmo-train prepare-data TEXT --output {folder} --tokenizer FILE{more}"
 
 
 def _looked_for(path: str | Path) -> str:
@@ -315,7 +341,7 @@ def _map(file: Path, dtype: np.dtype, offset: int) -> np.ndarray:
         with open(file, "rb") as stream:
             mapping = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
     except (OSError, ValueError) as problem:
-        raise DataError(file, f"cannot be memory-mapped: {problem}") from problem
+        raise DataError(file, f"cannot be memory-mapped: {reason(problem)}") from problem
     if hasattr(mmap, "MADV_RANDOM"):  # instances are read in random order, so read-ahead would be wasted
         mapping.madvise(mmap.MADV_RANDOM)
     return np.frombuffer(mapping, dtype, offset=offset)

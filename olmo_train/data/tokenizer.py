@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from olmo_train import storage
-from olmo_train.errors import ConfigError, DataError, nearest
+from olmo_train.errors import ConfigError, DataError, did_you_mean, near_files, nearest, reason
 
 if TYPE_CHECKING:
     import tokenizers
@@ -136,6 +136,10 @@ def load_tokenizer(name_or_file: str | Path, eos: str | None = None) -> Tokenize
     if file.is_dir():
         file = file / "tokenizer.json"
     if not file.is_file():
+        if file.suffix == ".json" or file.parent.name:
+            meant = near_files(file, "*.json")
+            fix = did_you_mean(meant) if meant else f"make it first: olmo-train train-tokenizer TEXT --output {file}"
+            raise ConfigError(file, f"does not exist; {fix}")
         if name not in OLMO_FILES:
             raise ConfigError(name, f"is neither a tokenizer.json file nor the name of a tokenizer; {nearest(name, OLMO_FILES)}")
         file = _olmo_file(name)
@@ -146,7 +150,7 @@ def load_tokenizer(name_or_file: str | Path, eos: str | None = None) -> Tokenize
         fix = "transformers.AutoTokenizer.from_pretrained(FOLDER).save_pretrained(NEW), then name NEW/tokenizer.json"
         raise DataError(file, f"is no tokenizer.json; convert a SentencePiece model with {fix}") from problem
     except OSError as problem:
-        raise DataError(file, f"cannot be read: {problem}") from problem
+        raise DataError(file, f"cannot be read: {reason(problem)}") from problem
     return from_json(text, name, eos_id, eos or _eos_beside(file))
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from olmo_train.data.documents import DOCUMENTS_FILE, ID_DTYPE, IDS_FILE, DocumentTable, id_hash
 from olmo_train.data.meta import META_FILE, TOKENIZER_FILE, Meta, ShardMeta, hash_file, read_meta
 from olmo_train.data.tokenizer import from_json
-from olmo_train.errors import DataError
+from olmo_train.errors import DataError, reason
 from olmo_train.formats import counted
 
 BLOCK = 2**22  # tokens checked at a time
@@ -66,7 +66,7 @@ def _tokenizer(folder: Path, meta: Meta) -> Iterator[Problem]:
         except DataError:  # it has no such token; compare with the one that it has
             tokenizer = from_json(text.decode(), str(file))
     except (OSError, UnicodeDecodeError, DataError) as problem:
-        yield Problem(file, f"cannot be read: {problem}")
+        yield Problem(file, f"cannot be read: {reason(problem)}")
         return
     for key in ("vocab_size", "eos_id", "eos_text"):
         if getattr(tokenizer, key) != getattr(meta, key):

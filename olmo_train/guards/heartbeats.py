@@ -12,7 +12,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from olmo_train.errors import ConfigError, PeerError
+from olmo_train.errors import ConfigError, PeerError, reason
 from olmo_train.storage import replacing
 
 STATES = {"T": "its process is stopped", "Z": "its process is dead", "X": "its process is gone"}  # of /proc/PID/stat
@@ -40,7 +40,7 @@ class Heartbeats:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as problem:
             raise ConfigError(
-                "run_dir", f"{folder.parent.parent} cannot be written: {problem}; choose another run_dir"
+                "run_dir", f"{folder.parent.parent} cannot be written: {reason(problem)}; choose another run_dir"
             ) from problem
         self.write()
 

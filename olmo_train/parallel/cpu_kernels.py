@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from olmo_train.errors import ConfigError
+from olmo_train.errors import ConfigError, reason
 from olmo_train.hardware import cpuinfo
 from olmo_train.model.loss import IGNORE
 from olmo_train.model.transformer import Mask
@@ -55,9 +55,8 @@ def library() -> ctypes.CDLL:
             _build(words, built)
         return ctypes.CDLL(str(built))
     except OSError as problem:
-        raise ConfigError(
-            "parallel.cpu_kernels", f"cannot be built or loaded: {problem}; set XDG_CACHE_HOME to another folder, or set false"
-        ) from None
+        what = f"cannot be built or loaded: {reason(problem)}; set XDG_CACHE_HOME to another folder, or set false"
+        raise ConfigError("parallel.cpu_kernels", what) from None
 
 
 def _fingerprint(words: list[str]) -> str:

@@ -18,11 +18,12 @@ from olmo_train import config as configuration
 from olmo_train.checkpoint import folders
 from olmo_train.checkpoint.save import Checkpointer
 from olmo_train.checkpoint.verify import with_all_ranks
+from olmo_train.data.meta import PREPARE_AGAIN
 from olmo_train.data.mixture import Mixture
 from olmo_train.data.shards import check_ids
 from olmo_train.data.tokenizer import CONFIG_FILE, config_file, record_of_folder
 from olmo_train.deal import deal
-from olmo_train.errors import ConfigError, DataError
+from olmo_train.errors import ConfigError, DataError, reason
 from olmo_train.eval.during_run import Evaluation
 from olmo_train.formats import counted
 from olmo_train.guards.anomalies import AnomalyGuard
@@ -166,7 +167,7 @@ def _checkpoint_files(config_yaml: bytes, mixture: Mixture) -> dict[str, bytes]:
         try:
             files |= {CONFIG_FILE: config_file(prepared.meta.eos_text), file.name: file.read_bytes()}
         except OSError as problem:
-            raise DataError(file, f"cannot be read: {problem}; prepare the data again") from problem
+            raise DataError(file, f"cannot be read: {reason(problem)}; {PREPARE_AGAIN}") from problem
     return files
 
 

@@ -18,7 +18,7 @@ from typing import Any
 from olmo_train import config as configuration
 from olmo_train.checkpoint import folders
 from olmo_train.checkpoint.config import CheckpointConfig
-from olmo_train.errors import ConfigError
+from olmo_train.errors import ConfigError, no_run
 from olmo_train.eval.config import EvalConfig
 from olmo_train.formats import counted, duration
 from olmo_train.guards.forensics import scored_tokens
@@ -50,7 +50,7 @@ class Replay:
 def logged_lines(run_dir: Path) -> dict[int, dict[str, Any]]:
     """{step: line of metrics} of the training lines. Raises ConfigError when the folder is not that of a run."""
     if not (history := History(run_dir)).metrics_file.is_file():
-        raise ConfigError(run_dir, "has no metrics.jsonl; name the run_dir of a run")
+        raise ConfigError(run_dir, no_run(run_dir, "has no metrics.jsonl; name the run_dir of a run"))
     return {line["step"]: line for line in history.lines() if "train/CrossEntropyLoss" in line}
 
 

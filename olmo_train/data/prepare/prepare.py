@@ -18,12 +18,13 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from olmo_train.data.meta import META_FILE, Meta, hash_blocks, read_meta, write_json
+from olmo_train.data.meta import META_FILE, PREPARE_AGAIN, Meta, hash_blocks, read_meta, write_json
 from olmo_train.data.prepare.chunks import Chunk, Skipped, Unit
 from olmo_train.data.prepare.inputs import WORK_FOLDER, find_units
 from olmo_train.data.prepare.readers import chunks
 from olmo_train.data.prepare.tokenize import HARMLESS, NO_TEXT, ChunkResult, count_left_out, tokenize_chunks
 from olmo_train.data.prepare.writer import SourceWriter, Tokenized, WriterState
+from olmo_train.data.shards import check_prepared
 from olmo_train.data.tokenizer import Tokenizer, load_tokenizer
 from olmo_train.errors import ConfigError, DataError, UserError, check_choice
 from olmo_train.formats import counted
@@ -125,7 +126,13 @@ def prepare(
         meta = read_meta(output)
         _same_recipe(output, meta.recipe, recipe)
         shutil.rmtree(output / WORK_FOLDER, ignore_errors=True)
-        held_out = read_meta(output / VALIDATION) if options.hold_out_every else None
+        check_prepared(output, meta)
+        held_out = None
+        if options.hold_out_every:
+            if not (output / VALIDATION / META_FILE).exists():
+                raise DataError(output / VALIDATION / META_FILE, f"is missing; {PREPARE_AGAIN}")
+            held_out = read_meta(output / VALIDATION)
+            check_prepared(output / VALIDATION, held_out)
         return PrepareResult(meta, held_out, already_finished=True)
     existed = output.exists()
     with _locked(output) as work:
