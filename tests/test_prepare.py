@@ -279,9 +279,36 @@ def test_held_out_documents_are_every_kth_and_in_no_other_folder(tmp_path, small
     assert verify(folder / "validation")[1] == []
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("n", [1, 3, 19])
+def test_the_end_of_the_last_document_is_held_out_where_there_are_few(tmp_path, n, workers):
+    files = [tmp_path / f"{i}.txt" for i in range(n)]
+    for i, file in enumerate(files):
+        file.write_text("".join(f"the cat {i} sat {line}\n" for line in range(1000)))
+    folder, result = prepare_source(tmp_path, *files, validation_fraction=0.05, workers=workers)
+    tokenizer, held_out = load_tokenizer(folder), folder / "validation"
+    read, end = (tokenizer.decode(tokens_of(place)).split("<|endoftext|>")[:-1] for place in (folder, held_out))
+    assert [*read[:-1], read[-1] + end[0]] == [file.read_text() for file in files] and len(end) == 1
+    share = len(end[0]) / len(files[-1].read_text())
+    assert share == pytest.approx(min(0.5, 0.05 * n), abs=0.01) and read[-1].endswith("\n")
+    assert result.meta.bytes == len("".join(read)) and result.validation.bytes == len(end[0])
+    assert not verify(folder)[1] and not verify(held_out)[1]
+
+
+@pytest.mark.parametrize("text", ["one line that the cat sat on", "thecatsat", "the\ncat\nsat on a mat without a line break\n"])
+def test_a_text_of_few_lines_is_cut_between_words_or_letters(tmp_path, text):
+    (tmp_path / "one.txt").write_text(text)
+    folder, _ = prepare_source(tmp_path, tmp_path / "one.txt", validation_fraction=0.05)
+    read, end = (load_tokenizer(folder).decode(tokens_of(place)[:-1]) for place in (folder, folder / "validation"))
+    assert read + end == text and read and end
+
+
 def test_a_fraction_that_holds_nothing_out_is_refused(tmp_path):
-    with pytest.raises(DataError, match="holds out every 100th document, but there are 60"):
-        prepare_source(tmp_path, validation_fraction=0.01)
+    row = {"messages": [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat"}]}
+    chats = write_lines(tmp_path / "chats.jsonl", [json.dumps(row) + "\n"] * 60)  # which are not cut
+    with pytest.raises(DataError, match="0.01 holds out one document in 100, of 60; raise it to 0.017 or leave it out"):
+        prepare_source(tmp_path, chats, validation_fraction=0.01)
+    prepare_source(tmp_path, chats, name="raised", validation_fraction=0.017)
     with pytest.raises(ConfigError, match="at most 0.5"):
         prepare_source(tmp_path, validation_fraction=0.7)
 

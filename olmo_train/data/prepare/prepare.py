@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import reprlib
 import shutil
 import time
@@ -16,12 +17,13 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path
 
 from olmo_train.data.meta import META_FILE, PREPARE_AGAIN, Meta, hash_blocks, read_meta, write_json
 from olmo_train.data.prepare.chunks import Chunk, Skipped, Unit
 from olmo_train.data.prepare.inputs import WORK_FOLDER, find_units
-from olmo_train.data.prepare.readers import chunks
+from olmo_train.data.prepare.readers import Tail, chunks, records
 from olmo_train.data.prepare.tokenize import HARMLESS, NO_TEXT, ChunkResult, count_left_out, tokenize_chunks
 from olmo_train.data.prepare.writer import SourceWriter, Tokenized, WriterState
 from olmo_train.data.shards import check_prepared
@@ -136,7 +138,8 @@ def prepare(
         return PrepareResult(meta, held_out, already_finished=True)
     existed = output.exists()
     with _locked(output) as work:
-        run = _Run(options, tokenizer, units, unread, _load_state(output, work, recipe), work, on_note)
+        tail = _tail(options, units, on_note)
+        run = _Run(options, tokenizer, units, unread, _load_state(output, work, recipe), work, on_note, tail)
         try:
             meta, held_out = run.run(on_progress)
         except UserError:
@@ -155,9 +158,9 @@ def prepare(
 class _Run:
     """One run, from the state that it finds to the finished folder."""
 
-    def __init__(self, options, tokenizer, units, unread, state, work, on_note):
+    def __init__(self, options, tokenizer, units, unread, state, work, on_note, tail):
         self.options, self.tokenizer, self.units, self.state, self.work = options, tokenizer, units, state, work
-        self.unread, self.on_note = unread, on_note
+        self.unread, self.on_note, self.tail = unread, on_note, tail
         most, output, self.every = options.max_shard_tokens, options.output, options.hold_out_every
         self.train = SourceWriter(output, work / "train", tokenizer, most, state.train)
         self.writers = [self.train]
@@ -172,7 +175,8 @@ class _Run:
             raise DataError(state.first[0]["where"], state.first[0]["why"])
         total_bytes, resumed_tokens = sum(unit.size for unit in self.units), self._n_tokens()
         places: deque[tuple[int, int]] = deque()
-        for result in tokenize_chunks(self._chunks(places), self.tokenizer, self.options.text_field, self.options.workers):
+        options = self.options
+        for result in tokenize_chunks(self._chunks(places), self.tokenizer, options.text_field, options.workers, self.tail):
             self._take(result)
             state.unit, state.chunk = places.popleft()
             on_progress(Progress(state.input_bytes, total_bytes, self._n_tokens(), resumed_tokens))
@@ -216,11 +220,17 @@ class _Run:
         state.documents += len(result.documents)
 
     def _write(self, documents: Tokenized) -> None:
-        """Hold out the last of every `every` documents of the whole input."""
+        """Hold out the last of every `every` documents of the whole input, or a tail, which follows the rest of its document."""
         if self.every is None:
             self.train.add(documents)
             return
         low, n = 0, len(documents)
+        if self.tail:
+            places = list(zip(documents.origins, documents.records, strict=True))
+            end = n - (places[-1:] == places[-2:-1] != [])
+            self.train.add(documents.part(0, end))
+            self.held_out.add(documents.part(end, n))
+            return
         for held in range((self.every - 1 - self.state.documents) % self.every, n, self.every):
             self.train.add(documents.part(low, held))
             self.held_out.add(documents.part(held, held + 1))
@@ -236,7 +246,8 @@ class _Run:
             raise DataError(" ".join(self.options.inputs), f"contains no documents ({skipped}); {why}")
         if self.every and not self.held_out.state.documents:
             fraction = self.options.validation_fraction
-            what = f"{fraction} holds out every {self.every}th document, but there are {state.documents}; raise it"
+            raised = f"raise it to {math.ceil(1000 / state.documents) / 1000:g} or " * (state.documents > 1)
+            what = f"{fraction} holds out one document in {self.every}, of {state.documents}; {raised}leave it out"
             raise DataError("--validation-fraction", what)
 
     def _account(self) -> dict:
@@ -272,6 +283,25 @@ class _Run:
     def close(self) -> None:
         for writer in self.writers:
             writer.close()
+
+
+def _tail(options: PrepareOptions, units: list[Unit], on_note: Callable[[str], None]) -> Tail | None:
+    """The end of the last document, to be held out where there are too few documents to hold out one in `hold_out_every`."""
+    if not options.hold_out_every:
+        return None
+    lengths: dict[str, int] = {}  # characters of each document, by its place
+    pieces = chain.from_iterable(chunks(unit, options.text_field) for unit in units)
+    for record in chain.from_iterable(records(chunk, options.text_field) for chunk in pieces):
+        if not isinstance(record, Skipped) and (length := sum(len(text) for text, _ in record.segments)):
+            if record.place in lengths or len(lengths) + 1 == options.hold_out_every:  # a file that is named twice is not cut
+                return None
+            lengths[record.place] = length
+    if not lengths:
+        return None
+    place = list(lengths)[-1]
+    share = min(0.5, options.validation_fraction * sum(lengths.values()) / lengths[place])
+    on_note(f"{place}: its last {share:.0%} is held out, as there are fewer than {options.hold_out_every} documents")
+    return Tail(place, share)
 
 
 def _recipe(options: PrepareOptions, tokenizer: Tokenizer, units: list[Unit]) -> dict:

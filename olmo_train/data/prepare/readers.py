@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import codecs
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from io import BytesIO
-from typing import Any
+from typing import Any, NamedTuple
 
 from olmo_train.data.prepare import tables
 from olmo_train.data.prepare.chunks import (
@@ -48,6 +48,27 @@ class Record:
     def place(self) -> str:
         """file, or file:record; the id of a record without one."""
         return self.origin if self.record is None else f"{self.origin}:{self.record}"
+
+
+class Tail(NamedTuple):
+    """The end of one document, which becomes a document to be held out."""
+
+    place: str  # of the record
+    share: float  # of its characters, up to the next line break
+
+
+def cut(found: Iterable[Record | Skipped], tail: Tail | None) -> Iterator[Record | Skipped]:
+    """The same records, but the one with a tail as two: its beginning, and its end. A conversation is not cut."""
+    for record in found:
+        if not tail or isinstance(record, Skipped) or record.place != tail.place or len(record.segments) > 1:
+            yield record
+            continue
+        ((text, scored),) = record.segments
+        at = int(len(text) * (1 - tail.share))
+        after = text.find("\n", at) + 1
+        at = after if 0 < after < len(text) else text.rfind("\n", 0, at) + 1 or text.rfind(" ", 0, at) + 1 or at
+        yield replace(record, segments=((text[:at], scored),))
+        yield replace(record, segments=((text[at:], scored),), size=0)
 
 
 def chunks(unit: Unit, text_field: str) -> Iterator[Chunk]:

@@ -19,7 +19,7 @@ from multiprocessing import get_context, parent_process
 import numpy as np
 
 from olmo_train.data.prepare.chunks import TRAILING, Chunk, Skipped
-from olmo_train.data.prepare.readers import Record, records
+from olmo_train.data.prepare.readers import Record, Tail, cut, records
 from olmo_train.data.prepare.writer import Tokenized
 from olmo_train.data.tokenizer import Tokenizer, from_json
 from olmo_train.errors import DataError
@@ -42,15 +42,19 @@ class ChunkResult:
     input_bytes: int  # of the chunk: those in `left_out` and those of the documents
 
 
-def tokenize_chunks(chunks: Iterable[Chunk], tokenizer: Tokenizer, text_field: str, workers: int) -> Iterator[ChunkResult]:
-    """One result per chunk, in order. Raises DataError when a worker died, most often because memory ran out."""
+def tokenize_chunks(
+    chunks: Iterable[Chunk], tokenizer: Tokenizer, text_field: str, workers: int, tail: Tail | None = None
+) -> Iterator[ChunkResult]:
+    """One result per chunk, in order; the document with a `tail` becomes two. Raises DataError when a worker died, most often
+    because memory ran out."""
     if workers == 1:
         with _one_thread():
             for chunk in chunks:
-                yield tokenize_chunk(chunk, tokenizer, text_field)
+                yield tokenize_chunk(chunk, tokenizer, text_field, tail)
         return
     context = get_context("spawn")  # a fork would copy pyarrow's threads in an unusable state
-    pool = ProcessPoolExecutor(workers, context, _start_worker, (tokenizer.json, tokenizer.name, tokenizer.eos_text, text_field))
+    arguments = (tokenizer.json, tokenizer.name, tokenizer.eos_text, text_field, tail)
+    pool = ProcessPoolExecutor(workers, context, _start_worker, arguments)
     in_flight: deque = deque()
     try:
         for chunk in chunks:
@@ -65,15 +69,15 @@ def tokenize_chunks(chunks: Iterable[Chunk], tokenizer: Tokenizer, text_field: s
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-_worker: tuple[Tokenizer, str]  # set once in each worker: the tokenizer and the text field
+_worker: tuple[Tokenizer, str, Tail | None]  # set once in each worker: what tokenize_chunk takes beside the chunk
 
 
-def _start_worker(tokenizer_json: str, name: str, eos: str, text_field: str) -> None:
+def _start_worker(tokenizer_json: str, name: str, eos: str, text_field: str, tail: Tail | None) -> None:
     global _worker
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one worker, one core
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal; the main process stops the others
     threading.Thread(target=_die_with_parent, daemon=True).start()
-    _worker = (from_json(tokenizer_json, name, eos=eos), text_field)
+    _worker = (from_json(tokenizer_json, name, eos=eos), text_field, tail)
 
 
 def _die_with_parent() -> None:
@@ -99,7 +103,7 @@ def _one_thread() -> Iterator[None]:
             os.environ["TOKENIZERS_PARALLELISM"] = before
 
 
-def tokenize_chunk(chunk: Chunk, tokenizer: Tokenizer, text_field: str) -> ChunkResult:
+def tokenize_chunk(chunk: Chunk, tokenizer: Tokenizer, text_field: str, tail: Tail | None = None) -> ChunkResult:
     """Parse a chunk and tokenize its records, each followed by EOS."""
     kept: list[Record] = []
     skipped: list[Skipped] = []
@@ -110,7 +114,7 @@ def tokenize_chunk(chunk: Chunk, tokenizer: Tokenizer, text_field: str) -> Chunk
         if loss.reason != NO_TEXT:
             skipped.append(loss)
 
-    for record in records(chunk, text_field):
+    for record in cut(records(chunk, text_field), tail):
         if isinstance(record, Skipped):
             leave_out(record)
         elif any(text for text, _ in record.segments):
