@@ -1,7 +1,7 @@
 # From a fresh clone to a trained model and its curves:
 #   make train                      two sources: plays of Shakespeare and the source code of Python's standard library
 #   make train TEXT=folder          the .txt and .md files, or any other text, of a folder of your own
-#   make train TEXT=documents.jsonl one document a line, its text under "text"; with few documents also HELD_OUT=0.5
+#   make train TEXT=documents.jsonl one document a line, its text under "text"
 #   make train TEXT=folder RUN=runs/second   a new run, such as for a text that was edited after its first run
 #   make train ARGS="total_steps=2000" PROMPT="To be"    any key=value words for the training; how the sample begins
 # Everything is made once; the same command again resumes an unfinished run, and a finished one has nothing left to do.
@@ -11,6 +11,7 @@
 #   make test-tools   a browser and other tools; without them a few tests are skipped
 #   make bench   throughput of the first run's model on this machine
 #   make gpu-bundle   gpu-bundle/: what tests/benchmarks/gpu.py needs on a machine without a network
+#   make help    this text
 # All of them write only to .venv/, data/, runs/ and gpu-bundle/.
 
 PYTHON ?= python3
@@ -38,7 +39,7 @@ else
   PROMPTS := $(if $(PROMPT),--prompt '$(PROMPT)',--prompt '**HAMLET**' --prompt 'class ')
 endif
 
-.PHONY: train test-tools prepare-text test slow check bench gpu-bundle
+.PHONY: train test-tools prepare-text test slow check bench gpu-bundle help
 .DELETE_ON_ERROR:
 
 ifdef TEXT
@@ -47,10 +48,15 @@ else
 train: $(SOURCES:%=$(DATA)/%/meta.json)
 endif
 	$(BIN)/olmo-train train configs/runs/first-run.yaml $(DATA_CONFIG) run_dir=$(RUN) $(ARGS)
-	$(BIN)/olmo-train curves $(RUN) --output $(RUN)/curves.png
-	$(BIN)/olmo-train curves $(RUN) --output $(RUN)/curves.html
-	$(BIN)/olmo-train generate $(RUN) $(PROMPTS)
-	$(BIN)/olmo-train evaluate $(RUN) --output $(RUN)/evaluation.json
+	@$(if $(PROMPT),false,test $(RUN)/evaluation.json -nt $(RUN)/metrics.jsonl) && \
+	  echo "$(RUN) has its curves.png, curves.html and evaluation.json" || { set -ex; \
+	  $(BIN)/olmo-train curves $(RUN) --output $(RUN)/curves.png; \
+	  $(BIN)/olmo-train curves $(RUN) --output $(RUN)/curves.html; \
+	  $(BIN)/olmo-train generate $(RUN) $(PROMPTS); \
+	  $(BIN)/olmo-train evaluate $(RUN) --output $(RUN)/evaluation.json; }
+
+help:
+	@sed '/^#/!d; s/^# \{0,1\}//; /^All of them/q' Makefile
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 --dist loadfile
@@ -86,7 +92,7 @@ gpu-bundle: $(INSTALLED)
 # The environment, created again when the requirements change.
 $(INSTALLED): pyproject.toml constraints.txt
 	@echo "Installing into .venv, which takes a minute or two"
-	$(PYTHON) -m venv .venv
+	$(PYTHON) -c 'import signal, venv; signal.signal(signal.SIGINT, signal.SIG_DFL); venv.main([".venv"])'  # Ctrl-C: no traceback
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
@@ -107,7 +113,7 @@ $(DATA)/%/meta.json: $(DATA)/%.jsonl $(DATA)/tokenizer.json
 # The same for the user's own text. Its folders are named by its contents, since make's time stamps miss an edited file. A run of
 # other contents is not continued.
 prepare-text: | $(INSTALLED)
-	test -e $(DATA)/tokenizer.json || $(BIN)/olmo-train train-tokenizer $(QUOTED) --output $(DATA)/tokenizer.json --vocab-size 4096
-	$(BIN)/olmo-train prepare-data $(QUOTED) --output $(DATA)/text --tokenizer $(DATA)/tokenizer.json --validation-fraction $(HELD_OUT) --workers 2
 	@test ! -e $(RUN)/config.yaml || grep -qF 'path: $(DATA)/text' $(RUN)/config.yaml || { \
 	  echo "error: $(RUN): trained on another text, or on this one before it was edited; name a new run: make train TEXT=$(QUOTED) RUN=$(RUN)-2" >&2; exit 2; }
+	@test -e $(DATA)/tokenizer.json || { set -x; $(BIN)/olmo-train train-tokenizer $(QUOTED) --output $(DATA)/tokenizer.json --vocab-size 4096; }
+	$(BIN)/olmo-train prepare-data $(QUOTED) --output $(DATA)/text --tokenizer $(DATA)/tokenizer.json --validation-fraction $(HELD_OUT) --workers 2

@@ -35,6 +35,10 @@ def contents(text: Path, held_out: str) -> str:
 
 if __name__ == "__main__":
     text, held_out = Path(sys.argv[1]), sys.argv[2]
-    if not text.exists():
-        sys.exit(f"error: TEXT={text}: there is no such file or folder")
-    print(f"{name(text)}/{contents(text, held_out)}", name(text))
+    try:
+        text.stat()
+        print(f"{name(text)}/{contents(text, held_out)}", name(text))
+    except FileNotFoundError as problem:
+        sys.exit(f"error: TEXT={text}: there is no such file or folder: {problem.filename}")
+    except OSError as problem:
+        sys.exit(f"error: TEXT={text}: {problem.filename}: {problem.strerror}; make it readable, or name another text")

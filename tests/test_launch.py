@@ -246,6 +246,25 @@ def test_a_text_is_named_by_its_path_and_hashed_by_its_contents(tmp_path, monkey
     assert len({before, edited, naming.contents(Path("corpus"), "0.05")}) == 3
 
 
+def test_a_text_that_cannot_be_read_is_named_with_the_reason(tmp_path):
+    code = f"""if True:
+        import os, runpy, sys
+        def stat(*_, **__): raise PermissionError(13, "Permission denied", "ten")
+        sys.argv = ["name_text.py", "ten", "0.05"]
+        with open({str(LAUNCH / "name_text.py")!r}) as script: source = script.read()
+        os.stat = stat
+        exec(source, {{"__name__": "__main__"}})"""
+    out = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert (
+        out.stderr == "error: TEXT=ten: ten: Permission denied; make it readable, or name another text\n" and out.returncode == 1
+    )
+
+
+def test_make_help_lists_the_goals():
+    out = subprocess.run(["make", "help"], cwd=LAUNCH.parent, capture_output=True, text=True).stdout
+    assert all(f"\n  make {goal} " in out for goal in ("train", "train TEXT=folder", "test", "slow", "check", "bench", "help"))
+
+
 @pytest.fixture
 def make_train(tmp_path):
     """make_train(*words): `make train`, with a stand-in for olmo-train; returns the process and the command lines it ran."""
@@ -256,7 +275,8 @@ def make_train(tmp_path):
     stand_in = """#!/bin/bash
     printf '%s|' "$@" >> log; echo >> log
     for word; do case $word in run_dir=*) run=${word#*=};; data.sources.text.path=*) path=${word#*=};; esac; done
-    if [ "$1" = train ]; then mkdir -p $run; echo "      path: $path" > $run/config.yaml; fi
+    if [ "$1" = train ]; then mkdir -p $run; echo "      path: $path" > $run/config.yaml; touch -a $run/metrics.jsonl; fi
+    if [ "$1" = evaluate ]; then sleep 0.02; touch $2/evaluation.json; fi
     """
     (tmp_path / "bin/olmo-train").write_text(stand_in)
     (tmp_path / "bin/olmo-train").chmod(0o755)
@@ -283,10 +303,17 @@ def test_make_train_never_takes_another_text_for_the_one_that_is_named(make_trai
     assert len(set(runs.values())) == 3
     (tmp_path / "a/corpus/1.txt").write_text("a/CORPUS")  # edited in place, with the same size
     out, lines = make_train("TEXT=a/corpus")
-    assert [line[0] for line in lines] == ["train-tokenizer", "prepare-data"]  # and its old run is not continued
+    assert lines == []  # nothing is prepared, and its old run is not continued
     run = runs["a/corpus"].removeprefix("run_dir=")
     assert out.returncode == 2 and f"error: {run}: " in out.stderr and f"RUN={run}-2" in out.stderr
     out, lines = make_train("TEXT=a/corpus", f"RUN={run}-2")
     assert out.returncode == 0 and f"run_dir={run}-2" in lines[2]
+    out, lines = make_train("TEXT=a/corpus", f"RUN={run}-2")  # finished: it is not drawn and evaluated again
+    assert out.returncode == 0 and [line[0] for line in lines[-2:]] == ["prepare-data", "train"], lines
+    assert f"{run}-2 has its curves.png, curves.html and evaluation.json" in out.stdout and "test -e" not in out.stdout
+    out, lines = make_train("TEXT=a/corpus", f"RUN={run}-2", "PROMPT=To be")
+    assert [line[0] for line in lines[-5:]] == ["train", "curves", "curves", "generate", "evaluate"] and "To be" in lines[-2]
+    (tmp_path / f"{run}-2/metrics.jsonl").touch()  # longer now
+    assert len(make_train("TEXT=a/corpus", f"RUN={run}-2")[1]) == 7
     out, lines = make_train("TEXT=nowhere")
     assert out.returncode == 2 and "TEXT=nowhere: there is no such file" in out.stderr and not lines

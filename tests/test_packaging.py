@@ -3,8 +3,10 @@
 import ast
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 import tomllib
 from importlib.metadata import packages_distributions
 from pathlib import Path
@@ -94,6 +96,16 @@ def test_each_make_goal_can_be_planned(goal, tmp_path):
     planned = subprocess.run(["make", "--dry-run", *goal.split()], cwd=tmp_path, capture_output=True, text=True)
     assert planned.returncode == 0, planned.stderr
     assert "venv" in planned.stdout
+
+
+def test_ctrl_c_during_the_install_shows_no_traceback(tmp_path):
+    (line,) = [line for line in (ROOT / "Makefile").read_text().splitlines() if "venv.main" in line]
+    program = line.split("'")[1]
+    run = subprocess.Popen([sys.executable, "-c", program], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    while run.poll() is None and not (tmp_path / ".venv/pyvenv.cfg").exists():
+        time.sleep(0.01)
+    run.send_signal(signal.SIGINT)
+    assert run.communicate()[1] == "" and run.returncode == -signal.SIGINT
 
 
 def test_git_ignores_what_the_goals_write():
