@@ -24,7 +24,7 @@ from olmo_train.data import loader
 from olmo_train.errors import NonFiniteError, Stopped
 from olmo_train.guards.config import GuardConfig
 from olmo_train.guards.nonfinite import check_skipped
-from olmo_train.guards.signals import StopSignals, counts_again, too_slow_to_stop
+from olmo_train.guards.signals import StopSignals, acknowledged_interrupt, counts_again, too_slow_to_stop
 from olmo_train.parallel import processes
 from olmo_train.train import train
 
@@ -331,6 +331,35 @@ def test_signals_are_answered_while_the_main_thread_computes_in_c_and_a_second_o
     run.send_signal(signal.SIGINT)
     assert run.communicate(timeout=10) == ("", "SIGINT again: leaving without saving\n")
     assert run.returncode == 128 + signal.SIGINT
+
+
+def test_ctrl_c_is_acknowledged_while_a_verb_computes_in_c_and_a_second_one_leaves():
+    program = (
+        "import argparse, hashlib\nfrom olmo_train.__main__ import _run\ndef verb(arguments):\n    print('ready', flush=True)\n"
+        "    hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)\n_run(verb, argparse.Namespace(verb='plan', debug=False))"
+    )
+    run = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert run.stdout.readline() == "ready\n"
+    time.sleep(0.5)  # until it is in C
+    run.send_signal(signal.SIGINT)
+    assert run.stderr.readline() == "SIGINT: stopping; Ctrl-C again to leave at once\n"
+    time.sleep(1.5)
+    run.send_signal(signal.SIGINT)
+    assert run.communicate(timeout=10) == ("", "") and run.returncode == 128 + signal.SIGINT
+
+
+def test_a_verb_that_stops_at_once_needs_no_acknowledgement(capfd):
+    with pytest.raises(KeyboardInterrupt), acknowledged_interrupt():
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(10)
+    assert capfd.readouterr().err == "" and signal.set_wakeup_fd(-1) == -1
+
+
+def test_a_signal_before_the_first_step_says_that_the_run_saves(capfd):
+    with StopSignals().installed():
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.5)
+    assert capfd.readouterr().err == "SIGTERM: still starting; will save and stop\n"
 
 
 def test_only_late_signals_count_twice():

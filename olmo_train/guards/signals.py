@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from typing import Any
 
@@ -63,21 +63,13 @@ class StopSignals:
         if threading.current_thread() is not threading.main_thread():
             yield self  # Python handles signals in the main thread only: otherwise they are left to the caller
             return
-        reading, writing = os.pipe()
-        os.set_blocking(writing, False)
-        thread = threading.Thread(target=self._read, args=(reading,), daemon=True)
-        thread.start()
         before = {name: signal.signal(name, self._receive) for name in self.NAMES}
-        woken = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
         try:
-            yield self
+            with _reading(self._read):
+                yield self
         finally:
-            signal.set_wakeup_fd(woken)
             for name, handler in before.items():
                 signal.signal(name, handler)
-            os.close(writing)
-            thread.join()
-            os.close(reading)
 
     def warn_if_too_slow(self, line: dict[str, Any]) -> None:
         """Warn once when metrics show that a step and a save take too long for torchrun."""
@@ -110,12 +102,57 @@ class StopSignals:
             if first is None:
                 first = now
                 self._receive(number, None)
-                doing = "starting" if self.step is None else f"finishing step {self.step}"
+                doing = "still starting; will save and stop" if self.step is None else f"finishing step {self.step}, then saving"
                 again = "; Ctrl-C again to leave at once" if number == signal.SIGINT else ""
-                self._acknowledge(f"{signal.Signals(number).name}: {doing}, then saving{again}\n")
+                self._acknowledge(f"{signal.Signals(number).name}: {doing}{again}\n")
             elif counts_again(number, now - first) and not (self.is_saved and number != signal.SIGINT):
                 _write(f"{SHOW_CURSOR if os.isatty(2) else ''}{signal.Signals(number).name} again: leaving without saving\n")
                 os._exit(128 + number)  # safe: committed checkpoints are complete at any moment
+
+
+@contextlib.contextmanager
+def _reading(read: Callable[[int], None]) -> Iterator[None]:
+    """Run `read` in a thread, with a pipe that has a byte, its number, for each signal to this process."""
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    thread = threading.Thread(target=read, args=(reading,), daemon=True)
+    thread.start()
+    woken = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(woken)
+        os.close(writing)
+        thread.join()
+        os.close(reading)
+
+
+@contextlib.contextmanager
+def acknowledged_interrupt() -> Iterator[None]:
+    """Acknowledge a Ctrl-C that has not ended the block within a second; a later one then ends the process at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    left = threading.Event()
+
+    def read(reading: int) -> None:
+        first = None
+        while byte := os.read(reading, 1):
+            if byte[0] != signal.SIGINT:
+                continue
+            if first is None:
+                first = time.monotonic()
+                if not left.wait(1):
+                    _write("SIGINT: stopping; Ctrl-C again to leave at once\n")
+            elif counts_again(signal.SIGINT, time.monotonic() - first):
+                _write(SHOW_CURSOR if os.isatty(2) else "")
+                os._exit(128 + signal.SIGINT)  # safe: files and folders are complete or absent
+
+    with _reading(read):
+        try:
+            yield
+        finally:
+            left.set()
 
 
 def _write(text: str) -> None:
