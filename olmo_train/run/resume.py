@@ -5,9 +5,13 @@ from __future__ import annotations
 import fnmatch
 from typing import Any
 
-from olmo_train.config import REMOVED, flatten
+import torch
+
+from olmo_train.config import REMOVED, build, flatten
 from olmo_train.errors import ConfigError
 from olmo_train.formats import counted
+from olmo_train.model.config import ModelConfig
+from olmo_train.model.transformer import Transformer
 
 # Keys whose change does not alter the weights after a step (up to the rounding of sums).
 HARMLESS = (
@@ -21,22 +25,48 @@ HARMLESS = (
 ANOTHER_MODEL = "which would train another model; set it back, choose another run_dir"
 
 
+def _is_allowed(key: str, allowed: tuple[str, ...]) -> bool:
+    """Whether `allowed`, dotted keys or their beginnings, names the key."""
+    return any(key == name or key.startswith(name + ".") for name in allowed)
+
+
 def _refuse(key: str, change: str, allowed: tuple[str, ...]) -> None:
-    """Raise ConfigError unless `allowed` (dotted keys, or their beginnings) names the key."""
-    if not any(key == name or key.startswith(name + ".") for name in allowed):
+    """Raise ConfigError unless the key is allowed."""
+    if not _is_allowed(key, allowed):
         raise ConfigError(key, f"{change}, or set allow_changes=[{key}]")
 
 
 def check_changes(saved: dict[str, Any], now: dict[str, Any], allowed: tuple[str, ...]) -> None:
-    """Compare two resolved configurations. Raises ConfigError with the key and both values on a change that alters the
-    training and that `allowed` does not name."""
+    """Compare two resolved configurations. Raises ConfigError with all keys, each with both values, whose change alters the
+    training and that `allowed` does not name. A change of a weight's shape cannot be allowed."""
     before, after = flatten(saved), flatten(now)
     for flat, config in ((before, saved), (after, now)):
         flat["data.sources"] = list(config["data"]["sources"])  # the order of the sources affects the order of the data
-    for key in sorted((before.keys() | after.keys()) - REMOVED.keys()):
-        was, wanted = before.get(key), after.get(key)
-        if was != wanted and not any(fnmatch.fnmatchcase(key, pattern) for pattern in HARMLESS):
-            _refuse(key, f"is {wanted!r} now and was {was!r} when this run was saved, {ANOTHER_MODEL}", allowed)
+    changed = [key for key in sorted((before.keys() | after.keys()) - REMOVED.keys()) if before.get(key) != after.get(key)]
+    keys = [key for key in changed if not any(fnmatch.fnmatchcase(key, pattern) for pattern in HARMLESS)]
+    shapes = [key for key in keys if key.startswith("model.")]
+    if shapes and _shapes(saved) == _shapes(now):
+        shapes = []
+    refused = [key for key in keys if key in shapes or not _is_allowed(key, allowed)]
+    if not refused:
+        return
+    values = [f"is {after.get(key)!r} now and was {before.get(key)!r}" for key in refused]
+    change = "; ".join([values[0], *(f"{key} {value}" for key, value in zip(refused[1:], values[1:], strict=True))])
+    it = "it" if len(refused) == 1 else "them"
+    fix = f"which would train another model; set {it} back, choose another run_dir, or set allow_changes=[{','.join(refused)}]"
+    if shapes:
+        fix = f"which would change the shape of the weights; set {it} back, or choose another run_dir"
+    raise ConfigError(refused[0], f"{change} when this run was saved, {fix}")
+
+
+def _shapes(config: dict[str, Any]) -> dict[str, torch.Size] | None:
+    """The shape of each weight of a resolved configuration; None if it has no model or none that this version can build."""
+    try:
+        with torch.device("meta"):
+            model = Transformer(build(ModelConfig, config.get("model", {}), "model"))
+    except ConfigError:
+        return None
+    return {name: weight.shape for name, weight in model.named_parameters()}
 
 
 def check_skip_steps(saved: dict[str, Any], now: dict[str, Any], last_step: int, allowed: tuple[str, ...]) -> None:
