@@ -55,6 +55,7 @@ EXAMPLES = {  # one for each verb, at the end of its --help; together they are a
 }
 OF_A_GROUP = ("train", "bench", "replay")  # verbs that many processes run together; rank 0 reports errors
 OUTPUTS = {"output": "--output", "dest": "DEST"}  # arguments that name what a verb writes
+PROCESSES = ("gpus", "num-gpus", "ngpus", "devices", "nproc", "nproc-per-node", "nproc_per_node", "world-size")  # not of train
 INTERRUPTED = 130  # as a shell reports a program that Ctrl-C ended
 
 
@@ -84,6 +85,10 @@ class Parser(argparse.ArgumentParser):
         """The option that is spelled most like an unknown one; none for an option that exists or is the start of one."""
         name, options = flag.partition("=")[0], self._option_string_actions
         return [] if any(option.startswith(name) for option in options) else near(name, options.keys() - {"-h", "--help"})[:1]
+
+    def _check_value(self, action, value):
+        if action.choices is not None and value not in action.choices:
+            raise argparse.ArgumentError(action, f"{value!r} is not a choice; {nearest(value, action.choices)}")
 
     def error(self, message: str) -> NoReturn:
         if "required: " in message:
@@ -162,7 +167,8 @@ def _parse(words: list[str]) -> tuple[Callable[[argparse.Namespace], int | None]
     arguments, rest = parser.parse_known_args(words)
     if rest:  # key=value words after an option, which argparse does not take
         if not hasattr(arguments, "config") or not all("=" in word and not word.startswith("-") for word in rest):
-            parser.error(f"unrecognized arguments: {' '.join(rest)}; {_meant(words, rest[0], verbs[arguments.verb], arguments)}")
+            verb = verbs[arguments.verb]
+            verb.error(f"unrecognized arguments: {' '.join(rest)}; {_meant(words, rest[0], verb, arguments)}")
         arguments.config += rest
     return importlib.import_module(f"olmo_train.commands.{arguments.verb.replace('-', '_')}").run, arguments
 
@@ -175,7 +181,7 @@ def _make_parser(words: list[str]) -> tuple[Parser, dict[str, Parser]]:
     parser.add_argument("--completion", action=completion.PrintScript, help="print the script for bash, zsh or fish")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     for name, text in VERBS.items():
-        verb = verbs.add_parser(name, help=text, description=text)
+        verb = verbs.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
         verb.example = f"olmo-train {EXAMPLES[name]}"
         verb.add_argument("--debug", action="store_true", help="show the traceback of an error")
         if words and words[0] == name:
@@ -189,6 +195,10 @@ def _meant(words: list[str], flag: str, verb: Parser, arguments: argparse.Namesp
     if options := verb.options_like(flag):
         return did_you_mean(options)
     name, _, value = flag.lstrip("-").partition("=")
+    if arguments.verb == "train" and name in PROCESSES:
+        return (
+            "launch/local.sh CONFIG.yaml trains on all GPUs of this machine, NPROC=2 launch/local.sh CONFIG.yaml in 2 processes"
+        )
     if flag.startswith("-") and hasattr(arguments, "config"):
         from olmo_train.train_config import keys
 
@@ -200,8 +210,11 @@ def _meant(words: list[str], flag: str, verb: Parser, arguments: argparse.Namesp
 
 def _run(verb: Callable[[argparse.Namespace], int | None], arguments: argparse.Namespace) -> int:
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    from olmo_train.guards.signals import acknowledged_interrupt
+
     try:
-        return verb(arguments) or 0
+        with acknowledged_interrupt():
+            return verb(arguments) or 0
     except (UserError, OSError, UnicodeEncodeError) as problem:
         if isinstance(problem, OSError) and _stdout_failed(problem):
             return 0  # as _flush_stdout sees it

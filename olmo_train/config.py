@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
 
-from olmo_train.errors import ConfigError, indented_with_tab, nearest, nearest_key, no_such_file
+from olmo_train.errors import BothSet, ConfigError, indented_with_tab, nearest, nearest_key, no_such_file, reason
 from olmo_train.storage import FilePath
 
 T = TypeVar("T")
@@ -69,7 +69,7 @@ class Word(str):
         lower = self.lower()
         if lower in BOOLS:
             return BOOLS[lower]
-        if lower in (".nan", ".inf", "+.inf", "-.inf"):
+        if lower.lstrip("+-") in (".nan", ".inf", "nan", "inf"):
             return float(lower.replace(".", ""))
         if not NUMBER.fullmatch(self):
             return str(self)
@@ -125,7 +125,7 @@ def _read_file(file: str | Path) -> dict[str, Any]:
     except OSError as problem:
         raise ConfigError(file, f"cannot be read: {problem.strerror}") from problem
     except ValueError as problem:
-        raise ConfigError(file, f"is not valid YAML: {indented_with_tab(content) or ' '.join(str(problem).split())}") from problem
+        raise ConfigError(file, f"is not valid YAML: {indented_with_tab(content) or reason(problem)}") from problem
     if tree is None:
         return {}
     if not isinstance(tree, dict):
@@ -161,8 +161,7 @@ def _read_word(word: str) -> dict[str, Any]:
         value = _parse(text)
     except ValueError as problem:
         if typed[:1] in ("[", "{", "'", '"'):
-            why = " ".join(str(problem).split())
-            raise ConfigError(key, f"cannot be set to {text!r}, which is not valid YAML: {why}") from problem
+            raise ConfigError(key, f"cannot be set to {text!r}, which is not valid YAML: {reason(problem)}") from problem
         value = typed
     if isinstance(value, Word) and not value.quoted or value is None and typed not in NULLS:
         value = typed  # including what YAML reads as a comment or a tag
@@ -180,7 +179,7 @@ def _parse(content: str | bytes) -> Any:
         loader = yaml.SafeLoader(content)  # rejects bytes that are not text
         return _tree(loader, loader.get_single_node(), {})
     except (yaml.YAMLError, OverflowError) as problem:  # "\\UFFFFFFFF" is not a character
-        raise ValueError(str(problem)) from problem
+        raise ValueError(re.sub(r'\bin "<[^"]+>", ', "at ", str(problem))) from problem  # not a name of PyYAML's
     except RecursionError as problem:
         raise ValueError("it is nested too deeply, or an alias refers to itself") from problem
     finally:
@@ -308,7 +307,10 @@ def _build(cls: type[T], values: dict[str, Any], where: str) -> T:
 
 def load(cls: type[T], files: list[str | Path], overrides: list[str] = ()) -> T:
     """`build(cls, read(files, overrides))`: what commands call."""
-    return build(cls, read(files, overrides))
+    try:
+        return build(cls, read(files, overrides))
+    except BothSet as problem:
+        raise problem.naming(origins(files, overrides)) from None
 
 
 def names_in(table: str, file: Path) -> tuple[str, ...]:
@@ -431,7 +433,7 @@ def _convert_scalar(hint: Any, value: Any, where: str) -> Any:
 
 def _convert_text(hint: Any, value: Any, where: str) -> str:
     if not isinstance(value, (str, int, float)) or isinstance(value, bool):
-        raise ConfigError(where, f"must be text, got {decoded(value)!r}")
+        raise ConfigError(where, f"is empty; set {where}=VALUE" if value is None else f"must be text, got {decoded(value)!r}")
     if "\0" in str(value):
         raise ConfigError(where, f"must be text without a NUL character, got {str(value)!r}")
     return _found(value) if hint is FilePath and isinstance(value, str) else str(value)

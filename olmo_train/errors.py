@@ -68,6 +68,10 @@ class BothSet(ConfigError):
         super().__init__(where, what)
         self.other = other
 
+    def naming(self, origins: dict[str, str]) -> ConfigError:
+        """This error with what set the second key: a file, or the command line."""
+        return ConfigError(self.where, f"{self.what} ({self.other} is set by {origins[self.other]})")
+
 
 def reason(problem: Exception) -> str:
     """What an exception says, in one line; of an OSError without its number and file, which the message names already."""
@@ -180,8 +184,8 @@ def no_run(folder: Path, what: str) -> str:
     return f"is a checkpoint; name its run_dir, {folder.parent.parent}" if (folder / "MANIFEST.json").is_file() else what
 
 
-def no_such_file(file: Path) -> str:
-    """Why a word of the command line is no YAML file, and what to type instead."""
+def no_such_file(file: Path, fix: str = "name a YAML file, or set a key as KEY=VALUE") -> str:
+    """Why a word of the command line is no YAML file, and what to type instead; `fix` if nothing is spelled like it."""
     key, equals, text = str(file).partition("=")
     if file.is_dir():
         own = file / "config.yaml"
@@ -192,8 +196,8 @@ def no_such_file(file: Path) -> str:
     if equals:
         what = "ends in .yaml, so it is read as the name of a file, and there is no such file"
         return f"""{what}; to set a key to this text, put quotes around the value: {key}='"{text}"'"""
-    names = near_files(file, "*.y*ml")
-    return f"{missing}; {did_you_mean(names) if names else 'name a YAML file, or set a key as KEY=VALUE'}"
+    names = near_files(file, "*.y*ml") if file.suffix else near_files(file)
+    return f"{missing}; {did_you_mean(names) if names else fix}"
 
 
 def indented_with_tab(content: bytes) -> str:

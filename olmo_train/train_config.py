@@ -28,7 +28,7 @@ from olmo_train.config import Count, Natural, Positive, build, walk
 from olmo_train.data.config import DataConfig
 from olmo_train.data.mixture import Mixture
 from olmo_train.data.order import BatchSizes
-from olmo_train.errors import ConfigError, nearest_key
+from olmo_train.errors import BothSet, ConfigError, nearest_key
 from olmo_train.eval.config import EvalConfig
 from olmo_train.formats import counted
 from olmo_train.guards.config import GuardConfig
@@ -92,12 +92,11 @@ class TrainConfig:
                 "determinism", "'world' sums gradients in fp64, uncompiled; leave out parallel.compile, float8 and reduce_dtype"
             )
         if self.resume_from and self.init_from:
-            raise ConfigError("init_from", f"{self.init_from} and resume_from {self.resume_from} are both set; leave one out")
+            what = f"{self.init_from} and resume_from {self.resume_from} are both set; leave one out, as resume_from=null"
+            raise BothSet("init_from", what, "resume_from")
         if self.total_steps is not None and self.total_tokens is not None:
-            raise ConfigError(
-                "total_tokens",
-                f"{self.total_tokens:g} and total_steps {self.total_steps} are both set; leave one out",
-            )
+            what = f"{self.total_tokens:g} and total_steps {self.total_steps} are both set; leave one out, as total_steps=null"
+            raise BothSet("total_tokens", what, "total_steps")
         if self.optim.schedule != "constant" and self.optim.warmup_steps >= self.steps and self.total_steps is None:
             raise ConfigError("optim.warmup_steps", "; ".join(self.warmup_too_long))
 

@@ -83,15 +83,21 @@ def test_a_mistake_leaves_no_run_dir(mistake, tiny_words, tmp_path):
             ["my-run.yaml", "seed=1"],
             "error: olmo-train: 'my-run.yaml' is not a verb; did you mean 'olmo-train train my-run.yaml'?",
         ),
-        (["--bogus", "train", "a.yaml"], "error: olmo-train: unrecognized arguments: --bogus a.yaml; `olmo-train train --help`"),
-        (["curves", "x", "--metrics", "y"], "error: olmo-train: unrecognized arguments: --metrics y; did you mean '--metric'?"),
+        (
+            ["--bogus", "train", "a.yaml"],
+            "error: olmo-train train: unrecognized arguments: --bogus a.yaml; `olmo-train train --help`",
+        ),
+        (
+            ["curves", "x", "--metrics", "y"],
+            "error: olmo-train curves: unrecognized arguments: --metrics y; did you mean '--metric'?",
+        ),
         (
             ["prepare-data", "x", "--tokeniser", "y"],
             "error: olmo-train prepare-data: the following arguments are required: "
             "--output, --tokenizer; did you mean '--tokenizer'?",
         ),
         (["train"], "error: olmo-train train: the following arguments are required"),
-        (["train", "--bogus", "a.yaml"], "error: olmo-train: unrecognized arguments: --bogus"),
+        (["train", "--bogus", "a.yaml"], "error: olmo-train train: unrecognized arguments: --bogus"),
         (["train", "run_dir=x"], "error: data"),
         (["train", "--keys", "peak"], "error: --keys: no key starts with 'peak'; did you mean 'optim.peak_lr'?"),
         (["train", "run_dir=x", "data.order=olmo"], "error: data.sources: names no data"),

@@ -172,6 +172,9 @@ def test_an_unknown_key_or_choice_is_refused_with_the_nearest_known_one(word, ex
         ("total_steps=.inf", "total_steps: must be a whole number, got inf"),
         ("optim.peak_lr=fast", "optim.peak_lr: must be a number, got 'fast'"),
         ("optim.peak_lr=false", "optim.peak_lr: must be a number, got False"),
+        ("optim.peak_lr=inf", "optim.peak_lr: must be finite and at least 0, got inf"),
+        ("optim.peak_lr=-nan", "optim.peak_lr: must be finite and at least 0, got nan"),
+        ("run_dir=", "run_dir: is empty; set run_dir=VALUE"),
         ("optim.betas=[0.9]", "optim.betas: must be a list of 2 values, got [0.9]"),
         ("optim.betas=0.9", "optim.betas: must be a list, got 0.9"),
         ("optim.betas=[0.9,x]", "optim.betas.1: must be a number, got 'x'"),
@@ -180,7 +183,6 @@ def test_an_unknown_key_or_choice_is_refused_with_the_nearest_known_one(word, ex
         ("data.sources=wiki", "data.sources: must be a mapping of names, got 'wiki'"),
         ("data.sources.a=null", "data.sources: names no data; set data.sources.NAME.path to a prepared folder or token file"),
         ("data.sources.b.weight=1", "data.sources.b.path: is missing and has no default; set it as data.sources.b.path=VALUE"),
-        ("run_dir=", "run_dir: must be text, got None"),
         ("seed=-1", "seed: must be at least 0, got -1"),
         ("optim.peak_lr=.inf", "optim.peak_lr: must be finite and at least 0, got inf"),
         ("optim.betas=[0.9,1]", "optim.betas.1: must be at least 0 and below 1, got 1.0"),
@@ -410,3 +412,21 @@ def test_any_file_and_words_are_a_configuration_or_one_error(tmp_path, examples)
         assert config.decoded(config.read([file])) == config.to_dict(loaded)
 
     check()
+
+
+def test_the_error_of_two_keys_that_exclude_each_other_names_the_file(tmp_path):
+    file = write(tmp_path, "tiny.yaml", "total_steps: 200\n")
+    said = refusal("total_tokens=1e3", files=[file])
+    assert said == (
+        f"total_tokens: 1000 and total_steps 200 are both set; leave one out, as total_steps=null (total_steps is set by {file})"
+    )
+    assert load("total_tokens=1e9", "total_steps=null", "optim.warmup_steps=5", files=[file]).total_tokens == 1e9
+    assert refusal("init_from=a", "resume_from=b").endswith("as resume_from=null (resume_from is set by command line)")
+
+
+def test_invalid_yaml_is_shown_with_its_lines_and_no_name_of_a_library(tmp_path):
+    said = refusal(files=[write(tmp_path, "bad.yaml", "model:\n  d_model: [1,\n")])
+    assert (
+        "bad.yaml: is not valid YAML: " in said and "at line 3, column 1" in said and "<" not in said.partition("YAML: ")[2][:60]
+    )
+    assert " string>" not in said + refusal("optim.betas=[0.9,")

@@ -66,7 +66,7 @@ def test_linked_folders_are_read_once_and_loops_end(tmp_path):
 
 def test_a_broken_link_is_refused(tmp_path):
     (write(tmp_path, **{"a.jsonl": LINES}) / "gone.jsonl").symlink_to("nowhere")
-    with pytest.raises(DataError, match=r"gone.jsonl: is a broken link to nowhere; mend or remove it"):
+    with pytest.raises(DataError, match=r"gone.jsonl: is a broken link to nowhere; repair or remove it"):
         read(tmp_path)
     with pytest.raises(DataError, match="is a broken link"):
         read(tmp_path / "gone.jsonl")

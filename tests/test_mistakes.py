@@ -68,11 +68,11 @@ MISTAKES = {  # the words, the exit code, and the last line, in which ... stands
     ),
     "wrong flag": (
         ["curves", "runs/done", "--metrics", "x"], 2,
-        "olmo-train: unrecognized arguments: --metrics x; did you mean '--metric'?",
+        "olmo-train curves: unrecognized arguments: --metrics x; did you mean '--metric'?",
     ),
     "a key as a flag": (
         ["train", "model.yaml", "--run_dir", "x"], 2,
-        "olmo-train: unrecognized arguments: --run_dir x; did you mean 'run_dir=x'?",
+        "olmo-train train: unrecognized arguments: --run_dir x; did you mean 'run_dir=x'?",
     ),
     "missing file": (
         ["train", "modle.yaml"], 2,
@@ -212,6 +212,29 @@ MISTAKES = {  # the words, the exit code, and the last line, in which ... stands
         "optim.peak_lr: is 0.0001 now and was 0.003 when this run was saved, which would train another model; set it "
         "back, choose another run_dir, or set allow_changes=[optim.peak_lr]",
     ),
+    "resume with a learning rate and another name": (
+        ["train", *words_of("runs/done", "tokens.npy", **{"optim.peak_lr": 1e-4, "optim.eps": 1e-6})], 2,
+        "optim.eps: is 1e-06 now and was 1e-05; optim.peak_lr is 0.0001 now and was 0.003 when this run was saved, which would "
+        "train another model; set them back, choose another run_dir, or set allow_changes=[optim.eps,optim.peak_lr]",
+    ),
+    "resume with other shapes": (
+        ["train", *words_of("runs/done", "tokens.npy", **{"model.d_model": 128, "model.n_layers": 3}),
+         "allow_changes=[model.d_model]"], 2,
+        "model.d_model: is 128 now and was 64; model.n_layers is 3 now and was 2 when this run was saved, which would change "
+        "the shape of the weights; set them back, or choose another run_dir",
+    ),
+    "processes as an option": (
+        ["train", "model.yaml", "--gpus", "2"], 2,
+        "olmo-train train: unrecognized arguments: --gpus 2; launch/local.sh CONFIG.yaml trains on all GPUs of this machine",
+    ),
+    "wrong direction": (
+        ["convert", "exporthf", "runs/done", "out"], 2,
+        "olmo-train convert: argument direction: 'exporthf' is not a choice; did you mean 'export-hf'?",
+    ),
+    "no run to compare": (
+        ["config", "--diff", "runs/done", "runs/nope"], 2,
+        "runs/nope: there is no such configuration file; name a YAML file or a run_dir",
+    ),
     "a run that was moved": (
         ["train", "runs/moved/config.yaml"], 2,
         "runs/moved/config.yaml: lies in runs/moved, but names run_dir runs/done; add run_dir=runs/moved to continue the "
@@ -285,9 +308,7 @@ def test_a_micro_batch_above_the_batch_is_lowered_with_a_line(place, monkeypatch
     assert "micro_batch_size 16 is lowered to 8, which divides the 8 instances of a process" in "".join(capfd.readouterr())
 
 
-@pytest.mark.parametrize(
-    "file", ["runs/done/config.yaml", "{place}/runs/done/config.yaml", "link/config.yaml", "copies/config.yaml"]
-)
+@pytest.mark.parametrize("folder", ["runs/done", "{place}/runs/done", "link", "copies"])
 def test_the_config_of_a_run_resumes_it_by_any_path(folder, place, monkeypatch, capfd):
     from olmo_train.__main__ import main
 
@@ -306,3 +327,11 @@ def test_a_moved_run_continues_in_the_run_dir_that_is_named(place, monkeypatch, 
     monkeypatch.chdir(place)
     assert main(["train", "runs/moved/config.yaml", "run_dir=runs/moved"]) == 0
     assert "runs/moved is finished" in capfd.readouterr().out
+
+
+def test_a_run_past_its_last_step_says_where_it_is(place, monkeypatch, capfd):
+    from olmo_train.__main__ import main
+
+    monkeypatch.chdir(place)
+    assert main(["train", *words_of("runs/done", "tokens.npy", total_steps=8)]) == 0
+    assert "runs/done is at step 12, past total_steps 8; set total_steps higher to continue" in capfd.readouterr().out

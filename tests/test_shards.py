@@ -180,7 +180,7 @@ def test_a_meta_file_that_leads_out_of_its_folder_is_refused(tmp_path):
     folder, _ = prepare_source(tmp_path)
     meta = folder / "meta.json"
     meta.write_text(meta.read_text().replace("tokens-00001.bin", "../tokens-00001.bin"))
-    refused(folder, "does not lie in the folder", 280)
+    refused(folder, "which is not in the folder", 280)
 
 
 def test_a_glob_of_folders_and_an_unreadable_file_are_named(tmp_path, monkeypatch):

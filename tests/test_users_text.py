@@ -70,6 +70,26 @@ def test_no_message_shows_the_number_of_an_error_of_the_system():
                 assert handler.name not in shown, (file, handler.lineno)
 
 
+def test_train_tokenizer_says_of_each_file_what_prepare_data_says(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    Path("texts/deeper").mkdir(parents=True)
+    for i in range(3):
+        Path(f"texts/{i}.txt").write_text("the sun and the moon " * 9)
+    Path("texts/rows.jsonl").write_text('{"text": "one"}\n')
+    Path("texts/.hidden").write_text("x")
+    Path("texts/loop").symlink_to("deeper/..")
+    Path("texts/bad.txt").write_bytes(b"\xff\xff")
+    assert main(["train-tokenizer", "texts", "--output", "t.json", "--vocab-size", "300"]) == 0
+    done = capfd.readouterr()
+    assert main(["prepare-data", "texts", "--output", "data", "--tokenizer", "t.json", "--workers", "1"]) == 0
+    of_prepare = capfd.readouterr().err.splitlines()
+    warned = done.err.splitlines()
+    assert warned == of_prepare and len(warned) == 3
+    assert any(line.endswith("is a link to a folder that is read; it is read once") for line in warned)
+    assert any(line.endswith("bad.txt: is not UTF-8 (byte 0); left out") for line in warned)
+    assert "left out: 1 file: a name that begins with a dot\n" in done.out and "left out: 1 record: is not UTF-8\n" in done.out
+
+
 def parsed(monkeypatch, *words):
     """What the module of a verb is called with."""
     from olmo_train.commands import generate

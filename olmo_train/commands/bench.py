@@ -10,8 +10,8 @@ from olmo_train.formats import byte_size
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config_arguments(parser)
-    parser.add_argument("--steps", type=int, default=20, help="timed steps (default 20)")
-    parser.add_argument("--warmup", type=int, default=5, help="steps before them (default 5)")
+    parser.add_argument("--steps", type=int, default=20, help="timed steps (default: 20)")
+    parser.add_argument("--warmup", type=int, default=5, help="steps before them (default: 5)")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
 
 

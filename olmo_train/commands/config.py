@@ -6,7 +6,7 @@ import argparse
 import json
 
 from olmo_train.commands.common import add_config_arguments, load_config, split_config
-from olmo_train.errors import ConfigError
+from olmo_train.errors import ConfigError, no_such_file
 
 COMMENT_COLUMN = 44  # where comments begin, unless the value is longer
 NO_SUCH_KEY = "(no such key)"  # of a source that the other run does not have
@@ -14,7 +14,7 @@ NO_SUCH_KEY = "(no such key)"  # of a source that the other run does not have
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Prints every key as YAML, with a comment that names what set its value: a file, the command line, or the default. "
+        "Print every key as YAML, with a comment that names what set its value: a file, the command line, or the default. "
         "The output is a valid configuration file."
     )
     add_config_arguments(parser, nargs="*")
@@ -63,6 +63,9 @@ def differences(one: str, other: str) -> list[str]:
 
     from olmo_train.config import flatten, to_dict
 
+    for name in (one, other):
+        if not Path(name).exists():
+            raise ConfigError(name, no_such_file(Path(name), "name a YAML file or a run_dir"))
     files = [str(Path(name) / "config.yaml") if Path(name).is_dir() else name for name in (one, other)]
     before, after = (flatten(to_dict(load_config([file]))) for file in files)
     rows = [

@@ -24,7 +24,7 @@ FIGURES = ("source", "tokens", "loss", "perplexity", "bits_per_byte", "unigram_l
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Measures the loss, perplexity and bits per byte of a checkpoint on held-out sources, beside the losses of a unigram "
+        "Measure the loss, perplexity and bits per byte of a checkpoint on held-out sources, beside the losses of a unigram "
         "model of the training data and of a uniform model; and, with --tasks, its accuracy on downstream tasks."
     )
     add_checkpoint_arguments(parser)

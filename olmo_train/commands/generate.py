@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--prompt", action="append", metavar="TEXT", help="text to continue; may be repeated. Without it a new document starts"
     )
     parser.add_argument("--samples", type=int, default=1, metavar="N", help="continuations of each prompt (default: 1)")
-    parser.add_argument("--max-new-tokens", type=int, default=100, metavar="N", help="default: 100")
+    parser.add_argument("--max-new-tokens", type=int, default=100, metavar="N", help="most tokens to add (default: 100)")
     parser.add_argument("--temperature", type=float, default=0.8, metavar="T", help="0: the likeliest token (default: 0.8)")
     parser.add_argument("--top-k", type=int, metavar="K", help="choose among the K likeliest tokens")
     parser.add_argument("--top-p", type=float, metavar="P", help="choose among the likeliest tokens that reach P together")

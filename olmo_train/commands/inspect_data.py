@@ -26,7 +26,7 @@ SHOWN_TOKENS = 24  # of each instance's text in the table
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Computes the instances of any step of a run, past or future, or every step that reads a document, with the "
+        "Compute the instances of any step of a run, past or future, or every step that reads a document, with the "
         "configuration that the run had at that step. Needs the data, and no GPU, process group or torch."
     )
     parser.add_argument(

@@ -14,7 +14,7 @@ from olmo_train.formats import counted
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Tokenizes text into a source folder for training. The same command again continues after an interruption; "
+        "Tokenize text into a source folder for training. The same command again continues after an interruption; "
         "a finished folder is left as it is."
     )
     parser.add_argument(
@@ -24,12 +24,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="the source folder to write")
     parser.add_argument(
         "--tokenizer", required=True, metavar="NAME_OR_FILE",
-        help="a tokenizer.json, or an OLMo tokenizer by name: allenai_gpt-neox-olmo-dolma-v1_5",
+        help="a tokenizer.json, or an OLMo tokenizer by name: allenai_gpt-neox-olmo-dolma-v1_5 (OLMo 1), allenai_dolma2 (OLMo 2)",
     )  # fmt: skip
     what = "the token that ends a document, such as <|eot_id|> (default: as the tokenizer's folder says)"
     parser.add_argument("--eos", metavar="TOKEN", help=what)
     parser.add_argument("--text-field", default="text", help="field of a record that holds its text (default: text)")
-    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: one a core)")
+    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: one per core)")
     parser.add_argument("--max-shard-tokens", type=int, default=2**28, help="most tokens of a shard (default: 2^28)")
     parser.add_argument(
         "--validation-fraction", type=float, metavar="F",
@@ -106,7 +106,7 @@ class _ProgressLine:
         self.bar.stop()
 
     def warn(self, text: str) -> None:
-        self.console.print(f"warning: {text}")
+        self.console.print(f"WARNING: {text}")
 
     def update(self, progress) -> None:
         now = time.monotonic()

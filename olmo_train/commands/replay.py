@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--step", type=int, help="the step to compute again")
     what.add_argument("--audit", type=int, metavar="K", help="K logged steps at random")
-    parser.add_argument("--seed", type=int, default=0, help="seed of --audit's choice")
+    parser.add_argument("--seed", type=int, default=0, help="seed of --audit's choice (default: 0)")
 
 
 def run(arguments: argparse.Namespace) -> int:

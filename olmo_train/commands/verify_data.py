@@ -11,7 +11,7 @@ from olmo_train.formats import counted
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Checks sizes, hashes, token ids, the EOS after each document, label masks and the tokenizer of a folder that "
+        "Check sizes, hashes, token ids, the EOS after each document, label masks and the tokenizer of a folder that "
         "prepare-data wrote, and of its validation folder. Every problem is named with file, offset, expected and found."
     )
     parser.add_argument("folder", type=Path, metavar="DIR", help="a source folder")

@@ -21,7 +21,7 @@ from olmo_train import config as configuration
 from olmo_train.checkpoint.load import check_shapes
 from olmo_train.convert.families import known_values, pair, reader
 from olmo_train.convert.folders import new_folder, write_checkpoint
-from olmo_train.errors import CheckpointError, ConfigError, nearest
+from olmo_train.errors import CheckpointError, ConfigError, did_you_mean, near_files, nearest
 from olmo_train.model.config import ModelConfig
 from olmo_train.storage import commit_folder, replace_file
 
@@ -315,6 +315,10 @@ def import_olmo(source: Path, dest: Path, left_out: tuple[str, ...] = (), step: 
 
 
 def _yaml_of(source: Path) -> Path:
+    if not source.exists():
+        names = near_files(source)
+        fix = did_you_mean(names) if names else "name an unsharded checkpoint of OLMo, or its YAML file"
+        raise CheckpointError(source, f"does not exist; {fix}")
     if source.is_dir() and not (source / "model.pt").is_file():
         raise CheckpointError(source, "holds no model.pt; name an unsharded checkpoint of OLMo, or its YAML file")
     return source / "config.yaml" if source.is_dir() else source

@@ -322,7 +322,7 @@ def _size(file: Path, where: str | None = None) -> int:
 
 def _how_to_make(file: Path) -> str:
     """What to type instead of data that do not exist, or to make them."""
-    if meant := near_files(file):
+    if meant := [name for name in near_files(file) if Path(name).is_dir() or name.endswith((".npy", ".bin"))]:
         return did_you_mean(meant)
     if file.suffix in (".npy", ".bin"):
         return "name an existing token file, or a folder that prepare-data wrote"

@@ -76,9 +76,10 @@ def open_run(config: TrainConfig, world: World, signals: StopSignals) -> Iterato
         pending_line = world.on_main(lambda: owed_line(run_dir, start))
         if start.step >= config.steps and pending_line is None:
             if world.is_main:
-                print(
-                    f"{run_dir} is finished: {start.step} of {counted(config.steps, 'step')}; set total_steps higher to continue"
-                )
+                done = f"is finished: {start.step} of {counted(config.steps, 'step')}"
+                if start.step > config.steps:
+                    done = f"is at step {start.step}, past total_steps {config.steps}"
+                print(f"{run_dir} {done}; set total_steps higher to continue")
             yield None
             return
         world.on_main(lambda: _check_checkpoint_tokenizer(mixture, start))

@@ -35,9 +35,10 @@ _copies = []  # of pipes, kept open until this process ends
 OnLeftOut = Callable[[Skipped], None]
 
 
-def read_texts(inputs: list[str], text_field: str, on_skip: OnLeftOut) -> Iterator[str]:
-    """All text of the inputs, in order, as a tokenizer is trained on it. `on_skip` is called for all that is not read."""
-    for unit in find_units(inputs, on_skip):
+def read_texts(inputs: list[str], text_field: str, on_skip: OnLeftOut, on_left_out: OnLeftOut) -> Iterator[str]:
+    """All text of the inputs, in order, as a tokenizer is trained on it. `on_skip` is called for each record that is not read,
+    `on_left_out` as in find_units."""
+    for unit in find_units(inputs, on_left_out):
         for chunk in chunks(unit, text_field):
             for record in records(chunk, text_field):
                 if isinstance(record, Skipped):
