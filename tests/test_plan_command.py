@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ H100S = ("--gpus", "8", "--gpu", "h100")
 def plan(capsys, monkeypatch):
     """plan(*words): (exit code, stdout, stderr) of a run in a pipe of 80 columns, on a machine that takes 2 s for a step."""
     monkeypatch.setenv("COLUMNS", "80")
-    monkeypatch.setattr("olmo_train.commands.plan.cpu_seconds", lambda config: 2.0)
+    monkeypatch.setattr("olmo_train.commands.plan.cpu_seconds", lambda config: (2.0, 1.0))
 
     def run(*words):
         code = main(["plan", *map(str, words)])
@@ -156,13 +157,17 @@ def test_more_gpus_are_compared_in_a_table(plan):
     assert f"{printed['scaling'][-1]['best']['mfu']:.1%}" in text and max(map(len, text.splitlines())) <= 80
 
 
-def test_without_a_gpu_the_plan_is_for_this_machines_cpu(plan, tiny_words):
+def test_without_a_gpu_the_plan_is_for_this_machines_cpu(plan, tiny_words, monkeypatch):
     code, text, _ = plan(*tiny_words(total_steps=3600))
     first = text.split("\n\n")[0]  # the run_dir of a test fills a line
     assert code == 0 and "1 process on this machine's CPU" in " ".join(first.split()) and "\nFits: " in first
     assert "about 2.0 h, 2 s per step" in text and max(map(len, text.splitlines())) <= 80
     printed = json.loads(plan(*tiny_words(total_steps=3600), "--json")[1])
     assert printed["machine"]["seconds"] == 7200 and printed["milestones"][-1]["seconds"] == 7200 and printed["machine"]["fits"]
+    assert "busy" not in text
+    monkeypatch.setattr("olmo_train.commands.plan.cpu_seconds", lambda config: (2.0, 2.5))
+    text = " ".join(plan(*tiny_words(total_steps=3600))[1].split())
+    assert "about 2.0 h, 2 s per step" in text and "busy: beside its other programs the run takes about 5.0 h" in text
 
 
 @pytest.mark.parametrize("words", [(), ("--gpu", "a10g")])
@@ -179,11 +184,32 @@ def test_the_time_of_a_cpu_is_measured_once_and_grows_with_layers_and_tokens(tin
     from olmo_train.tools import cpu_time
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    assert 0 < cpu_time.step_seconds(tiny_args()) < 60
-    clock = iter((0.0, 1.0))
-    monkeypatch.setattr(cpu_time.time, "process_time", lambda: next(clock) * 1e6)  # as on an idle machine
-    measured = cpu_time._cached(tiny_args(**{"model.d_model": 32}))
+    monkeypatch.setattr(cpu_time.os, "getloadavg", lambda: (0.0, 0.0, 0.0))
+    first, slowdown = cpu_time.step_seconds(tiny_args())
+    assert 0 < first < 60 and slowdown == 1
     monkeypatch.setattr(cpu_time, "_measure", lambda config: pytest.fail("measured twice"))
-    assert cpu_time._cached(tiny_args(**{"model.d_model": 32})) == measured
-    monkeypatch.setattr(cpu_time, "_cached", lambda config: {"one": 1.0, "two": 1.5, "update": 0.0, "tokens": 256})
-    assert cpu_time.step_seconds(tiny_args(**{"model.n_layers": 5})) == 2 * (1.0 + 4 * 0.5)  # 512 tokens
+    assert cpu_time.step_seconds(tiny_args()) == (first, 1)
+    timed = {"one": 1.0, "two": 1.5, "update": 0.0, "tokens": 256, "slowdown": 1.0}
+    monkeypatch.setattr(cpu_time, "_cached", lambda config: timed)
+    assert cpu_time.step_seconds(tiny_args(**{"model.n_layers": 5})) == (2 * (1.0 + 4 * 0.5), 1)  # 512 tokens
+
+
+def test_beside_other_programs_cpu_time_counts_and_is_not_cached(tiny_args, monkeypatch, tmp_path):
+    from olmo_train.tools import cpu_time
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    load, seconds = [9.0 * os.cpu_count()], [0.0, 0.0]
+    monkeypatch.setattr(cpu_time.os, "getloadavg", lambda: (load[0], 0.0, 0.0))
+    monkeypatch.setattr(cpu_time.time, "perf_counter", lambda: seconds[0])
+    monkeypatch.setattr(cpu_time.time, "thread_time", lambda: seconds[1])
+
+    def call():
+        """A second of CPU time that takes four."""
+        seconds[:] = seconds[0] + 4, seconds[1] + 1
+
+    monkeypatch.setattr(cpu_time, "_times", lambda *functions, times=cpu_time._times: times(*[call] * len(functions)))
+    tokens = cpu_time._measure(config := tiny_args())["tokens"]
+    expected = config.tokens_per_step / tokens + 1  # its two blocks once for these tokens, and one update
+    assert cpu_time.step_seconds(config) == (pytest.approx(expected), 4) and not (tmp_path / "cache").exists()
+    load[0] = 0.0  # the same waiting without other programs is that for the other threads
+    assert cpu_time.step_seconds(config) == (pytest.approx(4 * expected), 1) and any((tmp_path / "cache").rglob("*.json"))

@@ -65,8 +65,9 @@ def run(arguments: argparse.Namespace) -> None:
         raise does_not_fit(found, config)
 
 
-def cpu_seconds(config: TrainConfig) -> float:
-    """Seconds of a step on this machine's CPU. Imports torch, which a plan for GPUs does not need."""
+def cpu_seconds(config: TrainConfig) -> tuple[float, float]:
+    """Seconds of a step on this machine's CPU, and the slowdown by other programs. Imports torch, which a plan for
+    GPUs does not need."""
     from olmo_train.tools.cpu_time import step_seconds
 
     return step_seconds(config)
@@ -123,6 +124,8 @@ def show_verdict(console: Console, plan: dict[str, Any]) -> None:
 
 def show_run(console: Console, plan: dict[str, Any], config: TrainConfig) -> None:
     """The figures that most readers want, in one table."""
+    from olmo_train.log.console import rounded
+
     machine, cost, warmup = plan["machine"], plan["cost"], config.optim.warmup_steps
     epochs = [f"{name} {source['epochs']:.3g}" for name, source in plan["sources"].items() if source["epochs"] is not None]
     rows = [
@@ -141,6 +144,10 @@ def show_run(console: Console, plan: dict[str, Any], config: TrainConfig) -> Non
     print_table(["Run", ""], rows, left=["Run", ""])
     if machine and machine["step_seconds"]:
         console.print("Time: from one and two blocks timed on this machine, without evaluation, saving and other programs.")
+        if machine["slowdown"] > 1:
+            now = duration(rounded(machine["seconds"] * machine["slowdown"]))
+            console.print(f"This machine is busy: beside its other programs the run takes about {now}. "
+                          "For a better estimate, repeat this when they have ended.")  # fmt: skip
     for warning in plan["warnings"]:
         console.print(f"Warning: {warning}")
 

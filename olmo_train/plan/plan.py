@@ -60,12 +60,13 @@ def make_plan(
     why_not: str | None,
     found: preflight.Memory,
     assumed: Assumptions,
-    cpu_seconds: Callable[[TrainConfig], float] | None = None,
+    cpu_seconds: Callable[[TrainConfig], tuple[float, float]] | None = None,
 ) -> dict[str, Any]:
     """The whole plan as plain data: what --json prints and what the tables show. `why_not`: the reason for no mixture;
     `found`: the memory of the run.
 
-    Without a GPU it is a plan for this machine's CPU; `cpu_seconds` returns the seconds of a step on it.
+    Without a GPU it is a plan for this machine's CPU; `cpu_seconds` returns the seconds of a step on it, and the slowdown
+    by other programs.
     """
     layout = preflight.layout_of(config, gpus)
     estimate, count = memory.memory_estimate(config.model, layout), count_parameters(config.model)
@@ -112,15 +113,16 @@ def make_plan(
 
 
 def on_this_machine(
-    config: TrainConfig, found: preflight.Memory, cpu_seconds: Callable[[TrainConfig], float] | None
+    config: TrainConfig, found: preflight.Memory, cpu_seconds: Callable[[TrainConfig], tuple[float, float]] | None
 ) -> dict[str, Any]:
     """Memory and time on this machine's CPU; a run that does not fit is not timed."""
-    step = cpu_seconds(config) if cpu_seconds and found.fits is not False else None
+    step, slowdown = cpu_seconds(config) if cpu_seconds and found.fits is not False else (None, None)
     return {
         "memory_needed_bytes": found.needed,
         "memory_available_bytes": found.available,
         "fits": found.fits,
         "step_seconds": step,
+        "slowdown": slowdown,
         "seconds": step and step * config.steps,
         "tokens_per_second": step and config.tokens_per_step / step,
     }
