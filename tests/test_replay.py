@@ -29,15 +29,17 @@ def train_until(words: list[str], run_dir: Path, lines: int, number: int) -> int
     return exit_code(pid)
 
 
-def test_a_lengthened_run_is_computed_again_with_the_configuration_of_each_attempt(tiny_args):
+def test_a_lengthened_run_is_computed_again_with_the_configuration_of_each_attempt(tiny_args, capsys):
     once = {"checkpoint.interval_steps": 100, "checkpoint.keep_last": 1}
     list(train(tiny_args("run", total_steps=6, **{**once, "log.interval_steps": 4})))
     smaller = {"global_batch_size": 4, "allow_changes": "[global_batch_size]", "log.interval_steps": 3}
     list(train(tiny_args("run", total_steps=12, **{**once, **smaller})))
     run_dir = Path(tiny_args("run").run_dir)
     assert list(committed(run_dir)) == [12]  # so that a replay begins with the initial weights
-    said = []
-    result = replay(run_dir, 9, said.append)
+    capsys.readouterr()
+    said, watched = [], []
+    result = replay(run_dir, 9, said.append, lambda steps, what, total: watched.append(total) or steps)
+    assert watched == [6, 3] and capsys.readouterr().out == ""  # train's lines would estimate the time of all 12 steps
     assert result.step == 9 and result.differing == [] and len(result.sequences) == 4
     assert "computing 9 steps, 1 to 9, from the initial weights: about" in said[0] and "changed after step 6" in said[0]
     assert replay(run_dir, 5).differing == []

@@ -51,7 +51,8 @@ def watch(items, what: str, total: int):
 
     def watched():
         columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=rich_console(stderr=True), transient=True) as progress:
+        console = rich_console(stderr=True)
+        with Progress(*columns, console=console, transient=True, redirect_stdout=False) as progress:
             yield from progress.track(items, total, description=what)
 
     return watched() if is_terminal(sys.stderr) else items

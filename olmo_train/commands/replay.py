@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
+from olmo_train.commands.common import watch
 from olmo_train.formats import counted
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
         if not 1 <= arguments.audit <= len(known):
             raise ConfigError("--audit", f"must be 1 to {len(known)}, the number of logged steps, got {arguments.audit}")
         steps = sorted(random.Random(arguments.seed).sample(known, arguments.audit))
-    results = [replay.replay(run_dir, step, announce=lambda text: print(text, flush=True)) for step in steps]
+    results = [replay.replay(run_dir, step, lambda text: print(text, flush=True), watch) for step in steps]
     for result in results:
         show(result, sequences=arguments.audit is None)
     differing = [result.step for result in results if result.differing]

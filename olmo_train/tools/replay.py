@@ -7,10 +7,12 @@ since that checkpoint.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import os
 import statistics
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,8 +56,14 @@ def logged_lines(run_dir: Path) -> dict[int, dict[str, Any]]:
     return {line["step"]: line for line in history.lines() if "train/CrossEntropyLoss" in line}
 
 
-def replay(run_dir: Path, step: int, announce: Callable[[str], None] = lambda text: None) -> Replay:
-    """Recompute up to the first logged step from `step` on; `announce` gets a line about the work before it starts.
+def replay(
+    run_dir: Path,
+    step: int,
+    announce: Callable[[str], None] = lambda text: None,
+    watch: Callable[..., Iterable[StepStats]] = lambda steps, what, total: steps,
+) -> Replay:
+    """Recompute up to the first logged step from `step` on; `announce` gets a line about the work before it starts, and `watch`
+    passes the steps on and shows their progress. What `train` prints is about the whole run and is not shown.
 
     Raises ConfigError when that step was not logged or its configuration is not known, and CheckpointError.
     """
@@ -69,16 +77,18 @@ def replay(run_dir: Path, step: int, announce: Callable[[str], None] = lambda te
     first = 1 + (folders.read_state(folder)["step"] if folder else 0)
     stretches = _stretches(history, first, target)
     announce(_about(lines, folder, first, target, stretches))
-    with tempfile.TemporaryDirectory(prefix="olmo-train-replay-") as scratch:
-        newest = folder
+    with contextlib.ExitStack() as stack:
+        scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="olmo-train-replay-"))
+        stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w", encoding="utf-8"))))
+        newest, done = folder, first - 1
         for number, (config, last, _) in enumerate(stretches):
             place = Path(scratch) / str(number)
             saves = CheckpointConfig(10**9, save_steps=() if last == target else (last,), async_save=False)
             config = dataclasses.replace(config, run_dir=str(place), checkpoint=saves, resume_from=newest and str(newest))
             run = train(config)
-            stats = next(stats for stats in run if stats.step == last)
+            stats = next(stats for stats in watch(run, "replaying", last - done) if stats.step == last)
             run.close()  # logs and saves this step
-            newest = folders.folder_of(place, last)
+            newest, done = folders.folder_of(place, last), last
         replayed = logged_lines(place)[target]
     return Replay(target, folder, lines[target], replayed, _sequences(stretches[-1], stats))
 
