@@ -5,6 +5,7 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from olmo_train.model import loss as losses
 from olmo_train.model.loss import IGNORE, HeadLoss
@@ -46,6 +47,31 @@ def test_losses_and_gradients_are_those_of_torchs_operations(monkeypatch, dtype,
     for one, other in zip(found, expected, strict=True):
         assert one.dtype == other.dtype
         assert (one - other).norm() <= close * other.norm()
+
+
+class CountProducts(TorchDispatchMode):
+    """Counts the matrix products of the code in its block."""
+
+    def __init__(self):
+        super().__init__()
+        self.products = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.products += function is torch.ops.aten.mm.default
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_frozen_head_costs_no_product_for_its_gradient(frozen):
+    expected = gradients(HeadLoss(0.0), torch.float32, (1.0, 1.0, 1.0))
+    x, weight, labels = inputs(torch.float32)
+    weight.requires_grad_(not frozen)
+    loss = HeadLoss(0.0)(x, weight, labels).sum()
+    with CountProducts() as count:
+        loss.backward()
+    assert count.products == (1 if frozen else 2)
+    assert torch.equal(x.grad, expected[1])
+    assert weight.grad is None if frozen else torch.equal(weight.grad, expected[2])
 
 
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=NEEDS_COMPILER)])

@@ -52,11 +52,12 @@ class _HeadLoss(torch.autograd.Function):
         return losses
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
         x, weight, labels, gradients = ctx.saved_tensors  # gradients (N, V): of each token's loss with respect to its logits
         grad = torch.where(labels == IGNORE, 0.0, grad)[:, None]  # (N, 1)
         grad_x = (gradients @ weight * grad).to(x.dtype)  # (N, C)
-        grad_weight = gradients.T @ (x * grad).to(x.dtype)  # (V, C)
+        # A frozen head needs none, and it would be a third product of this size.
+        grad_weight = gradients.T @ (x * grad).to(x.dtype) if ctx.needs_input_grad[1] else None  # (V, C)
         return grad_x, grad_weight, None, None, None
 
 
