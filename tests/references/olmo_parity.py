@@ -193,11 +193,12 @@ def plot(curves: dict[str, tuple[dict, dict]], file: Path) -> None:
             rows[row][0].set_ylabel(label)
         gaps = [max(abs(a - b), 1e-9) for a, b in zip(ours["loss"], theirs["loss"], strict=True)]
         rows[2][column].semilogy(range(1, STEPS + 1), gaps, lw=0.8)
-        rows[2][column].axhline(1e-4, color="C3", lw=0.8, ls="--")
+        rows[2][column].axhline(1e-4, color="C3", lw=0.8, ls="--", label="the test fails above")
         rows[2][column].set(xlabel="step", ylim=(1e-9, 1e-3))
         rows[0][column].set_title(name)
     rows[2][0].set_ylabel("|difference of losses|")
     rows[0][0].legend()
+    rows[2][0].legend(loc="upper right")
     figure.tight_layout()
     figure.savefig(file, dpi=110)
 
