@@ -335,8 +335,9 @@ def test_signals_are_answered_while_the_main_thread_computes_in_c_and_a_second_o
 
 def test_ctrl_c_is_acknowledged_while_a_verb_computes_in_c_and_a_second_one_leaves():
     program = (
-        "import argparse, hashlib\nfrom olmo_train.__main__ import _run\ndef verb(arguments):\n    print('ready', flush=True)\n"
-        "    hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)\n_run(verb, argparse.Namespace(verb='plan', debug=False))"
+        "import argparse, hashlib, signal\nfrom olmo_train.__main__ import _run\nsignal.alarm(60)\n"
+        "def verb(arguments):\n    print('ready', flush=True)\n    hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)\n"
+        "_run(verb, argparse.Namespace(verb='plan', debug=False))"
     )
     run = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert run.stdout.readline() == "ready\n"

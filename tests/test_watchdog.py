@@ -284,7 +284,7 @@ HEARTBEATS = (
     "mkdir",
     OSError(30, "Read-only file system"),
     2,
-    "on rank 1: {} cannot be written: [Errno 30] Read-only file",
+    "on rank 1: {} cannot be written: Read-only file",
 )
 
 

@@ -21,6 +21,7 @@ import torch
 
 from olmo_train.data.inspect import Row, TextReader, rows_of_step
 from olmo_train.data.mixture import Mixture
+from olmo_train.errors import reason
 from olmo_train.formats import counted
 from olmo_train.guards.watchdog import Watchdog
 from olmo_train.log.interval import StepStats
@@ -91,7 +92,7 @@ class Forensics:
             })  # fmt: skip
             return folder
         except Exception as problem:  # a full disk, missing data: training does not depend on it
-            log.warning("forensics of step %d could not be written: %s", stats.step, problem)
+            log.warning("forensics of step %d could not be written: %s", stats.step, reason(problem))
             return None
 
     def _about(self, stats: StepStats, why: dict[str, str], ranks: list[dict[str, Any]]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from olmo_train.errors import DataError
+from olmo_train.errors import DataError, reason
 from olmo_train.history import History
 from olmo_train.log.config import LogConfig
 from olmo_train.log.tensorboard import TensorboardMirror
@@ -46,7 +46,7 @@ class JsonLines:
                 self._waiting = self._waiting[self._file.write(self._waiting) :]
         except OSError as problem:
             if not self._warned:
-                log.warning("%s cannot be written for now, its lines are kept in memory: %s", self.path, problem)
+                log.warning("%s cannot be written for now, its lines are kept in memory: %s", self.path, reason(problem))
             self._warned = True
 
     def _cut_half_line(self) -> None:
@@ -61,7 +61,7 @@ class JsonLines:
         try:
             os.fsync(self._file.fileno())
         except OSError as problem:
-            log.warning("%s could not be flushed: %s", self.path, problem)
+            log.warning("%s could not be flushed: %s", self.path, reason(problem))
 
     def close(self) -> None:
         self._write()

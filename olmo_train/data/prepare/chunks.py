@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from olmo_train.errors import reason as reason_of
+
 CHUNK_BYTES = 2**20
 SIP_BYTES = 2**12  # of a .zst file, read at once
 INPUT_BYTES = 2**14  # of a .gz file, read at once
@@ -75,7 +77,7 @@ class BreaksOff(Exception):
     """The rest of a file cannot be read. Everything before the break was read; `end` is the position of the break in bytes."""
 
     def __init__(self, why: object, end: int, reason: str = BREAKS_OFF, records: int = 1):
-        super().__init__(" ".join(str(why).split()))
+        super().__init__(reason_of(why))
         self.end, self.reason = end, reason
         self.records = 0 if reason == TRAILING else records  # how many are lost, at least
 
