@@ -10,6 +10,7 @@ import contextlib
 import os
 import re
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -22,7 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from olmo_train.errors import ConfigError, PeerError, UserError
 from olmo_train.formats import counted
-from olmo_train.parallel.processes import announced
+from olmo_train.parallel.processes import Processes, announced
 
 T = TypeVar("T")
 LEAVE_SECONDS = 2.0  # to wait for the other ranks before leaving the world early, or after an error
@@ -166,7 +167,8 @@ def join_world(replicas: int = 1, timeout_seconds: float = 600) -> Iterator[Worl
     # NCCL's monitor aborts a process whose launches block, by default after 480 s: the watchdog's report comes first.
     os.environ.setdefault("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", str(int(timeout_seconds + 120)))
     if processes.launched:
-        dist.init_process_group(backend, timeout=timeout)
+        store = _store_of_this_start(processes, timeout)
+        dist.init_process_group(backend, store=store, rank=processes.rank, world_size=size, timeout=timeout)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)  # no port needed
     control_group = dist.new_group(backend="gloo", timeout=timeout)
@@ -190,6 +192,28 @@ def join_world(replicas: int = 1, timeout_seconds: float = 600) -> Iterator[Worl
             dist.destroy_process_group()
         raise
     dist.destroy_process_group()
+
+
+def _store_of_this_start(processes: Processes, timeout: timedelta) -> dist.Store:
+    """The store at MASTER_ADDR, with a prefix that the processes of one start share. torchrun keeps its store when it restarts
+    them, so that they would read the addresses of processes that are gone, and wait for them."""
+    store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+    me, hello = uuid.uuid4().hex, [f"hello/{other}" for other in range(size)]
+    store.set(hello[rank], me)
+    if rank == 0:  # names the start, and answers those that say hello, until all of them have heard it
+        store.wait(hello, timeout)
+        deadline = time.monotonic() + timeout.total_seconds()
+        while not store.check([f"heard/{me}/{other}" for other in range(1, size)]):
+            for other in set(store.multi_get(hello)):  # also those of the start before, whom nobody is waiting for
+                store.set(f"start/{other.decode()}", me)
+            if time.monotonic() > deadline:
+                raise dist.DistStoreError(f"not all of {size} processes have joined after {timeout.total_seconds():.0f} s")
+            time.sleep(0.01)
+        return dist.PrefixStore(me, store)
+    store.wait([f"start/{me}"], timeout)
+    start = store.get(f"start/{me}").decode()
+    store.set(f"heard/{start}/{rank}", "")
+    return dist.PrefixStore(start, store)
 
 
 def is_joined() -> bool:
