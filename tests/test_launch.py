@@ -3,12 +3,14 @@
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from runs import load_script, wait_for
+import yaml
+from runs import events_of, lines_of, load_script, wait_for
 
 from olmo_train.checkpoint.folders import committed
 from olmo_train.parallel import launch
@@ -223,6 +225,81 @@ def test_the_tasks_of_a_slurm_array_have_a_run_dir_each(slurm):
     assert job.returncode == 2 and "srun" not in slurm.log.read_text()
     assert slurm(0, 0, "RUNNING", "%a.yaml", SLURM_NNODES="1", **array).wait(timeout=60) == 0
     assert "--nnodes=1 " in slurm.log.read_text() and "--rdzv-endpoint=localhost:" in slurm.log.read_text()
+
+
+def yaml_documents(name: str) -> list[dict]:
+    return list(yaml.safe_load_all((LAUNCH / name).read_text()))
+
+
+def test_kubernetes_starts_pods_again_after_a_save_or_a_loss_and_not_after_an_error():
+    job, runtime = yaml_documents("kubernetes.yaml")
+    assert (job["kind"], runtime["kind"]) == ("TrainJob", "TrainingRuntime")
+    assert job["spec"]["runtimeRef"] == {"kind": runtime["kind"], "name": runtime["metadata"]["name"]}
+    (node,) = runtime["spec"]["template"]["spec"]["replicatedJobs"]
+    assert node["template"]["metadata"]["labels"] == {"trainer.kubeflow.org/trainjob-ancestor-step": "trainer"}
+    pods = node["template"]["spec"]
+    (container,) = pods["template"]["spec"]["containers"]
+    assert node["name"] == container["name"] == "node"  # the names that Trainer looks for
+
+    def action(code: int, evicted: bool = False) -> str:
+        """Of the first rule that fits a pod; Count: against backoffLimit."""
+        for rule in pods["podFailurePolicy"]["rules"]:
+            if "onPodConditions" in rule:
+                fits = evicted and rule["onPodConditions"] == [{"type": "DisruptionTarget", "status": "True"}]
+            else:
+                codes = rule["onExitCodes"]
+                assert (codes["containerName"], codes["operator"]) == ("node", "In")
+                fits = code in codes["values"]
+            if fits:
+                return rule["action"]
+        return "Count"
+
+    assert [action(code) for code in (1, 2, 3, 4, 5)] == ["FailJob"] * 5
+    assert [action(code) for code in (6, 75)] == ["Ignore"] * 2 and pods["backoffLimit"] > 0
+    assert action(137) == "Count" and action(137, evicted=True) == "Ignore"
+    assert pods["template"]["spec"]["restartPolicy"] == "Never"  # as a podFailurePolicy needs
+    assert pods["template"]["spec"]["terminationGracePeriodSeconds"] >= 180  # as long as slurm.sbatch allows
+    mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
+    assert mounts.keys() == {volume["name"] for volume in pods["template"]["spec"]["volumes"]}
+    assert all(word.removeprefix("run_dir=").startswith(mounts["shared"]) for word in job["spec"]["trainer"]["args"])
+
+
+def test_the_command_of_kubernetes_joins_its_machines_and_a_signal_to_one_of_them_saves(tmp_path, tiny_words):
+    """With the environment that Trainer sets, which names the first machine, and the launcher as the pod's first process."""
+    job, _ = yaml_documents("kubernetes.yaml")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    words = [sys.executable, *job["spec"]["trainer"]["command"][1:], *tiny_words("run", total_steps=100_000)]
+    environment = {**os.environ, "PYTHONPATH": str(LAUNCH.parent), "PET_NNODES": "2", "PET_NPROC_PER_NODE": "1"}
+    environment |= {"PET_MASTER_ADDR": "localhost", "PET_MASTER_PORT": port}
+    machines = [subprocess.Popen(words, env=environment | {"PET_NODE_RANK": str(rank)}) for rank in range(2)]
+    wait_for(tmp_path / "run", 3)
+    machines[1].send_signal(signal.SIGTERM)
+    assert [machine.wait(timeout=60) for machine in machines] == [75, 75]
+    (start,) = events_of(tmp_path / "run", "start")
+    assert start["world_size"] == 2 and len(lines_of(tmp_path / "run")) == max(committed(tmp_path / "run"))
+
+
+@pytest.mark.parametrize(
+    "code, exits_with", [(0, 0), (1, 1), (2, 2), (5, 5), (6, 75), (75, 75), (128, 75), (137, 75), (143, 75), (7, 7)]
+)
+def test_skypilot_starts_a_job_again_after_a_save_or_a_loss_and_not_after_an_error(code, exits_with, tmp_path):
+    (task,) = yaml_documents("skypilot.yaml")
+    assert task["resources"]["job_recovery"] == {"max_restarts_on_errors": 0, "recover_on_exit_codes": [75]}
+    (tmp_path / "python").write_text(f'#!/bin/bash\necho "$@" > {tmp_path}/python.log; exit {code}\n')
+    (tmp_path / "sleep").write_text(f'#!/bin/bash\necho "$@" > {tmp_path}/sleep.log\n')
+    for name in ("python", "sleep"):
+        (tmp_path / name).chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SKYPILOT_NUM_NODES": "2", "SKYPILOT_NUM_GPUS_PER_NODE": "8"}
+    environment |= {"SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2", "SKYPILOT_TASK_ID": "7"}
+    assert subprocess.run(["bash", "-c", task["run"]], env=environment, timeout=60).returncode == exits_with
+    words = (tmp_path / "python.log").read_text()
+    assert words.startswith("-m olmo_train.parallel.launch --nnodes=2 --nproc-per-node=8 --rdzv-backend=c10d ")
+    assert " --rdzv-endpoint=10.0.0.1:29500 --rdzv-id=7 -m olmo_train train /shared/" in words
+    assert list(task["volumes"]) == ["/shared"] and " run_dir=/shared/" in words
+    # SkyPilot kills the other machines when one has ended: an error on one of them must end first
+    assert (tmp_path / "sleep.log").exists() == (exits_with == 75)
 
 
 def test_a_text_is_named_by_its_path_and_hashed_by_its_contents(tmp_path, monkeypatch):
