@@ -264,6 +264,7 @@ def test_kubernetes_starts_pods_again_after_a_save_or_a_loss_and_not_after_an_er
     assert all(word.removeprefix("run_dir=").startswith(mounts["shared"]) for word in job["spec"]["trainer"]["args"])
 
 
+@pytest.mark.slow
 def test_the_command_of_kubernetes_joins_its_machines_and_a_signal_to_one_of_them_saves(tmp_path, tiny_words):
     """With the environment that Trainer sets, which names the first machine, and the launcher as the pod's first process."""
     job, _ = yaml_documents("kubernetes.yaml")
@@ -274,9 +275,11 @@ def test_the_command_of_kubernetes_joins_its_machines_and_a_signal_to_one_of_the
     environment = {**os.environ, "PYTHONPATH": str(LAUNCH.parent), "PET_NNODES": "2", "PET_NPROC_PER_NODE": "1"}
     environment |= {"PET_MASTER_ADDR": "localhost", "PET_MASTER_PORT": port}
     machines = [subprocess.Popen(words, env=environment | {"PET_NODE_RANK": str(rank)}) for rank in range(2)]
-    wait_for(tmp_path / "run", 3)
-    machines[1].send_signal(signal.SIGTERM)
-    assert [machine.wait(timeout=60) for machine in machines] == [75, 75]
+    try:
+        wait_for(tmp_path / "run", 3, seconds=300)
+    finally:
+        machines[1].send_signal(signal.SIGTERM)
+    assert [machine.wait(timeout=120) for machine in machines] == [75, 75]
     (start,) = events_of(tmp_path / "run", "start")
     assert start["world_size"] == 2 and len(lines_of(tmp_path / "run")) == max(committed(tmp_path / "run"))
 
