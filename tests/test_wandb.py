@@ -101,16 +101,16 @@ def test_offline_history_equals_the_metrics_after_two_kills_and_a_resume(start, 
 def test_name_group_tags_configuration_and_code_version_are_sent(start, finished, tmp_path):
     changes = {"log.wandb.group": "tiny", "log.wandb.name": "first", "log.wandb.tags": "[a,b]", "log.wandb.project": "p"}
     assert finished(start(total_steps=3, **changes)) == []
-    logged = records(tmp_path / "run")
-    run = next(record["run"] for record in logged if record["type"] == "run")
+    sent = records(tmp_path / "run")
+    run = next(record["run"] for record in sent if record["type"] == "run")
     assert (run["project"], run["run_group"], run["display_name"], run["tags"]) == ("p", "tiny", "first", ["a", "b"])
     config = run["config"]["update"]
     assert config["total_steps"] == 3 and config["optim"]["peak_lr"] == 3e-3 and "code_version" in config
-    defined = [record["metric"]["name"] for record in logged if record["type"] == "metric"]
+    defined = [record["metric"]["name"] for record in sent if record["type"] == "metric"]
     assert "throughput/total_tokens" in defined
-    assert any(record["type"] == "stats" for record in logged)  # system metrics
+    assert any(record["type"] == "stats" for record in sent)  # system metrics
     summary = {}
-    for record in logged:
+    for record in sent:
         if record["type"] == "summary":
             summary |= record["summary"]["update"]
     last = logged(tmp_path / "run")[-1]

@@ -25,7 +25,7 @@ from olmo_train.guards.heartbeats import DEAD, HANG, LOST, Heartbeats, describe,
 # Makes the rank write its stacks, whatever it does. macOS has no SIGRTMIN.
 STACKS = signal.SIGRTMIN + 6 if hasattr(signal, "SIGRTMIN") else signal.SIGUSR2
 END = signal.SIGABRT  # makes the rank exit with its own number, that of a PeerError
-GRACE = 5.0  # seconds for all ranks to write their stacks before the first one ends
+GRACE = 10.0  # most seconds for all ranks to write their stacks before the first one ends
 NOTICE = 4.0  # seconds for a rank to notice by itself that another is lost
 TICK = 1.0  # most seconds between two looks at the rank and at the marks of the others
 RECORD_BYTES = 1024  # of what the rank shares about itself

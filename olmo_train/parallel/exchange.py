@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 
@@ -30,14 +31,14 @@ def to_owners(tensors: Sequence[Any], owners: Sequence[int]) -> list[Tensor]:
     """The full tensors that this rank owns, in order; tensors that are not sharded as they are."""
     if not isinstance(tensors[0], DTensor):
         return list(tensors)
-    rank, size, shards = _place(tensors[0])
+    rank, size, shards = place_in(tensors[0].device_mesh)
     first = rank - rank % shards
     replica = range(first, first + shards)  # the ranks whose shards make up this replica
     local = [(tensor.to_local(), owner) for tensor, owner in zip(tensors, owners, strict=True)]
     mine = [tensor for tensor, owner in zip(tensors, owners, strict=True) if owner == rank]
     sent = [[part for part, owner in local if owner == peer] if peer in replica else [] for peer in range(size)]
     expected = [[_shard_shape(tensor, peer - first) for tensor in mine] if peer in replica else [] for peer in range(size)]
-    received = _exchange(sent, expected, local[0][0])
+    received = _exchange(sent, expected, tensors[0])
     return [torch.cat(parts) if shards > 1 else parts[0] for parts in zip(*(received[peer] for peer in replica), strict=True)]
 
 
@@ -45,11 +46,11 @@ def to_shards(full: Sequence[Tensor], like: Sequence[Any], owners: Sequence[int]
     """Tensors sharded like `like`, from the full ones that each rank owns, in order; tensors that are not sharded as they are."""
     if not isinstance(like[0], DTensor):
         return list(full)
-    rank, size, shards = _place(like[0])
+    rank, size, shards = place_in(like[0].device_mesh)
     cut = [tensor.split([_rows(tensor.shape[0], shards, shard) for shard in range(shards)]) for tensor in full]
     owned = [[i for i, owner in enumerate(owners) if owner == peer] for peer in range(size)]
     sent = [[parts[peer % shards] for parts in cut] for peer in range(size)]
-    received = _exchange(sent, [[_shard_shape(like[i], rank % shards) for i in pieces] for pieces in owned], like[0].to_local())
+    received = _exchange(sent, [[_shard_shape(like[i], rank % shards) for i in pieces] for pieces in owned], like[0])
     local = {i: part for pieces, parts in zip(owned, received, strict=True) for i, part in zip(pieces, parts, strict=True)}
     return [
         DTensor.from_local(
@@ -59,12 +60,13 @@ def to_shards(full: Sequence[Tensor], like: Sequence[Any], owners: Sequence[int]
     ]
 
 
-def _place(tensor: DTensor) -> tuple[int, int, int]:
-    """(this rank, ranks, shards of a full tensor). Ranks count through the shards of the first replica, then of the next."""
-    mesh = tensor.device_mesh
-    assert mesh.size() == dist.get_world_size(), (mesh, "the exchange is over all ranks of the run")
-    assert tensor.placements[-1].is_shard(0) and not any(p.is_shard() for p in tensor.placements[:-1]), tensor.placements
-    return mesh.get_rank(), mesh.size(), mesh.size(mesh.ndim - 1)
+def place_in(mesh: DeviceMesh) -> tuple[int, int, int]:
+    """(this rank in the mesh, ranks, shards of a full tensor). Ranks count through the shards of the first replica, then of the
+    next."""
+    shards, rank = mesh.size(mesh.ndim - 1), 0
+    for place, count in zip(mesh.get_coordinate(), mesh.shape, strict=True):
+        rank = rank * count + place
+    return rank, mesh.size(), shards
 
 
 def _rows(rows: int, shards: int, shard: int) -> int:
@@ -77,16 +79,22 @@ def _shard_shape(tensor: DTensor, shard: int) -> list[int]:
     return [_rows(tensor.shape[0], tensor.device_mesh.size(tensor.device_mesh.ndim - 1), shard), *tensor.shape[1:]]
 
 
-def _exchange(sent: list[list[Tensor]], expected: list[list[list[int]]], like: Tensor) -> list[list[Tensor]]:
-    """Send a list of tensors to each rank, and receive tensors of the `expected` shapes from each, in one collective."""
+def _exchange(sent: list[list[Tensor]], expected: list[list[list[int]]], like: DTensor) -> list[list[Tensor]]:
+    """Send a list of tensors to each rank of the mesh of `like`, and receive tensors of the `expected` shapes from each, in one
+    collective."""
     if len(sent) == 1:
         return sent
+    mesh, local = like.device_mesh, like.to_local()
+    assert like.placements[-1].is_shard(0) and not any(p.is_shard() for p in like.placements[:-1]), like.placements
+    assert mesh.ndim == 1 or mesh.size() == dist.get_world_size(), (mesh, "a mesh with replicas has all ranks of the run")
+    group = mesh.get_group() if mesh.ndim == 1 else None
     parts = [part.reshape(-1) for to_peer in sent for part in to_peer]
-    outgoing = torch.cat(parts) if parts else like.new_empty(0)
-    assert outgoing.dtype == like.dtype, (outgoing.dtype, like.dtype)
+    outgoing = torch.cat(parts) if parts else local.new_empty(0)
+    assert outgoing.dtype == local.dtype, (outgoing.dtype, local.dtype)
     sizes = [[torch.Size(shape).numel() for shape in shapes] for shapes in expected]
     incoming = outgoing.new_empty(sum(map(sum, sizes)))
-    dist.all_to_all_single(incoming, outgoing, [sum(of_peer) for of_peer in sizes], [_total(to_peer) for to_peer in sent])
+    received_sizes, sent_sizes = [sum(of_peer) for of_peer in sizes], [_total(to_peer) for to_peer in sent]
+    dist.all_to_all_single(incoming, outgoing, received_sizes, sent_sizes, group=group)
     received = iter(incoming.split([size for of_peer in sizes for size in of_peer]))
     return [[next(received).view(shape) for shape in shapes] for shapes in expected]
 

@@ -21,7 +21,7 @@ from olmo_train.model.transformer import Transformer
 from olmo_train.parallel import kernels
 from olmo_train.parallel.config import ParallelConfig
 from olmo_train.parallel.determinism import DETERMINISM, Determinism, round_gradients
-from olmo_train.parallel.exchange import to_shards
+from olmo_train.parallel.exchange import place_in, to_shards
 from olmo_train.parallel.recompute import training_forward
 from olmo_train.parallel.world import World
 
@@ -98,7 +98,7 @@ def init_weights(model: Transformer, seed: int) -> None:
     named = list(model.named_parameters())
     sizes = [parameter.numel() for _, parameter in named]
     mesh = getattr(named[0][1], "device_mesh", None)
-    rank, ranks = (mesh.get_rank(), mesh.size()) if mesh else (0, 1)
+    rank, ranks, _ = place_in(mesh) if mesh else (0, 1, 1)
     owners = deal(sizes, ranks)
     for pieces in in_rounds(sizes, owners, most=1):  # one tensor a rank at a time
         drawn = [named[i] for i in pieces if owners[i] == rank]

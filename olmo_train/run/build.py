@@ -26,7 +26,7 @@ def build(
     determinism = DETERMINISM[config.determinism]
     shard.shard(model, config.parallel, world, determinism, config.global_batch_size)
     parameters = dict(model.named_parameters())
-    optimizer = build_optimizer(parameters, config.optim, determinism.adamw, world.size, on_full_tensors)
+    optimizer = build_optimizer(parameters, config.optim, determinism.adamw, world.mesh.size(), on_full_tensors)
     allocate_state(optimizer)
     if checkpoint:
         load.load(checkpoint, model, optimizer, world)
