@@ -77,11 +77,12 @@ bench: $(INSTALLED)
 	$(BIN)/olmo-train bench configs/runs/first-run.yaml $(ARGS)
 
 # What tests/benchmarks/gpu.py needs besides the packages of an image with CUDA and torch: packages for all, and each peer in a
-# folder. Without dependencies: an image has the others. torchtitan is missing, as its release 0.3.0 needs torch 2.12.
+# folder. Without dependencies: an image has the others. torchtitan 0.2.2 is the newest release for torch 2.11: 0.3.0 needs 2.12.
 BUNDLED := omegaconf torchao
-PEERS := olmo-core litgpt
+PEERS := olmo-core litgpt torchtitan
 olmo-core := ai2-olmo-core==3.0.0 dataclass-extensions importlib_resources bettermap dill
 litgpt := litgpt==0.5.13 jsonargparse==4.41.0
+torchtitan := torchtitan==0.2.2 torchdata tyro docstring-parser typeguard
 INTO = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-compile --target
 
 gpu-bundle: $(INSTALLED)

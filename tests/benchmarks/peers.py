@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import importlib.metadata
 import importlib.util
 import json
@@ -156,16 +157,22 @@ def transformers(work: SimpleNamespace, folder: Path) -> Step:
     return loop(model, loss_of, work)
 
 
+def stand_in(package: str, modules: dict[str, dict]) -> None:
+    """If the package is not installed, make `import` find these modules: {name: contents}. A contestant imports them, and what
+    is measured does not use them."""
+    if importlib.util.find_spec(package) is None:
+        for name, contents in modules.items():
+            sys.modules[name] = ModuleType(name)
+            vars(sys.modules[name]).update(contents)
+
+
 def olmo_core(work: SimpleNamespace, folder: Path) -> Step:
     """OLMo-core's own train module: its accumulation, loss, clipping and optimizer; on a GPU compiled, as its scripts do."""
     import torch
 
-    if importlib.util.find_spec("cached_path") is None:  # for remote files, which nothing reads here
-        client = type("Client", (), {"recoverable_errors": ()})
-        clients = {"S3Client": client, "SchemeClient": client, "add_scheme_client": lambda *_: None}
-        for name, contents in (("cached_path", {"cached_path": None}), ("cached_path.schemes", clients)):
-            sys.modules[name] = ModuleType(name)
-            vars(sys.modules[name]).update(contents)
+    client = type("Client", (), {"recoverable_errors": ()})  # of remote files
+    clients = {"S3Client": client, "SchemeClient": client, "add_scheme_client": lambda *_: None}
+    stand_in("cached_path", {"cached_path": {"cached_path": None}, "cached_path.schemes": clients})
     from olmo_core.config import DType
     from olmo_core.nn.layer_norm import LayerNormConfig
     from olmo_core.nn.transformer import TransformerConfig
@@ -211,9 +218,13 @@ def litgpt(work: SimpleNamespace, folder: Path) -> Step:
 
 
 def torchtitan(work: SimpleNamespace, folder: Path) -> Step:
-    """torchtitan's own trainer with its Llama 3; of its attentions the one by torch's SDPA, as documents are not kept apart
-    here. Compiled and with its CUDA graphs on a GPU, for which it is made; without both on a CPU, as a rehearsal."""
+    """The trainer of torchtitan 0.2.2, the newest release that torch 2.11 can import, with its Llama 3 and torch's SDPA. Compiled
+    on a GPU, for which it is made; not on a CPU, as a rehearsal."""
     import torch
+
+    texts = {"datasets": {"Dataset": None, "load_dataset": None}, "datasets.distributed": {"split_dataset_by_node": None}}
+    stand_in("datasets", texts)
+    stand_in("tensorboard", {"torch.utils.tensorboard": {"SummaryWriter": None}})
     from torchtitan.tools import utils
 
     on_gpu = torch.cuda.is_available()
@@ -222,34 +233,24 @@ def torchtitan(work: SimpleNamespace, folder: Path) -> Step:
         asked |= {"get_device_name": str, "current_device": lambda: 0, "memory_stats": lambda _: {}}
         asked |= {"get_device_properties": lambda _: SimpleNamespace(total_memory=1)}
         utils.device_type, utils.device_module = "cpu", SimpleNamespace(**asked)
-    from torchtitan.components.loss import ChunkedLossWrapper, CrossEntropyLoss
-    from torchtitan.components.optimizer import default_adamw
-    from torchtitan.config import CompileConfig, TrainingConfig
+    from torchtitan.config import JobConfig
     from torchtitan.models import llama3
-    from torchtitan.models.common.attention import ScaledDotProductAttention
-    from torchtitan.trainer import Trainer
+    from torchtitan.protocols.train_spec import register_train_spec
+    from torchtitan.train import Trainer
 
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
-    spec = llama3.model_registry("debugmodel")
-    model = spec.model
-    rope = model.layers[0].attention.rope
-    rope.dim, rope.theta, rope.scaling, rope.max_seq_len = work.d // work.heads, 10_000, "none", work.T
-    model.layers = llama3._build_llama3_layers(
-        n_layers=work.layers, dim=work.d, n_heads=work.heads, hidden_dim=work.hidden, rope=rope, attn_backend="flex"
-    )
-    for layer in model.layers:
-        layer.attention.inner_attention = ScaledDotProductAttention.Config()
-    model.dim, model.vocab_size, model.norm.normalized_shape = work.d, work.vocab, work.d
-    model.tok_embeddings.num_embeddings, model.tok_embeddings.embedding_dim = work.vocab, work.d
-    model.lm_head.in_features, model.lm_head.out_features = work.d, work.vocab
-    left_out = SimpleNamespace(build=lambda **_: None)
-    trainer = Trainer(Trainer.Config(
-        model_spec=spec, tokenizer=left_out, dataloader=left_out, optimizer=default_adamw(lr=3e-4),
-        loss=ChunkedLossWrapper.Config(loss_fn=CrossEntropyLoss.Config(global_vocab_size=work.vocab)),
-        activation_checkpoint=None, compile=CompileConfig(enable=on_gpu), dump_folder=str(folder),
-        training=TrainingConfig(local_batch_size=work.micro, global_batch_size=work.batch, seq_len=work.T, steps=10**6,
-                                disable_cuda_graphs=not on_gpu),
-    ))  # fmt: skip
+    # The hidden width is 8/3 of d, rounded up to a multiple.
+    shape = llama3.TransformerModelArgs(dim=work.d, n_layers=work.layers, n_heads=work.heads, vocab_size=work.vocab,
+                                        multiple_of=work.hidden, max_seq_len=work.T)  # fmt: skip
+    made = {"model_args": {"peer": shape}, "build_tokenizer_fn": None, "build_dataloader_fn": None}
+    register_train_spec("peer", dataclasses.replace(llama3.get_train_spec(), **made))
+    config = JobConfig()
+    config.model.name, config.model.flavor, config.job.dump_folder = "peer", "peer", str(folder)
+    config.optimizer.lr, config.activation_checkpoint.mode, config.compile.enable = 3e-4, "none", on_gpu
+    config.training.local_batch_size, config.training.global_batch_size = work.micro, work.batch
+    config.training.seq_len, config.training.steps = work.T, 10**6
+    trainer = Trainer(config)
+    assert trainer.model_parts[0].layers["0"].feed_forward.w1.out_features == work.hidden
     data = trainer.batch_generator(({"input": input_ids}, labels) for input_ids, labels in batches(work, "cpu"))
 
     def step() -> None:
