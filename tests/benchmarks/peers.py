@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import importlib
 import importlib.metadata
 import importlib.util
 import json
@@ -28,6 +29,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from unittest import mock
 
 ROOT = Path(__file__).parents[2]
 MARK = "[peers] "  # begins each line that a contestant says to us; others are its own chatter
@@ -225,14 +227,14 @@ def torchtitan(work: SimpleNamespace, folder: Path) -> Step:
     texts = {"datasets": {"Dataset": None, "load_dataset": None}, "datasets.distributed": {"split_dataset_by_node": None}}
     stand_in("datasets", texts)
     stand_in("tensorboard", {"torch.utils.tensorboard": {"SummaryWriter": None}})
-    from torchtitan.tools import utils
-
     on_gpu = torch.cuda.is_available()
     if not on_gpu:  # it takes a machine without a GPU for one with, and would ask torch.cpu for what only torch.cuda has
         asked = dict.fromkeys(("set_device", "reset_peak_memory_stats", "empty_cache", "synchronize"), lambda *_: None)
         asked |= {"get_device_name": str, "current_device": lambda: 0, "memory_stats": lambda _: {}}
-        asked |= {"get_device_properties": lambda _: SimpleNamespace(total_memory=1)}
-        utils.device_type, utils.device_module = "cpu", SimpleNamespace(**asked)
+        device = SimpleNamespace(**asked, get_device_properties=lambda _: SimpleNamespace(total_memory=1))
+        found = {"_get_available_device_type": lambda: "cpu", "_get_device_module": lambda _: device}
+        with mock.patch.multiple(torch._utils, **found):
+            importlib.import_module("torchtitan.tools.utils")  # asks once
     from torchtitan.config import JobConfig
     from torchtitan.models import llama3
     from torchtitan.protocols.train_spec import register_train_spec
