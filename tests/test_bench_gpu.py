@@ -54,6 +54,7 @@ def bare(tmp_path):
     return {**os.environ, "PYTHONPATH": str(tmp_path / "hook")}
 
 
+@pytest.mark.slow
 def test_on_a_bare_machine_a_failing_row_is_reported_and_the_other_parts_are_measured(tmp_path, bare):
     parts = "row:64x2:model.norm=none,row:64x2:selective,tests:not_finite"  # one test stands for all
     words = [sys.executable, SCRIPT, "--tiny", "--parts", parts, "--output", tmp_path / "out"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from importlib.resources import files
 
@@ -72,9 +73,13 @@ def show(browser, pages):
     assert not errors
 
 
-@pytest.mark.parametrize("theme", ["light", "dark"])
-@pytest.mark.parametrize("width", SCREENS)
-@pytest.mark.parametrize("name", ["one", "seeds"])
+VIEWS = list(itertools.product(["one", "seeds"], SCREENS, ["light", "dark"]))
+QUICK = (("one", 390, "dark"), ("seeds", 1400, "light"))  # a phone and a laptop; the others are slow
+
+
+@pytest.mark.parametrize(
+    "name, width, theme", [pytest.param(*view, marks=() if view in QUICK else pytest.mark.slow) for view in VIEWS]
+)
 def test_axe_finds_nothing_serious_and_nothing_runs_over_the_edge(show, name, width, theme):
     tab = show(name, width, theme)
     tab.evaluate("document.querySelectorAll('details').forEach((details) => { details.open = true; })")
