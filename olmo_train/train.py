@@ -130,7 +130,7 @@ def train_from_newest(config: TrainConfig, world: World, signals: StopSignals) -
         profiler = stack.enter_context(step_profiler(config.profile, run.run_dir / "profile", world.rank, run.start.step + 1))
         stack.enter_context(allocator.no_automatic_gc())
 
-        for step in range(run.start.step + 1, config.steps + 1):
+        for step in run.steps():  # up to config.steps, unless eval.stop_after ends the run
             is_last = step == config.steps
             batch = run.next_batch(loader)
             if run.agree_to_stop():
@@ -159,7 +159,7 @@ def train_from_newest(config: TrainConfig, world: World, signals: StopSignals) -
             run.log(step, line)
             if config.guards.replica_check_steps and step % config.guards.replica_check_steps == 0:
                 run.check_replicas(step, model, optimizer)
-            if is_last or config.checkpoint.is_due(step):
+            if is_last or config.checkpoint.is_due(step) or run.evaluation.best.is_kept(step):
                 run.save(step, model, optimizer)
             if profiler:
                 profiler.step()

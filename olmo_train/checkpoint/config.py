@@ -13,6 +13,8 @@ class CheckpointConfig:
     keep_last: Count = 3  # keep the N newest checkpoints, besides the permanent ones
     permanent_interval_steps: Count | None = None  # checkpoints at multiples of this are never deleted
     save_steps: tuple[int, ...] = ()  # further steps to save at; these checkpoints are never deleted
+    # a metric of data.validation, such as eval/wiki/CrossEntropyLoss: the checkpoint with its smallest value is saved and kept
+    keep_best: str | None = None
     async_save: bool = True  # write in the background, from a copy in host memory
     required: bool = True  # a failed save ends the run; false: it logs a warning, and training continues
 

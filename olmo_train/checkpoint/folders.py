@@ -11,10 +11,11 @@ from typing import Any
 
 from olmo_train.checkpoint.config import CheckpointConfig
 from olmo_train.errors import CheckpointError, did_you_mean, near_files, reason
-from olmo_train.storage import FileCheck, check_files, problems_of, remove_folder
+from olmo_train.storage import FileCheck, check_files, problems_of, remove_folder, replace_file
 
 log = logging.getLogger(__name__)
 FOLDER = re.compile(r"step-(\d{7,})")
+BEST = "best.json"  # in run_dir, with checkpoint.keep_best: {"step", "metric", "value"}
 
 
 def folder_of(run_dir: Path, step: int) -> Path:
@@ -110,13 +111,28 @@ def read_state(folder: Path) -> dict[str, Any]:
         ) from problem
 
 
+def write_best(run_dir: Path, best: dict[str, Any] | None) -> None:
+    """Name the best checkpoint in best.json, if it is committed."""
+    if best and folder_of(run_dir, best["step"]).is_dir():
+        replace_file(run_dir / BEST, json.dumps(best).encode() + b"\n")
+
+
+def best_step(run_dir: Path) -> int | None:
+    """The step that best.json names; None without one."""
+    try:
+        return json.loads((run_dir / BEST).read_bytes())["step"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def superfluous(run_dir: Path, config: CheckpointConfig, last_step: int | None = None) -> list[Path]:
-    """The checkpoints that retention deletes now: neither permanent nor among the newest keep_last complete ones.
+    """The checkpoints that retention deletes now: neither permanent, nor the best, nor among the newest keep_last complete ones.
 
     Checkpoints after `last_step`, the newest committed step, are damaged ones that loading skipped; they do not count. A
     checkpoint with a missing or truncated file neither counts nor is deleted.
     """
-    folders = committed(run_dir)
+    folders, best = committed(run_dir), best_step(run_dir)
     passing = [step for step in folders if not config.is_permanent(step) and (last_step is None or step <= last_step)]
+    passing = [step for step in passing if step != best]
     complete = [folders[step] for step in passing if not problems_of(folders[step], contents=False)]
     return complete[: -config.keep_last]

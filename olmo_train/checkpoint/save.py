@@ -30,7 +30,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from olmo_train.checkpoint.config import CheckpointConfig
-from olmo_train.checkpoint.folders import _aside, folder_of, newest_folder, superfluous
+from olmo_train.checkpoint.folders import _aside, folder_of, newest_folder, superfluous, write_best
 from olmo_train.checkpoint.format import FORMAT
 from olmo_train.checkpoint.load import state_tensors
 from olmo_train.deal import deal
@@ -186,6 +186,7 @@ class Checkpointer:
         if os.path.lexists(final):  # a damaged one that loading skipped; its step was computed again
             os.rename(final, _aside(final))  # not removed: until the new one has this name, `put_back` can undo it
         commit_folder(temporary, final, entries)
+        write_best(self.run_dir, state.get("best"))  # before the former best may be deleted
         for folder in superfluous(self.run_dir, self.config, int(state["step"])):
             remove_folder(folder)
         for leftover in final.parent.glob(".step-*"):  # left by saves and deletions that were killed

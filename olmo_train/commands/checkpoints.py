@@ -31,12 +31,12 @@ def run(arguments: argparse.Namespace) -> None:
     if not folders:
         raise CheckpointError(run_dir, no_run(run_dir, "holds no checkpoint; name a run_dir that has saved one"))
     retention = config.load(TrainConfig, [run_dir / "config.yaml"]).checkpoint
-    damaged = {}
+    damaged, best = {}, checkpoint.best_step(run_dir)
     for step, folder in folders.items():
         problems = problems_of(folder) if arguments.verify else []
         if problems:
             damaged[folder] = problems
-        print(describe(step, folder, retention.is_permanent(step), problems if arguments.verify else None))
+        print(describe(step, folder, retention.is_permanent(step), step == best, problems if arguments.verify else None))
     if arguments.prune:
         with contextlib.nullcontext() if arguments.dry_run else lock_run_dir(run_dir):  # a run may be in progress
             for folder in checkpoint.superfluous(run_dir, retention):
@@ -47,8 +47,8 @@ def run(arguments: argparse.Namespace) -> None:
         raise CheckpointError(next(iter(damaged)), f"is damaged, {len(damaged)} of {len(folders)} in all; delete by hand")
 
 
-def describe(step: int, folder, permanent: bool, problems: list[str] | None) -> str:
-    """One line: step, size, when, whether it is permanent, and whether it verifies."""
+def describe(step: int, folder, permanent: bool, best: bool, problems: list[str] | None) -> str:
+    """One line: step, size, when, whether it is permanent or the best, and whether it verifies."""
     import json
     import time
 
@@ -61,6 +61,8 @@ def describe(step: int, folder, permanent: bool, problems: list[str] | None) -> 
     parts = [f"step {step:>8}", f"{size / 1e6:>10.1f} MB", when, f"world {world}"]
     if permanent:
         parts.append("permanent")
+    if best:
+        parts.append("best")
     if problems is not None:
         parts.append("damaged: " + "; ".join(problems) if problems else "verified")
     return "  ".join(parts)

@@ -22,7 +22,7 @@ import numpy as np
 from olmo_train import config as yaml_config
 from olmo_train.errors import ConfigError, DataError, no_run
 from olmo_train.formats import counted, short
-from olmo_train.history import History
+from olmo_train.history import STARTS, History
 from olmo_train.model.cost import count_parameters
 
 # Fields of a line that are no metrics: drawn only when --metric asks for them.
@@ -65,9 +65,10 @@ class Run:
     def ended(self) -> bool:
         if self.seeds:
             return all(run.ended for run in self.seeds)
-        if self.total_steps is not None:
-            return self.last_step >= self.total_steps
-        return any(event["event"] == "finish" and event["step"] >= self.last_step for event in self.events)
+        if self.total_steps is not None and self.last_step >= self.total_steps:
+            return True
+        ends = [event for event in self.events if event["event"] in (*STARTS, "finish")]  # eval.stop_after may end a run early
+        return bool(ends) and ends[-1]["event"] == "finish" and ends[-1]["step"] >= self.last_step
 
     @property
     def total_steps(self) -> int | None:

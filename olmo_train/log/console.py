@@ -131,7 +131,7 @@ class Console:
             self._live.transient = True
             self.close()
             self._live = None
-        took, steps, run_dir = time.perf_counter() - self.started, counted(self.total_steps, "step"), shlex.quote(self.run_dir)
+        took, steps, run_dir = time.perf_counter() - self.started, counted(self.last_step, "step"), shlex.quote(self.run_dir)
         self.say(", ".join(filter(None, [f"finished after {duration(rounded(took))}: {steps}", self._loss, self._losses])))
         self.say(f"  checkpoint  {checkpoint}\n  metrics     {Path(self.run_dir) / 'metrics.jsonl'}")
         self.say(f"  curves      olmo-train curves {run_dir}")

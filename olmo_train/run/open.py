@@ -74,12 +74,10 @@ def open_run(config: TrainConfig, world: World, signals: StopSignals) -> Iterato
             micro_batch_size=config.micro_batch_on(world.data_size),
         )
         pending_line = world.on_main(lambda: owed_line(run_dir, start))
-        if start.step >= config.steps and pending_line is None:
+        evaluation.recall(run_dir, start.step)
+        if (start.step >= config.steps or evaluation.best.ends_run) and pending_line is None:
             if world.is_main:
-                done = f"is finished: {start.step} of {counted(config.steps, 'step')}"
-                if start.step > config.steps:
-                    done = f"is at step {start.step}, past total_steps {config.steps}"
-                print(f"{run_dir} {done}; set total_steps higher to continue")
+                print(_why_done(config, start, evaluation))
             yield None
             return
         world.on_main(lambda: _check_checkpoint_tokenizer(mixture, start))
@@ -108,6 +106,16 @@ def open_run(config: TrainConfig, world: World, signals: StopSignals) -> Iterato
             config, world, signals, start, mixture, evaluation, watchdog, logger, journal, checkpointer, anomalies, spikes,
             pending_line,
         )  # fmt: skip
+
+
+def _why_done(config: TrainConfig, start: Start, evaluation: Evaluation) -> str:
+    """Why a run has nothing to do, and how to continue it."""
+    done, fix = f"is finished: {start.step} of {counted(config.steps, 'step')}", "set total_steps higher"
+    if start.step > config.steps:
+        done = f"is at step {start.step}, past total_steps {config.steps}"
+    elif evaluation.best.ends_run:
+        fix = f"{evaluation.best}; set eval.stop_after higher"
+    return f"{config.run_dir} {done}; {fix} to continue"
 
 
 def _open_data(config: TrainConfig, world: World) -> tuple[Mixture, Evaluation]:

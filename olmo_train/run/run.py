@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import signal
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,7 @@ class Run:
         if self.pending_line is not None:
             line, self.pending_line = self.pending_line, None
             self.log(self.start.step, self.evaluate(self.start.step, line, model))
+            self.world.on_main(lambda: folders.write_best(self.run_dir, self.evaluation.best.record()))
         if self.start.step == 0 and 0 in self.config.checkpoint.save_steps and self.checkpointer.last_step is None:
             self.save(0, model, optimizer)
         self.journal.clock.restart()
@@ -85,6 +87,13 @@ class Run:
         )
         for line in preflight.facts(config, self.mixture):
             self.logger.say(line)
+
+    def steps(self) -> Iterator[int]:
+        """The steps to compute: up to the last one, or to the evaluation after which eval.stop_after ends the run."""
+        for step in range(self.start.step + 1, self.config.steps + 1):
+            if self.evaluation.best.ends_run:
+                return
+            yield step
 
     def loader(self) -> Loader:
         """The batches of this rank, from the first step on."""
@@ -132,6 +141,9 @@ class Run:
             self.pending_line = line
             return {}
         self.logger.event("evaluation", step)
+        self.evaluation.best.add(step, metrics)
+        if self.evaluation.best.ends_run:
+            self.logger.say(f"the run ends after step {step}: {self.evaluation.best}")
         return line | metrics
 
     def log(self, step: int, line: dict[str, Any]) -> None:
@@ -157,6 +169,7 @@ class Run:
                 "spikes": self.spikes.state(),
                 "skipped_in_a_row": self.anomalies.in_a_row,
                 "pending_line": self.pending_line,
+                "best": self.evaluation.best.record(),
             }
             self.checkpointer.save(step, model, optimizer, state)
         self.logger.note_commit(self.checkpointer.committed_step)
@@ -190,7 +203,7 @@ class Run:
         self._finish_saving(leaving=True)
         checkpoint = folders.newest_folder(self.run_dir)
         assert checkpoint is not None  # the last step is saved
-        self.logger.finish(self.config.steps, checkpoint)
+        self.logger.finish(self.done, checkpoint)
 
     def _finish_saving(self, leaving: bool = False) -> None:
         """Wait for the last save. `leaving`: a failed save is an error, as no later one follows; see Checkpointer.wait."""
