@@ -193,8 +193,9 @@ def test_an_error_in_the_callers_loop_on_one_rank_ends_all_within_10_seconds(tin
 
 def hold_the_lock():
     """Block in C with Python's lock held, as the launch of a GPU kernel does while its queue is full."""
-    reading, _ = os.pipe()
-    ctypes.PyDLL(None).read(reading, ctypes.create_string_buffer(1), 1)
+    mutex, lock = ctypes.create_string_buffer(64), ctypes.PyDLL(None).pthread_mutex_lock
+    lock(mutex)  # zeros are an open one
+    lock(mutex)  # a read or a sleep would end at a signal, and Python would run its handler
 
 
 @pytest.mark.parametrize("blocked", [0, 1])
