@@ -12,6 +12,7 @@ from olmo_train.commands.completion import config_words
 from olmo_train.errors import ConfigError
 
 if TYPE_CHECKING:
+    from olmo_train.data.templates import ChatFormat
     from olmo_train.data.tokenizer import Tokenizer
     from olmo_train.model.transformer import Transformer
     from olmo_train.train_config import TrainConfig
@@ -93,17 +94,39 @@ def open_tokenizer(folder: Path, args: argparse.Namespace, vocab_size: int) -> T
 
     Raises ConfigError when there is none or it does not fit, DataError when it is another one than the checkpoint's.
     """
-    from olmo_train.data.tokenizer import OTHER_TOKENIZER, check_same_tokenizer, load_tokenizer, record_of_folder
+    from olmo_train.data.tokenizer import load_tokenizer
 
+    tokenizer = load_tokenizer(_tokenizer_file(folder, args), eos=args.eos)
+    _check_tokenizer(tokenizer, folder, args, vocab_size)
+    return tokenizer
+
+
+def open_chat(folder: Path, args: argparse.Namespace, vocab_size: int) -> ChatFormat:
+    """The template of --template with the tokenizer of a checkpoint, and the instruction if its data had this template. Raises as
+    `open_tokenizer`, and ConfigError for an unknown template."""
+    from olmo_train.data.templates import open_format, recorded_template
+
+    recorded = recorded_template(folder) or {}
+    instruction = recorded.get("instruction") if recorded.get("name") == args.template else None
+    chat = open_format(args.template, _tokenizer_file(folder, args), args.eos, instruction)
+    _check_tokenizer(chat.tokenizer, folder, args, vocab_size)
+    return chat
+
+
+def _tokenizer_file(folder: Path, args: argparse.Namespace) -> str | Path:
     named, own = args.tokenizer, folder / "tokenizer.json"
     if named is None and not own.is_file():
         raise ConfigError("--tokenizer", f"{folder} holds no tokenizer.json, since its data were raw token files; name the file")
-    tokenizer = load_tokenizer(named or own, eos=args.eos)
+    return named or own
+
+
+def _check_tokenizer(tokenizer: Tokenizer, folder: Path, args: argparse.Namespace, vocab_size: int) -> None:
+    from olmo_train.data.tokenizer import OTHER_TOKENIZER, check_same_tokenizer, record_of_folder
+
     records = [record_of_folder(folder), tokenizer.record("--tokenizer")]
     check_same_tokenizer(records, not args.allow_other_tokenizer, OTHER_TOKENIZER)
     if tokenizer.vocab_size > vocab_size:
         raise ConfigError("--tokenizer", f"{tokenizer.name} has {tokenizer.vocab_size} ids, the model only {vocab_size}")
-    return tokenizer
 
 
 def add_config_arguments(parser: argparse.ArgumentParser, nargs: str = "+") -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from olmo_train.commands.common import add_checkpoint_arguments, open_model, open_tokenizer
+from olmo_train.commands.common import add_checkpoint_arguments, open_chat, open_model, open_tokenizer
 
 if TYPE_CHECKING:
     from olmo_train.data.tokenizer import Tokenizer
@@ -17,6 +18,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prompt", action="append", metavar="TEXT", help="text to continue; may be repeated. Without it a new document starts"
     )
+    what = "ask with this template, as prepare-data --template writes prompts, with its --instruction: chatml, llama3, ..."
+    parser.add_argument("--template", metavar="NAME", help=what)
     parser.add_argument("--samples", type=int, default=1, metavar="N", help="continuations of each prompt (default: 1)")
     parser.add_argument("--max-new-tokens", type=int, default=100, metavar="N", help="most tokens to add (default: 100)")
     parser.add_argument("--temperature", type=float, default=0.8, metavar="T", help="0: the likeliest token (default: 0.8)")
@@ -36,10 +39,15 @@ def run(args: argparse.Namespace) -> None:
     _check(args)
     sampling = Sampling(args.temperature, args.top_k, args.top_p)
     folder, model = open_model(args.checkpoint, args.device)
-    tokenizer = open_tokenizer(folder, args, model.config.vocab_size)
+    if args.template:
+        chat = open_chat(folder, args, model.config.vocab_size)
+        tokenizer, encode = chat.tokenizer, chat.prompt_ids
+    else:
+        tokenizer = open_tokenizer(folder, args, model.config.vocab_size)
+        encode = tokenizer.encode
     prompts = [prompt for prompt in args.prompt or [""] for _ in range(args.samples)]
     results = []
-    for prompt, tokens in zip(prompts, _continue(model, tokenizer, prompts, sampling, args), strict=True):
+    for prompt, tokens in zip(prompts, _continue(model, tokenizer, encode, prompts, sampling, args), strict=True):
         text = tokenizer.decode(tokens[:-1] if tokens[-1:] == [tokenizer.eos_id] else tokens)
         results.append({"prompt": prompt, "text": text[: _stop_at(text, args.stop)], "tokens": tokens})
     if args.json:
@@ -48,12 +56,15 @@ def run(args: argparse.Namespace) -> None:
     for i, result in enumerate(results):
         if len(results) > 1:
             print(f"{'' if i == 0 else chr(10)}--- {i + 1} of {len(results)}")
-        print(result["prompt"] + result["text"])
+        print(("" if args.template else result["prompt"]) + result["text"])
 
 
 def _check(args: argparse.Namespace) -> None:
-    from olmo_train.errors import ConfigError
+    from olmo_train.data.templates import TEMPLATES
+    from olmo_train.errors import ConfigError, check_choice
 
+    if args.template is not None:
+        check_choice("--template", args.template, TEMPLATES)
     for option in ("samples", "max_new_tokens", "batch_size"):
         if getattr(args, option) < 1:
             raise ConfigError(f"--{option.replace('_', '-')}", f"must be at least 1, got {getattr(args, option)}")
@@ -63,11 +74,13 @@ def _check(args: argparse.Namespace) -> None:
         raise ConfigError("--seed", f"must lie between -2^63 and 2^63 - 1, got {args.seed}")
 
 
-def _continue(model: Transformer, tokenizer: Tokenizer, prompts: list[str], sampling, args) -> list[list[int]]:
+def _continue(
+    model: Transformer, tokenizer: Tokenizer, encode: Callable[[str], list[int]], prompts: list[str], sampling, args
+) -> list[list[int]]:
     """New tokens of each prompt. Prompts of like length are run together, which costs the fewest steps."""
     from olmo_train.model.generate import generate
 
-    ids = [tokenizer.encode(prompt) or [tokenizer.eos_id] for prompt in prompts]
+    ids = [encode(prompt) or [tokenizer.eos_id] for prompt in prompts]
     by_length = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     new: list[list[int]] = [[] for _ in ids]
 

@@ -83,6 +83,8 @@ def _show_step(history: History, args: argparse.Namespace) -> None:
     size = mixture.batches.at(args.step)
     print(f"step {args.step} of {history.steps}: {counted(size, 'instance')} of {mixture.seq_len} tokens "
           f"on {counted(world_size, 'rank')}, sample_hash {sample_hash[:16]}{note}")  # fmt: skip
+    if packs := sorted({source.pack for source in mixture.sources if source.pack}):
+        print(f"packed: no document crosses a window of {packs[0]} tokens")
     if passed_over:
         print("this step is passed over: its batch is not trained on")
     print_table(("row", "rank", "source", "instance", "epoch", "documents", "text"), [
@@ -99,13 +101,14 @@ def _world_size(attempt: Attempt, args: argparse.Namespace) -> int:
 
 
 def _names(row: Row) -> str:
-    """The first document of a row, the number of further ones, and how many of all are denied."""
+    """The first document of a row, the number of further ones, padding, and how many of all are denied."""
     names = [d.id or f"{Path(d.origin).name}@{d.start}" for d in row.documents]
     if not names:
         return "-"
     denied = sum(d.denied for d in row.documents)
     mark = "" if not denied else " (denied)" if denied == len(names) else f" ({denied} denied)"
-    return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "") + mark
+    padding = "" if row.padding is None else f", {row.padding} of padding"
+    return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "") + padding + mark
 
 
 def _show_document(history: History, args: argparse.Namespace) -> None:

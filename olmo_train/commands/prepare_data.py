@@ -39,6 +39,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--on-error", default="skip", choices=("skip", "stop"),
         help="what a corrupt record does: it is named, counted and left out (default), or ends the command",
     )  # fmt: skip
+    parser.add_argument(
+        "--template", metavar="NAME",
+        help="how prompts and messages are written: plain, olmo, chatml, smollm2, llama3, gemma; only the assistant is scored",
+    )  # fmt: skip
+    parser.add_argument("--instruction", metavar="TEXT", help="text before each prompt, with an empty line between")
+    parser.add_argument(
+        "--pack", type=int, metavar="N",
+        help="fill windows of N tokens, the run's model.seq_len, with whole documents; needs data.document_mask: true",
+    )  # fmt: skip
+    what = "prompt: shorten prompts until their documents fit in --pack (default: such documents are left out)"
+    parser.add_argument("--cut", choices=("prompt",), help=what)
 
 
 def run(args: argparse.Namespace) -> int | None:
@@ -71,15 +82,23 @@ def _print_account(meta) -> None:
     print(f"tokenized: {counted(written['documents'], 'record')}, {written['bytes']:,} bytes, into {written['tokens']:,} tokens")
     for reason, n in meta.account["left_out"].items():
         print(f"left out: {counted(n['records'], 'record')}, {n['bytes']:,} bytes: {reason}")
+    if "cut_prompts" in meta.account:
+        print(f"prompts cut to fit in --pack {meta.pack}: {meta.account['cut_prompts']:,}")
     if meta.skipped["first"]:
         print(f"meta.json names the first {len(meta.skipped['first'])} of them")
 
 
 def _line(folder: Path, meta) -> None:
+    padding = f" + {meta.padding:,} of padding" if meta.pack else ""
     print(
-        f"{folder}: {meta.tokens:,} tokens = {meta.tokens - meta.documents:,} of {counted(meta.documents, 'document')} "
-        f"({meta.bytes:,} bytes) + {meta.documents:,} EOS, {meta.dtype}, {counted(len(meta.shards), 'shard')}"
+        f"{folder}: {meta.tokens:,} tokens = {meta.tokens - meta.documents - meta.padding:,} of "
+        f"{counted(meta.documents, 'document')} ({meta.bytes:,} bytes) + {meta.documents:,} EOS{padding}, {meta.dtype}, "
+        f"{counted(len(meta.shards), 'shard')}"
     )
+    if meta.pack:
+        windows = (meta.tokens - 1) // meta.pack
+        print(f"{counted(windows, 'window')} of {meta.pack} tokens, {1 - (meta.padding - 1) / (windows * meta.pack):.1%} filled; "
+              f"train with model.seq_len={meta.pack} data.document_mask=true")  # fmt: skip
 
 
 class _ProgressLine:

@@ -30,7 +30,9 @@ def run(args: argparse.Namespace) -> int | None:
         problems += found
         if not found:
             documents, shards = counted(meta.documents, "document"), counted(len(meta.shards), "shard")
-            print(f"{folder}: {meta.tokens:,} tokens in {documents} and {shards}, all verified")
+            packed = f" in windows of {meta.pack}, {meta.padding:,} of them padding," if meta.pack else ""
+            written = f", template {meta.template['name']}" if meta.template else ""
+            print(f"{folder}: {meta.tokens:,} tokens{packed} in {documents} and {shards}{written}, all verified")
     for problem in problems[1:]:
         print(f"problem: {problem.file}: {problem.what}", file=sys.stderr)
     if problems:

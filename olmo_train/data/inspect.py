@@ -30,6 +30,7 @@ class Row:
     start: int  # of the instance's first token
     end: int  # exclusive; the last token is only a label, and the first input of the next instance (not with order: olmo)
     documents: list[Document]  # that overlap it, in order; of raw files only if the EOS is known
+    padding: int | None = None  # tokens that fill the window of a packed source; None: not packed, or documents not looked up
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,11 @@ def rows_of_step(
     for i in np.lexsort((batch.instance, batch.source)).tolist():  # in the order of the stream, so that lookups read neighbours
         source, instance, epoch = (int(values[i]) for values in (batch.source, batch.instance, batch.epoch))
         start, end = mixture.span(source, instance)
-        found = mixture.marked(source, mixture.sources[source].documents(start, end)) if documents else []
-        rows[i] = Row(first + i, (first + i) // rank_size, mixture.names[source], instance, epoch, start, end, found)
+        opened = mixture.sources[source]
+        last = end - 1 if opened.pack else end  # the label of a window's last token is the next window's, and not scored
+        found = mixture.marked(source, opened.documents(start, last)) if documents else []
+        padding = last - opened.end_with_eos(found[-1]) if found and opened.pack else None
+        rows[i] = Row(first + i, (first + i) // rank_size, mixture.names[source], instance, epoch, start, end, found, padding)
     return [rows[i] for i in range(len(batch))]
 
 
@@ -100,7 +104,8 @@ def visits_of(mixture: Mixture, source: int, document: Document, first_step: int
 def _instances_of(mixture: Mixture, source: int, start: int, stop: int) -> range:
     """The instances that read any token of [start, stop), by bisection: starts and ends of instances are in order."""
     instances = range(mixture.sizes[source])
-    low = bisect_right(instances, start, key=lambda instance: mixture.span(source, instance)[1])
+    packed = mixture.sources[source].pack is not None  # then the last label of an instance is not scored
+    low = bisect_right(instances, start, key=lambda instance: mixture.span(source, instance)[1] - packed)
     return range(low, bisect_left(instances, stop, key=lambda instance: mixture.span(source, instance)[0]))
 
 

@@ -57,6 +57,10 @@ def read_batch(mixture: Mixture, step: int, data_rank: int, data_size: int) -> B
     tokens = torch.from_numpy(mixture.read(mine))
     input_ids, labels = split_labels(tokens, mixture.read_label_mask(mine), mixture.shifted)
     documents = None if mixture.eos_id is None else document_numbers(input_ids, mixture.eos_id)
+    for row, (source, instance) in enumerate(zip(mine.source.tolist(), mine.instance.tolist(), strict=True)):
+        if documents is not None and mixture.sources[source].marks_documents:
+            start = mixture.span(source, instance)[0]
+            documents[row] = torch.from_numpy(mixture.sources[source].document_numbers(start, input_ids.shape[1]))
     return Batch(input_ids, labels, torch.from_numpy(mine.source), documents, mixture.sample_hash(global_batch), step)
 
 
@@ -138,6 +142,7 @@ def validation_batches(
     for first in range(0, instances, rows * data_size):
         tokens = np.zeros((rows, seq_len + 1), dtype=np.int64)
         scored = np.zeros((rows, seq_len + 1), dtype=np.uint8)
+        marked = np.zeros((rows, seq_len), dtype=np.int64)
         for row in range(rows):
             start = (first + data_rank * rows + row) * seq_len
             length = min(seq_len + 1, source.n_tokens - start)
@@ -146,6 +151,10 @@ def validation_batches(
                 scored[row, :length] = 1
                 if source.has_label_mask:
                     source.read_label_mask(start, scored[row, :length])
+                if source.marks_documents:
+                    marked[row, : min(length, seq_len)] = source.document_numbers(start, min(length, seq_len))
         input_ids, labels = split_labels(torch.from_numpy(tokens), scored, shifted=False)
         documents = None if eos_id is None else document_numbers(input_ids, eos_id)
+        if documents is not None and source.marks_documents:
+            documents = torch.from_numpy(marked)
         yield Batch(input_ids, labels, torch.zeros(rows, dtype=torch.int64), documents)

@@ -18,11 +18,13 @@ from olmo_train.errors import DataError, reason
 from olmo_train.formats import counted
 
 FORMAT_VERSION = 1
+MARKED_VERSION = 2  # of a source whose label masks mark where documents begin
 META_FILE = "meta.json"
 # The fix for a damaged source; prepare-data does not write into a finished folder.
 PREPARE_AGAIN = "copy it again, or prepare the text again into a new folder"
 TOKENIZER_FILE = "tokenizer.json"
 DTYPES = ("uint16", "uint32")
+SCORED, BEGINS = 1, 2  # bits of a byte of a label mask: the token is scored as a label; a document, or padding, begins with it
 BLOCK_BYTES = 4096
 BLOCKS = 16  # blocks of a shard in blocks_sha256, evenly spread, including the first and the last
 
@@ -36,7 +38,7 @@ class ShardMeta:
     size: int  # bytes
     sha256: str  # of the file
     blocks_sha256: str  # of BLOCKS blocks, compared when a large source is opened
-    labels: dict | None = None  # {"file", "sha256"} of the label mask, one byte per token, 1 = scored; null: all scored
+    labels: dict | None = None  # {"file", "sha256"} of the label mask, a byte per token (SCORED, BEGINS); null: all scored
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class Meta:
     vocab_size: int
     eos_id: int
     eos_text: str
-    tokens: int  # of all shards: those of the documents, and one EOS per document
+    tokens: int  # of all shards: those of the documents, one EOS per document, and padding
     documents: int
     bytes: int  # UTF-8 bytes of the documents' text, EOS not included
     shards: tuple[ShardMeta, ...]
@@ -58,6 +60,14 @@ class Meta:
     skipped: dict = field(default_factory=dict)  # {"records": n, "empty": n, "first": [...]}: input without a document
     account: dict = field(default_factory=dict)  # where every byte and record of the input went; docs/data.md
     recipe: dict = field(default_factory=dict)  # inputs and options of prepare-data
+    pack: int | None = None  # tokens of a window, which no document crosses; null: documents follow one another
+    padding: int = 0  # tokens that fill the windows
+    template: dict | None = None  # ChatFormat.record: name, instruction, markers, turn end, what is scored
+
+    @property
+    def marks_documents(self) -> bool:
+        """Whether label masks mark where documents begin: with a template, or packed, an EOS is not always a document's end."""
+        return self.pack is not None or self.template is not None
 
     @property
     def has_label_mask(self) -> bool:
@@ -77,9 +87,9 @@ def read_meta(folder: Path) -> Meta:
     try:
         values = json.loads(file.read_bytes())
         version = values.get("format_version")
-        if version != FORMAT_VERSION:
+        if version not in (FORMAT_VERSION, MARKED_VERSION):
             raise DataError(file, f"format_version is {version}, expected {FORMAT_VERSION}; {PREPARE_AGAIN}")
-        values.setdefault("account", {})  # earlier versions kept none
+        values = {"account": {}, "pack": None, "padding": 0, "template": None} | values  # earlier versions had none
         values = {f.name: values[f.name] for f in fields(Meta)}
         shards = tuple(ShardMeta(**shard) for shard in values.pop("shards"))
         meta = Meta(shards=shards, **values)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from bisect import bisect_right
+import math
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable
 from dataclasses import replace
 
@@ -18,6 +19,8 @@ from olmo_train.data.tokenizer import TokenizerRecord, check_same_tokenizer
 from olmo_train.errors import ConfigError, DataError
 from olmo_train.formats import counted
 
+MOST_PLACES = 2**60  # of a run; more do not fit an int64
+
 
 class Mixture:
     """Open sources and their order: lists, reads and hashes the global batch of any step."""
@@ -27,6 +30,7 @@ class Mixture:
         self.config, self.seq_len = config, seq_len
         self.sources = [open_source(name, source, vocab_size, config.eos_id) for name, source in config.sources.items()]
         self.names = [source.name for source in self.sources]
+        self._check_packs()
         self.denied = denied_spans(config.deny, self.sources)
         self.shifted = config.order == "olmo"  # an instance is seq_len tokens, the last of which has no label
         self.eos_id = self._eos_id() if config.document_mask else None  # if set, attention stays within documents
@@ -51,7 +55,10 @@ class Mixture:
     def open_validation(self) -> list[TokenSource]:
         """The sources of data.validation. Raises ConfigError and DataError."""
         where, named = "data.validation.{}.path", self.config.validation.items()
-        return [open_source(name, source, self.vocab_size, self.eos_id, where.format(name)) for name, source in named]
+        sources = [open_source(name, source, self.vocab_size, self.eos_id, where.format(name)) for name, source in named]
+        for source in sources:
+            check_pack(source, f"data.validation.{source.name}", self.seq_len, self.config.document_mask)
+        return sources
 
     def check_tokenizers(self, validation: Iterable[TokenSource] = (), *others: TokenizerRecord | None) -> None:
         """Raises DataError when the sources, the validation sources or `others` were made with different tokenizers."""
@@ -87,6 +94,20 @@ class Mixture:
         """sha256 of the batch's sorted (source, instance) pairs, which does not depend on the order of rows."""
         pairs = sorted((self.names[s], int(i)) for s, i in zip(batch.source, batch.instance, strict=True))
         return hashlib.sha256("".join(f"{name}\t{instance}\n" for name, instance in pairs).encode()).hexdigest()
+
+    def places_of_epochs(self, epochs: float) -> int:
+        """The first number of places that hold this many passes over the source of the largest weight in data.sources.
+
+        Raises ConfigError when a later stage leaves that source out before.
+        """
+        weights = [source.weight for source in self.config.sources.values()]
+        largest = weights.index(max(weights))
+        visits = math.ceil(epochs * self.sizes[largest])
+        places = bisect_left(range(MOST_PLACES), visits, key=lambda place: int(self.order.visits_before(place)[largest]))
+        if places == MOST_PLACES:
+            what = f"{epochs:g} passes over {self.names[largest]} never end, as a stage gives it no weight; set total_steps"
+            raise ConfigError("total_epochs", what)
+        return places
 
     def span(self, source: int, instance: int) -> tuple[int, int]:
         """[start, end) of an instance in its source's stream of tokens."""
@@ -132,6 +153,17 @@ class Mixture:
             self.denied[source].hide(start, mask[row])
         return mask
 
+    def _check_packs(self) -> None:
+        packed = [source for source in self.sources if source.pack]
+        for source in packed:
+            check_pack(source, f"data.sources.{source.name}", self.seq_len, self.config.document_mask)
+        if packed and len(packed) < len(self.sources):
+            other = next(source.name for source in self.sources if not source.pack)
+            what = f"mixes {packed[0].name}, which is packed into windows, with {other}, which is not"
+            raise ConfigError("data.sources", f"{what}; prepare {other} with --pack {packed[0].pack} too")
+        if packed and self.config.order == "olmo":
+            raise ConfigError("data.order", "'olmo' reads across the windows of packed sources; use order: permute")
+
     def _eos_id(self) -> int:
         known = {source.eos_id for source in self.sources}
         if len(known) != 1 or None in known:
@@ -144,3 +176,16 @@ class Mixture:
             files = ", ".join(str(file) for file in sorted({s.files[0] for s in self.sources if s.name in name.split(", ")}))
             what = f"{counted(size, 'instance')} of {self.seq_len} tokens in {files}; the run needs at least {needed:,}"
             raise DataError(f"data.sources.{name}", what)
+
+
+def check_pack(source: TokenSource, name: str, seq_len: int, document_mask: bool) -> None:
+    """Raises ConfigError when a packed source does not fit the model's seq_len, or attention would cross its documents.
+
+    `name`: the source, as the user knows it.
+    """
+    if source.pack not in (None, seq_len):
+        what = f"{seq_len} is not the {source.pack} tokens of the windows of {name}"
+        raise ConfigError("model.seq_len", f"{what}; set model.seq_len={source.pack}, or prepare it with --pack {seq_len}")
+    if source.pack and not document_mask:
+        what = f"is false, but {name} is packed: its documents would read each other"
+        raise ConfigError("data.document_mask", f"{what}; set data.document_mask=true")

@@ -22,7 +22,7 @@ import numpy as np
 from olmo_train.data import remote
 from olmo_train.data.config import SourceConfig
 from olmo_train.data.documents import DOCUMENTS_FILE, Document, DocumentTable, scan_documents
-from olmo_train.data.meta import META_FILE, PREPARE_AGAIN, Meta, hash_blocks, hash_file, read_meta
+from olmo_train.data.meta import BEGINS, META_FILE, PREPARE_AGAIN, SCORED, Meta, hash_blocks, hash_file, read_meta
 from olmo_train.data.tokenizer import TokenizerRecord
 from olmo_train.errors import ConfigError, DataError, did_you_mean, near_files, reason
 from olmo_train.formats import counted
@@ -47,6 +47,8 @@ class TokenSource:
         self.eos_id = meta.eos_id if meta else eos_id
         self.n_bytes = None if meta is None or meta.has_label_mask else meta.bytes
         self.has_label_mask = meta is not None and meta.has_label_mask
+        self.marks_documents = meta is not None and meta.marks_documents  # else a document ends at each EOS
+        self.pack = meta.pack if meta else None  # tokens of a window, which no document crosses
         self._starts = self.starts.tolist()  # bisect on a list is several times faster than on an array
         self._views = [_map(f.path, f.dtype, f.offset) for f in files]
         labels = [shard.labels for shard in meta.shards] if meta else [None] * len(files)
@@ -67,6 +69,15 @@ class TokenSource:
     def read_label_mask(self, start: int, out: np.ndarray) -> None:
         """Copy the label mask of the same span: 1 where the token is scored as a target. All ones without a mask."""
         self._copy(self._labels, start, out)
+        if self.marks_documents:
+            out &= SCORED
+
+    def document_numbers(self, start: int, length: int) -> np.ndarray:
+        """The number of each token's document in [start, start + length), (length,) int64, where label masks mark documents.
+        The padding of a window counts as a document."""
+        mask = np.empty(length, np.uint8)
+        self._copy(self._labels, start, mask)
+        return (mask // BEGINS).cumsum(dtype=np.int64)
 
     def _copy(self, views: list[np.ndarray | None], start: int, out: np.ndarray) -> None:
         starts, stop = self._starts, start + len(out)
@@ -226,7 +237,7 @@ def _check_meta(folder: Path, meta: Meta, config: SourceConfig, vocab_size: int,
         fix = f"raise model.vocab_size from {vocab_size} to at least {meta.vocab_size}"
         what = f"vocab_size is {meta.vocab_size}, above the model's; {fix}"
     elif eos_id not in (None, meta.eos_id):
-        what = f"eos_id is {meta.eos_id} ({meta.eos_text!r}), but the configuration says {eos_id}; use one tokenizer"
+        what = f"eos_id is {meta.eos_id} ({meta.eos_text!r}), but the configuration says {eos_id}; use one tokenizer and --eos"
     elif not meta.shards:
         what = f"names no shards, so there is nothing to read; {PREPARE_AGAIN}"
     if what:

@@ -125,11 +125,12 @@ class Tokenizer:
         return self.inner.decode(list(map(int, ids)), skip_special_tokens=False)
 
 
-def load_tokenizer(name_or_file: str | Path, eos: str | None = None) -> Tokenizer:
+def load_tokenizer(name_or_file: str | Path, eos: str | None = None, markers: tuple[str, ...] = ()) -> Tokenizer:
     """Read a tokenizer.json file, a folder with one, or an OLMo tokenizer by name.
 
-    The EOS is `eos`, else the one that a file in its folder names, else the first of EOS_TEXTS in the vocabulary. Raises
-    ConfigError for an unknown file or name, and DataError for contents that cannot be used.
+    The EOS is `eos`, else the one that a file in its folder names, else the first of EOS_TEXTS in the vocabulary. No text becomes
+    the EOS or one of `markers`, the special tokens of a template. Raises ConfigError for an unknown file or name, and DataError
+    for contents that cannot be used or lack a marker.
     """
     name, eos_id = str(name_or_file), None
     file = Path(name)
@@ -151,7 +152,7 @@ def load_tokenizer(name_or_file: str | Path, eos: str | None = None) -> Tokenize
         raise DataError(file, f"is no tokenizer.json; convert a SentencePiece model with {fix}") from problem
     except OSError as problem:
         raise DataError(file, f"cannot be read: {reason(problem)}") from problem
-    return from_json(text, name, eos_id, eos or _eos_beside(file))
+    return from_json(text, name, eos_id, eos or _eos_beside(file), markers)
 
 
 def _eos_beside(file: Path) -> str | None:
@@ -170,15 +171,20 @@ def config_file(eos_text: str, **more: object) -> bytes:
     return json.dumps({"eos_token": eos_text, **more}, indent=1).encode()
 
 
-def from_json(text: str, name: str, eos_id: int | None = None, eos: str | None = None) -> Tokenizer:
+def from_json(
+    text: str, name: str, eos_id: int | None = None, eos: str | None = None, markers: tuple[str, ...] = ()
+) -> Tokenizer:
     """The tokenizer of the contents of a tokenizer.json. The EOS is `eos`, else the first of EOS_TEXTS in the vocabulary, which
     must have the id `eos_id`, if set. Raises DataError."""
     inner = _open(text, name)
     vocabulary = inner.get_vocab(with_added_tokens=True)
+    if missing := [marker for marker in markers if marker not in vocabulary]:
+        fix = "use the tokenizer of a model that was trained with this template, or --template plain"
+        raise DataError(name, f"lacks {', '.join(missing)} as single tokens, which the template needs; {fix}")
     if eos is not None and eos not in vocabulary:
         raise DataError(name, f"has no token {eos!r} to end a document (--eos, or {CONFIG_FILE} beside it)")
     eos_text = eos or _eos_text(inner, vocabulary, name, eos_id)
-    digest, encoder = hashlib.sha256(text.encode()).hexdigest(), _encoder(inner, text, name, eos_text)
+    digest, encoder = hashlib.sha256(text.encode()).hexdigest(), _encoder(inner, text, name, {eos_text, *markers})
     return Tokenizer(name, text, digest, max(vocabulary.values()) + 1, vocabulary[eos_text], eos_text, inner, encoder)
 
 
@@ -195,28 +201,34 @@ def _open(text: str, name: str) -> tokenizers.Tokenizer:
     return inner
 
 
-def _encoder(inner: tokenizers.Tokenizer, text: str, name: str, eos: str) -> tokenizers.Tokenizer:
-    """`inner` if text that spells the EOS does not become it, as with a byte-level BPE; else a copy in which it does not.
+def _encoder(inner: tokenizers.Tokenizer, text: str, name: str, special: set[str]) -> tokenizers.Tokenizer:
+    """`inner` if text that spells a special token does not become it, as with a byte-level BPE; else a copy in which it does not.
 
-    Unigram and WordLevel models find the EOS in their vocabulary, and an added token with `special: false` is always matched. In
-    the copy the EOS keeps its id under a name that occurs in no text, so its spelling is encoded like other text.
+    Unigram and WordLevel models find these tokens in their vocabulary, and an added token with `special: false` is always
+    matched. In the copy they keep their ids under names that occur in no text, so their spelling is encoded like other text.
     """
-    if inner.token_to_id(eos) not in inner.encode(f"{eos} a{eos}a {eos}", add_special_tokens=False).ids:
+    found = {token for token in special if _is_found(inner, token)}
+    if not found:
         return inner
-    values, hidden = json.loads(text), f"\0{eos}\0"
+    hidden = {token: f"\0{token}\0" for token in found}
+    values = json.loads(text)
     model, vocab = values["model"], values["model"]["vocab"]
     if isinstance(vocab, dict):
-        model["vocab"] = {hidden if piece == eos else piece: id for piece, id in vocab.items()}
+        model["vocab"] = {hidden.get(piece, piece): id for piece, id in vocab.items()}
     else:  # Unigram: pairs of a piece and its score
-        model["vocab"] = [[hidden if piece == eos else piece, score] for piece, score in vocab]
-    if model.get("unk_token") == eos:
-        model["unk_token"] = hidden
+        model["vocab"] = [[hidden.get(piece, piece), score] for piece, score in vocab]
+    model |= {"unk_token": hidden[model["unk_token"]]} if model.get("unk_token") in hidden else {}
     for token in values["added_tokens"]:
-        token["content"] = hidden if token["content"] == eos else token["content"]
+        token["content"] = hidden.get(token["content"], token["content"])
     try:
         return _open(json.dumps(values), name)
-    except DataError:  # merges build the EOS; tokenize_chunk leaves out documents that contain it
+    except DataError:  # merges build the token; tokenize_chunk leaves out documents that contain it
         return inner
+
+
+def _is_found(inner: tokenizers.Tokenizer, token: str) -> bool:
+    """Whether text that spells a token becomes it."""
+    return inner.token_to_id(token) in inner.encode(f"{token} a{token}a {token}", add_special_tokens=False).ids
 
 
 def _eos_text(inner: tokenizers.Tokenizer, vocabulary: dict[str, int], name: str, eos_id: int | None) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from olmo_train.data.documents import DOCUMENTS_FILE, ID_DTYPE, IDS_FILE, DocumentTable, id_hash
-from olmo_train.data.meta import META_FILE, TOKENIZER_FILE, Meta, ShardMeta, hash_file, read_meta
+from olmo_train.data.meta import BEGINS, META_FILE, SCORED, TOKENIZER_FILE, Meta, ShardMeta, hash_file, read_meta
 from olmo_train.data.tokenizer import from_json
 from olmo_train.errors import DataError, reason
 from olmo_train.formats import counted
@@ -41,14 +41,21 @@ def verify(folder: Path, on_shard: Callable[[str], None] = lambda name: None) ->
         problems += _documents_file(folder, meta, table)
     except DataError as problem:
         problems.append(Problem(folder / DOCUMENTS_FILE, str(problem).partition(": ")[2]))
-    documents = 0
+    if meta.pack and meta.tokens % meta.pack != 1:
+        what = f"expected a multiple of the window's {meta.pack} tokens and one more, found {meta.tokens:,} tokens"
+        problems.append(Problem(folder / META_FILE, what))
+    documents = padding = base = 0
     for index, shard in enumerate(meta.shards):
         on_shard(shard.file)
-        ends, found = _document_ends(folder, table, index, shard) if table else (None, [])
+        starts, ends, found = _document_spans(folder, table, meta, index, base) if table else (None, None, [])
         problems += found
         problems += _shard(folder, meta, shard, ends)
-        problems += _labels(folder, shard)
+        problems += _labels(folder, shard, meta, None if found else starts, ends, base)
         documents += 0 if ends is None else len(ends)
+        padding += 0 if ends is None else shard.tokens - int((ends - starts + 1).sum())
+        base += shard.tokens
+    if table and not problems and padding != meta.padding:
+        problems.append(Problem(folder / META_FILE, f"padding: expected {meta.padding:,}, found {padding:,}"))
     if table and documents != meta.documents:
         problems.append(Problem(folder / DOCUMENTS_FILE, f"expected {counted(meta.documents, 'document')}, found {documents:,}"))
     if table and not problems:  # else lookups would repeat another problem
@@ -90,23 +97,34 @@ def _documents_file(folder: Path, meta: Meta, table: DocumentTable) -> Iterator[
         yield Problem(file, f"expected {counted(meta.documents, 'row')}, found {table.n_documents:,}")
 
 
-def _document_ends(folder: Path, table: DocumentTable, index: int, shard: ShardMeta) -> tuple[np.ndarray, list[Problem]]:
-    """(documents of the shard,) the end of each, where its EOS must be. They must follow one another without gaps."""
-    file = folder / DOCUMENTS_FILE
+def _document_spans(
+    folder: Path, table: DocumentTable, meta: Meta, index: int, base: int
+) -> tuple[np.ndarray, np.ndarray, list[Problem]]:
+    """(documents of the shard,) the start of each, and the end, where its EOS must be. They must follow one another without gaps.
+
+    In a packed source, a gap is the padding at the end of a window, and none crosses a window. `base`: tokens before the shard.
+    """
+    file, shard, pack = folder / DOCUMENTS_FILE, meta.shards[index], meta.pack
     try:
         starts, ends = table.spans(index)
     except DataError as problem:
-        return np.zeros(0, np.int64), [Problem(file, str(problem))]
-    expected = np.concatenate([[0], ends[:-1] + 1]) if len(ends) else starts
-    wrong = np.flatnonzero((starts != expected) | (ends < starts))
+        return np.zeros(0, np.int64), np.zeros(0, np.int64), [Problem(file, str(problem))]
+    before = np.concatenate([[0], ends[:-1] + 1]) if len(ends) else starts
+    windows = before if not pack else -(-(before + base) // pack) * pack - base  # where the next window begins
+    wrong = np.flatnonzero(((starts != before) & (starts != windows)) | (ends < starts))
     if len(wrong):
         at = int(wrong[0])
-        what = f"shard {index}, document {at}: expected start {expected[at]}, found {starts[at]} to {ends[at]}"
-        return ends, [Problem(file, what)]
+        what = f"shard {index}, document {at}: expected start {before[at]}, found {starts[at]} to {ends[at]}"
+        return starts, ends, [Problem(file, what)]
+    crossing = np.flatnonzero((starts + base) // pack != (ends + base) // pack) if pack else ends[:0]
+    if len(crossing):
+        at = int(crossing[0])
+        what = f"shard {index}, document {at}: expected no document across a window of {pack}, found {starts[at]} to {ends[at]}"
+        return starts, ends, [Problem(file, what)]
     last = int(ends[-1]) + 1 if len(ends) else 0
-    if last != shard.tokens:
-        return ends, [Problem(file, f"shard {index}: expected documents up to token {shard.tokens}, found {last}")]
-    return ends, []
+    if last != shard.tokens and not (pack and last < shard.tokens):
+        return starts, ends, [Problem(file, f"shard {index}: expected documents up to token {shard.tokens}, found {last}")]
+    return starts, ends, []
 
 
 def _shard(folder: Path, meta: Meta, shard: ShardMeta, ends: np.ndarray | None) -> Iterator[Problem]:
@@ -149,6 +167,8 @@ def _block(file: Path, meta: Meta, start: int, ids: np.ndarray, ends: np.ndarray
     if len(missing):
         at = int(missing[0])
         yield "missing", Problem(file, f"token {start + at}: expected EOS {meta.eos_id} (a document ends), found {ids[at]}")
+    if meta.marks_documents:  # a template's turns and padding have EOS too; label masks mark the documents
+        return
     found = np.flatnonzero(ids == meta.eos_id)
     extra = found[~np.isin(found, expected)]
     if len(extra):
@@ -156,21 +176,54 @@ def _block(file: Path, meta: Meta, start: int, ids: np.ndarray, ends: np.ndarray
         yield "extra", Problem(file, f"token {at}: expected no EOS inside a document, found {meta.eos_id}")
 
 
-def _labels(folder: Path, shard: ShardMeta) -> Iterator[Problem]:
+def _labels(
+    folder: Path, shard: ShardMeta, meta: Meta, starts: np.ndarray | None, ends: np.ndarray | None, base: int
+) -> Iterator[Problem]:
+    """Size, hash and values of a label mask; with marks, also where documents begin, and that padding is not scored."""
     if not shard.labels:
+        if meta.marks_documents:
+            yield Problem(folder / META_FILE, f"{shard.file}: expected a label mask that marks its documents, found none")
         return
     file = folder / shard.labels["file"]
     if _size(file) != shard.tokens:
         yield Problem(file, f"expected {shard.tokens} bytes, found {_size(file)}")
         return
     yield from _hash(file, shard.labels["sha256"], hash_file(file))
-    mask = np.memmap(file, np.uint8, mode="r")
+    mask, most = np.memmap(file, np.uint8, mode="r"), SCORED | BEGINS if meta.marks_documents else SCORED
     for start in range(0, len(mask), BLOCK):
-        wrong = np.flatnonzero(mask[start : start + BLOCK] > 1)
+        wrong = np.flatnonzero(mask[start : start + BLOCK] > most)
         if len(wrong):
             at = start + int(wrong[0])
-            yield Problem(file, f"token {at}: expected 0 or 1, found {mask[at]}")
+            yield Problem(file, f"token {at}: expected 0 {'or' if most == 1 else 'to'} {most}, found {mask[at]}")
             return
+    if meta.marks_documents and starts is not None:
+        yield from _marks(file, mask, meta, starts, ends, base + len(mask) == meta.tokens)
+
+
+def _marks(file: Path, mask: np.ndarray, meta: Meta, starts: np.ndarray, ends: np.ndarray, is_last: bool) -> Iterator[Problem]:
+    """BEGINS at the first token of each document and of each padding, where nothing is scored; each document's EOS is scored."""
+    follows = np.append(starts[1:], len(mask)) if len(starts) else starts
+    fills = (ends + 1)[ends + 1 < follows]
+    expected = np.unique(np.concatenate([starts, fills, [len(mask) - 1] if meta.pack and is_last else []])).astype(np.int64)
+    found = np.flatnonzero(mask & BEGINS)
+    if not np.array_equal(found, expected):
+        at = int(np.setxor1d(found, expected)[0])
+        yield Problem(
+            file, f"token {at}: expected {'a' if at in expected else 'no'} mark of a document's begin, found {mask[at]}"
+        )
+        return
+    scored = mask & SCORED
+    inside = np.zeros(len(mask) + 1, np.int8)
+    inside[starts + 1] += 1  # nothing comes before the first token
+    inside[ends + 1] -= 1
+    outside = np.flatnonzero(scored & (inside[:-1].cumsum(dtype=np.int8) == 0))
+    if len(outside):
+        at = int(outside[0])
+        yield Problem(file, f"token {at}: expected padding and a document's first token to be unscored, found {mask[at]}")
+    unscored = ends[scored[ends] == 0]
+    if len(unscored):
+        at = int(unscored[0])
+        yield Problem(file, f"token {at}: expected the EOS of a document to be scored, found {mask[at]}")
 
 
 def _ids(folder: Path, meta: Meta, table: DocumentTable) -> Iterator[Problem]:

@@ -43,10 +43,15 @@ def measure(
 ) -> HeldOut:
     """Evaluate a model on all tokens of a source, `rows` sequences of seq_len tokens at a time.
 
-    document_mask: attention stays within documents, as in training. train_counts: (vocab_size,) occurrences of each id in
-    training. Raises ConfigError when document_mask is set and the EOS of the source is not known.
+    document_mask: attention stays within documents, as in training; always in a packed source, which is read in its windows.
+    train_counts: (vocab_size,) occurrences of each id in training. Raises ConfigError when document_mask is set and the EOS of
+    the source is not known, or when its windows are longer than the model's seq_len.
     """
     config = model.config
+    document_mask, seq_len = document_mask or source.pack is not None, source.pack or config.seq_len
+    if seq_len > config.seq_len:
+        what = f"is packed into windows of {seq_len} tokens, more than the {config.seq_len} of the model"
+        raise ConfigError(source.name, f"{what}; prepare it with --pack {config.seq_len}")
     if document_mask and source.eos_id is None:
         raise ConfigError("data.eos_id", f"is needed for data.document_mask, since {source.name} is made of raw token files")
     seen = np.zeros(config.vocab_size, dtype=np.int64)  # occurrences of each id as a scored label
@@ -56,8 +61,8 @@ def measure(
             seen[:] += np.bincount(batch.labels[batch.labels != IGNORE].numpy(), minlength=config.vocab_size)
             yield batch
 
-    batches = validation_batches(source, config.seq_len, rows, 0, 1, source.eos_id if document_mask else None)
-    n_batches = -(-(source.n_tokens - 1) // (config.seq_len * rows))
+    batches = validation_batches(source, seq_len, rows, 0, 1, source.eos_id if document_mask else None)
+    n_batches = -(-(source.n_tokens - 1) // (seq_len * rows))
     loss, tokens = loss_sums(model, watch(counted(batches), source.name, n_batches)).tolist()
     unigram = None if train_counts is None else unigram_loss(train_counts, seen)
     return HeldOut(loss, int(tokens), source.n_bytes, source.name, unigram, math.log(config.vocab_size))

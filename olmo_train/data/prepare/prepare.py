@@ -16,7 +16,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 
@@ -24,9 +24,11 @@ from olmo_train.data.meta import META_FILE, PREPARE_AGAIN, Meta, hash_blocks, re
 from olmo_train.data.prepare.chunks import Chunk, Skipped, Unit
 from olmo_train.data.prepare.inputs import WORK_FOLDER, find_units
 from olmo_train.data.prepare.readers import Tail, chunks, records
-from olmo_train.data.prepare.tokenize import HARMLESS, NO_TEXT, ChunkResult, count_left_out, tokenize_chunks
-from olmo_train.data.prepare.writer import SourceWriter, Tokenized, WriterState
+from olmo_train.data.prepare.tokenize import HARMLESS, NO_TEXT, ChunkResult, Encoding, count_left_out, tokenize_chunks
+from olmo_train.data.prepare.tokenized import Tokenized
+from olmo_train.data.prepare.writer import SourceWriter, WriterState
 from olmo_train.data.shards import check_prepared
+from olmo_train.data.templates import ChatFormat, open_format
 from olmo_train.data.tokenizer import Tokenizer, load_tokenizer
 from olmo_train.errors import ConfigError, DataError, UserError, check_choice
 from olmo_train.formats import counted
@@ -35,6 +37,7 @@ from olmo_train.storage import lock
 VALIDATION = "validation"  # folder of the held-out documents, inside the output
 SAVE_SECONDS = 10.0  # between saves; the most work that a kill costs
 SAVE_ROWS = 2**17  # most documents with rows in memory
+LATER = ("template", "instruction", "pack", "cut")  # keys of the recipe that earlier versions did not have: null
 NAMED = 20  # most skipped records that meta.json and the console name; the others are only counted
 
 
@@ -51,6 +54,10 @@ class PrepareOptions:
     max_shard_tokens: int = 2**28  # 512 MiB as uint16
     validation_fraction: float | None = None  # of the documents; null: none is held out
     on_error: str = "skip"  # skip a corrupt record, or stop at the first one
+    template: str | None = None  # a row of TEMPLATES, for instructions and chats
+    instruction: str | None = None  # text before the first message of the user; needs a template
+    pack: int | None = None  # tokens of a window, which no document crosses; null: documents follow one another
+    cut: str | None = None  # prompt: the prompts of documents longer than a window are cut
 
     def __post_init__(self) -> None:
         check_choice("--on-error", self.on_error, ("skip", "stop"))
@@ -60,6 +67,24 @@ class PrepareOptions:
         fraction = self.validation_fraction
         if fraction is not None and not 0 < fraction <= 0.5:
             raise ConfigError("--validation-fraction", f"must be above 0 and at most 0.5, got {fraction}")
+        self._check_template()
+
+    def _check_template(self) -> None:
+        if self.pack is not None and self.pack < 8:
+            raise ConfigError("--pack", f"must be at least 8 tokens, got {self.pack}; use the model.seq_len of the run")
+        if self.cut is not None:
+            check_choice("--cut", self.cut, ("prompt",))
+        needed = {"--cut": "which says what the prompt is", "--instruction": "which puts it before the prompt"}
+        for option, why in needed.items():
+            if getattr(self, option[2:]) is not None and self.template is None:
+                raise ConfigError(option, f"needs --template, {why}; add --template plain, or another one")
+        if self.cut is not None and self.pack is None:
+            raise ConfigError("--cut", "needs --pack, the tokens of a window that a document must fit in; add --pack N")
+
+    @property
+    def encoding(self) -> Encoding:
+        """How records become documents."""
+        return Encoding(self.text_field, self.template, self.instruction, self.pack, self.cut)
 
     @property
     def hold_out_every(self) -> int | None:
@@ -96,6 +121,7 @@ class _State:
     input_bytes: int = 0
     documents: int = 0  # held-out ones included
     left_out: dict = field(default_factory=dict)  # reason: {"records": n, "bytes": n}
+    cut_prompts: int = 0
     first: list = field(default_factory=list)  # the first corrupt records: {"where", "why"}
     train: WriterState = field(default_factory=WriterState)
     validation: WriterState = field(default_factory=WriterState)
@@ -112,7 +138,12 @@ def prepare(
     Raises ConfigError for wrong options or an output with another recipe, and DataError for inputs without documents or, with
     on_error 'stop', for the first corrupt record; after a DataError the output folder is as before.
     """
-    tokenizer = load_tokenizer(options.tokenizer, eos=options.eos)
+    chat = None
+    if options.template is None:
+        tokenizer = load_tokenizer(options.tokenizer, eos=options.eos)
+    else:
+        chat = open_format(options.template, options.tokenizer, options.eos, options.instruction)
+        tokenizer = chat.tokenizer
     unread: dict[str, dict[str, int]] = {}  # files of the inputs that are not opened: {reason: {"records": files, "bytes": n}}
 
     def on_left_out(skipped: Skipped) -> None:
@@ -139,7 +170,7 @@ def prepare(
     existed = output.exists()
     with _locked(output) as work:
         tail = _tail(options, units, on_note)
-        run = _Run(options, tokenizer, units, unread, _load_state(output, work, recipe), work, on_note, tail)
+        run = _Run(options, tokenizer, chat, units, unread, _load_state(output, work, recipe), work, on_note, tail)
         try:
             meta, held_out = run.run(on_progress)
         except UserError:
@@ -158,14 +189,15 @@ def prepare(
 class _Run:
     """One run, from the state that it finds to the finished folder."""
 
-    def __init__(self, options, tokenizer, units, unread, state, work, on_note, tail):
+    def __init__(self, options, tokenizer, chat: ChatFormat | None, units, unread, state, work, on_note, tail):
         self.options, self.tokenizer, self.units, self.state, self.work = options, tokenizer, units, state, work
         self.unread, self.on_note, self.tail = unread, on_note, tail
         most, output, self.every = options.max_shard_tokens, options.output, options.hold_out_every
-        self.train = SourceWriter(output, work / "train", tokenizer, most, state.train)
+        layout = {"pack": options.pack, "template": chat and chat.record()}
+        self.train = SourceWriter(output, work / "train", tokenizer, most, state.train, **layout)
         self.writers = [self.train]
         if self.every:
-            self.held_out = SourceWriter(output / VALIDATION, work / VALIDATION, tokenizer, most, state.validation)
+            self.held_out = SourceWriter(output / VALIDATION, work / VALIDATION, tokenizer, most, state.validation, **layout)
             self.writers.insert(0, self.held_out)  # the output folder itself is finished last
 
     def run(self, on_progress: Callable[[Progress], None]) -> tuple[Meta, Meta | None]:
@@ -175,8 +207,8 @@ class _Run:
             raise DataError(state.first[0]["where"], state.first[0]["why"])
         total_bytes, resumed_tokens = sum(unit.size for unit in self.units), self._n_tokens()
         places: deque[tuple[int, int]] = deque()
-        options = self.options
-        for result in tokenize_chunks(self._chunks(places), self.tokenizer, options.text_field, options.workers, self.tail):
+        how, workers = replace(self.options.encoding, tail=self.tail), self.options.workers
+        for result in tokenize_chunks(self._chunks(places), self.tokenizer, how, workers):
             self._take(result)
             state.unit, state.chunk = places.popleft()
             on_progress(Progress(state.input_bytes, total_bytes, self._n_tokens(), resumed_tokens))
@@ -184,6 +216,8 @@ class _Run:
             if time.monotonic() - saved > SAVE_SECONDS or rows > SAVE_ROWS:
                 self._save()
                 saved = time.monotonic()
+        for writer in self.writers:
+            writer.end()
         self._save()
         self._refuse_nothing()
         account = self._account()
@@ -216,6 +250,7 @@ class _Run:
         for reason, n in result.left_out.items():
             count_left_out(state.left_out, reason, **n)
         state.input_bytes += result.input_bytes
+        state.cut_prompts += result.cut_prompts
         self._write(result.documents)
         state.documents += len(result.documents)
 
@@ -262,7 +297,8 @@ class _Run:
         unread_files, unread_bytes = (sum(n[key] for n in self.unread.values()) for key in ("records", "bytes"))
         read = {"files": recipe["input_files"] + unread_files, "bytes": state.input_bytes + unread_bytes}
         written = {"documents": state.documents, "bytes": read["bytes"] - bytes, "tokens": self._n_tokens()}
-        return {"in": {**read, "records": state.documents + records}, "out": written, "left_out": left_out}
+        account = {"in": {**read, "records": state.documents + records}, "out": written, "left_out": left_out}
+        return account | ({"cut_prompts": state.cut_prompts} if self.options.cut else {})
 
     def _save(self) -> None:
         for writer in self.writers:
@@ -287,7 +323,7 @@ class _Run:
 
 def _tail(options: PrepareOptions, units: list[Unit], on_note: Callable[[str], None]) -> Tail | None:
     """The end of the last document, to be held out where there are too few documents to hold out one in `hold_out_every`."""
-    if not options.hold_out_every:
+    if not options.hold_out_every or options.template:
         return None
     lengths: dict[str, int] = {}  # characters of each document, by its place
     pieces = chain.from_iterable(chunks(unit, options.text_field) for unit in units)
@@ -321,12 +357,13 @@ def _recipe(options: PrepareOptions, tokenizer: Tokenizer, units: list[Unit]) ->
         "text_field": options.text_field,
         "max_shard_tokens": options.max_shard_tokens,
         "validation_fraction": options.validation_fraction,
+        **{key: getattr(options, key) for key in LATER},
     }
 
 
 def _same_recipe(output: Path, before: dict, now: dict) -> None:
     for key in now:
-        if before.get(key, now[key]) != now[key]:  # an earlier version may not have stored it
+        if before.get(key, None if key in LATER else now[key]) != now[key]:  # an earlier version may not have stored it
             was, is_now = (reprlib.repr(recipe.get(key)) for recipe in (before, now))
             raise ConfigError(output, f"was prepared with {key} {was}, now it is {is_now}; choose another --output")
 

@@ -43,6 +43,7 @@ class Record:
     record: int | None  # counted from 1 in its file (in JSONL: its line); None if the file is the document
     segments: tuple[tuple[str, bool], ...]
     size: int = field(default=0, compare=False)  # in the unit of its chunk's `content`
+    turns: tuple[tuple[str, str], ...] = ()  # the same as messages, (role, text), for a template; none for plain text
 
     @property
     def place(self) -> str:
@@ -245,22 +246,27 @@ def to_record(values: Any, origin: str, number: int, text_field: str, size: int 
         return skipped(f"has no text in a field '{text_field}'", fix)
     id = values.get("id")
     try:
-        segments = [(text.decode() if isinstance(text, bytes) else text, scored) for text, scored in segments]
+        segments = [(_decoded(text), scored) for text, scored in segments]
+        turns = [(str(role), _decoded(text)) for role, text in _turns(values)]
         id = id.decode() if isinstance(id, bytes) else id if id is None else str(id)
-        for text, _ in segments:
+        for text in (*(text for text, _ in segments), *(text for _, text in turns)):
             if not isinstance(text, str):
                 return skipped(f"holds {type(text).__name__} where text is expected")
-        "".join([id or "", *(text for text, _ in segments)]).encode()
+        "".join([id or "", *(text for text, _ in segments), *(word for turn in turns for word in turn)]).encode()
     except UnicodeDecodeError as problem:
         return skipped(NOT_UTF8, f" (byte {problem.start})")
     except UnicodeEncodeError:
         return skipped("holds a lone surrogate, which no UTF-8 text has")
-    return Record(id, origin, number, tuple(segments), size)
+    return Record(id, origin, number, tuple(segments), size, tuple(turns))
+
+
+def _decoded(text: Any) -> Any:
+    return text.decode() if isinstance(text, bytes) else text
 
 
 def _segments(values: dict, text_field: str) -> list[tuple[Any, bool]] | None:
     """(what must be text, whether it is scored); None when the record has no known field."""
-    answer = next((values[key] for key in ("response", "completion") if values.get(key) is not None), None)
+    answer = _answer(values)
     if values.get(text_field) is not None:
         return [(values[text_field], True)]
     for key in ("messages", "conversations"):
@@ -274,13 +280,43 @@ def _segments(values: dict, text_field: str) -> list[tuple[Any, bool]] | None:
     return None
 
 
+def _answer(values: dict) -> Any:
+    """The response of a record with a prompt; None without one."""
+    return next((values[key] for key in ("response", "completion") if values.get(key) is not None), None)
+
+
+def _turns(values: dict) -> list[tuple[Any, Any]]:
+    """(role, what must be text) of the messages of a record, or of an instruction and its answer; none for plain text."""
+    answer = _answer(values)
+    for key in ("messages", "conversations"):
+        if isinstance(values.get(key), list):
+            return [(role, _joined(content)) for role, content in map(_message, values[key])]
+    if values.get("prompt") is not None and answer is not None:
+        return [("user", values["prompt"]), ("assistant", answer)]
+    if values.get("instruction") is not None and values.get("output") is not None:
+        asked = [values["instruction"], *(["\n\n", values["input"]] if values.get("input") else [])]
+        return [("user", _joined(asked)), ("assistant", values["output"])]
+    return []
+
+
+def _joined(content: Any) -> Any:
+    """The text of a message in parts; a part that is not text is returned alone."""
+    parts = list(map(_decoded, _content(content)))
+    strange = [part for part in parts if not isinstance(part, str)]
+    return strange[0] if strange else "".join(parts)
+
+
+def _message(message: Any) -> tuple[Any, Any]:
+    """(role, content) of a message."""
+    message = message if isinstance(message, dict) else {}
+    role, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
+    return ROLES.get(role, role) if isinstance(role, str) else role, content
+
+
 def _chat(messages: list) -> list[tuple[Any, bool]]:
     """`<|role|>\\ncontent\\n` for each message, as in OLMo's instruction models; the assistant's messages are scored."""
     segments = []
-    for message in messages:
-        message = message if isinstance(message, dict) else {}
-        role, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
-        role = ROLES.get(role, role) if isinstance(role, str) else role
+    for role, content in map(_message, messages):
         scored = role == "assistant"
         segments += [(f"<|{role}|>\n", False), *((text, scored) for text in _content(content)), ("\n", False)]
     return segments[:-1]  # EOS follows the last message

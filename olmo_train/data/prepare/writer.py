@@ -16,38 +16,22 @@ from pathlib import Path
 import numpy as np
 
 from olmo_train.data.documents import DOCUMENTS_FILE
-from olmo_train.data.meta import FORMAT_VERSION, TOKENIZER_FILE, Meta, ShardMeta, hash_blocks, hash_file, write_meta
+from olmo_train.data.meta import (
+    BEGINS,
+    FORMAT_VERSION,
+    MARKED_VERSION,
+    TOKENIZER_FILE,
+    Meta,
+    ShardMeta,
+    hash_blocks,
+    hash_file,
+    write_meta,
+)
 from olmo_train.data.prepare.documents import DocumentParts
+from olmo_train.data.prepare.packing import Packer
+from olmo_train.data.prepare.tokenized import Tokenized
 from olmo_train.data.tokenizer import Tokenizer
 from olmo_train.storage import flush
-
-
-@dataclass
-class Tokenized:
-    """Documents as tokens, each followed by its EOS."""
-
-    tokens: np.ndarray  # (n,) of the tokenizer's dtype
-    lengths: np.ndarray  # (documents,) tokens of each, EOS not included
-    mask: np.ndarray | None  # (n,) uint8, 1 = scored; None: all ones
-    ids: list[str]
-    origins: list[str]
-    records: list[int | None]
-    bytes: np.ndarray  # (documents,) UTF-8 bytes of the text
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def ends(self) -> np.ndarray:
-        """(documents,) the end of each in `tokens`, EOS included."""
-        return np.cumsum(self.lengths + 1)
-
-    def part(self, low: int, high: int) -> Tokenized:
-        """Documents [low, high)."""
-        ends = np.concatenate([[0], self.ends()])
-        span = slice(int(ends[low]), int(ends[high]))
-        mask = None if self.mask is None else self.mask[span]
-        lists = [values[low:high] for values in (self.ids, self.origins, self.records)]
-        return Tokenized(self.tokens[span], self.lengths[low:high], mask, *lists, self.bytes[low:high])  # type: ignore[call-arg]
 
 
 @dataclass
@@ -60,15 +44,28 @@ class WriterState:
     documents: int = 0
     bytes: int = 0
     parts: int = 0  # files of rows for documents.parquet
+    padding: int = 0
+    open_windows: dict = field(default_factory=dict)  # Packer.state
 
 
 class SourceWriter:
-    """Appends documents to a source folder. `work` is a folder for temporary files."""
+    """Appends documents to a source folder, in windows of `pack` tokens if it is set. `work` is a folder for temporary files."""
 
-    def __init__(self, folder: Path, work: Path, tokenizer: Tokenizer, max_shard_tokens: int, state: WriterState):
+    def __init__(
+        self,
+        folder: Path,
+        work: Path,
+        tokenizer: Tokenizer,
+        max_shard_tokens: int,
+        state: WriterState,
+        pack: int | None = None,
+        template: dict | None = None,
+    ):
         folder.mkdir(parents=True, exist_ok=True)
         work.mkdir(parents=True, exist_ok=True)
         self.folder, self.tokenizer, self.max_shard_tokens, self.state = folder, tokenizer, max_shard_tokens, state
+        self.pack, self.template = pack, template
+        self._packer = Packer(pack, tokenizer.eos_id, tokenizer.dtype, state.open_windows) if pack else None
         self._parts = DocumentParts(work, state.parts)
         names = self._names()
         self._tokens = _HashedFile(folder / names[0], state.shard_tokens * tokenizer.dtype.itemsize)
@@ -79,6 +76,22 @@ class SourceWriter:
         return f"tokens-{index:05d}.bin", f"labels-{index:05d}.bin"
 
     def add(self, documents: Tokenized) -> None:
+        """Append documents, or the windows that they fill."""
+        for part in self._packer.add(documents) if self._packer else [documents]:
+            self._add(part)
+
+    def end(self) -> None:
+        """Append the windows that are still open, and one EOS, which is the label of the last window's last token."""
+        if not self._packer or self.n_tokens % self._packer.size == 1:  # the latter in a run killed after its end
+            return
+        for window in self._packer.finish():
+            self._add(window)
+        if self._labels:  # there are windows
+            self._tokens.write(np.array([self.tokenizer.eos_id], self.tokenizer.dtype))
+            self._labels.write(np.array([BEGINS], np.uint8))
+            self.state.shard_tokens, self.state.padding = self.state.shard_tokens + 1, self.state.padding + 1
+
+    def _add(self, documents: Tokenized) -> None:
         """Append documents, and close each shard that is full."""
         low = 0
         while low < len(documents):
@@ -95,19 +108,20 @@ class SourceWriter:
     def _append(self, documents: Tokenized) -> None:
         state, begin = self.state, self.state.shard_tokens
         self._tokens.write(documents.tokens)
-        mask = None if documents.mask is None or documents.mask.all() else documents.mask
+        mask = None if documents.mask is None or (documents.mask == 1).all() else documents.mask
         if mask is not None and self._labels is None:
             self._labels = _HashedFile(self.folder / self._names()[1], 0)
             self._labels.write(np.ones(begin, np.uint8))
             state.shard_labels = True
         if self._labels:
             self._labels.write(np.ones(len(documents.tokens), np.uint8) if mask is None else mask)
-        ends = begin + documents.ends() - 1
+        ends = begin + documents.ends() - documents.padding - 1
         shard = len(state.shards)
         self._parts.add(shard, documents.ids, ends - documents.lengths, ends, documents.origins, documents.records)
         state.shard_tokens += len(documents.tokens)
         state.documents += len(documents)
         state.bytes += int(documents.bytes.sum())
+        state.padding += int(documents.padding.sum())
 
     def _close_shard(self) -> None:
         tokens, labels, state = self._tokens, self._labels, self.state
@@ -137,10 +151,11 @@ class SourceWriter:
                 file.flush()
         flush(self.folder)
         self.state.parts = self._parts.save()
+        self.state.open_windows = self._packer.state() if self._packer else {}
         return self.state
 
     def finish(self, skipped: dict, account: dict, recipe: dict) -> Meta:
-        """Close the last shard, write the documents and meta.json. Call `save` first."""
+        """Close the last shard, write the documents and meta.json. Call `end` and `save` first."""
         if self.state.shard_tokens:
             self._close_shard()
         self._tokens.close()
@@ -150,10 +165,10 @@ class SourceWriter:
         state, tokenizer = self.state, self.tokenizer
         on_disk = sum((self.folder / shard.file).stat().st_size for shard in shards) // tokenizer.dtype.itemsize
         tokens = sum(shard.tokens for shard in shards)
-        assert rows == state.documents and on_disk == tokens == document_tokens + rows, (rows, on_disk, tokens)
+        assert rows == state.documents and on_disk == tokens == document_tokens + rows + state.padding, (rows, on_disk, tokens)
         (self.folder / TOKENIZER_FILE).write_text(tokenizer.json, encoding="utf-8")
         meta = Meta(
-            format_version=FORMAT_VERSION,
+            format_version=MARKED_VERSION if self.pack or self.template else FORMAT_VERSION,
             dtype=tokenizer.dtype.name,
             tokenizer=tokenizer.name,
             tokenizer_sha256=tokenizer.sha256,
@@ -168,6 +183,9 @@ class SourceWriter:
             skipped=skipped,
             account=account,
             recipe=recipe,
+            pack=self.pack,
+            padding=state.padding,
+            template=self.template,
         )
         write_meta(self.folder, meta)
         return meta
