@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 STARTS = ("start", "resume", "branch")  # the events that begin an attempt
 # The keys that decide which data a step reads.
-DATA_KEYS = ("run_dir", "data", "model", "seed", "global_batch_size", "total_steps", "total_tokens")
+DATA_KEYS = ("run_dir", "data", "model", "seed", "global_batch_size", "total_steps", "total_tokens", "total_epochs")
 UNNAMED = "(no run_dir)"
 TAIL_BYTES = 1 << 16  # more than a line of metrics
 
@@ -101,10 +101,13 @@ class History:
             attempts = [Attempt(1, self.config, BatchSizes(((1, self.config.global_batch_size),)))]
         return attempts
 
-    @property
+    @cached_property
     def steps(self) -> int:
-        """Updates of the whole run, with today's configuration."""
-        return (self.config or self.attempts[-1].config).steps_with(self.attempts[-1].batches)
+        """Updates of the whole run, with today's configuration. Opens the data of a run of total_epochs; raises DataError."""
+        config, batches = self.config or self.attempts[-1].config, self.attempts[-1].batches
+        if config.total_epochs is not None:
+            config = config.with_length(config.mixture(batches.changes))
+        return config.steps_with(batches)
 
     def attempt_of(self, step: int) -> Attempt:
         """The attempt that made this step, or would. Raises ConfigError when the run has no such step."""

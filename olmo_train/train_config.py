@@ -55,7 +55,9 @@ class TrainConfig:
     data: DataConfig
     seed: Natural = 6198  # of the weights, and of the data order unless data.seed is set
     total_steps: Count | None = None  # length of the run in updates
-    total_tokens: Positive | None = None  # length in tokens, instead of total_steps; if neither is set, 2e12 as OLMo
+    total_tokens: Positive | None = None  # length in tokens, instead of total_steps; if no length is set, 2e12 as OLMo
+    # length in passes over the source of the largest weight, rounded up to a whole step; instead of total_steps
+    total_epochs: Positive | None = None
     # instances per step, over all processes; null: that of the checkpoint, else by the number of parameters, 2048 for a 7B
     global_batch_size: BatchSize = None
     # most instances per forward pass of one process; changes memory and speed, not what is learned
@@ -94,9 +96,15 @@ class TrainConfig:
         if self.resume_from and self.init_from:
             what = f"{self.init_from} and resume_from {self.resume_from} are both set; leave one out, as resume_from=null"
             raise BothSet("init_from", what, "resume_from")
-        if self.total_steps is not None and self.total_tokens is not None:
-            what = f"{self.total_tokens:g} and total_steps {self.total_steps} are both set; leave one out, as total_steps=null"
-            raise BothSet("total_tokens", what, "total_steps")
+        lengths = ((name, getattr(self, name)) for name in ("total_steps", "total_tokens", "total_epochs"))
+        chosen = [(name, value) for name, value in lengths if value is not None]
+        if len(chosen) > 1:
+            (first, value), (second, other) = chosen[:2]
+            shown = value if isinstance(value, int) else f"{value:g}"
+            what = f"{other:g} and {first} {shown} are both set; leave one out, as {first}=null"
+            raise BothSet(second, what, first)
+        if self.total_epochs is not None:
+            return  # the number of steps depends on the data; see with_length
         if self.optim.schedule != "constant" and self.optim.warmup_steps >= self.steps and self.total_steps is None:
             raise ConfigError("optim.warmup_steps", "; ".join(self.warmup_too_long))
 
@@ -113,9 +121,17 @@ class TrainConfig:
 
     def steps_with(self, batches: BatchSizes) -> int:
         """Number of updates in the run with these batch sizes."""
+        assert self.total_epochs is None, "with_length comes first"
         if self.total_steps is not None:
             return self.total_steps
         return batches.steps_for(self.total_tokens or 2e12, self.model.seq_len)
+
+    def with_length(self, mixture: Mixture) -> TrainConfig:
+        """This configuration with total_epochs as total_tokens, which follow from the opened data. Raises ConfigError."""
+        if self.total_epochs is None:
+            return self
+        tokens = mixture.places_of_epochs(self.total_epochs) * self.model.seq_len
+        return replace(self, total_epochs=None, total_tokens=tokens)
 
     @property
     def tokens_per_step(self) -> int:
@@ -172,12 +188,12 @@ def batch_for(model: ModelConfig) -> int:
     return 2 ** max(0, round(math.log2(tokens * share ** (2 * 0.3271) / model.seq_len)))
 
 
-def schedule_warnings(config: TrainConfig, saved: dict[str, Any], batches: BatchSizes, last_step: int) -> list[str]:
+def schedule_warnings(config: TrainConfig, saved: dict[str, Any], mixture: Mixture, last_step: int) -> list[str]:
     """A warning if the learning rate jumps after `last_step`, since the run was lengthened.
 
     `saved`: the configuration of the checkpoint that is resumed.
     """
-    was = build(TrainConfig, saved)
+    was, batches = build(TrainConfig, saved).with_length(mixture), mixture.batches
     steps = was.steps_with(batches)
     before, after = lr_at(last_step, was.optim, steps), lr_at(last_step + 1, config.optim, config.steps)
     if abs(after - lr_at(last_step + 1, was.optim, steps)) <= 0.1 * before:

@@ -17,7 +17,7 @@ from olmo_train.curves.schedule import draw
 from olmo_train.curves.write import check_format
 from olmo_train.errors import ConfigError
 from olmo_train.formats import amount, byte_size, counted, duration
-from olmo_train.plan.plan import UNNAMED, choose_gpu, make_plan, open_data
+from olmo_train.plan.plan import UNNAMED, choose_gpu, make_plan, open_data, with_length
 from olmo_train.plan.preflight import does_not_fit, memory_of
 from olmo_train.plan.time import PAPER_CARBON, PAPER_PUE, Assumptions
 
@@ -49,6 +49,7 @@ def run(arguments: argparse.Namespace) -> None:
     config = load_config(arguments.config)
     gpu = choose_gpu(arguments.gpu, arguments.gpu_memory, arguments.gpu_peak, arguments.gpu_power)
     mixture, why_not = open_data(config)
+    config = with_length(config, mixture, why_not)
     assumed = Assumptions(arguments.mfu, arguments.price, arguments.pue, arguments.carbon)
     config.check_world(arguments.gpus)
     found = memory_of(config, arguments.gpus, arguments.gpus, gpu and gpu.memory_bytes)

@@ -52,6 +52,15 @@ def open_data(config: TrainConfig) -> tuple[Mixture | None, str | None]:
         return None, str(problem)
 
 
+def with_length(config: TrainConfig, mixture: Mixture | None, why_not: str | None) -> TrainConfig:
+    """The configuration with its length in tokens. Raises ConfigError when that follows from data that cannot be opened."""
+    if mixture is not None:
+        return config.with_length(mixture)
+    if config.total_epochs is not None:
+        raise ConfigError("total_epochs", f"{config.total_epochs:g} is a length that needs the data: {why_not}; set total_steps")
+    return config
+
+
 def make_plan(
     config: TrainConfig,
     gpus: int,

@@ -68,8 +68,8 @@ def open_run(config: TrainConfig, world: World, signals: StopSignals) -> Iterato
         resolved, notes = configuration.to_dict(config), config.batch_notes(world.data_size)
         mixture.set_batches(start.batches)
         config = dataclasses.replace(
-            config,
-            total_steps=config.steps_with(start.batches),
+            config.with_length(mixture),  # without total_epochs
+            total_steps=config.with_length(mixture).steps_with(start.batches),
             total_tokens=None,
             micro_batch_size=config.micro_batch_on(world.data_size),
         )
@@ -170,11 +170,13 @@ def _start_watchdog(config: TrainConfig, world: World, stack: contextlib.ExitSta
 def _checkpoint_files(config_yaml: bytes, mixture: Mixture) -> dict[str, bytes]:
     """{name: contents} of the files that every checkpoint has a copy of: the configuration, and the tokenizer of the data."""
     files = {"config.yaml": config_yaml}
-    prepared = next((source for source in mixture.sources if source.folder), None)
+    sources = [source for source in mixture.sources if source.folder]
+    prepared = next((source for source in sources if source.meta.template), sources[0] if sources else None)
     if prepared:
         file = prepared.folder / "tokenizer.json"
         try:
-            files |= {CONFIG_FILE: config_file(prepared.meta.eos_text), file.name: file.read_bytes()}
+            template = {"template": prepared.meta.template} if prepared.meta.template else {}
+            files |= {CONFIG_FILE: config_file(prepared.meta.eos_text, **template), file.name: file.read_bytes()}
         except OSError as problem:
             raise DataError(file, f"cannot be read: {reason(problem)}; {PREPARE_AGAIN}") from problem
     return files
@@ -185,7 +187,7 @@ def _log_attempt(
 ) -> None:
     """Warn about what is probably a mistake, and log the event that begins an attempt."""
     if world.is_main:
-        jumps = schedule_warnings(config, start.saved, start.batches, start.step) if start.kind == "resume" else ()
+        jumps = schedule_warnings(config, start.saved, mixture, start.step) if start.kind == "resume" else ()
         for warning in (*jumps, *preflight.cautions(config, mixture, world.device.type == "cpu")):
             log.warning("%s", warning)
     about |= {"world_size": world.size, "data_size": world.data_size, "checkpoint": str(start.folder or "")}

@@ -20,7 +20,7 @@ HARMLESS = (
     "parallel.cpu_kernels", "data.validation", "data.validation.*", "data.check_tokenizer",
     "data.deny",  # which documents it denies is compared; see check_denied
     "data.sources.*.path*",  # the contents are compared by their hashes
-    "total_steps", "total_tokens",  # a run may be made longer; see schedule_warnings
+    "total_steps", "total_tokens", "total_epochs",  # a run may be made longer; see schedule_warnings
 )  # fmt: skip
 ANOTHER_MODEL = "which would train another model; set it back, choose another run_dir"
 

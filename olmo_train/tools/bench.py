@@ -36,7 +36,8 @@ def load(files: list[str], words: list[str], folder: Path) -> TrainConfig:
     depend on the tokens."""
     values = configuration.read(files, words)
     values |= {"run_dir": str(folder / "run"), "total_steps": values.get("total_steps") or 10**6}
-    values.pop("total_tokens", None)
+    for key in ("total_tokens", "total_epochs"):
+        values.pop(key, None)
     values.setdefault("log", {})["wandb"] = {"mode": "disabled"}
     values["checkpoint"] = {"interval_steps": 10**9}
     values["eval"] = {"interval_steps": 10**9}
