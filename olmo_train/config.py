@@ -23,11 +23,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
 
-from olmo_train.errors import BothSet, ConfigError, indented_with_tab, nearest, nearest_key, no_such_file, reason
+from olmo_train.errors import BothSet, ConfigError, indented_with_tab, nearest, nearest_key, no_such_file, not_offered, reason
 from olmo_train.storage import FilePath
 
 T = TypeVar("T")
-
 MISSING = "???"  # how OmegaConf marks a value that must be set
 NULLS = ("", "~", "null", "Null", "NULL")
 BOOLS = {"true": True, "false": False, "yes": True, "no": False, "on": True, "off": False}
@@ -263,7 +262,7 @@ def build(cls: type[T], values: dict[str, Any], where: str = "") -> T:
         if where:
             raise
         what = f"is not a known key; {nearest_key(str(problem.where), [name for name, *_ in walk(cls)])}"
-        raise ConfigError(problem.where, what) from problem
+        raise ConfigError(problem.where, not_offered(str(problem.where)) or what) from problem
 
 
 class UnknownKey(ConfigError):
@@ -378,7 +377,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return _convert_union(args, value, where)
     if origin is Literal:
         if value not in args:
-            raise ConfigError(where, f"{value!r} is not a choice; {nearest(str(value), map(str, args))}")
+            what = not_offered(f"{where}={value}") or f"{value!r} is not a choice; {nearest(str(value), map(str, args))}"
+            raise ConfigError(where, what)
         return args[args.index(value)]
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, dict):

@@ -106,6 +106,22 @@ def check_choice(where: str, value: str, known: Iterable[str]) -> None:
         raise ConfigError(where, f"'{value}' is not a choice; {nearest(str(value), known)}")
 
 
+# Keys and values of other frameworks that this one does not have, by KEY or KEY=VALUE: why, and what to do.
+UNSUPPORTED = {
+    "adapter.dropout": "is not offered: resuming, replaying and recomputing rely on blocks without random numbers; leave it out",
+    "adapter.kind=qlora": "'qlora' is not offered: it needs kernels for 4-bit weights; set lora, with frozen weights in bf16",
+    "adapter.kind=dpo": "'dpo' is not offered: it needs pairs of answers and a second model; set lora, and train on responses",
+    "adapter.targets.N=embed": "'embed' is not offered: a tied head shares its weights, and merging changes both; leave it out",
+    "adapter.targets.N=head": "'head' is not offered: a tied one is the embedding, and merging changes both; leave it out",
+    "dpo": "is not offered: it needs pairs of answers and a second model; train on the preferred responses",
+}
+
+
+def not_offered(word: str) -> str | None:
+    """Why KEY or KEY=VALUE is not offered, and the remedy; None if UNSUPPORTED does not have it."""
+    return UNSUPPORTED.get(re.sub(r"[.]\d+=", ".N=", word).lower().replace(".n=", ".N="))
+
+
 # Names of other frameworks (OLMo, transformers, nanoGPT, Megatron, litgpt, torchtitan) for keys of a run.
 OTHER_NAMES = {
     "optim.peak_lr": ("lr", "learning_rate", "max_lr"),
@@ -122,6 +138,11 @@ OTHER_NAMES = {
         "gradient_accumulation_steps", "grad_accum_steps",
     ),
     "total_steps": ("max_steps", "max_iters", "train_iters", "num_steps", "n_steps", "steps", "max_duration", "num_iterations"),
+    "adapter.rank": ("lora_r", "lora_rank"),
+    "adapter.alpha": ("lora_alpha",),
+    "adapter.targets": ("target_modules", "lora_target"),
+    "adapter.lr_ratio": ("loraplus_lr_ratio",),
+    "adapter.rank_stabilized": ("use_rslora",),
     "total_tokens": ("max_tokens",),
     "total_epochs": ("epochs", "num_epochs", "num_train_epochs"),
     "run_dir": ("output_dir", "out_dir", "save_folder", "save_dir", "dump_folder"),

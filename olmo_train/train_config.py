@@ -33,8 +33,8 @@ from olmo_train.eval.config import EvalConfig
 from olmo_train.formats import counted
 from olmo_train.guards.config import GuardConfig
 from olmo_train.log.config import LogConfig, ProfileConfig
-from olmo_train.model.config import ModelConfig
-from olmo_train.model.cost import count_parameters
+from olmo_train.model.config import AdapterConfig, ModelConfig
+from olmo_train.model.cost import count_parameters, target_shapes
 from olmo_train.optim.config import OptimConfig
 from olmo_train.optim.schedules import lr_at
 from olmo_train.parallel.config import ParallelConfig
@@ -69,9 +69,10 @@ class TrainConfig:
     # auto: from the newest checkpoint that verifies; strict: refuse when the newest one does not
     resume: Literal["auto", "strict"] = "auto"
     resume_from: FilePath | None = None  # start a new run_dir from this checkpoint of any run: weights, optimizer and step
-    init_from: FilePath | None = None  # start a new run_dir at step 0 from the weights of this checkpoint
+    init_from: FilePath | None = None  # start a new run_dir at step 0 from the weights of this checkpoint; the base of adapters
     allow_changes: tuple[str, ...] = ()  # dotted keys that may differ from those of the resumed checkpoint
     model: ModelConfig = field(default_factory=ModelConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -93,7 +94,8 @@ class TrainConfig:
             raise ConfigError(
                 "determinism", "'world' sums gradients in fp64, uncompiled; leave out parallel.compile, float8 and reduce_dtype"
             )
-        if self.resume_from and self.init_from:
+        self._check_adapter()
+        if self.resume_from and self.init_from and not self.adapter.is_on:
             what = f"{self.init_from} and resume_from {self.resume_from} are both set; leave one out, as resume_from=null"
             raise BothSet("init_from", what, "resume_from")
         lengths = ((name, getattr(self, name)) for name in ("total_steps", "total_tokens", "total_epochs"))
@@ -107,6 +109,26 @@ class TrainConfig:
             return  # the number of steps depends on the data; see with_length
         if self.optim.schedule != "constant" and self.optim.warmup_steps >= self.steps and self.total_steps is None:
             raise ConfigError("optim.warmup_steps", "; ".join(self.warmup_too_long))
+
+    def _check_adapter(self) -> None:
+        """Raises ConfigError when the adapters do not fit the model or another section."""
+        adapter, shapes = self.adapter, target_shapes(self.model)
+        if not adapter.is_on:
+            return
+        if self.parallel.float8:
+            raise ConfigError("parallel.float8", f"computes no frozen weights beside adapters; leave it out with {adapter.kind}")
+        if self.optim.name != "adamw":
+            what = f"{self.optim.name} would orthogonalize the updates of A and B apart, which is not that of their product"
+            raise ConfigError("optim.name", f"{what}; set adamw with adapter.kind {adapter.kind}")
+        targets = [name for name in adapter.targets if name in shapes]
+        if not targets:
+            what = f"{', '.join(adapter.targets)} is in no block of this model, whose MLP has no gate"
+            raise ConfigError("adapter.targets", f"{what}; name some of {', '.join(shapes)}")
+        smallest = min(targets, key=lambda name: min(shapes[name]))
+        if adapter.rank > min(shapes[smallest]):
+            rows, columns = shapes[smallest]
+            what = f"{adapter.rank} is above the smallest side of {smallest}, which is {rows} x {columns}"
+            raise ConfigError("adapter.rank", f"{what}; set at most {min(rows, columns)}")
 
     @property
     def warmup_too_long(self) -> tuple[str, str]:

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from olmo_train.checkpoint.config import CheckpointConfig
-from olmo_train.errors import CheckpointError, did_you_mean, near_files, reason
-from olmo_train.storage import FileCheck, check_files, problems_of, remove_folder, replace_file
+from olmo_train.errors import CheckpointError, ConfigError, did_you_mean, near_files, reason
+from olmo_train.storage import MANIFEST, FileCheck, check_files, hash_file, problems_of, remove_folder, replace_file
 
 log = logging.getLogger(__name__)
 FOLDER = re.compile(r"step-(\d{7,})")
@@ -123,6 +123,33 @@ def best_step(run_dir: Path) -> int | None:
         return json.loads((run_dir / BEST).read_bytes())["step"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def base_record(base: Path, dtype: str) -> dict[str, Any]:
+    """What state.json says of the checkpoint whose weights are frozen under adapters. `dtype`: the precision of compute."""
+    sha256 = hash_file(base / MANIFEST)
+    return {"path": str(base.absolute()), "step": read_state(base)["step"], "manifest_sha256": sha256, "dtype": dtype}
+
+
+def base_of(folder: Path, init_from: str | None = None, check: FileCheck = check_files) -> Path | None:
+    """The checkpoint whose weights are frozen under the adapters of `folder`; None for a checkpoint without adapters.
+
+    It is looked for at `init_from`, a checkpoint or a run_dir, then where it was. Raises ConfigError when neither is there or
+    init_from is another checkpoint, and CheckpointError when it is damaged.
+    """
+    record = read_state(folder).get("base")
+    if record is None:
+        return None
+    named = [Path(init_from), folder_of(Path(init_from), record["step"])] if init_from else []
+    for place in (*named, Path(record["path"])):
+        if (place / MANIFEST).is_file():
+            if (sha256 := hash_file(place / MANIFEST)) == record["manifest_sha256"]:
+                return resolve(place, check)
+            hashes = f"its manifest has the hash {sha256[:12]}, that of the base {record['manifest_sha256'][:12]}"
+            what = f"{place} is not the checkpoint whose weights are frozen under the adapters of {folder}: {hashes}"
+            raise ConfigError("init_from", f"{what}; name the checkpoint that was at {record['path']}")
+    what = f"the base of {folder} is not at {record['path']}, where it was when the adapters were trained"
+    raise ConfigError("init_from", f"{what}; put it back, or set init_from to its place")
 
 
 def superfluous(run_dir: Path, config: CheckpointConfig, last_step: int | None = None) -> list[Path]:

@@ -67,7 +67,7 @@ class Journal:
             data_wait=self.interval.data_wait,
             tokens=self.tokens(stats.step),
             interval_tokens=self.tokens(stats.step) - self.tokens(stats.step - self.interval.timed_steps),
-            flops_per_token=flops_per_token(config.model),
+            flops_per_token=flops_per_token(config.model, adapter=config.adapter),
             world_size=world.size,
             peak_flops=device.peak_flops if device else None,
         )

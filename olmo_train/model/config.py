@@ -1,12 +1,13 @@
-"""The `model` section: the shape of a transformer. All other figures of a model follow from these fields."""
+"""The `model` section, the shape of a transformer, from which all its other figures follow, and the `adapter` section."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias, get_args
 
-from olmo_train.config import Count, Fraction, Positive, names_in
+from olmo_train.config import Count, Fraction, Positive, Rule, names_in
 from olmo_train.errors import ConfigError
 
 FOLDER = Path(__file__).parent
@@ -20,6 +21,8 @@ else:  # the names of the rows, read without importing torch
     Activation = Literal[names_in("ACTIVATIONS", FOLDER / "transformer.py")]
     Block = Literal[names_in("BLOCKS", FOLDER / "transformer.py")]
     Init = Literal[names_in("INITS", FOLDER / "init.py")]
+Target = Literal["wq", "wk", "wv", "wo", "w_gate", "w_up", "w_down"]
+Ratio = Annotated[float, Rule("finite and at least 1", lambda x: 1 <= x < math.inf)]
 
 
 @dataclass(frozen=True)
@@ -83,3 +86,33 @@ class ModelConfig:
     def gated(self) -> bool:
         """Whether the MLP has a gate, as all gated linear units (Shazeer 2020) do: their names end in glu."""
         return self.activation.endswith("glu")
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """How much of the model is trained; model/adapter.py has the formulas. The defaults are PEFT's, but for all targets."""
+
+    # none: all weights are trained; lora, dora: the weights of init_from are frozen, and small matrices beside them are trained
+    kind: Literal["none", "lora", "dora"] = "none"
+    rank: Count = 8  # rows of A and columns of B; the update of a matrix is B A
+    alpha: Positive = 16.0  # the update is scaled by alpha / rank
+    rank_stabilized: bool = False  # scale the update by alpha / sqrt(rank) instead
+    targets: tuple[Target, ...] = get_args(Target)  # the matrices of each block that are adapted
+    # the learning rate of B, and of DoRA's magnitudes, is N times that of A (LoRA+; 16 in the paper)
+    lr_ratio: Ratio = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.targets:
+            raise ConfigError("adapter.targets", f"is empty; name some of {', '.join(get_args(Target))}")
+        if self.kind == "none" and self.lr_ratio != 1:
+            raise ConfigError("adapter.lr_ratio", f"{self.lr_ratio:g} needs adapter.kind lora or dora; leave it out")
+
+    @property
+    def scale(self) -> float:
+        """The factor of B A."""
+        return self.alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
+
+    @property
+    def is_on(self) -> bool:
+        """Whether there are adapters, and so frozen weights."""
+        return self.kind != "none"

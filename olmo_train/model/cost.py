@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from olmo_train.model.config import ModelConfig
+from olmo_train.model.config import AdapterConfig, ModelConfig
 
 FLOPS_CONVENTION = "6 x matrix parameters + 12 x layers x heads x head_dim x seq_len, causal attention not discounted"
+FULL = AdapterConfig()  # full training, without adapters
 LOSS_PART_BYTES = 2**28  # bytes of fp32 logits that the loss processes at a time, on a GPU
 
 
@@ -50,6 +51,21 @@ def attention_matrices(config: ModelConfig) -> list[tuple[int, int]]:
 def mlp_matrices(config: ModelConfig) -> list[tuple[int, int]]:
     """Shapes of one block's matrices in the MLP: a gated one has two input matrices."""
     return [(config.mlp_hidden, config.d_model)] * (2 if config.gated else 1) + [(config.d_model, config.mlp_hidden)]
+
+
+def target_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
+    """{name: shape} of one block's matrices, which are what an adapter can have as targets."""
+    names = ["wq", "wk", "wv", "wo", *(["w_gate"] if config.gated else []), "w_up", "w_down"]
+    return dict(zip(names, attention_matrices(config) + mlp_matrices(config), strict=True))
+
+
+def adapter_parameters(config: ModelConfig, adapter: AdapterConfig) -> int:
+    """Parameters of all adapters: SmolLM2-135M has 2,442,240 with LoRA of rank 8."""
+    if not adapter.is_on:
+        return 0
+    adapted = [shape for name, shape in target_shapes(config).items() if name in adapter.targets]
+    magnitudes = sum(rows for rows, _ in adapted) if adapter.kind == "dora" else 0
+    return config.n_layers * (magnitudes + adapter.rank * sum(rows + columns for rows, columns in adapted))
 
 
 def attention_parameters(config: ModelConfig) -> int:
@@ -92,13 +108,16 @@ def matrix_parameters(config: ModelConfig) -> int:
     return blocks + config.vocab_rows * config.d_model
 
 
-def flops_per_token(config: ModelConfig, seq_len: int | None = None) -> int:
+def flops_per_token(config: ModelConfig, seq_len: int | None = None, adapter: AdapterConfig = FULL) -> int:
     """Training FLOPs of one token, forward and backward, in an instance of `seq_len` tokens (the model's by default).
 
     The convention of OLMo-core and torchtitan, see FLOPS_CONVENTION: 2 FLOPs a matrix parameter forward and 4 backward;
     attention's two products cost 4 x width x seq_len forward and twice that backward, as if no position were masked.
     Recomputation by activation checkpointing is not counted. OLMo-1B at 2048 tokens: 7.866 GFLOPs.
+
+    A frozen matrix has 4 FLOPs a parameter, as it has no gradient of its weights, and the matrices of adapters have 6.
     """
     seq_len = config.seq_len if seq_len is None else seq_len
     attention_width = config.n_heads * config.head_size
-    return 6 * matrix_parameters(config) + 12 * config.n_layers * attention_width * seq_len
+    matrices = (4 if adapter.is_on else 6) * matrix_parameters(config) + 6 * adapter_parameters(config, adapter)
+    return matrices + 12 * config.n_layers * attention_width * seq_len

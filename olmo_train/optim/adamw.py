@@ -17,9 +17,10 @@ def adamw(
     kind: type[torch.optim.AdamW] = torch.optim.AdamW,
     ranks: int = 1,
     on_full_tensors: OnFullTensors = on_unsharded,
+    lr_ratio: float = 1.0,
 ) -> torch.optim.AdamW:
     """torch's fused AdamW. Its `found_inf` makes a step an exact no-op without a host sync (see guards/nonfinite.py)."""
-    return kind(param_groups(parameters, config), lr=config.peak_lr, betas=config.betas, eps=config.eps, fused=True)
+    return kind(param_groups(parameters, config, lr_ratio), lr=config.peak_lr, betas=config.betas, eps=config.eps, fused=True)
 
 
 class DeterministicAdamW(torch.optim.AdamW):

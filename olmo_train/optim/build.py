@@ -19,13 +19,15 @@ def build_optimizer(
     adamw_class: type[torch.optim.AdamW] = torch.optim.AdamW,
     ranks: int = 1,
     on_full_tensors: OnFullTensors = on_unsharded,
+    lr_ratio: float = 1.0,
 ) -> torch.optim.Optimizer:
     """The optimizer over {name: parameter}, without frozen parameters; group_of decides their weight decay.
+    `lr_ratio`: see param_groups.
 
     Work on full tensors is dealt over `ranks` and done through `on_full_tensors`.
     """
     parameters = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
-    return OPTIMIZERS[config.name](parameters, config, adamw_class, ranks, on_full_tensors)
+    return OPTIMIZERS[config.name](parameters, config, adamw_class, ranks, on_full_tensors, lr_ratio)
 
 
 OPTIMIZERS = {"adamw": adamw, "muon": muon}

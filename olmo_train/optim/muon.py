@@ -20,8 +20,10 @@ def muon(
     kind: type[torch.optim.AdamW],
     ranks: int,
     on_full_tensors: OnFullTensors,
+    lr_ratio: float = 1.0,
 ) -> Muon:
-    """Muon for the matrices of the blocks, AdamW for embedding, head and norms."""
+    """Muon for the matrices of the blocks, AdamW for embedding, head and norms. The configuration refuses it for adapters."""
+    assert lr_ratio == 1, lr_ratio
     matrices = {name: p for name, p in parameters.items() if name.startswith("blocks.") and p.ndim == 2}
     rest = {name: p for name, p in parameters.items() if name not in matrices}
     return Muon(param_groups(matrices, config), adamw(rest, config, kind), config, ranks, on_full_tensors)

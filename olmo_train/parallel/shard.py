@@ -1,7 +1,7 @@
 """Shard a model with FSDP2 and apply precision, recomputation and compilation, from outside the model.
 
 There is one code path: `fully_shard` is applied on one CPU process as on 256 GPUs. Weights, reduced gradients and optimizer
-state are fp32; blocks compute in `precision`.
+state are fp32; blocks compute in `precision`, in which frozen weights are kept too.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from olmo_train.deal import deal, in_rounds
+from olmo_train.model.adapter import adapted_linears, first_values, is_adapter
 from olmo_train.model.init import initial_value
 from olmo_train.model.transformer import Transformer
 from olmo_train.parallel import kernels
@@ -44,9 +45,12 @@ def shard(
     kernels.select_kernels(model, config, world.device)
     for block in model.blocks:
         block.forward = training_forward(block.forward, config.activation_checkpointing, compiled)
+    if adapted := any(is_adapter(name) for name, _ in model.named_parameters()):
+        _freeze_in(model, DTYPES[config.precision])
     # Activations between blocks already have the right precision; casting inputs would round the fp32 RoPE tables.
     policy = MixedPrecisionPolicy(
-        param_dtype=DTYPES[config.precision],
+        # Frozen weights are in the precision of compute, and adapters, which are cast where they are used, in fp32.
+        param_dtype=None if adapted else DTYPES[config.precision],
         reduce_dtype=determinism.reduce_dtype or DTYPES[config.reduce_dtype],
         cast_forward_inputs=False,
     )
@@ -74,6 +78,14 @@ def shard(
             module.set_force_sum_reduction_for_comms(True)
     model.keeps_weights, model.is_compiled = keeps_weights, compiled
     return model.to_empty(device=world.device)
+
+
+def _freeze_in(model: Transformer, dtype: torch.dtype) -> None:
+    """Keep the frozen weights in this type: without updates they need no fp32 master."""
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if not parameter.requires_grad:
+                setattr(module, name, nn.Parameter(parameter.to(dtype), requires_grad=False))
 
 
 def gathered_units(model: Transformer) -> list[list[Any]]:
@@ -106,6 +118,22 @@ def init_weights(model: Transformer, seed: int) -> None:
         parameters = [named[i][1] for i in pieces]
         for parameter, value in zip(parameters, to_shards(values, parameters, [owners[i] for i in pieces]), strict=True):
             parameter.copy_(value)
+
+
+@torch.no_grad()
+def init_adapters(model: Transformer, seed: int) -> int:
+    """Set the first values of all adapters beside frozen weights that have their values; equal for every world size. Returns the
+    number of rows of zeros in adapted weights. One full weight at a time is gathered, on every rank."""
+    zeros = 0
+    for name, module in adapted_linears(model):
+        weight = full_tensor(module.weight)
+        zeros += int((weight == 0).all(dim=1).sum())
+        for key, value in first_values(name, module, weight, seed).items():
+            parameter = getattr(module.adapter, key)
+            if isinstance(parameter, DTensor):
+                value = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+            parameter.copy_(value)
+    return zeros
 
 
 def reshard(model: nn.Module) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import torch
 
 from olmo_train.checkpoint import load
+from olmo_train.model.adapter import adapt
 from olmo_train.model.transformer import Transformer
 from olmo_train.optim.build import allocate_state, build_optimizer
 from olmo_train.parallel import shard
@@ -15,23 +17,38 @@ from olmo_train.parallel.exchange import on_full_tensors
 from olmo_train.parallel.world import World
 from olmo_train.train_config import TrainConfig
 
+log = logging.getLogger(__name__)
+
 
 def build(
     config: TrainConfig, world: World, checkpoint: Path | None, init_folder: Path | None = None
 ) -> tuple[Transformer, torch.optim.Optimizer]:
     """The sharded model and its optimizer: with the state of `checkpoint`, else the weights of the checkpoint `init_folder`,
-    else first weights. Both folders are verified."""
+    else first weights. Both folders are verified. With adapters `init_folder` is the base, whose weights stay frozen, and
+    `checkpoint` holds the adapters."""
     with torch.device("meta"):
         model = Transformer(config.model)
+        if config.adapter.is_on:
+            adapt(model, config.adapter)
     determinism = DETERMINISM[config.determinism]
     shard.shard(model, config.parallel, world, determinism, config.global_batch_size)
     parameters = dict(model.named_parameters())
-    optimizer = build_optimizer(parameters, config.optim, determinism.adamw, world.mesh.size(), on_full_tensors)
+    ranks, lr_ratio = world.mesh.size(), config.adapter.lr_ratio
+    optimizer = build_optimizer(parameters, config.optim, determinism.adamw, ranks, on_full_tensors, lr_ratio)
     allocate_state(optimizer)
+    if init_folder:
+        load.load_weights(init_folder, model, world)
     if checkpoint:
         load.load(checkpoint, model, optimizer, world)
-    elif init_folder:
-        load.load_weights(init_folder, model, world)
-    else:
+    elif config.adapter.is_on:
+        _init_adapters(model, config, world)
+    elif not init_folder:
         shard.init_weights(model, config.seed)
     return model, optimizer
+
+
+def _init_adapters(model: Transformer, config: TrainConfig, world: World) -> None:
+    zeros = shard.init_adapters(model, config.seed)
+    if zeros and config.adapter.kind == "dora" and world.is_main:
+        what = "rows of the adapted weights are zero" if zeros > 1 else "row of the adapted weights is zero"
+        log.warning("%s %s: DoRA's m / |V| is 1 there as long as B A is zero too", f"{zeros:,}", what)

@@ -7,21 +7,24 @@ from typing import Any
 
 import torch
 
-from olmo_train.config import REMOVED, build, flatten
+from olmo_train.config import REMOVED, build, flatten, to_dict
 from olmo_train.errors import ConfigError
 from olmo_train.formats import counted
-from olmo_train.model.config import ModelConfig
+from olmo_train.model.config import AdapterConfig, ModelConfig
 from olmo_train.model.transformer import Transformer
 
 # Keys whose change does not alter the weights after a step (up to the rounding of sums).
 HARMLESS = (
-    "run_dir", "resume", "resume_from", "init_from", "allow_changes", "micro_batch_size", "log.*", "checkpoint.*", "eval.*",
+    "run_dir", "resume", "resume_from", "allow_changes",
+    "init_from",  # with adapters its hash is compared; see folders.base_of
+    "micro_batch_size", "log.*", "checkpoint.*", "eval.*",
     "guards.*", "profile.*", "parallel.shard", "parallel.replicas", "parallel.activation_checkpointing", "parallel.compile",
     "parallel.cpu_kernels", "data.validation", "data.validation.*", "data.check_tokenizer",
     "data.deny",  # which documents it denies is compared; see check_denied
     "data.sources.*.path*",  # the contents are compared by their hashes
     "total_steps", "total_tokens", "total_epochs",  # a run may be made longer; see schedule_warnings
 )  # fmt: skip
+ADAPTER_SHAPES = {"adapter.kind", "adapter.rank", "adapter.targets"}
 ANOTHER_MODEL = "which would train another model; set it back, choose another run_dir"
 
 
@@ -39,7 +42,8 @@ def _refuse(key: str, change: str, allowed: tuple[str, ...]) -> None:
 def check_changes(saved: dict[str, Any], now: dict[str, Any], allowed: tuple[str, ...]) -> None:
     """Compare two resolved configurations. Raises ConfigError with all keys, each with both values, whose change alters the
     training and that `allowed` does not name. A change of a weight's shape cannot be allowed."""
-    before, after = flatten(saved), flatten(now)
+    older = {"adapter": to_dict(AdapterConfig())}  # which a run of an earlier version does not have
+    before, after = flatten(older | saved), flatten(now)
     for flat, config in ((before, saved), (after, now)):
         flat["data.sources"] = list(config["data"]["sources"])  # the order of the sources affects the order of the data
     changed = [key for key in sorted((before.keys() | after.keys()) - REMOVED.keys()) if before.get(key) != after.get(key)]
@@ -47,6 +51,7 @@ def check_changes(saved: dict[str, Any], now: dict[str, Any], allowed: tuple[str
     shapes = [key for key in keys if key.startswith("model.")]
     if shapes and _shapes(saved) == _shapes(now):
         shapes = []
+    shapes += [key for key in keys if key in ADAPTER_SHAPES]
     refused = [key for key in keys if key in shapes or not _is_allowed(key, allowed)]
     if not refused:
         return

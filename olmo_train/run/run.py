@@ -29,6 +29,7 @@ from olmo_train.history import History
 from olmo_train.log.interval import StepStats
 from olmo_train.log.journal import Journal
 from olmo_train.log.run_logger import RunLogger
+from olmo_train.model.adapter import is_adapter
 from olmo_train.model.transformer import Transformer
 from olmo_train.parallel import kernels
 from olmo_train.parallel.world import World
@@ -76,7 +77,9 @@ class Run:
         self.journal.clock.restart()
 
     def _describe(self, model: Transformer) -> None:
-        config, n_parameters = self.config, sum(p.numel() for p in model.parameters())
+        config = self.config
+        sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+        n_parameters = sum(size for name, size in sizes.items() if not is_adapter(name))
         how = f"resumes from {self.start.folder}" if self.start.folder else "starts"
         self.logger.say(
             f"{config.run_dir} {how}: {n_parameters:,} parameters, "
@@ -85,6 +88,9 @@ class Run:
             + (", C++ kernels" if kernels.uses_cpu_kernels(model) else "")
             + (", compiled" if model.is_compiled else "")
         )
+        if config.adapter.is_on:
+            n_trained = sum(sizes.values()) - n_parameters
+            self.logger.say(f"{config.adapter.kind}: {n_trained:,} of {n_parameters:,} parameters are trained")
         for line in preflight.facts(config, self.mixture):
             self.logger.say(line)
 
@@ -171,13 +177,18 @@ class Run:
                 "pending_line": self.pending_line,
                 "best": self.evaluation.best.record(),
             }
+            if self.start.base:
+                state["base"] = self.start.base
             self.checkpointer.save(step, model, optimizer, state)
         self.logger.note_commit(self.checkpointer.committed_step)
 
     def check_replicas(self, step: int, model: Transformer, optimizer: torch.optim.Optimizer) -> None:
         """Raise ReplicaError on every rank when ranks that must hold the same bits do not."""
         updates = torch.stack([state["step"] for state in optimizer.state.values()])
-        tensors, alike = load.state_tensors(model, optimizer), {"the optimizer's count of updates": updates}
+        tensors = load.state_tensors(model, optimizer)
+        # Weights frozen under adapters are not among them, and no update would ever overwrite a flipped bit.
+        tensors |= {f"model.{name}": p.detach() for name, p in model.named_parameters() if f"model.{name}" not in tensors}
+        alike = {"the optimizer's count of updates": updates}
         if found := divergence(tensors, alike, self.world, self.config.parallel.replicas):
             self._finish_saving()
             kept = name_checkpoint(folders.newest_folder(self.run_dir))

@@ -11,6 +11,7 @@ from olmo_train import config as configuration
 from olmo_train.checkpoint import folders
 from olmo_train.data.mixture import Mixture
 from olmo_train.data.order import BatchSizes
+from olmo_train.errors import ConfigError
 from olmo_train.history import History
 from olmo_train.run.resume import check_changes, check_data, check_denied, check_skip_steps
 from olmo_train.storage import FileCheck, check_files
@@ -26,7 +27,9 @@ class Start:
     state: dict[str, Any]  # state.json of that checkpoint
     saved: dict[str, Any]  # config.yaml of that checkpoint, as config.read returns it; empty for a fresh model
     batches: BatchSizes  # of the whole run: those of the checkpoint, then the configuration's
-    init_folder: Path | None = None  # the checkpoint of init_from, whose weights a fresh model starts with
+    # the checkpoint whose weights a fresh model starts with, or whose weights stay frozen under adapters
+    init_folder: Path | None = None
+    base: dict[str, Any] | None = None  # with adapters: what state.json says of init_folder
 
     @property
     def step(self) -> int:
@@ -60,10 +63,20 @@ def find_checkpoint(config: TrainConfig, check: FileCheck = check_files) -> Foun
     """
     folder = folders.newest(Path(config.run_dir), config.resume == "strict", check)
     if folder is not None:
-        return Found("resume", folder)
+        return Found("resume", folder, folders.base_of(folder, config.init_from, check))
     if config.resume_from is not None:
-        return Found("branch", folders.resolve(Path(config.resume_from), check))
-    return Found("start", init_folder=folders.resolve(Path(config.init_from), check) if config.init_from else None)
+        folder = folders.resolve(Path(config.resume_from), check)
+        return Found("branch", folder, folders.base_of(folder, config.init_from, check))
+    if config.init_from is None:
+        if config.adapter.is_on:
+            what = f"{config.adapter.kind} needs weights to freeze; set init_from to a checkpoint or a run_dir"
+            raise ConfigError("adapter.kind", what)
+        return Found("start")
+    folder = folders.resolve(Path(config.init_from), check)
+    if "base" in folders.read_state(folder):
+        what = f"{folder} holds adapters alone; merge them into their base first: olmo-train convert merge {folder} DEST"
+        raise ConfigError("init_from", what)
+    return Found("start", init_folder=folder)
 
 
 def read_start(config: TrainConfig, mixture: Mixture, found: Found) -> tuple[TrainConfig, Start]:
@@ -73,9 +86,11 @@ def read_start(config: TrainConfig, mixture: Mixture, found: Found) -> tuple[Tra
     Raises ConfigError when the configuration would train another model than the one that is resumed, or on other data. A branch
     may change anything.
     """
-    kind, folder = found.kind, found.folder
+    kind, folder, base = found.kind, found.folder, None
+    if config.adapter.is_on and found.init_folder:
+        base = folders.base_record(found.init_folder, config.parallel.precision)
     if folder is None:
-        return config, Start(kind, None, {"step": 0}, {}, BatchSizes(((1, config.global_batch_size),)), found.init_folder)
+        return config, Start(kind, None, {"step": 0}, {}, BatchSizes(((1, config.global_batch_size),)), found.init_folder, base)
     state, words = folders.read_state(folder), configuration.read([folder / "config.yaml"])
     saved = configuration.decoded(words)
     if config.batch_is_unset and saved.get("global_batch_size"):  # a converted checkpoint has none
@@ -86,10 +101,13 @@ def read_start(config: TrainConfig, mixture: Mixture, found: Found) -> tuple[Tra
         check_skip_steps(saved, resolved, state["step"], config.allow_changes)
         check_data(state["data"], mixture.fingerprint, config.allow_changes)
         check_denied(state.get("denied"), mixture.denied_summary, config.allow_changes)
+    if config.adapter.is_on != (found.init_folder is not None):
+        what = f"is {config.adapter.kind}, and {folder} holds {'adapters' if found.init_folder else 'no adapters'}"
+        raise ConfigError("adapter.kind", f"{what}; set it to the kind of that run, or start from its weights with init_from")
     # A checkpoint of an older version, or a converted one, has one batch size up to its step.
     changes = state.get("batches") or [(1, saved.get("global_batch_size", config.global_batch_size))]
     batches = BatchSizes.of(changes).after(state["step"], config.global_batch_size)
-    return config, Start(kind, folder, state, words, batches)
+    return config, Start(kind, folder, state, words, batches, found.init_folder, base)
 
 
 def owed_line(run_dir: Path, start: Start) -> dict[str, Any] | None:

@@ -81,7 +81,7 @@ def _figures(config: TrainConfig, seconds: list[float], phases: dict[str, float]
     median = statistics.median(seconds)
     rate = config.tokens_per_step / median
     device = hardware.detect()
-    flops = flops_per_token(config.model)
+    flops = flops_per_token(config.model, adapter=config.adapter)
     on_gpu = torch.cuda.is_available()
     peak = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {

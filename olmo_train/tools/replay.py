@@ -133,7 +133,8 @@ def _config_of(history: History, attempt: Attempt) -> TrainConfig:
         run_dir=str(history.run_dir),
         resume="auto",
         resume_from=None,
-        init_from=config.init_from if attempt.first_step == 1 else None,
+        # the base of adapters, which may have moved since the checkpoint
+        init_from=config.init_from if attempt.first_step == 1 or config.adapter.is_on else None,
         allow_changes=(),
         data=dataclasses.replace(config.data, validation={}),
         log=LogConfig(interval_steps=config.log.interval_steps, wandb=WandbConfig(mode="disabled")),
