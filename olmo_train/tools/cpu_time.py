@@ -23,6 +23,7 @@ from olmo_train.parallel.shard import DTYPES
 from olmo_train.storage import cache_folder, replace_file
 from olmo_train.train_config import TrainConfig
 
+FORMAT = 2  # of the cached measurement; a file of another version is not read
 MOST_FLOPS = 2e10  # of one timed forward and backward, so that all of them take seconds
 CALLS, ENOUGH_SECONDS = 12, 5.0  # of a timed function: fewer calls when they take this long, but at least 2
 BUSY = 1.25  # wall time over CPU time from which a machine with a high load average is busy
@@ -49,7 +50,7 @@ def _cached(config: TrainConfig) -> dict[str, float]:
     about: list[object] = [asdict(replace(config.model, n_layers=2)), config.optim.name, config.parallel.precision, processor]
     about += [config.parallel.cpu_kernels, config.micro_batch_size, torch.get_num_threads(), torch.__version__]
     key = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:24]
-    file = cache_folder() / "cpu-time" / f"{key}.json"
+    file = cache_folder() / f"cpu-time-{FORMAT}" / f"{key}.json"
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
