@@ -102,7 +102,7 @@ def test_a_signal_within_a_task_stops_after_its_batch_and_the_line_stands_once(t
     [
         ({"eval.downstream": "[hellaswagg]"}, "eval.downstream", "did you mean 'hellaswag'"),
         ({"eval.tokenizer": None}, "eval.tokenizer", "raw token files"),
-        ({"eval.tokenizer": "none.json"}, "eval.tokenizer", "none.json: is neither"),
+        ({"eval.tokenizer": "none.json"}, "eval.tokenizer", "none.json: does not exist"),
         ({"eval.tokenizer": "large.json"}, "eval.tokenizer", "has 600 ids, the model only 512"),
         ({"eval.downstream_limit": 0}, "eval.downstream_limit", "at least 1"),
     ],

@@ -44,9 +44,10 @@ def library() -> ctypes.CDLL:
     Raises ConfigError if there is no C++ compiler, or it fails.
     """
     compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, COMPILERS)), None)
-    if compiler is None:
+    if compiler is None or shutil.which(compiler.split()[0]) is None:
+        given = f", and CXX {compiler} is not found" if compiler else ""
         raise ConfigError(
-            "parallel.cpu_kernels", f"needs a C++ compiler ({', '.join(COMPILERS)} or $CXX); install one, or set false"
+            "parallel.cpu_kernels", f"needs a C++ compiler ({', '.join(COMPILERS)} or $CXX){given}; install one, or set false"
         )
     words = [*compiler.split(), *FLAGS, "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"]
     built = cache_folder() / "kernels" / f"{_fingerprint(words)}.so"
