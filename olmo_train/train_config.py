@@ -107,7 +107,8 @@ class TrainConfig:
             raise BothSet(second, what, first)
         if self.total_epochs is not None:
             return  # the number of steps depends on the data; see with_length
-        if self.optim.schedule != "constant" and self.optim.warmup_steps >= self.steps and self.total_steps is None:
+        in_steps = self.optim_in_steps(self.batches)
+        if in_steps.schedule != "constant" and in_steps.warmup_steps >= self.steps and self.total_steps is None:
             raise ConfigError("optim.warmup_steps", "; ".join(self.warmup_too_long))
 
     def _check_adapter(self) -> None:
@@ -131,15 +132,20 @@ class TrainConfig:
             raise ConfigError("adapter.rank", f"{what}; set at most {min(rows, columns)}")
 
     @property
+    def batches(self) -> BatchSizes:
+        """The sizes of the global batches of a run that starts with this configuration."""
+        return BatchSizes(((1, self.global_batch_size),))
+
+    @property
     def warmup_too_long(self) -> tuple[str, str]:
         """What is wrong with a warmup that fills the run, and the remedy."""
-        what = f"{self.optim.warmup_steps} fills the whole run of {counted(self.steps, 'step')}"
+        what = f"{self.optim_in_steps(self.batches).warmup_steps} fills the whole run of {counted(self.steps, 'step')}"
         return f"{what}: the learning rate never reaches its peak", f"set optim.warmup_steps to at most {self.steps - 1}"
 
     @property
     def steps(self) -> int:
         """Number of updates in the run."""
-        return self.steps_with(BatchSizes(((1, self.global_batch_size),)))
+        return self.steps_with(self.batches)
 
     def steps_with(self, batches: BatchSizes) -> int:
         """Number of updates in the run with these batch sizes."""
@@ -154,6 +160,31 @@ class TrainConfig:
             return self
         tokens = mixture.places_of_epochs(self.total_epochs) * self.model.seq_len
         return replace(self, total_epochs=None, total_tokens=tokens)
+
+    def in_steps(self, batches: BatchSizes | None = None) -> TrainConfig:
+        """This configuration with every length in steps, for a run with these batch sizes, or its own. with_length comes first.
+        Raises ConfigError."""
+        batches = batches or self.batches
+        return replace(self, total_steps=self.steps_with(batches), total_tokens=None, optim=self.optim_in_steps(batches))
+
+    def optim_in_steps(self, batches: BatchSizes) -> OptimConfig:
+        """The optim section with its lengths in steps. A warmup ends at the first step after which its tokens have been read; a
+        decay begins at the last step after which at least its tokens remain to be read. Raises ConfigError."""
+        optim, seq_len = self.optim, self.model.seq_len
+        warmup, end, decay = optim.warmup_steps, optim.schedule_steps, optim.decay_steps
+        if optim.warmup_tokens is not None:
+            warmup = batches.steps_for(optim.warmup_tokens, seq_len)
+        if optim.schedule_tokens is not None:
+            end = batches.steps_for(optim.schedule_tokens, seq_len)
+        last = end or self.steps_with(batches)
+        if optim.decay_tokens is not None:
+            decay = batches.steps_before(last, optim.decay_tokens, seq_len)
+        if decay is not None and decay > last - warmup:
+            name, length = ("tokens", optim.decay_tokens) if optim.decay_tokens else ("steps", decay)
+            room = f"the {counted(max(last - warmup, 0), 'step')} between the warmup and the end of the schedule"
+            raise ConfigError(f"optim.decay_{name}", f"{length:g} is longer than {room}; set it lower, or train longer")
+        lengths = {"warmup_steps": warmup, "schedule_steps": end, "decay_steps": decay}
+        return replace(optim, **lengths, warmup_tokens=None, schedule_tokens=None, decay_tokens=None)
 
     @property
     def tokens_per_step(self) -> int:
@@ -215,8 +246,8 @@ def schedule_warnings(config: TrainConfig, saved: dict[str, Any], mixture: Mixtu
 
     `saved`: the configuration of the checkpoint that is resumed.
     """
-    was, batches = build(TrainConfig, saved).with_length(mixture), mixture.batches
-    steps = was.steps_with(batches)
+    was = build(TrainConfig, saved).with_length(mixture).in_steps(mixture.batches)
+    steps = was.steps
     before, after = lr_at(last_step, was.optim, steps), lr_at(last_step + 1, config.optim, config.steps)
     if abs(after - lr_at(last_step + 1, was.optim, steps)) <= 0.1 * before:
         return []

@@ -336,6 +336,44 @@ def test_a_batch_that_is_not_set_follows_from_the_parameters_and_the_run_says_so
     assert refusal("global_batch_size=0").startswith("global_batch_size: must be at least 1")
 
 
+WSD = ("global_batch_size=10", "model.seq_len=100", "total_tokens=100_500", "optim.schedule=wsd")
+
+
+def test_lengths_in_tokens_are_rounded_to_whole_steps():
+    """1000 tokens a step: a run of 101 steps."""
+
+    def lengths(*words):
+        optim = load(*WSD, *words).in_steps().optim
+        assert optim.warmup_tokens is optim.schedule_tokens is optim.decay_tokens is None
+        return optim.warmup_steps, optim.schedule_steps, optim.decay_steps
+
+    short = "optim.warmup_steps=5"
+    assert lengths("optim.warmup_tokens=9_000") == (9, None, None) and lengths("optim.warmup_tokens=9_001") == (10, None, None)
+    assert lengths(short, "optim.decay_tokens=20e3") == (5, None, 20) and lengths(short, "optim.decay_tokens=20_001")[2] == 21
+    assert lengths(short, "optim.schedule_tokens=49_500", "optim.decay_tokens=45e3") == (5, 50, 45)
+    assert load(*WSD, short).in_steps() == load(*WSD, short, "total_tokens=null", "total_steps=101")
+
+
+def test_a_decay_that_cannot_be_is_refused():
+    short, room = (
+        "optim.warmup_steps=5",
+        "is longer than the 96 steps between the warmup and the end of the schedule; set it lower",
+    )
+    assert load(*WSD, short, "optim.decay_steps=96").in_steps().optim.decay_steps == 96
+    assert refusal(*WSD, short, "optim.decay_steps=97") == f"optim.decay_steps: 97 {room}, or train longer"
+    assert refusal(*WSD, short, "optim.decay_tokens=96_001").startswith(f"optim.decay_tokens: 96001 {room}")
+    assert refusal(*WSD, short, "optim.decay_tokens=1e9").startswith(f"optim.decay_tokens: 1e+09 {room}")
+    assert "45 steps between" in refusal(*WSD, short, "optim.schedule_steps=50", "optim.decay_steps=46")
+    both = "and optim.decay_steps 9 are both set; leave one out (optim.decay_steps is set by command line)"
+    assert refusal(*WSD, short, "optim.decay_steps=9", "optim.decay_tokens=9e3") == f"optim.decay_tokens: 9000 {both}"
+    assert "optim.warmup_steps 5 are both set" in refusal(*WSD, short, "optim.warmup_tokens=9e3")
+    for word in ("decay_steps=5", "decay_tokens=5e3", "decay_shape=1-sqrt"):
+        key = f"optim.{word.partition('=')[0]}"
+        assert refusal(f"optim.{word}") == f"{key}: is read with schedule: wsd only, not linear; leave it out"
+    assert refusal(*WSD, short, "optim.decay_shape=sqrt").startswith("optim.decay_shape: 'sqrt' is not a choice; did you mean")
+    assert refusal(*WSD, short, "optim.decay_tokens=0").startswith("optim.decay_tokens: must be finite and above 0")
+
+
 def test_flatten_names_every_leaf():
     values = {"a": 1, "b": {"c": [1, {"d": 2}], "e": {}, "f": {"g": None}}}
     assert config.flatten(values) == {"a": 1, "b.c": [1, {"d": 2}], "b.e": {}, "b.f.g": None}

@@ -30,6 +30,7 @@ OLMO_1B = {0: 4e-5, 2000: 4e-4, 2001: 3.999999999983661e-4, 100000: 3.8453486557
 def test_the_optimizers_and_schedules_are_the_choices_of_the_configuration():
     hints = get_type_hints(OptimConfig)
     assert (tuple(OPTIMIZERS), tuple(schedules.SCHEDULES)) == (get_args(hints["name"]), get_args(hints["schedule"]))
+    assert tuple(schedules.DECAY_SHAPES) == get_args(hints["decay_shape"])
 
 
 @pytest.mark.parametrize("step, lr", OLMO_7B.items())
@@ -64,6 +65,17 @@ def test_wsd_holds_the_peak_and_falls_over_its_last_steps():
     assert [lr_at(step, config, 100) for step in (10, 50, 80, 90, 100)] == [1.0, 1.0, 1.0, 0.75, 0.5]
     tenth = OptimConfig(peak_lr=1.0, warmup_steps=10, schedule="wsd", final_lr_ratio=0.0)
     assert [lr_at(step, tenth, 100) for step in (90, 95, 100)] == [1.0, 0.5, 0.0]
+
+
+def test_the_shapes_of_wsds_decay_are_those_of_the_paper():
+    """Hägele et al. 2024: f(n) = 1 - (n - N + D) / D, and f(n) = 1 - sqrt((n - N + D) / D), times the peak."""
+    for shape, f in {"linear": lambda done: 1 - done, "1-sqrt": lambda done: 1 - math.sqrt(done)}.items():
+        config = OptimConfig(peak_lr=2.0, warmup_steps=10, schedule="wsd", decay_steps=40, final_lr_ratio=0.0, decay_shape=shape)
+        assert [lr_at(step, config, 100) for step in (10, 59, 60)] == [2.0, 2.0, 2.0]
+        for step in range(60, 101):
+            assert lr_at(step, config, 100) == pytest.approx(2.0 * f((step - 60) / 40), abs=1e-15)
+        tenth = replace(config, final_lr_ratio=0.1)
+        assert [lr_at(step, tenth, 100) for step in (60, 100, 120)] == [2.0, 0.2, 0.2]
 
 
 def test_inverse_sqrt_halves_at_four_times_the_warmup():

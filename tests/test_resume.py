@@ -64,6 +64,26 @@ def test_a_longer_run_continues_with_the_same_batches(tiny_args, read_metrics, t
     assert hashes[0] == hashes[1] and len(hashes[0]) == 9
 
 
+def test_a_schedule_in_tokens_is_the_one_in_steps_also_after_a_resume(tiny_args, tmp_path):
+    wsd = {"optim.schedule": "wsd", "optim.decay_shape": "1-sqrt", "total_steps": None, "total_tokens": 12 * 512}
+    steps = trained(tiny_args("steps", **wsd, **{"optim.warmup_steps": 3, "optim.decay_steps": 5}))
+    tokens = {"optim.warmup_steps": None, "optim.warmup_tokens": 3 * 512, "optim.decay_tokens": 5 * 512 - 100}
+    cut(tiny_args("tokens", **wsd, **tokens), steps=9)
+    trained(tiny_args("tokens", **wsd, **tokens))
+    assert history(steps.run_dir) == history(tmp_path / "tokens")
+    rates = [rate for (rate,) in history(steps.run_dir, "optim/learning_rate_group0")]
+    assert rates[2:7] == [3e-3] * 5 and rates[7:] == sorted(rates[7:], reverse=True) and rates[-1] == pytest.approx(3e-4)
+    saved = yaml.safe_load((tmp_path / "tokens/config.yaml").read_text())["optim"]
+    assert (saved["warmup_tokens"], saved["decay_tokens"], saved["decay_steps"]) == (1536, 2460, None)
+
+
+def test_a_decay_branch_of_a_stable_run_is_the_straight_run_of_its_length(tiny_args, tmp_path):
+    wsd = {"optim.schedule": "wsd", "optim.decay_steps": 2, "total_steps": 8}
+    trained(tiny_args("stable", **wsd | {"total_steps": 10}))
+    trained(tiny_args("branch", **wsd, resume_from=tmp_path / "stable/checkpoints/step-0000005"))
+    assert history(tmp_path / "branch") == history(trained(tiny_args("straight", **wsd)).run_dir)[5:]
+
+
 def test_a_warmup_that_fills_the_run_and_a_jump_of_the_learning_rate_are_warnings(tiny_args, caplog):
     trained(tiny_args("run", total_steps=4))
     assert "optim.warmup_steps 4 fills the whole run of 4 steps" in caplog.text and "jumps" not in caplog.text

@@ -112,6 +112,12 @@ class BatchSizes:
         first, size = next((f, size) for f, size in reversed(self.changes) if self.places_before(f) * seq_len < tokens or f == 1)
         return first - 1 + math.ceil((tokens - self.places_before(first) * seq_len) / (size * seq_len))
 
+    def steps_before(self, end: int, tokens: float, seq_len: int) -> int:
+        """The fewest last steps, up to and with step `end`, that read at least this many tokens; more than `end` if all steps
+        read fewer."""
+        place = self.places_before(end + 1) - math.ceil(tokens / seq_len)
+        return end + 1 - self.row_of(place)[0] if place >= 0 else end + 1
+
     def after(self, step: int, size: int) -> BatchSizes:
         """These sizes up to `step`, and `size` from the next step on."""
         kept = tuple(change for change in self.changes if change[0] <= step)

@@ -6,16 +6,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 
-from olmo_train.config import Count, Fraction, Natural, NonNegative, Rule, names_in
-from olmo_train.errors import ConfigError
+from olmo_train.config import Count, Fraction, Natural, NonNegative, Positive, Rule, names_in
+from olmo_train.errors import BothSet, ConfigError
 
 FOLDER = Path(__file__).parent
 if TYPE_CHECKING:
     Optimizer: TypeAlias = str
     Schedule: TypeAlias = str
+    DecayShape: TypeAlias = str
 else:  # the names of the rows, read without importing torch
     Optimizer = Literal[names_in("OPTIMIZERS", FOLDER / "build.py")]
     Schedule = Literal[names_in("SCHEDULES", FOLDER / "schedules.py")]
+    DecayShape = Literal[names_in("DECAY_SHAPES", FOLDER / "schedules.py")]
 Clip = Annotated[float, Rule("above 0; .inf clips nothing", lambda norm: norm > 0)]
 
 
@@ -35,19 +37,34 @@ class OptimConfig:
     grad_clip_warmup_steps: Natural = 0  # for N steps from the second, max_grad_norm is multiplied by the factor below
     grad_clip_warmup_factor: NonNegative = 1.0  # factor of grad_clip_warmup_steps; OLMo-7B has 1000 steps and 10.0
     # learning rate after the warmup; linear, cosine: decay to final_lr_ratio; inverse_sqrt: peak * sqrt(warmup / step); wsd: the
-    # peak, then a linear decay over the last decay_steps
+    # peak, then a decay of decay_shape over the last decay_steps
     schedule: Schedule = "linear"
     warmup_steps: Natural = 5000  # steps of linear warmup
+    warmup_tokens: Positive | None = None  # length of the warmup in tokens, instead of warmup_steps
     warmup_start_ratio: NonNegative = 0.1  # the warmup starts at this fraction of the peak, as in OLMo, not at zero
     final_lr_ratio: NonNegative = 0.1  # the last learning rate, as a fraction of the peak
     schedule_steps: Count | None = None  # the step at which the schedule ends; null: the last step of the run
-    decay_steps: Count | None = None  # length of the final decay of wsd; null: a tenth of the run
+    schedule_tokens: Positive | None = None  # the same in tokens, instead of schedule_steps
+    decay_steps: Count | None = None  # length of the final decay of wsd; null: a tenth of the schedule
+    decay_tokens: Positive | None = None  # the same in tokens, instead of decay_steps
+    # of the final decay of wsd; linear: a straight line; 1-sqrt: by 1 - sqrt(share of the decay), which falls faster at first
+    decay_shape: DecayShape = "linear"
 
     def __post_init__(self) -> None:
+        for name in ("warmup", "schedule", "decay"):
+            self._check_one_length(f"{name}_tokens", f"{name}_steps")
+        for name in ("decay_steps", "decay_tokens", "decay_shape"):
+            if getattr(self, name) != getattr(OptimConfig, name) and self.schedule != "wsd":
+                raise ConfigError(f"optim.{name}", f"is read with schedule: wsd only, not {self.schedule}; leave it out")
         if self.schedule_steps is not None and self.schedule_steps < self.warmup_steps:
             raise ConfigError("optim.schedule_steps", f"{self.schedule_steps} is below warmup_steps {self.warmup_steps}")
-        if self.decay_steps is not None and self.schedule != "wsd":
-            raise ConfigError("optim.decay_steps", f"is read with schedule: wsd only, not {self.schedule}; leave it out")
+
+    def _check_one_length(self, tokens: str, steps: str) -> None:
+        """Raises BothSet when a length is set in tokens and in steps."""
+        length, other = getattr(self, tokens), getattr(self, steps)
+        if length is not None and other != getattr(OptimConfig, steps):
+            what = f"{length:g} and optim.{steps} {other} are both set; leave one out"
+            raise BothSet(f"optim.{tokens}", what, f"optim.{steps}")
 
 
 # ---- Muon

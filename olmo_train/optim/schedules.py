@@ -11,7 +11,8 @@ def lr_at(step: int, config: OptimConfig, total_steps: int) -> float:
     """Learning rate of update `step`, counted from 1.
 
     Warmup as OLMo (allenai/OLMo, olmo/optim.py): linear from warmup_start_ratio * peak_lr at step 0 to peak_lr at
-    warmup_steps; afterwards the schedule, which ends at final_lr_ratio * peak_lr.
+    warmup_steps; afterwards the schedule, which ends at final_lr_ratio * peak_lr. `config` has its lengths in steps; see
+    TrainConfig.in_steps.
     """
     peak, warmup = config.peak_lr, config.warmup_steps
     if step < warmup:
@@ -55,11 +56,22 @@ def inverse_sqrt(step: int, config: OptimConfig, total_steps: int) -> float:
 
 
 def wsd(step: int, config: OptimConfig, total_steps: int) -> float:
-    """Warmup, stable, decay (Hu et al. 2024): the peak, then a straight line over the last decay_steps."""
+    """Warmup, stable, decay (Hu et al. 2024): the peak, then a decay of decay_shape over the last decay_steps."""
     decay = -(-total_steps // 10) if config.decay_steps is None else config.decay_steps
     peak, final = config.peak_lr, config.final_lr_ratio * config.peak_lr
     remaining = max(total_steps - step, 0)
-    return peak if remaining >= decay else final + (peak - final) * remaining / decay
+    return peak if remaining >= decay else final + DECAY_SHAPES[config.decay_shape](peak - final, remaining, decay)
+
+
+def linear_decay(height: float, remaining: int, decay: int) -> float:
+    """`height` at the start of a decay of `decay` steps, and 0 at its end, when none are `remaining`."""
+    return height * remaining / decay
+
+
+def one_minus_sqrt_decay(height: float, remaining: int, decay: int) -> float:
+    """The same by 1 - sqrt(share of the decay that is done) (Hägele et al. 2024, section 3)."""
+    return height * (1 - math.sqrt((decay - remaining) / decay))
 
 
 SCHEDULES = {"linear": linear, "cosine": cosine, "constant": constant, "inverse_sqrt": inverse_sqrt, "wsd": wsd}
+DECAY_SHAPES = {"linear": linear_decay, "1-sqrt": one_minus_sqrt_decay}

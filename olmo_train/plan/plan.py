@@ -53,12 +53,12 @@ def open_data(config: TrainConfig) -> tuple[Mixture | None, str | None]:
 
 
 def with_length(config: TrainConfig, mixture: Mixture | None, why_not: str | None) -> TrainConfig:
-    """The configuration with its length in tokens. Raises ConfigError when that follows from data that cannot be opened."""
+    """The configuration with its lengths in steps. Raises ConfigError when they follow from data that cannot be opened."""
     if mixture is not None:
-        return config.with_length(mixture)
+        return config.with_length(mixture).in_steps()
     if config.total_epochs is not None:
         raise ConfigError("total_epochs", f"{config.total_epochs:g} is a length that needs the data: {why_not}; set total_steps")
-    return config
+    return config.in_steps()
 
 
 def make_plan(

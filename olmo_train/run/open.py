@@ -67,12 +67,9 @@ def open_run(config: TrainConfig, world: World, signals: StopSignals) -> Iterato
         config.check_world(world.data_size)
         resolved, notes = configuration.to_dict(config), config.batch_notes(world.data_size)
         mixture.set_batches(start.batches)
-        config = dataclasses.replace(
-            config.with_length(mixture),  # without total_epochs
-            total_steps=config.with_length(mixture).steps_with(start.batches),
-            total_tokens=None,
-            micro_batch_size=config.micro_batch_on(world.data_size),
-        )
+        micro_batch_size = config.micro_batch_on(world.data_size)
+        config = config.with_length(mixture).in_steps(start.batches)
+        config = dataclasses.replace(config, micro_batch_size=micro_batch_size)
         pending_line = world.on_main(lambda: owed_line(run_dir, start))
         evaluation.recall(run_dir, start.step)
         if (start.step >= config.steps or evaluation.best.ends_run) and pending_line is None:

@@ -24,6 +24,8 @@ HARMLESS = (
     "data.sources.*.path*",  # the contents are compared by their hashes
     "total_steps", "total_tokens", "total_epochs",  # a run may be made longer; see schedule_warnings
 )  # fmt: skip
+# Keys that configurations saved by earlier versions do not have, and the values that equal what these versions did.
+OLDER = flatten({"adapter": to_dict(AdapterConfig()), "optim": {"decay_shape": "linear"}})
 ADAPTER_SHAPES = {"adapter.kind", "adapter.rank", "adapter.targets"}
 ANOTHER_MODEL = "which would train another model; set it back, choose another run_dir"
 
@@ -42,8 +44,7 @@ def _refuse(key: str, change: str, allowed: tuple[str, ...]) -> None:
 def check_changes(saved: dict[str, Any], now: dict[str, Any], allowed: tuple[str, ...]) -> None:
     """Compare two resolved configurations. Raises ConfigError with all keys, each with both values, whose change alters the
     training and that `allowed` does not name. A change of a weight's shape cannot be allowed."""
-    older = {"adapter": to_dict(AdapterConfig())}  # which a run of an earlier version does not have
-    before, after = flatten(older | saved), flatten(now)
+    before, after = OLDER | flatten(saved), flatten(now)
     for flat, config in ((before, saved), (after, now)):
         flat["data.sources"] = list(config["data"]["sources"])  # the order of the sources affects the order of the data
     changed = [key for key in sorted((before.keys() | after.keys()) - REMOVED.keys()) if before.get(key) != after.get(key)]

@@ -196,7 +196,7 @@ def data(config: TrainConfig) -> Iterator[Finding]:
 
     mixture = config.mixture()
     mixture.check_tokenizers(mixture.open_validation())
-    config = config.with_length(mixture)
+    config = config.with_length(mixture).in_steps()
     on_cpu = not torch.cuda.is_available()
     cautions = {caution.about: caution for caution in preflight.cautions(config, mixture, on_cpu)}
     for source, epoch in zip(mixture.sources, mixture.epochs(config.steps).values(), strict=True):
