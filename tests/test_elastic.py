@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from ranks import environments, exit_code, fork
-from runs import LOSS, events_of, history, trained, trained_on, wait_for
+from runs import LOSS, events_of, history, trained, trained_on
 
 from olmo_train.checkpoint.folders import committed
 from olmo_train.parallel.world import join_world
@@ -31,22 +31,43 @@ sys.exit(main(["train", *sys.argv[1:]]))
 """
 
 
+class Torchruns:
+    """Runs in a folder, each started by a torchrun."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.started = folder, []
+        (folder / "script.py").write_text(SCRIPT)
+
+    def __call__(self, *options: str, words: list[str], **environment: str) -> subprocess.Popen:
+        command = [sys.executable, "-m", "torch.distributed.run", "--max-restarts=3", *options, "script.py", *words]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+        with open(self.folder / f"stderr-{len(self.started)}", "w") as errors:
+            self.started.append(subprocess.Popen(command, cwd=self.folder, env=environment, stderr=errors))
+        return self.started[-1]
+
+    def errors(self) -> str:
+        return "\n".join(f"{file.name}:\n{file.read_text()}" for file in sorted(self.folder.glob("stderr-*")))
+
+    def set_pace(self, seconds: float) -> None:
+        """How much longer each step takes from now on."""
+        (self.folder / "new").write_text(str(seconds))
+        (self.folder / "new").rename(self.folder / "pace")
+
+    def wait_until(self, is_so, seconds: float = 240) -> None:
+        """Fails at once when a torchrun has ended that kill() has not ended."""
+        deadline = time.monotonic() + seconds
+        while not is_so():
+            assert not [run for run in self.started if run.returncode is None and run.poll() is not None], self.errors()
+            assert time.monotonic() < deadline, self.errors()
+            time.sleep(0.05)
+
+
 @pytest.fixture
 def torchrun(tmp_path):
-    """torchrun(*options, words=[...], **environment): a run whose steps take the seconds in the file `pace` longer."""
-    (tmp_path / "script.py").write_text(SCRIPT)
-    started = []
-
-    def start(*options: str, words: list[str], **environment: str) -> subprocess.Popen:
-        command = [sys.executable, "-m", "torch.distributed.run", "--max-restarts=3", *options, "script.py", *words]
-        with open(tmp_path / f"stderr-{len(started)}", "w") as errors:
-            environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
-            started.append(subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=errors))
-        return started[-1]
-
-    yield start
-    for launcher in started:
-        kill(launcher)
+    runs = Torchruns(tmp_path)
+    yield runs
+    for run in runs.started:
+        kill(run)
 
 
 def processes_below(pid: int) -> list[int]:
@@ -64,6 +85,12 @@ def kill(launcher: subprocess.Popen) -> None:
 def ranks_of(launcher: subprocess.Popen) -> list[int]:
     """The processes of the run, without those that watch them."""
     return [pid for pid in processes_below(launcher.pid) if b"script.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
+def steps(run_dir: Path) -> int:
+    """How many steps a run has logged."""
+    metrics = run_dir / "metrics.jsonl"
+    return metrics.read_text().count("\n") if metrics.exists() else 0
 
 
 def newest_files(run_dir: Path) -> dict[str, bytes]:
@@ -95,11 +122,11 @@ def test_torchrun_restarts_a_run_after_a_process_was_killed_and_it_ends_with_the
     rank, torchrun, tiny_words, tiny_args, tmp_path
 ):
     settings = {"total_steps": 60, "checkpoint.interval_steps": 10}
-    (tmp_path / "pace").write_text("0.02")
+    torchrun.set_pace(0.02)
     run = torchrun("--standalone", "--nproc-per-node=2", words=tiny_words("run", **settings))
-    wait_for(tmp_path / "run", 25, seconds=240)
+    torchrun.wait_until(lambda: steps(tmp_path / "run") >= 25)
     os.kill(ranks_of(run)[rank], signal.SIGKILL)
-    assert run.wait(timeout=240) == 0, (tmp_path / "stderr-0").read_text()
+    assert run.wait(timeout=240) == 0, torchrun.errors()
     (resumed,) = events_of(tmp_path / "run", "resume")
     assert resumed["step"] >= 20
     trained_on(2, tiny_args("uninterrupted", **settings))
@@ -113,27 +140,29 @@ def test_a_run_goes_on_when_a_machine_leaves_and_when_it_returns(torchrun, tiny_
     with socket.socket() as free:
         free.bind(("localhost", 0))
         endpoint = f"localhost:{free.getsockname()[1]}"
-    quick = "--rdzv-conf=last_call_timeout=2,keep_alive_interval=1,keep_alive_max_attempt=3"
-    options = ["--nnodes=1:2", "--nproc-per-node=1", "--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint}", "--rdzv-id=1", quick]
+    quick = "last_call_timeout=10,keep_alive_interval=1,keep_alive_max_attempt=6"
+    options = ["--nnodes=1:2", "--nproc-per-node=1", "--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint}", "--rdzv-id=1"]
     words = tiny_words("run", **settings)
 
-    def machine() -> subprocess.Popen:
-        return torchrun(*options, words=words, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
+    def machine(is_host: int) -> subprocess.Popen:
+        """Without is_host the first launcher that binds the port would hold the list of machines, as all are on this one."""
+        conf = f"--rdzv-conf={quick},is_host={is_host}"
+        return torchrun(*options, conf, words=words, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
 
     def wait_for_resume(number: int) -> None:
-        wait_until(lambda: len(events_of(tmp_path / "run", "resume")) == number)
+        torchrun.wait_until(lambda: len(events_of(tmp_path / "run", "resume")) == number)
 
-    (tmp_path / "pace").write_text("0.1")
-    stays, leaves = machine(), machine()
-    wait_for(tmp_path / "run", 15, seconds=240)
-    (tmp_path / "pace").write_text("0.5")
+    torchrun.set_pace(0.1)
+    stays, leaves = machine(is_host=1), machine(is_host=0)
+    torchrun.wait_until(lambda: steps(tmp_path / "run") >= 15)
+    torchrun.set_pace(1)
     kill(leaves)
     wait_for_resume(1)
-    returns = machine()
+    returns = machine(is_host=0)
     wait_for_resume(2)
-    (tmp_path / "pace").write_text("0")
+    torchrun.set_pace(0)
     codes = [launcher.wait(timeout=240) for launcher in (stays, returns)]
-    assert codes == [0, 0], (tmp_path / "stderr-0").read_text()
+    assert codes == [0, 0], torchrun.errors()
     assert [event["world_size"] for event in events_of(tmp_path / "run", "start", "resume")] == [2, 1, 2]
     (saved,) = events_of(tmp_path / "run", "signal")  # torchrun stops the process that stayed, which saves
     assert events_of(tmp_path / "run", "resume")[1]["step"] == saved["step"]
@@ -142,10 +171,3 @@ def test_a_run_goes_on_when_a_machine_leaves_and_when_it_returns(torchrun, tiny_
     assert all(step == other and math.isclose(loss, same, rel_tol=1e-6) for (step, loss), (other, same) in pairs)
     for name in ("sample_hash", "throughput/total_tokens"):
         assert history(tmp_path / "run", name) == history(tmp_path / "uninterrupted", name)
-
-
-def wait_until(is_so, seconds: float = 240) -> None:
-    deadline = time.monotonic() + seconds
-    while not is_so():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
