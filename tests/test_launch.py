@@ -34,13 +34,15 @@ def test_local_starts_one_process_each_and_gives_the_words_on(tmp_path, tiny_wor
 
 @pytest.fixture
 def launcher(tmp_path):
-    """launcher(code, nproc=2): olmo_train.parallel.launch with a script of this code, in which `rank` is set."""
+    """launcher(code, nproc=2, proc="/proc"): olmo_train.parallel.launch with a script of this code, in which `rank` is set.
+    With another `proc` it finds its processes there."""
 
-    def start(code: str, nproc: int = 2) -> subprocess.Popen:
+    def start(code: str, nproc: int = 2, proc: str = "/proc") -> subprocess.Popen:
         (tmp_path / "script.py").write_text(
             f"import os, signal, sys, time\nsignal.alarm(120)\nrank = int(os.environ['RANK'])\n{code}"
         )
-        words = [sys.executable, "-m", "olmo_train.parallel.launch", "--standalone", f"--nproc-per-node={nproc}"]
+        main = f"import sys; from olmo_train.parallel import launch; launch.PROC = launch.Path({proc!r}); "
+        words = [sys.executable, "-c", main + "sys.exit(launch.main(sys.argv[1:]))", "--standalone", f"--nproc-per-node={nproc}"]
         environment = {**os.environ, "PYTHONPATH": str(LAUNCH.parent)}
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         return subprocess.Popen([*words, str(tmp_path / "script.py")], env=environment, cwd=tmp_path, **pipes)
@@ -60,10 +62,11 @@ def test_the_launcher_exits_with_the_code_of_the_run_and_leaves_the_last_line_to
     assert (killed.communicate(timeout=60)[1], killed.returncode) == (last, 128 + signal.SIGKILL)
 
 
-def test_the_launcher_passes_signals_on_and_waits_for_the_run_to_save(launcher):
+@pytest.mark.parametrize("proc", ["/proc", "/absent"])  # macOS has no /proc
+def test_the_launcher_passes_signals_on_and_waits_for_the_run_to_save(launcher, proc):
     blocked = "signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1, signal.SIGTERM])\nos.write(1, b'ready\\n')\n"
     blocked += "signal.sigwait([signal.SIGUSR1])\ntime.sleep(1 + rank)\nos.write(1, b'saved\\n')\nsys.exit(75)"
-    run = launcher(blocked)
+    run = launcher(blocked, proc=proc)
     assert [run.stdout.readline() for _ in range(2)] == ["ready\n", "ready\n"]
     run.send_signal(signal.SIGUSR1)
     assert (*run.communicate(timeout=60), run.returncode) == ("saved\nsaved\n", "", 75)

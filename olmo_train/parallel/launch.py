@@ -13,11 +13,13 @@ import contextlib
 import logging
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Collection
 from pathlib import Path
 
 CPP_LEVEL = "TORCH_CPP_LOG_LEVEL"
+PROC = Path("/proc")
 PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 # The most telling code first: when one process ends with an error, the others exit with 6 or are killed.
 ORDER = (5, 4, 3, 2, 1, 75, 130, 6)
@@ -70,16 +72,25 @@ def main(words: list[str]) -> int:
 
 def _signal_children(number: int) -> None:
     """Send a signal to the processes that this one has started; leave if there are none."""
-    children = []
-    for file in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):  # it has ended
-            parent = file.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[1]
-            if int(parent) == os.getpid():
-                children.append(int(file.parent.name))
+    children = _children()
     for child in children:
-        os.kill(child, number)
+        with contextlib.suppress(ProcessLookupError):  # it has ended
+            os.kill(child, number)
     if not children:
         sys.exit(128 + number)
+
+
+def _children() -> list[int]:
+    """The processes that this one has started, by /proc, or by ps on a system without it (macOS)."""
+    parents = {}
+    for file in PROC.glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has ended
+            parents[int(file.parent.name)] = int(file.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[1])
+    if not parents:
+        with subprocess.Popen(["ps", "-A", "-o", "pid=,ppid="], stdout=subprocess.PIPE, text=True) as ps:
+            parents = {int(pid): int(parent) for pid, parent in map(str.split, ps.stdout)}
+        parents.pop(ps.pid, None)
+    return [pid for pid, parent in parents.items() if parent == os.getpid()]
 
 
 def _error(where: str, what: str, code: int) -> int:
