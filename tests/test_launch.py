@@ -155,7 +155,9 @@ sys.exit(int(os.environ["CODE"]))
 def slurm(tmp_path):
     """slurm(seconds, code=0, state="RUNNING", *words, **variables): the batch script with stand-ins for Slurm's commands, which
     note how they were called in slurm.log. The run works for some seconds and ends with this code, or saves on SIGUSR1; then
-    squeue prints this state."""
+    squeue prints this state. config.yaml names a run_dir, tmp_path/run."""
+    for name in ("config.yaml", "seed-3.yaml"):
+        (tmp_path / name).write_text("run_dir: run\n")
     log = tmp_path / "log"
     (tmp_path / "srun").write_text(SRUN.format(python=sys.executable, log=str(log), task=TASK))
     (tmp_path / "scontrol").write_text(
@@ -169,9 +171,10 @@ def slurm(tmp_path):
         log.write_text("")
         job = {"SLURM_JOB_NODELIST": "first,second", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "8", "SLURM_JOB_ID": "7"}
         job |= {"SLURM_CPUS_PER_TASK": "64", "PYTHON": sys.executable, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
-        environment = {**os.environ, **job, "SECONDS_OF_WORK": str(seconds), "CODE": str(code), "STATE": state, **variables}
+        job |= {"SECONDS_OF_WORK": str(seconds), "CODE": str(code), "STATE": state, "PYTHONPATH": str(LAUNCH.parent)}
         command = ["bash", LAUNCH / "slurm.sbatch", *(words or ["config.yaml", "total_steps=9"])]
-        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        return subprocess.Popen(command, env={**os.environ, **job, **variables}, cwd=tmp_path, **pipes)
 
     start.log = log
     return start
@@ -215,6 +218,24 @@ def test_a_slurm_job_at_its_times_end_lets_the_run_save_and_is_queued_again(slur
 def test_a_slurm_job_is_queued_again_unless_it_has_finished_failed_or_been_cancelled(slurm, code, state, exits_with, queued):
     assert slurm(0, code, state).wait(timeout=60) == exits_with
     assert ("scontrol requeue 7" in slurm.log.read_text()) == queued
+
+
+def test_a_slurm_job_is_queued_again_five_times_after_a_checkpoint_and_always_after_a_new_one(slurm, tmp_path):
+    def ends(code: int, **variables: str) -> tuple[int, bool, str]:
+        job = slurm(0, code, "RUNNING", "config.yaml", "--debug", **variables)
+        error = job.communicate(timeout=60)[1]
+        return job.returncode, "scontrol requeue" in slurm.log.read_text(), error
+
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/requeues.txt").write_text("job 7 ended after the start\n" * 4)
+    assert ends(6) == (6, True, "")
+    what = "error: run_dir: run has been queued again 5 times after the start without a new checkpoint; see the errors above"
+    assert ends(6) == (6, False, f"{what}, and submit the job again\n")
+    assert ends(137, SLURM_JOB_ID="8") == (137, True, "")  # as after another sbatch
+    for step in ("9999999", "10000000"):
+        (tmp_path / f"run/checkpoints/step-{step}").mkdir(parents=True)
+        assert ends(75) == (75, True, "")
+    assert (tmp_path / "run/requeues.txt").read_text().endswith("job 7 ended after step-10000000\n")
 
 
 def test_the_tasks_of_a_slurm_array_have_a_run_dir_each(slurm):
