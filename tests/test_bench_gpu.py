@@ -8,8 +8,11 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from ranks import on_ranks
 from runs import load_script
 
 SCRIPT = Path(__file__).parent / "benchmarks/gpu.py"
@@ -91,7 +94,32 @@ def test_every_row_is_a_configuration(script):
             file, *words = script.row_words(row)
             built = config.load(TrainConfig, [file], [*words, "run_dir=x", "data.sources.a.path=x"])
             assert built.tokens_per_step == (262_144 if "262144" in row else 65_536), row
+            assert built.parallel.compile == (not {"eager", "world"} & {*row.split(":")}), row
     assert script.row_words("4096x3")[2] == "global_batch_size=15"  # whole micro-batches
+
+
+def test_only_the_tests_of_a_gpu_see_it_when_they_run_alone_and_ranks_are_not_forked_there(monkeypatch):
+    for files, seen in (
+        ("tests/test_gpu.py tests/test_speed.py::test_x", "0"),
+        ("tests/test_gpu.py tests/test_loss.py", ""),
+        ("", ""),
+    ):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+        monkeypatch.setattr(sys, "argv", ["pytest", "-v", *files.split()])
+        load_script(Path(__file__).parent / "conftest.py")
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == seen, files
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(AssertionError, match="two ranks would share one GPU"):
+        on_ranks(2, lambda world: world.rank)
+
+
+def test_peers_run_one_after_the_other_each_with_its_folder_of_the_bundle(script, monkeypatch, tmp_path):
+    (tmp_path / "peers/litgpt").mkdir(parents=True)
+    monkeypatch.setattr(script, "BUNDLE", tmp_path)
+    called = []
+    commands = SimpleNamespace(python=lambda *words: called.extend(words) or (0, "litgpt is skipped: why\n", ""))
+    assert script.run_peers("peers", commands, tiny=False) == {"said": ["litgpt is skipped: why"]}
+    assert "--in-turn" in called and called[called.index("--at") + 1] == f"litgpt={tmp_path}/peers/litgpt"
 
 
 def test_a_command_is_stopped_at_the_deadline_and_none_is_started_after_it(script, monkeypatch):

@@ -152,3 +152,15 @@ def test_what_a_gpu_needs_to_compile_is_looked_for(monkeypatch, tmp_path):
     assert kernels.missing_for_compile() == "a C compiler (gcc, clang or $CC)"
     monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda name: None)
     assert kernels.missing_for_compile() == "Triton"
+
+
+def test_on_a_gpu_attention_is_left_to_torch_also_beside_flash_attention_3(monkeypatch):
+    """torch asks cuDNN first there: an implementation that is only registered would never be called."""
+    monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    registered = []
+    monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", registered.append, raising=False)
+    with torch.device("meta"):
+        model = Transformer(SHAPE)
+    kernels.select_kernels(model, ParallelConfig(compile=False), torch.device("cuda"))
+    assert registered == [] and not kernels.uses_cpu_kernels(model)
