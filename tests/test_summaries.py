@@ -4,10 +4,13 @@ import json
 
 import numpy as np
 import pytest
+from data_sources import prepare_source
 from ranks import environments, exit_code, fork
 from runs import trained
+from test_templates import chat_tokenizer  # noqa: F401
 
 from olmo_train.data.prepare.readers import to_record
+from olmo_train.data.templates import open_format
 from olmo_train.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 from olmo_train.errors import DataError
 from olmo_train.eval.summaries import SCORES, Answer, aggregate, fit, lead_1, plain_ids, read_examples, score, summarize
@@ -163,6 +166,50 @@ def test_the_command_prints_the_same_for_every_batch_size_and_number_of_processe
     assert len({row["prediction"] for row in rows}) > 1
 
 
+@pytest.fixture
+def chat_run(tmp_path, tiny_args, records, chat_tokenizer):  # noqa: F811
+    """A run on `records`, written with a template and an instruction; its newest checkpoint."""
+    (tmp_path / "tokenizer.json").write_bytes(chat_tokenizer.read_bytes())
+    (tmp_path / "train.jsonl").write_text((records.read_text().strip() + "\n") * 10)
+    folder, _ = prepare_source(tmp_path, tmp_path / "train.jsonl", template="smollm2", instruction="Say it.")
+    trained(tiny_args("chat", total_steps=1, **{"data.sources.a.path": folder, "model.seq_len": 256}))
+    return tmp_path / "chat/checkpoints/step-0000001"
+
+
+@pytest.mark.parametrize("words, name, instruction", [
+    ((), "smollm2", "Say it."), (("--instruction", "Name it."), "smollm2", "Name it."),
+    (("--template", "chatml"), "chatml", None),
+])  # fmt: skip
+def test_prompts_have_the_template_of_the_data_and_answers_end_at_its_turn_end(
+    chat_run, records, tmp_path, run_main, monkeypatch, words, name, instruction
+):
+    from olmo_train.eval import summaries
+
+    seen, inner = {}, summaries.answer
+
+    def answer(model, tokenizer, prompts, *rest):
+        seen.update(prompts=prompts, end=tokenizer.eos_id)
+        return inner(model, tokenizer, prompts, *rest)
+
+    monkeypatch.setattr(summaries, "answer", answer)
+    done = run_main("evaluate", chat_run, "--rouge", records, "--max-new-tokens", 2, *words)
+    assert done.returncode == 0 and "5 examples" in done.stdout, done.stderr
+    chat = open_format(name, tmp_path / "tokenizer.json", None, instruction)
+    examples = read_examples(records)
+    assert seen["prompts"] == [chat.prompt_ids(example.turns) for example in examples]
+    assert seen["end"] == chat.id_of("<|im_end|>") != load_tokenizer(tmp_path / "tokenizer.json").eos_id
+    stream = b"".join(file.read_bytes() for file in sorted((tmp_path / "source").glob("tokens-*.bin")))
+    trained_on = [np.array(prompt, "<u2").tobytes() in stream for prompt in seen["prompts"]]
+    assert trained_on == [name == "smollm2" and instruction == "Say it." and not example.is_chat for example in examples]
+
+
+def test_messages_that_the_template_cannot_write_are_refused_with_their_line(chat_run, records, run_main):
+    messages = [{"role": role, "content": "a"} for role in ("tool", "user", "assistant")]
+    records.write_text(json.dumps(RECORDS[0]) + "\n" + json.dumps({"messages": messages}))
+    done = run_main("evaluate", chat_run, "--rouge", records, "--max-new-tokens", 2)
+    assert done.returncode == 3 and "error: --rouge: line 2 has a role that the template does not know" in done.stderr
+
+
 def _main(words) -> int:
     from olmo_train.__main__ import main
 
@@ -197,6 +244,8 @@ def test_answers_end_by_themselves_after_a_model_that_says_the_stop_token(run, r
 
 @pytest.mark.parametrize("words, code, message", [
     (["--predictions", "p.jsonl"], 2, "--rouge"), (["--rouge", "none.jsonl"], 3, "none.jsonl"),
+    (["--template", "chatml"], 2, "--rouge"), (["--rouge", "test.jsonl", "--instruction", "Go."], 2, "needs --template"),
+    (["--rouge", "test.jsonl", "--template", "chatlm"], 2, "chatlm"),
     (["--rouge", "test.jsonl", "--limit", "0"], 2, "--limit"),
     (["--rouge", "test.jsonl", "--tokenizer", "tokenizer.json", "--max-new-tokens", "65"], 2, "seq_len 64"),
 ])  # fmt: skip

@@ -83,7 +83,7 @@ def test_ids_and_what_is_scored_are_those_of_apply_chat_template(chat_tokenizer,
 def test_the_prompt_is_the_begin_of_the_document(chat_tokenizer, name):
     chat = open_format(name, chat_tokenizer, None, "Answer briefly.")
     ids, scored = encoded(chat, [("user", "What is it?"), ("assistant", "a cat")])
-    assert ids[: scored.index(True)] == chat.prompt_ids("What is it?")
+    assert ids[: scored.index(True)] == chat.prompt_ids([("user", "What is it?")])
     assert "Answer briefly.\n\nWhat is it?" in chat.tokenizer.decode(ids)
 
 

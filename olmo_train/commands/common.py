@@ -101,14 +101,30 @@ def open_tokenizer(folder: Path, args: argparse.Namespace, vocab_size: int) -> T
     return tokenizer
 
 
-def open_chat(folder: Path, args: argparse.Namespace, vocab_size: int) -> ChatFormat:
-    """The template of --template with the tokenizer of a checkpoint, and the instruction if its data had this template. Raises as
-    `open_tokenizer`, and ConfigError for an unknown template."""
+def add_template_arguments(parser: argparse.ArgumentParser, default: str) -> None:
+    """--template and --instruction: how prompts are written, as in prepare-data. `default` says what happens without them."""
+    names = "plain, chatml, llama3, ..."
+    parser.add_argument("--template", metavar="NAME", help=f"write prompts as prepare-data --template does: {names} ({default})")
+    what = "text before each prompt (default: that of the checkpoint's data, if they have this template)"
+    parser.add_argument("--instruction", metavar="TEXT", help=what)
+
+
+def open_chat(folder: Path, args: argparse.Namespace, vocab_size: int) -> ChatFormat | None:
+    """The template of --template, or else of a checkpoint's data, with the tokenizer; None without either.
+
+    Raises as `open_tokenizer`, and ConfigError for an unknown template or an instruction without one.
+    """
     from olmo_train.data.templates import open_format, recorded_template
 
     recorded = recorded_template(folder) or {}
-    instruction = recorded.get("instruction") if recorded.get("name") == args.template else None
-    chat = open_format(args.template, _tokenizer_file(folder, args), args.eos, instruction)
+    name, instruction = args.template or recorded.get("name"), args.instruction
+    if name is None:
+        if instruction is not None:
+            raise ConfigError("--instruction", "needs --template, which says where the text stands; name one, such as plain")
+        return None
+    if instruction is None and recorded.get("name") == name:
+        instruction = recorded.get("instruction")
+    chat = open_format(name, _tokenizer_file(folder, args), args.eos, instruction)
     _check_tokenizer(chat.tokenizer, folder, args, vocab_size)
     return chat
 

@@ -6,10 +6,19 @@ import argparse
 import json
 import os
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from olmo_train.commands.common import add_checkpoint_arguments, open_model, open_tokenizer, print_table, watch
+from olmo_train.commands.common import (
+    add_checkpoint_arguments,
+    add_template_arguments,
+    open_chat,
+    open_model,
+    open_tokenizer,
+    print_table,
+    watch,
+)
 from olmo_train.formats import counted, decimal
 from olmo_train.storage import replace_file
 
@@ -45,6 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--rouge", type=Path, metavar="TEST.jsonl",
         help="prompts and responses, or messages: answer each prompt greedily and compare; then no source unless --data",
     )  # fmt: skip
+    add_template_arguments(parser, "with --rouge; default: that of the checkpoint's data")
     parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="of an answer with --rouge (default: 64)")
     parser.add_argument("--predictions", type=Path, metavar="FILE.jsonl", help="with --rouge: write each answer to this file")
     parser.add_argument("--limit", type=int, metavar="N", help="at most N questions of each task or of --rouge, evenly spread")
@@ -70,8 +80,11 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _check(args: argparse.Namespace) -> None:
-    from olmo_train.errors import ConfigError
+    from olmo_train.data.templates import TEMPLATES
+    from olmo_train.errors import ConfigError, check_choice
 
+    if args.template is not None:
+        check_choice("--template", args.template, TEMPLATES)
     for option in ("batch_size", "limit", "max_new_tokens"):
         if (value := getattr(args, option)) is not None and value < 1:
             raise ConfigError(f"--{option.replace('_', '-')}", f"must be at least 1, got {value}")
@@ -79,8 +92,10 @@ def _check(args: argparse.Namespace) -> None:
         from olmo_train.eval.summaries import check_installed
 
         check_installed()
-    elif args.predictions:
-        raise ConfigError("--predictions", "are the answers to --rouge TEST.jsonl; name that file too")
+    else:
+        for option, what in (("predictions", "are the answers"), ("template", "writes the prompts"), ("instruction", "is text")):
+            if getattr(args, option) is not None:
+                raise ConfigError(f"--{option}", f"{what} of --rouge TEST.jsonl; name that file too")
 
 
 def _run(args: argparse.Namespace, world: World | None) -> None:
@@ -112,14 +127,16 @@ def _rouge(
 ) -> Summaries | None:
     """On rank 0, the results of all ranks; also writes --predictions."""
     from olmo_train.errors import ConfigError
-    from olmo_train.eval.summaries import answer, fit, plain_ids, summarize
+    from olmo_train.eval.summaries import answer, chat_ids, fit, plain_ids, summarize
 
-    tokenizer = open_tokenizer(folder, args, model.config.vocab_size)
+    chat = open_chat(folder, args, model.config.vocab_size)
+    tokenizer = chat.tokenizer if chat else open_tokenizer(folder, args, model.config.vocab_size)
     room = model.config.seq_len + 1 - args.max_new_tokens  # the last token of an answer is not read
     if room < 1:
         what = f"{args.max_new_tokens} leaves no room for a prompt in seq_len {model.config.seq_len}"
         raise ConfigError("--max-new-tokens", f"{what}; use at most {model.config.seq_len}")
-    fitted = [fit(example, lambda example: plain_ids(tokenizer, example), room) for example in examples]
+    encode = partial(chat_ids, chat) if chat else partial(plain_ids, tokenizer)
+    fitted = [fit(example, encode, room) for example in examples]
     cut = sum(example.document != short.document for example, (short, _) in zip(examples, fitted, strict=True))
     prompts = [ids or [tokenizer.eos_id] for _, ids in fitted]
     rank, size = (world.rank, world.size) if world else (0, 1)

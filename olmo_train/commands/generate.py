@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from olmo_train.commands.common import add_checkpoint_arguments, open_chat, open_model, open_tokenizer
+from olmo_train.commands.common import add_checkpoint_arguments, add_template_arguments, open_chat, open_model, open_tokenizer
 
 if TYPE_CHECKING:
     from olmo_train.data.tokenizer import Tokenizer
@@ -18,8 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prompt", action="append", metavar="TEXT", help="text to continue; may be repeated. Without it a new document starts"
     )
-    what = "ask with this template, as prepare-data --template writes prompts, with its --instruction: chatml, llama3, ..."
-    parser.add_argument("--template", metavar="NAME", help=what)
+    add_template_arguments(parser, "default: as they are")
     parser.add_argument("--samples", type=int, default=1, metavar="N", help="continuations of each prompt (default: 1)")
     parser.add_argument("--max-new-tokens", type=int, default=100, metavar="N", help="most tokens to add (default: 100)")
     parser.add_argument("--temperature", type=float, default=0.8, metavar="T", help="0: the likeliest token (default: 0.8)")
@@ -41,7 +40,7 @@ def run(args: argparse.Namespace) -> None:
     folder, model = open_model(args.checkpoint, args.device)
     if args.template:
         chat = open_chat(folder, args, model.config.vocab_size)
-        tokenizer, encode = chat.tokenizer, chat.prompt_ids
+        tokenizer, encode = chat.tokenizer, lambda prompt: chat.prompt_ids([("user", prompt)])
     else:
         tokenizer = open_tokenizer(folder, args, model.config.vocab_size)
         encode = tokenizer.encode
@@ -65,6 +64,8 @@ def _check(args: argparse.Namespace) -> None:
 
     if args.template is not None:
         check_choice("--template", args.template, TEMPLATES)
+    elif args.instruction is not None:
+        raise ConfigError("--instruction", "needs --template; name the one of the data, or plain")
     for option in ("samples", "max_new_tokens", "batch_size"):
         if getattr(args, option) < 1:
             raise ConfigError(f"--{option.replace('_', '-')}", f"must be at least 1, got {getattr(args, option)}")

@@ -204,9 +204,9 @@ class ChatFormat:
             scored += [False, True]
         return arrays, scored
 
-    def prompt_ids(self, prompt: str) -> list[int]:
-        """The ids that ask the model to answer a prompt."""
-        pieces = self.render([("user", prompt)], ask=True)
+    def prompt_ids(self, turns: Sequence[Turn]) -> list[int]:
+        """The ids that ask the model to answer these messages."""
+        pieces = self.render(turns, ask=True)
         arrays, _ = self.assemble(pieces, iter(self.tokenizer.encode_batch(texts_of(pieces))))
         return np.concatenate(arrays).tolist()
 

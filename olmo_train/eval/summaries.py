@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from olmo_train.data.prepare.readers import ROLES
+from olmo_train.data.templates import ChatFormat
 from olmo_train.data.tokenizer import Tokenizer
 from olmo_train.errors import ConfigError, DataError
 from olmo_train.model.generate import generate
@@ -136,6 +137,13 @@ def plain_ids(tokenizer: Tokenizer, example: Example) -> list[int]:
         return tokenizer.encode(example.document)
     parts = [part for role, text in example.turns for part in (f"<|{role}|>\n", text, "\n")]
     return [id for part in (*parts, "<|assistant|>\n") for id in tokenizer.encode(part)]
+
+
+def chat_ids(chat: ChatFormat, example: Example) -> list[int]:
+    """The ids of a prompt as prepare-data --template writes it. Raises DataError for messages that the template cannot write."""
+    if refusal := chat.refusal((*example.turns, ("assistant", example.reference))):
+        raise DataError("--rouge", f"line {example.line} {refusal}; correct it, or name another --template")
+    return chat.prompt_ids(example.turns)
 
 
 def fit(example: Example, encode: Callable[[Example], list[int]], room: int) -> tuple[Example, list[int]]:
