@@ -133,6 +133,7 @@ OTHER_NAMES = {
     "optim.schedule": ("scheduler", "lr_scheduler", "lr_scheduler_type", "lr_decay_style"),
     "optim.name": ("optimizer",),
     "global_batch_size": ("batch_size", "train_batch_size", "global_train_batch_size"),
+    "batch_schedule": ("rampup_batch_size", "batch_size_schedule", "batch_size_warmup"),
     "micro_batch_size": (
         "micro_batch", "microbatch_size", "device_train_microbatch_size", "per_device_train_batch_size", "device_batch_size",
         "gradient_accumulation_steps", "grad_accum_steps",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 
 def short(number: float, digits: int = 3) -> str:
@@ -20,6 +21,12 @@ def short(number: float, digits: int = 3) -> str:
 def counted(number: int, noun: str) -> str:
     """`1 shard`, `2,000 shards`, `2 processes`."""
     return f"{number:,} {noun}{'' if number == 1 else 'es' if noun.endswith(('s', 'ch')) else 's'}"
+
+
+def extent(numbers: Iterable[int]) -> str:
+    """`512`, or `512 to 1,024`: the smallest and the largest."""
+    known = sorted(numbers)
+    return f"{known[0]:,}" if known[0] == known[-1] else f"{known[0]:,} to {known[-1]:,}"
 
 
 def duration(seconds: float) -> str:

@@ -24,8 +24,9 @@ if TYPE_CHECKING:
     from olmo_train.train_config import TrainConfig
 
 STARTS = ("start", "resume", "branch")  # the events that begin an attempt
+LENGTHS = ("total_steps", "total_tokens", "total_epochs")
 # The keys that decide which data a step reads.
-DATA_KEYS = ("run_dir", "data", "model", "seed", "global_batch_size", "total_steps", "total_tokens", "total_epochs")
+DATA_KEYS = ("run_dir", "data", "model", "seed", "global_batch_size", "batch_schedule", *LENGTHS)
 UNNAMED = "(no run_dir)"
 TAIL_BYTES = 1 << 16  # more than a line of metrics
 
@@ -93,12 +94,12 @@ class History:
             if "config" in event and "world_size" in event:
                 attempts = [attempt for attempt in attempts if attempt.first_step <= event["step"]]
                 config = data_config(configuration.words(event["config"], event.get("started_in")))
-                batches = BatchSizes.of(event.get("batches") or [(1, config.global_batch_size)])
+                batches = BatchSizes.of(event.get("batches") or config.batches.changes)
                 if self.config and _order(self.config) == _order(config):  # the data may have been moved since
                     config = replace(self.config, guards=config.guards)
                 attempts.append(Attempt(event["step"] + 1, config, batches, event["world_size"], event))
         if not attempts and self.config:
-            attempts = [Attempt(1, self.config, BatchSizes(((1, self.config.global_batch_size),)))]
+            attempts = [Attempt(1, self.config, self.config.batches)]
         return attempts
 
     @cached_property

@@ -48,6 +48,14 @@ SHORT_NAMES = {int: "int", float: "float", bool: "bool", str: "text", FilePath: 
 
 
 @dataclass(frozen=True)
+class BatchConfig:
+    """A row of batch_schedule."""
+
+    from_step: Count  # the first step of this size
+    size: Count  # instances per step, over all processes
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """The configuration of a run. The defaults are OLMo-7B's recipe; only run_dir and data.sources must be set."""
 
@@ -60,6 +68,8 @@ class TrainConfig:
     total_epochs: Positive | None = None
     # instances per step, over all processes; null: that of the checkpoint, else by the number of parameters, 2048 for a 7B
     global_batch_size: BatchSize = None
+    # a batch that changes, instead of global_batch_size: [{from_step: 1, size: 64}, {from_step: 500, size: 128}]
+    batch_schedule: tuple[BatchConfig, ...] = ()
     # most instances per forward pass of one process; changes memory and speed, not what is learned
     micro_batch_size: Count = 4
     # tokens by whose number loss and gradients are divided; all_tokens: also unscored ones, to follow a run of OLMo exactly
@@ -84,9 +94,13 @@ class TrainConfig:
     batch_is_unset: ClassVar[bool] = False  # of an object: global_batch_size was null, and __post_init__ chose it
 
     def __post_init__(self) -> None:
-        if self.global_batch_size is None:
+        if self.batch_schedule:
+            self._check_batch_schedule()
+        elif self.global_batch_size is None:
             object.__setattr__(self, "global_batch_size", batch_for(self.model))
             object.__setattr__(self, "batch_is_unset", True)
+        if self.optim.lr_batch_scaling != "none":
+            self._scale_lr()
         parallel = self.parallel
         if self.determinism != "none" and parallel.compile is None:  # on a GPU the compiler may time kernels, and choose others
             object.__setattr__(self, "parallel", replace(parallel, compile=False))
@@ -111,6 +125,25 @@ class TrainConfig:
         if in_steps.schedule != "constant" and in_steps.warmup_steps >= self.steps and self.total_steps is None:
             raise ConfigError("optim.warmup_steps", "; ".join(self.warmup_too_long))
 
+    def _check_batch_schedule(self) -> None:
+        """Raises ConfigError when batch_schedule is not a list of rising steps, or stands beside global_batch_size."""
+        if self.global_batch_size is not None:
+            what = f"and global_batch_size {self.global_batch_size} are both set; leave one out, as global_batch_size=null"
+            raise BothSet("batch_schedule", what, "global_batch_size")
+        starts = [row.from_step for row in self.batch_schedule]
+        if starts[0] != 1 or starts != sorted(set(starts)):
+            raise ConfigError("batch_schedule", f"must start at step 1 and rise, got from_step {starts}")
+
+    def _scale_lr(self) -> None:
+        """Set the factors of optim.lr_batch_scaling. Raises ConfigError without a batch_schedule."""
+        if not self.batch_schedule:
+            what = f"{self.optim.lr_batch_scaling} is read with batch_schedule only; leave it out"
+            raise ConfigError("optim.lr_batch_scaling", what)
+        first, optim = self.batch_schedule[0].size, replace(self.optim)
+        factors = tuple((row.from_step, math.sqrt(row.size / first)) for row in self.batch_schedule)
+        object.__setattr__(optim, "lr_factors", factors)
+        object.__setattr__(self, "optim", optim)
+
     def _check_adapter(self) -> None:
         """Raises ConfigError when the adapters do not fit the model or another section."""
         adapter, shapes = self.adapter, target_shapes(self.model)
@@ -134,7 +167,7 @@ class TrainConfig:
     @property
     def batches(self) -> BatchSizes:
         """The sizes of the global batches of a run that starts with this configuration."""
-        return BatchSizes(((1, self.global_batch_size),))
+        return BatchSizes(tuple((row.from_step, row.size) for row in self.batch_schedule) or ((1, self.global_batch_size),))
 
     @property
     def warmup_too_long(self) -> tuple[str, str]:
@@ -186,43 +219,53 @@ class TrainConfig:
         lengths = {"warmup_steps": warmup, "schedule_steps": end, "decay_steps": decay}
         return replace(optim, **lengths, warmup_tokens=None, schedule_tokens=None, decay_tokens=None)
 
+    def tokens_by(self, step: int) -> int:
+        """Tokens read by the end of this step."""
+        return self.batches.places_before(step + 1) * self.model.seq_len
+
     @property
-    def tokens_per_step(self) -> int:
-        """Tokens of a global batch."""
-        return self.global_batch_size * self.model.seq_len
+    def tokens_per_step(self) -> float:
+        """Tokens of a global batch; with a batch_schedule their mean over the run."""
+        return self.tokens_by(self.steps) / self.steps if self.batch_schedule else self.tokens_by(1)
 
     def mixture(self, changes: Iterable[Sequence[int]] = ()) -> Mixture:
         """The data, opened, read in batches of these sizes (see BatchSizes), or of global_batch_size. Raises DataError when a
         source cannot be read or is too small."""
-        mixture = Mixture(self.data, self.seed, self.global_batch_size, self.model.seq_len, self.model.vocab_size)
-        if changes:
-            mixture.set_batches(BatchSizes.of(changes))
+        batches = BatchSizes.of(changes) if changes else self.batches
+        mixture = Mixture(self.data, self.seed, batches.at(1), self.model.seq_len, self.model.vocab_size)
+        if batches != mixture.batches:
+            mixture.set_batches(batches)
         return mixture
 
-    def check_world(self, size: int) -> None:
-        """Raises ConfigError when the global batch cannot be divided among `size` processes."""
-        if self.global_batch_size % size:
-            below = self.global_batch_size // size * size
-            fix = f"{below} or {below + size}" if below else size
-            raise ConfigError(
-                "global_batch_size", f"{self.global_batch_size} is not a multiple of the {counted(size, 'process')}; use {fix}"
-            )
+    def check_world(self, size: int, after: float = 0) -> None:
+        """Raises ConfigError when a global batch after step `after` cannot be divided among `size` processes."""
+        ends = [first - 1 for first, _ in self.batches.changes[1:]] + [math.inf]
+        for row, (batch, end) in enumerate(zip(self.batches.sizes, ends, strict=True)):
+            if end >= after + 1 and batch % size:
+                below = batch // size * size
+                fix = f"{below} or {below + size}" if below else size
+                key = f"batch_schedule.{row}.size" if self.batch_schedule else "global_batch_size"
+                raise ConfigError(key, f"{batch} is not a multiple of the {counted(size, 'process')}; use {fix}")
+
+    def rows_on(self, size: int) -> list[int]:
+        """Instances of a global batch on one of `size` processes, for each global batch that they can divide."""
+        return [batch // size for batch in self.batches.sizes if batch % size == 0] or [max(1, self.batches.sizes[-1] // size)]
 
     def micro_batch_on(self, size: int) -> int:
         """Instances per forward pass on one of `size` processes: the largest divisor of its rows up to micro_batch_size."""
-        rows = max(1, self.global_batch_size // size)
+        rows = math.gcd(*self.rows_on(size))
         return max(n for n in range(1, min(self.micro_batch_size, rows) + 1) if rows % n == 0)
 
     def batch_notes(self, size: int) -> list[str]:
         """Lines about the batch sizes that a run on `size` processes chooses itself."""
-        rows, micro, notes = self.global_batch_size // size, self.micro_batch_on(size), []
+        rows, micro, notes = self.rows_on(size), self.micro_batch_on(size), []
         if self.batch_is_unset:
             notes.append(
                 f"global_batch_size is not set: {counted(self.global_batch_size, 'instance')}, "
                 f"{self.tokens_per_step:,} tokens per step, for a model of {count_parameters(self.model).total:,} parameters"
             )
         if micro < self.micro_batch_size:
-            instances = counted(rows, "instance")
+            instances = f"{''.join(f'{n} and ' for n in sorted(set(rows))[:-1])}{counted(max(rows), 'instance')}"
             notes.append(
                 f"micro_batch_size {self.micro_batch_size} is lowered to {micro}, which divides the {instances} of a process"
             )

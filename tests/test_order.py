@@ -236,9 +236,9 @@ def test_batch_sizes_map_steps_to_places_and_back():
 
 
 def test_a_resumed_run_keeps_the_sizes_of_the_steps_done():
-    assert CHANGES.after(7, 5).changes == ((1, 8), (6, 3), (8, 5))
-    assert CHANGES.after(7, 3).changes == ((1, 8), (6, 3))
-    assert BatchSizes(()).after(0, 4).changes == ((1, 4),)
+    assert CHANGES.after(7, BatchSizes(((1, 5),))).changes == ((1, 8), (6, 3), (8, 5))
+    assert CHANGES.after(7, BatchSizes(((1, 3),))).changes == ((1, 8), (6, 3))
+    assert BatchSizes(()).after(0, BatchSizes(((1, 4),))).changes == ((1, 4),)
 
 
 @pytest.mark.parametrize("changes", [CHANGES, BatchSizes(((1, 48), (2, 3), (3, 40), (4, 7))), BatchSizes(((1, 51), (3, 8)))])

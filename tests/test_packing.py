@@ -15,6 +15,7 @@ from olmo_train import config as configuration
 from olmo_train.data.config import SourceConfig
 from olmo_train.data.loader import IGNORE, read_batch, validation_batches
 from olmo_train.data.meta import BEGINS, SCORED, hash_file, read_meta
+from olmo_train.data.order import BatchSizes
 from olmo_train.data.prepare import chunks, packing, prepare, readers
 from olmo_train.data.prepare.prepare import PrepareOptions
 from olmo_train.data.shards import open_source
@@ -300,7 +301,7 @@ def test_total_epochs_are_whole_passes_also_when_the_batch_changes(packed, on, t
     (size,) = mixture.sizes
     assert mixture.places_of_epochs(2) == 2 * size
     assert config.with_length(mixture).steps == -(-2 * size // 8)
-    mixture.set_batches(mixture.batches.after(3, 4))
+    mixture.set_batches(mixture.batches.after(3, BatchSizes(((1, 4),))))
     steps = config.with_length(mixture).steps_with(mixture.batches)
     assert mixture.batches.places_before(steps + 1) >= 2 * size > mixture.batches.places_before(steps)
     words = words_on(tiny_words, folder, total_steps=None, total_epochs=1, **{"optim.warmup_steps": 2})

@@ -157,9 +157,9 @@ def _visits(history: History, newest: Mixture, args: argparse.Namespace) -> Iter
     for i, (attempt, end) in enumerate(zip(history.attempts, ends, strict=True)):
         same = attempt.config.data is history.config.data and attempt.batches == newest.batches
         mixture = newest if same else attempt.mixture()
-        rank_size = rows_per_rank(mixture.batches.at(end), _world_size(attempt, args))
+        world_size = _world_size(attempt, args)
         first = attempt.first_step if i else 1  # a branch has read the same data before
         source, documents = find_documents(mixture, args.document)
         for document in documents:
             for visit in visits_of(mixture, source, document, first, end):
-                yield document.start, visit, visit.row // rank_size
+                yield document.start, visit, visit.row // rows_per_rank(mixture.batches.at(visit.step), world_size)

@@ -16,7 +16,7 @@ from olmo_train.commands.common import add_config_arguments, load_config, print_
 from olmo_train.curves.schedule import draw
 from olmo_train.curves.write import check_format
 from olmo_train.errors import ConfigError
-from olmo_train.formats import amount, byte_size, counted, duration
+from olmo_train.formats import amount, byte_size, counted, duration, extent
 from olmo_train.plan.plan import UNNAMED, choose_gpu, make_plan, open_data, with_length
 from olmo_train.plan.preflight import does_not_fit, memory_of
 from olmo_train.plan.time import PAPER_CARBON, PAPER_PUE, Assumptions
@@ -132,7 +132,7 @@ def show_run(console: Console, plan: dict[str, Any], config: TrainConfig) -> Non
     rows = [
         ["parameters", f"{plan['parameters']['total']:,}"],
         ["steps", f"{plan['total_steps']:,}"],
-        ["tokens per step", f"{plan['tokens_per_step']:,}, {counted(plan['global_batch_size'], 'sequence')}"],
+        ["tokens per step", ", ".join(batch_of(plan))],
         ["tokens", f"{plan['total_tokens']:.4g}"],
         ["epochs", ", ".join(epochs) or "unknown"],
         ["warmup", f"{counted(warmup, 'step')}, {100 * warmup / plan['total_steps']:.3g}% of the run"],
@@ -151,6 +151,12 @@ def show_run(console: Console, plan: dict[str, Any], config: TrainConfig) -> Non
                           "For a better estimate, repeat this when they have ended.")  # fmt: skip
     for warning in plan["warnings"]:
         console.print(f"Warning: {warning}")
+
+
+def batch_of(plan: dict[str, Any]) -> tuple[str, str]:
+    """The tokens and the sequences of a step, from the smallest to the largest global batch."""
+    sizes = [size for _, size in plan["batches"]]
+    return extent(plan["seq_len"] * size for size in sizes), f"{extent(sizes)} sequence{'s' * (max(sizes) > 1)}"
 
 
 def show_parameters(console: Console, plan: dict[str, Any]) -> None:
@@ -243,7 +249,8 @@ def show_schedule(console: Console, plan: dict[str, Any]) -> None:
         [f"{m['step']:,}", f"{m['tokens']:.3e}", f"{m['lr']:.3e}", duration(m["seconds"]) if m["seconds"] else "-"]
         for m in plan["milestones"]
     ]
-    title = f"Schedule: {counted(plan['global_batch_size'], 'sequence')}, {plan['tokens_per_step']:,} tokens a step"
+    tokens, sequences = batch_of(plan)
+    title = f"Schedule: {sequences}, {tokens} tokens a step"
     print_table(["step", "tokens", "learning rate", "after"], rows, title=title)
     if plan["sources"]:
         rows = [

@@ -27,10 +27,10 @@ def draw(config: TrainConfig, mixture: Mixture | None, file: Path) -> None:
     steps = np.unique(np.append(points, np.clip(config.optim.warmup_steps, 1, config.steps)))
     values = {
         "optim/learning_rate_group0": [lr_at(step, config.optim, config.steps) for step in steps.tolist()],
-        "throughput/total_tokens": steps * float(config.tokens_per_step),
+        "throughput/total_tokens": [float(config.tokens_by(step)) for step in steps.tolist()],
     }
     if mixture:
-        visits = np.array([visits_before(mixture, step * config.global_batch_size) for step in steps.tolist()])
+        visits = np.array([visits_before(mixture, config.batches.places_before(step + 1)) for step in steps.tolist()])
         values |= {f"train/source/{name}/epoch": visits[:, i] / mixture.sizes[i] for i, name in enumerate(mixture.names)}
     run = Run("schedule", Path(config.run_dir), {name: Series(steps, np.asarray(v, float)) for name, v in values.items()})
     write_curves([run], panels.choose([run]), file, panels.View(panels.axis_of([run], "tokens")))

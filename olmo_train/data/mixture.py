@@ -44,7 +44,7 @@ class Mixture:
         """Change the sizes of the global batches. Raises DataError when a source is too small."""
         self.batches = batches
         if self.shifted:
-            self._check_size(sum(self.sizes), max(size for _, size in batches.changes), ", ".join(self.names))
+            self._check_size(sum(self.sizes), max(batches.sizes), ", ".join(self.names))
             self.order = OlmoOrder(self.sizes, batches, self.seed)
         else:
             for name, size in zip(self.names, self.sizes, strict=True):

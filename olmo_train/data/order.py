@@ -92,6 +92,11 @@ class BatchSizes:
         """From pairs as JSON holds them."""
         return cls(tuple((first, size) for first, size in changes))
 
+    @property
+    def sizes(self) -> list[int]:
+        """The size of each change, in order."""
+        return [size for _, size in self.changes]
+
     def at(self, step: int) -> int:
         """Sequences of this step."""
         return next(size for first, size in reversed(self.changes) if first <= step)
@@ -118,10 +123,13 @@ class BatchSizes:
         place = self.places_before(end + 1) - math.ceil(tokens / seq_len)
         return end + 1 - self.row_of(place)[0] if place >= 0 else end + 1
 
-    def after(self, step: int, size: int) -> BatchSizes:
-        """These sizes up to `step`, and `size` from the next step on."""
-        kept = tuple(change for change in self.changes if change[0] <= step)
-        return BatchSizes(kept if kept and kept[-1][1] == size else (*kept, (step + 1, size)))
+    def after(self, step: int, then: BatchSizes) -> BatchSizes:
+        """These sizes up to `step`, and those of `then` from the next step on."""
+        changes = [change for change in self.changes if change[0] <= step]
+        for first, size in [(step + 1, then.at(step + 1)), *(change for change in then.changes if change[0] > step + 1)]:
+            if not changes or changes[-1][1] != size:
+                changes.append((first, size))
+        return BatchSizes(tuple(changes))
 
 
 @dataclass(frozen=True)

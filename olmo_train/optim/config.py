@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, TypeAlias
 
 from olmo_train.config import Count, Fraction, Natural, NonNegative, Positive, Rule, names_in
 from olmo_train.errors import BothSet, ConfigError
@@ -49,6 +49,11 @@ class OptimConfig:
     decay_tokens: Positive | None = None  # the same in tokens, instead of decay_steps
     # of the final decay of wsd; linear: a straight line; 1-sqrt: by 1 - sqrt(share of the decay), which falls faster at first
     decay_shape: DecayShape = "linear"
+    # sqrt: multiply the learning rate by sqrt(batch / first batch) where batch_schedule changes the batch
+    lr_batch_scaling: Literal["none", "sqrt"] = "none"
+
+    # Of an object: (first step, factor of the learning rate), with lr_batch_scaling; TrainConfig sets it.
+    lr_factors: ClassVar[tuple[tuple[int, float], ...]] = ()
 
     def __post_init__(self) -> None:
         for name in ("warmup", "schedule", "decay"):

@@ -11,14 +11,15 @@ def lr_at(step: int, config: OptimConfig, total_steps: int) -> float:
     """Learning rate of update `step`, counted from 1.
 
     Warmup as OLMo (allenai/OLMo, olmo/optim.py): linear from warmup_start_ratio * peak_lr at step 0 to peak_lr at
-    warmup_steps; afterwards the schedule, which ends at final_lr_ratio * peak_lr. `config` has its lengths in steps; see
-    TrainConfig.in_steps.
+    warmup_steps; afterwards the schedule, which ends at final_lr_ratio * peak_lr. Both are multiplied by the factor of
+    lr_batch_scaling. `config` has its lengths in steps; see TrainConfig.in_steps.
     """
     peak, warmup = config.peak_lr, config.warmup_steps
+    factor = next((factor for first, factor in reversed(config.lr_factors) if first <= step), 1.0)
     if step < warmup:
         start = config.warmup_start_ratio * peak
-        return start + (peak - start) * step / warmup
-    return SCHEDULES[config.schedule](step, config, config.schedule_steps or total_steps)
+        return (start + (peak - start) * step / warmup) * factor
+    return SCHEDULES[config.schedule](step, config, config.schedule_steps or total_steps) * factor
 
 
 def max_grad_norm_at(step: int, config: OptimConfig) -> float:

@@ -109,7 +109,7 @@ def make_plan(
             for way in get_args(Checkpointing)
         }
         updates = config.steps * plan["update_flops"]
-        plan["cost"] = asdict(time.run_cost(config.model, config.steps * config.tokens_per_step, gpus, gpu, assumed, updates))
+        plan["cost"] = asdict(time.run_cost(config.model, config.tokens_by(config.steps), gpus, gpu, assumed, updates))
     if gpu and gpu.name in scaling.LINKS:
         step = scaling.step_estimate(config.model, layout, gpu, scaling.LINKS[gpu.name], assumed.mfu)
         plan["step"] = asdict(step) | {"exposed_seconds": step.exposed_seconds}
@@ -143,20 +143,22 @@ def schedule(config: TrainConfig, seconds: float | None, mixture: Mixture | None
     saved, kept = time.checkpoint_counts(steps, config.checkpoint)
     bytes_each = memory.checkpoint_bytes(config.model, config.optim.name)
     weights = {name: source.weight for name, source in config.data.sources.items() if name != UNNAMED}
-    visits = mixture and visits_before(mixture, steps * config.global_batch_size)
+    visits = mixture and visits_before(mixture, config.batches.places_before(steps + 1))
     return {
         "total_steps": steps,
-        "total_tokens": steps * config.tokens_per_step,
+        "total_tokens": config.tokens_by(steps),
         "global_batch_size": config.global_batch_size,
+        "batches": config.batches.changes,
+        "seq_len": config.model.seq_len,
         "tokens_per_step": config.tokens_per_step,
         "milestones": [
             {
                 "step": step,
-                "tokens": step * config.tokens_per_step,
+                "tokens": config.tokens_by(step),
                 "lr": lr_at(step, config.optim, steps),
-                "seconds": seconds and seconds * step / steps,
+                "seconds": seconds and seconds * config.tokens_by(step) / config.tokens_by(steps),
             }
-            for step in time.milestones(steps, config.optim.warmup_steps)
+            for step in time.milestones(steps, config.optim.warmup_steps, *(first for first, _ in config.batches.changes))
         ],
         "sources": {
             name: {

@@ -61,7 +61,7 @@ def layout_of(config: TrainConfig, processes: int) -> Layout:
         reduce_dtype=parallel.reduce_dtype,
         activation_checkpointing=parallel.activation_checkpointing,
         micro_batch_size=micro_batch_size,
-        micro_batches=config.global_batch_size // (processes * micro_batch_size),
+        micro_batches=max(config.batches.sizes) // (processes * micro_batch_size),
         optimizer=config.optim.name,
     )
 
@@ -158,7 +158,7 @@ def cautions(config: TrainConfig, mixture: Mixture | None, on_cpu: bool) -> Iter
         what = "parallel.precision is bf16, which this processor computes several times more slowly than fp32"
         yield Caution("precision", what, "set parallel.precision=fp32")
     if mixture:
-        countable = 2**60 // config.global_batch_size  # places of a longer run do not fit an int64
+        countable = 2**60 // max(config.batches.sizes)  # places of a longer run do not fit an int64
         for name, epochs in mixture.epochs(min(config.steps, countable)).items():
             if epochs > MOST_EPOCHS:
                 what = f"data.sources.{name} is read {epochs:.3g} times in the run"

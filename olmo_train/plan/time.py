@@ -92,7 +92,7 @@ def checkpoint_counts(total_steps: int, config: CheckpointConfig) -> tuple[int, 
     return permanent + passing, permanent + min(passing, config.keep_last)
 
 
-def milestones(total_steps: int, warmup_steps: int) -> list[int]:
+def milestones(total_steps: int, *others: int) -> list[int]:
     """Steps at which a schedule is worth reading: the first, the end of the warmup, each tenth, the last."""
     tenths = {round(Fraction(total_steps * tenth, 10)) for tenth in range(1, 11)}
-    return sorted(step for step in {1, warmup_steps, *tenths} if 1 <= step <= total_steps)
+    return sorted(step for step in {1, *others, *tenths} if 1 <= step <= total_steps)

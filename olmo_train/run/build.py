@@ -31,7 +31,7 @@ def build(
         if config.adapter.is_on:
             adapt(model, config.adapter)
     determinism = DETERMINISM[config.determinism]
-    shard.shard(model, config.parallel, world, determinism, config.global_batch_size)
+    shard.shard(model, config.parallel, world, determinism, max(config.batches.sizes))
     parameters = dict(model.named_parameters())
     ranks, lr_ratio = world.mesh.size(), config.adapter.lr_ratio
     optimizer = build_optimizer(parameters, config.optim, determinism.adamw, ranks, on_full_tensors, lr_ratio)

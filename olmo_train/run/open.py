@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import logging
+import math
 import os
 import socket
 from collections.abc import Iterator
@@ -50,9 +51,9 @@ CHECKED_TOKENS = 10**9  # a source of at most N tokens is checked completely bef
 @contextlib.contextmanager
 def open_run(config: TrainConfig, world: World, signals: StopSignals) -> Iterator[Run | None]:
     """The run of a configuration, on every rank; None if it is finished. Raises ConfigError, DataError and CheckpointError."""
-    if not config.batch_is_unset:
-        config.check_world(world.data_size)
     run_dir = Path(config.run_dir)
+    if not config.batch_is_unset:  # of a run that has begun, earlier batches need not be divided
+        config.check_world(world.data_size, math.inf if config.resume_from or run_dir.exists() else 0)
     memory = preflight.memory_of(config, world.size, processes_on_machine(world.size), world.device_memory())
     with contextlib.ExitStack() as stack:
         mixture, evaluation = _open_data(config, world)
@@ -64,7 +65,7 @@ def open_run(config: TrainConfig, world: World, signals: StopSignals) -> Iterato
         with watchdog.patient("verifies checkpoints"):
             found = with_all_ranks(world, functools.partial(find_checkpoint, config))
         config, start = world.together(lambda: read_start(config, mixture, found))
-        config.check_world(world.data_size)
+        config.check_world(world.data_size, start.step)
         resolved, notes = configuration.to_dict(config), config.batch_notes(world.data_size)
         mixture.set_batches(start.batches)
         micro_batch_size = config.micro_batch_on(world.data_size)

@@ -25,7 +25,9 @@ HARMLESS = (
     "total_steps", "total_tokens", "total_epochs",  # a run may be made longer; see schedule_warnings
 )  # fmt: skip
 # Keys that configurations saved by earlier versions do not have, and the values that equal what these versions did.
-OLDER = flatten({"adapter": to_dict(AdapterConfig()), "optim": {"decay_shape": "linear"}})
+OLDER = flatten(
+    {"adapter": to_dict(AdapterConfig()), "batch_schedule": [], "optim": {"decay_shape": "linear", "lr_batch_scaling": "none"}}
+)
 ADAPTER_SHAPES = {"adapter.kind", "adapter.rank", "adapter.targets"}
 ANOTHER_MODEL = "which would train another model; set it back, choose another run_dir"
 

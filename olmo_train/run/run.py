@@ -18,7 +18,7 @@ from olmo_train.data.loader import Batch, Loader
 from olmo_train.data.mixture import Mixture
 from olmo_train.errors import ReplicaError, Stopped
 from olmo_train.eval.during_run import Evaluation
-from olmo_train.formats import counted
+from olmo_train.formats import counted, extent
 from olmo_train.guards.anomalies import AnomalyGuard
 from olmo_train.guards.nonfinite import name_checkpoint
 from olmo_train.guards.replicas import divergence
@@ -83,7 +83,7 @@ class Run:
         how = f"resumes from {self.start.folder}" if self.start.folder else "starts"
         self.logger.say(
             f"{config.run_dir} {how}: {n_parameters:,} parameters, "
-            f"{counted(config.steps, 'step')} of {config.tokens_per_step:,} tokens, "
+            f"{counted(config.steps, 'step')} of {extent(size * config.model.seq_len for size in config.batches.sizes)} tokens, "
             f"{self.world.size} x {self.world.device.type}, {config.parallel.precision}"
             + (", C++ kernels" if kernels.uses_cpu_kernels(model) else "")
             + (", compiled" if model.is_compiled else "")

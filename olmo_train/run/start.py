@@ -15,7 +15,7 @@ from olmo_train.errors import ConfigError
 from olmo_train.history import History
 from olmo_train.run.resume import check_changes, check_data, check_denied, check_skip_steps
 from olmo_train.storage import FileCheck, check_files
-from olmo_train.train_config import TrainConfig
+from olmo_train.train_config import BatchConfig, TrainConfig
 
 
 @dataclass(frozen=True)
@@ -90,10 +90,13 @@ def read_start(config: TrainConfig, mixture: Mixture, found: Found) -> tuple[Tra
     if config.adapter.is_on and found.init_folder:
         base = folders.base_record(found.init_folder, config.parallel.precision)
     if folder is None:
-        return config, Start(kind, None, {"step": 0}, {}, BatchSizes(((1, config.global_batch_size),)), found.init_folder, base)
+        return config, Start(kind, None, {"step": 0}, {}, config.batches, found.init_folder, base)
     state, words = folders.read_state(folder), configuration.read([folder / "config.yaml"])
     saved = configuration.decoded(words)
-    if config.batch_is_unset and saved.get("global_batch_size"):  # a converted checkpoint has none
+    if config.batch_is_unset and saved.get("batch_schedule"):
+        rows = tuple(BatchConfig(**row) for row in saved["batch_schedule"])
+        config = dataclasses.replace(config, global_batch_size=None, batch_schedule=rows)
+    elif config.batch_is_unset and saved.get("global_batch_size"):  # a converted checkpoint has none
         config = dataclasses.replace(config, global_batch_size=saved["global_batch_size"])
     if kind == "resume":
         resolved = configuration.to_dict(config)
@@ -105,8 +108,8 @@ def read_start(config: TrainConfig, mixture: Mixture, found: Found) -> tuple[Tra
         what = f"is {config.adapter.kind}, and {folder} holds {'adapters' if found.init_folder else 'no adapters'}"
         raise ConfigError("adapter.kind", f"{what}; set it to the kind of that run, or start from its weights with init_from")
     # A checkpoint of an older version, or a converted one, has one batch size up to its step.
-    changes = state.get("batches") or [(1, saved.get("global_batch_size", config.global_batch_size))]
-    batches = BatchSizes.of(changes).after(state["step"], config.global_batch_size)
+    changes = state.get("batches") or [(1, saved.get("global_batch_size") or config.batches.at(1))]
+    batches = BatchSizes.of(changes).after(state["step"], config.batches)
     return config, Start(kind, folder, state, words, batches, found.init_folder, base)
 
 

@@ -33,7 +33,7 @@ RANDOM_TOKENS = 2_000_000  # of a random source, if the configuration has no dat
 
 def load(files: list[str], words: list[str], folder: Path) -> TrainConfig:
     """The configuration to measure, with a temporary run_dir, W&B off, and random tokens if it has no data: speed does not
-    depend on the tokens."""
+    depend on the tokens. Of a batch_schedule the largest batch is measured."""
     values = configuration.read(files, words)
     values |= {"run_dir": str(folder / "run"), "total_steps": values.get("total_steps") or 10**6}
     for key in ("total_tokens", "total_epochs"):
@@ -47,7 +47,11 @@ def load(files: list[str], words: list[str], folder: Path) -> TrainConfig:
         file = folder / "random.npy"
         np.random.default_rng(0).integers(0, vocab_size, RANDOM_TOKENS).astype(dtype).tofile(file)
         values.setdefault("data", {})["sources"] = {"random": {"path": str(file)}}
-    return configuration.build(TrainConfig, values)
+    config = configuration.build(TrainConfig, values)
+    if not config.batch_schedule:
+        return config
+    optim = dataclasses.replace(config.optim, lr_batch_scaling="none")
+    return dataclasses.replace(config, global_batch_size=max(config.batches.sizes), batch_schedule=(), optim=optim)
 
 
 def measure(files: list[str], words: list[str], steps: int, warmup: int) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from olmo_train.errors import ConfigError, UserError
-from olmo_train.formats import byte_size, counted
+from olmo_train.formats import byte_size, counted, extent
 from olmo_train.hardware import available_memory
 from olmo_train.log.wandb import wandb_mode
 from olmo_train.parallel.processes import announced, processes_on_machine
@@ -150,7 +150,7 @@ def world(config: TrainConfig) -> Iterator[Finding]:
     """The batch of a process."""
     size = world_size()
     config.check_world(size)
-    each = f"{counted(config.global_batch_size, 'instance')} on {counted(size, 'process')}"
+    each = f"{extent(config.batches.sizes)} instance{'s' * (max(config.batches.sizes) > 1)} on {counted(size, 'process')}"
     yield Finding("batch", "ok", f"{each}, {config.micro_batch_on(size)} at a time")
     for note in config.batch_notes(size):
         yield Finding("batch", "ok", note)
