@@ -81,7 +81,7 @@ bench: $(INSTALLED)
 BUNDLED := omegaconf torchao
 PEERS := olmo-core litgpt torchtitan
 olmo-core := ai2-olmo-core==3.0.0 dataclass-extensions importlib_resources bettermap dill
-litgpt := litgpt==0.5.13 jsonargparse==4.41.0
+litgpt := litgpt==0.5.13 jsonargparse==4.41.0 lightning==2.6.6 lightning-utilities torchmetrics psutil
 torchtitan := torchtitan==0.2.2 torchdata tyro docstring-parser typeguard
 INTO = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-compile --target
 

@@ -153,9 +153,11 @@ def run_peers(part: str, commands: Commands, tiny: bool) -> dict:
     """{"figures": what peers.py found for each contestant, "said": its lines about those that it skipped}."""
     work = part.partition(":")[2] or ("tiny" if tiny else "olmo-1b-2048")
     file = Path(f"/tmp/gpu-peers-{os.getpid()}.json")
-    words = ["--work", work, "--peers", "ours,plain" if tiny else PEERS, "--in-turn", "--json", file]
+    folders = sorted((BUNDLE / "peers").glob("*"))
+    names = ",".join(["ours", "plain", *(folder.name for folder in folders)]) if tiny else PEERS
+    words = ["--work", work, "--peers", names, "--in-turn", "--json", file]
     words += ["--rounds", 1, "--steps", 1, "--warmup", 1] if tiny else []
-    for folder in sorted((BUNDLE / "peers").glob("*")):
+    for folder in folders:
         words += ["--at", f"{folder.name}={folder}"]
     code, said, error = commands.python("tests/benchmarks/peers.py", *words)
     found: dict[str, Any] = {"said": re.findall("^.* is skipped: .*", said, re.MULTILINE)}
