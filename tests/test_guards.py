@@ -274,7 +274,21 @@ def test_a_signal_to_torchrun_stops_both_processes_after_a_save(tiny_words, tmp_
     assert len(read_metrics(tmp_path / "run")) == step
 
 
-def test_a_save_longer_than_torchruns_shutdown_timeout_is_a_warning(monkeypatch):
+@pytest.fixture
+def torchrun_source(monkeypatch, tmp_path):
+    """torchrun_source(text): what processes.py finds in the source of the installed torchrun."""
+
+    def source(text: str) -> None:
+        (tmp_path / "torch/distributed/launcher").mkdir(parents=True)
+        (tmp_path / "torch/distributed/launcher/api.py").write_text(text)
+        found = SimpleNamespace(origin=str(tmp_path / "torch/__init__.py"))
+        monkeypatch.setattr(processes, "find_spec", lambda name: found)
+
+    return source
+
+
+def test_a_save_longer_than_torchruns_shutdown_timeout_is_a_warning(monkeypatch, torchrun_source):
+    torchrun_source("TORCH_ELASTIC_SHUTDOWN_TIMEOUT")
     line = {"throughput/step_seconds": 10, "throughput/checkpoint_write_seconds": 50}
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     assert too_slow_to_stop(line) is None
@@ -289,13 +303,8 @@ def test_a_save_longer_than_torchruns_shutdown_timeout_is_a_warning(monkeypatch)
     assert too_slow_to_stop(line) is None
 
 
-def test_a_torchrun_that_does_not_read_its_timeout_is_told_before_the_first_step(tiny_args, monkeypatch, caplog, tmp_path):
-    """torch 2.11, as processes.py looks for it in the source of the installed torch."""
-    (tmp_path / "torch/distributed/launcher").mkdir(parents=True)
-    for file in ("__init__.py", "distributed/launcher/api.py"):
-        (tmp_path / "torch" / file).write_text("close(timeout=30)")
-    found = SimpleNamespace(origin=str(tmp_path / "torch/__init__.py"))
-    monkeypatch.setattr(processes, "find_spec", lambda name: found)
+def test_a_torchrun_that_does_not_read_its_timeout_is_told_before_the_first_step(tiny_args, monkeypatch, caplog, torchrun_source):
+    torchrun_source("close(timeout=30)")  # that of torch 2.11
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "170")
     cut(tiny_args("run"), steps=1)
@@ -303,7 +312,8 @@ def test_a_torchrun_that_does_not_read_its_timeout_is_told_before_the_first_step
     assert "does not read TORCH_ELASTIC_SHUTDOWN_TIMEOUT=170; start it with `python -m olmo_train.parallel.launch`" in caplog.text
 
 
-def test_a_run_says_so_once_when_its_saves_are_too_slow_for_torchrun(tiny_args, monkeypatch, caplog):
+def test_a_run_says_so_once_when_its_saves_are_too_slow_for_torchrun(tiny_args, monkeypatch, caplog, torchrun_source):
+    torchrun_source("TORCH_ELASTIC_SHUTDOWN_TIMEOUT")
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "0")
     config = tiny_args("run", **{"checkpoint.interval_steps": 2, "checkpoint.async_save": False})
