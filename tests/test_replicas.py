@@ -56,13 +56,18 @@ def flip_after(step: int, rank: int, world, name: str, key: str | None = None) -
     module.train_step = train_step
 
 
+def in_replicas(world, copies: int):
+    """The world with that many replicas of the state."""
+    mesh = init_device_mesh("cpu", (copies, world.size // copies), mesh_dim_names=("replicate", "shard"))
+    return dataclasses.replace(world, mesh=mesh)
+
+
 def run_on(size: int, copies: int, config, *flip) -> list:
     """For each rank: (steps done, what it was stopped by)."""
 
     def run(world):
         if copies > 1:
-            mesh = init_device_mesh("cpu", (copies, size // copies), mesh_dim_names=("replicate", "shard"))
-            world = dataclasses.replace(world, mesh=mesh)
+            world = in_replicas(world, copies)
         if flip:
             flip_after(*flip[:2], world, *flip[2:])
         done = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -50,7 +51,9 @@ def check_changes(saved: dict[str, Any], now: dict[str, Any], allowed: tuple[str
     for flat, config in ((before, saved), (after, now)):
         flat["data.sources"] = list(config["data"]["sources"])  # the order of the sources affects the order of the data
     changed = [key for key in sorted((before.keys() | after.keys()) - REMOVED.keys()) if before.get(key) != after.get(key)]
-    keys = [key for key in changed if not any(fnmatch.fnmatchcase(key, pattern) for pattern in HARMLESS)]
+    # Without adapters nothing reads their other keys.
+    unread = ("adapter.*",) if before["adapter.kind"] == after["adapter.kind"] == "none" else ()
+    keys = [key for key in changed if not any(fnmatch.fnmatchcase(key, pattern) for pattern in HARMLESS + unread)]
     shapes = [key for key in keys if key.startswith("model.")]
     if shapes and _shapes(saved) == _shapes(now):
         shapes = []
@@ -75,6 +78,20 @@ def _shapes(config: dict[str, Any]) -> dict[str, torch.Size] | None:
     except ConfigError:
         return None
     return {name: weight.shape for name, weight in model.named_parameters()}
+
+
+def check_adapters(folder: Path, saved: dict[str, Any], adapter: AdapterConfig, are_there: bool) -> None:
+    """Raise ConfigError when the adapters of the configuration are not those of the checkpoint `folder`. `are_there`: whether it
+    holds any."""
+    if adapter.is_on != are_there:
+        what = f"is {adapter.kind}, and {folder} holds {'adapters' if are_there else 'no adapters'}"
+        raise ConfigError("adapter.kind", f"{what}; set it to the kind of that run, or start from its weights with init_from")
+    if not are_there:
+        return
+    before, now = flatten({"adapter": saved["adapter"]}), flatten({"adapter": to_dict(adapter)})
+    for key in sorted(ADAPTER_SHAPES):
+        if before[key] != now[key]:
+            raise ConfigError(key, f"is {now[key]!r}, and the adapters of {folder} have {before[key]!r}; set it to theirs")
 
 
 def check_skip_steps(saved: dict[str, Any], now: dict[str, Any], last_step: int, allowed: tuple[str, ...]) -> None:

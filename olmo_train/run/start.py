@@ -13,7 +13,7 @@ from olmo_train.data.mixture import Mixture
 from olmo_train.data.order import BatchSizes
 from olmo_train.errors import ConfigError
 from olmo_train.history import History
-from olmo_train.run.resume import check_changes, check_data, check_denied, check_skip_steps
+from olmo_train.run.resume import check_adapters, check_changes, check_data, check_denied, check_skip_steps
 from olmo_train.storage import FileCheck, check_files
 from olmo_train.train_config import BatchConfig, TrainConfig
 
@@ -84,7 +84,7 @@ def read_start(config: TrainConfig, mixture: Mixture, found: Found) -> tuple[Tra
     it sets none: a run keeps its batch, also one that an earlier version started with another default.
 
     Raises ConfigError when the configuration would train another model than the one that is resumed, or on other data. A branch
-    may change anything.
+    may change anything but the shapes of its adapters.
     """
     kind, folder, base = found.kind, found.folder, None
     if config.adapter.is_on and found.init_folder:
@@ -104,9 +104,7 @@ def read_start(config: TrainConfig, mixture: Mixture, found: Found) -> tuple[Tra
         check_skip_steps(saved, resolved, state["step"], config.allow_changes)
         check_data(state["data"], mixture.fingerprint, config.allow_changes)
         check_denied(state.get("denied"), mixture.denied_summary, config.allow_changes)
-    if config.adapter.is_on != (found.init_folder is not None):
-        what = f"is {config.adapter.kind}, and {folder} holds {'adapters' if found.init_folder else 'no adapters'}"
-        raise ConfigError("adapter.kind", f"{what}; set it to the kind of that run, or start from its weights with init_from")
+    check_adapters(folder, saved, config.adapter, are_there=found.init_folder is not None)
     # A checkpoint of an older version, or a converted one, has one batch size up to its step.
     changes = state.get("batches") or [(1, saved.get("global_batch_size") or config.batches.at(1))]
     batches = BatchSizes.of(changes).after(state["step"], config.batches)
