@@ -19,7 +19,8 @@ from torch.nn.attention import flex_attention as flex
 
 from olmo_train.errors import ConfigError
 from olmo_train.model import transformer
-from olmo_train.model.config import ModelConfig
+from olmo_train.model.adapter import adapt
+from olmo_train.model.config import AdapterConfig, ModelConfig
 from olmo_train.model.transformer import Transformer, document_blocks, document_mask, document_starts
 from olmo_train.parallel import gradients, kernels, shard
 from olmo_train.parallel.config import ParallelConfig
@@ -59,9 +60,11 @@ def compiled(monkeypatch):
     torch._dynamo.reset()
 
 
-def sharded(world, shape=SHAPE, **choices) -> Transformer:
+def sharded(world, shape=SHAPE, adapter=None, **choices) -> Transformer:
     with torch.device("meta"):
         model = Transformer(shape)
+        if adapter:
+            adapt(model, adapter)
     shard.shard(model, ParallelConfig(cpu_kernels=False, compile=True, **choices), world)
     zero_weights(model)
     return model
@@ -100,6 +103,23 @@ def test_all_blocks_share_one_graph_that_is_compiled_once(compiled, monkeypatch,
     assert not counters["graph_break"]
     # Of a block's seven products the last need not be computed again: nothing is saved behind it.
     assert compiled.products == {"forward": 7, "backward": 14 + (6 if checkpointing == "full" else 0)}
+
+
+@pytest.mark.parametrize(
+    "ranks, kind, checkpointing",
+    [
+        (1, "lora", "none"),
+        pytest.param(8, "dora", "none", marks=pytest.mark.slow),
+        pytest.param(8, "dora", "selective", marks=pytest.mark.slow),
+    ],
+)
+def test_blocks_with_adapters_share_one_graph_and_the_first_has_another(compiled, ranks, kind, checkpointing):
+    """No gradient goes to the frozen embedding, so none of the first block's input is computed."""
+    with fake_world(ranks) as world:
+        model = sharded(world, adapter=AdapterConfig(kind, rank=4), activation_checkpointing=checkpointing)
+        train_steps(model, masked=True)
+    assert (compiled.graphs, compiled.calls) == (2, SHAPE.n_layers * STEPS)
+    assert not counters["graph_break"]
 
 
 def test_evaluation_compiles_nothing_and_leaves_the_graph_of_training(compiled):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from data_sources import contents, texts
 from runs import LOSS, first_model, lines_of
+from test_adapter import with_values
 from test_templates import chat_tokenizer  # noqa: F401
 
 from olmo_train import config as configuration
@@ -23,6 +24,7 @@ from olmo_train.data.templates import open_format
 from olmo_train.data.verify import verify
 from olmo_train.errors import ConfigError
 from olmo_train.eval.heldout import measure
+from olmo_train.model.config import AdapterConfig
 from olmo_train.train_config import TrainConfig
 
 PACK = 64
@@ -171,9 +173,12 @@ def on(tiny_words):
     )
 
 
-def test_packed_windows_have_the_losses_of_one_document_a_row(packed, on):
+@pytest.mark.parametrize("kind", ["none", "dora"])
+def test_packed_windows_have_the_losses_of_one_document_a_row(packed, on, kind):
     config = on(packed(), global_batch_size=8)
     mixture, model = config.mixture(), first_model(config.model).eval()
+    if kind != "none":
+        with_values(model, AdapterConfig(kind))
     batch, instances = read_batch(mixture, 1, 0, 1), mixture.global_batch(1)
     compared = 0
     with torch.no_grad():
