@@ -41,6 +41,17 @@ WORK = {
     "rehearsal": SimpleNamespace(d=64, layers=2, heads=2, hidden=192, vocab=512, T=64, batch=4, micro=2),
     "tiny": SimpleNamespace(d=256, layers=8, heads=8, hidden=704, vocab=50304, T=512, batch=8, micro=4),
     "small": SimpleNamespace(d=768, layers=12, heads=12, hidden=2048, vocab=50304, T=1024, batch=8, micro=2),
+    "smollm2": SimpleNamespace(  # SmolLM2-135M, for this project alone: the others' models lack its grouped heads and tied head
+        d=576,
+        layers=30,
+        heads=9,
+        hidden=1536,
+        vocab=49152,
+        T=512,
+        batch=4,
+        micro=4,
+        words=("model.n_kv_heads=3", "model.norm=rms_norm", "model.tie_embeddings=true", "parallel.precision=fp32"),
+    ),
     "olmo-1b-2048": SimpleNamespace(d=2048, layers=16, heads=16, hidden=8192, vocab=50304, T=2048, batch=32, micro=4),
     "olmo-1b-4096": SimpleNamespace(d=2048, layers=16, heads=16, hidden=8192, vocab=50304, T=4096, batch=16, micro=2),
 }
@@ -50,20 +61,32 @@ OTHERS = 0.05  # of a core: a round in which other processes took more is not co
 Step = Callable[[], object]  # one optimizer update on one batch
 
 
-def ours(work: SimpleNamespace, folder: Path, *words: str) -> Step:
-    """The command line's own loop, with guard, logging and clipping."""
-    from olmo_train import config
+def our_run(work: SimpleNamespace, folder: Path, *words: str):
+    """The command line's own loop, with guard, logging and clipping: yields after each step."""
+    import olmo_train.config  # noqa: F401, before torch
     from olmo_train.tools import bench
 
+    folder.mkdir(exist_ok=True)
     shape = [f"model.d_model={work.d}", f"model.n_layers={work.layers}", f"model.n_heads={work.heads}",
              f"model.mlp_hidden={work.hidden}", f"model.vocab_size={work.vocab}", f"model.padded_vocab_size={work.vocab}",
              f"model.seq_len={work.T}", f"global_batch_size={work.batch}", f"micro_batch_size={work.micro}",
-             "optim.warmup_steps=10", "parallel.precision=bf16", *words]  # fmt: skip
+             "optim.warmup_steps=10", "parallel.precision=bf16", *getattr(work, "words", ()), *words]  # fmt: skip
     from olmo_train.train import train
 
-    assert config and bench
-    run = train(bench.load([], shape, folder))
+    return train(bench.load([], shape, folder))
+
+
+def ours(work: SimpleNamespace, folder: Path, *words: str) -> Step:
+    run = our_run(work, folder, *words)
     return lambda: next(run)
+
+
+def adapted(work: SimpleNamespace, folder: Path, kind: str) -> Step:
+    """Our loop with adapters beside the weights of a run of one step."""
+    base = folder / "base"
+    for _ in our_run(work, base, "total_steps=1"):
+        pass
+    return ours(work, folder, f"adapter.kind={kind}", f"init_from={base / 'run'}")
 
 
 def batches(work: SimpleNamespace, device: str):
@@ -268,6 +291,8 @@ CONTESTANTS = {  # name: (the package whose version is told, how to make its ste
     "before": ("torch", ours),  # another checkout of this project: --at before=FOLDER
     "ours-by-torch": ("torch", lambda work, folder: ours(work, folder, "parallel.cpu_kernels=false")),
     "ours-compiled": ("torch", lambda work, folder: ours(work, folder, "parallel.compile=true")),
+    "ours-lora": ("torch", lambda work, folder: adapted(work, folder, "lora")),
+    "ours-dora": ("torch", lambda work, folder: adapted(work, folder, "dora")),
     "plain": ("torch", plain),
     "plain-compiled": ("torch", lambda work, folder: plain(work, folder, compiled=True)),
     "transformers": ("transformers", transformers),
@@ -413,7 +438,7 @@ def main() -> None:
     parser.add_argument("--work", choices=WORK, default="tiny")
     parser.add_argument(
         "--peers",
-        default=",".join(name for name in CONTESTANTS if name != "before"),
+        default=",".join(name for name in CONTESTANTS if name not in ("before", "ours-lora", "ours-dora")),
         help="names, parted by commas; ratios are those of the first",
     )
     parser.add_argument("--at", action="append", default=[], metavar="NAME=FOLDER", help="a virtual environment or target folder")
