@@ -176,6 +176,22 @@ def test_instructions_are_scored_where_the_model_answers():
     assert "NoneType where text" in broken.why
 
 
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": None}]},
+        {"messages": [{"role": "assistant", "content": [{"text": "a"}, {"image": "b"}]}]},
+        {"conversations": [{"from": "gpt", "value": "\ud800"}]},
+        {"prompt": "a", "response": b"\xff"},
+        {"instruction": "a", "input": 5, "output": "b"},
+    ],
+)
+def test_text_is_read_beside_messages_that_are_not_text(other):
+    record = readers.to_record({"text": "hello"} | other, "a.jsonl", 1, "text")
+    assert (record.segments, record.turns) == ((("hello", True),), ())
+    assert isinstance(readers.to_record(other, "a.jsonl", 1, "text"), Skipped)
+
+
 def test_only_the_columns_that_are_needed_are_read(tmp_path):
     file = write(tmp_path, "parquet")
     (unit,) = find_units([str(file)])

@@ -147,6 +147,7 @@ RECORDS = [
     ({"messages": [{"role": "tool", "content": "a"}, {"role": "assistant", "content": "b"}]}, "has a role that the template"),
     ({"text": "no answer"}, "has no response and no assistant message to train on"),
     ({"messages": [{"role": "user", "content": 5}]}, "holds int where text is expected"),
+    ({"text": "both", "messages": [{"role": "assistant", "content": 5}]}, "has no response and no assistant message"),
 ]  # fmt: skip
 
 

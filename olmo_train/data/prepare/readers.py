@@ -247,17 +247,16 @@ def to_record(values: Any, origin: str, number: int, text_field: str, size: int 
     id = values.get("id")
     try:
         segments = [(_decoded(text), scored) for text, scored in segments]
-        turns = [(str(role), _decoded(text)) for role, text in _turns(values)]
         id = id.decode() if isinstance(id, bytes) else id if id is None else str(id)
-        for text in (*(text for text, _ in segments), *(text for _, text in turns)):
+        for text, _ in segments:
             if not isinstance(text, str):
                 return skipped(f"holds {type(text).__name__} where text is expected")
-        "".join([id or "", *(text for text, _ in segments), *(word for turn in turns for word in turn)]).encode()
+        "".join([id or "", *(text for text, _ in segments)]).encode()
     except UnicodeDecodeError as problem:
         return skipped(NOT_UTF8, f" (byte {problem.start})")
     except UnicodeEncodeError:
         return skipped("holds a lone surrogate, which no UTF-8 text has")
-    return Record(id, origin, number, tuple(segments), size, tuple(turns))
+    return Record(id, origin, number, tuple(segments), size, _turns(values))
 
 
 def _decoded(text: Any) -> Any:
@@ -285,8 +284,18 @@ def _answer(values: dict) -> Any:
     return next((values[key] for key in ("response", "completion") if values.get(key) is not None), None)
 
 
-def _turns(values: dict) -> list[tuple[Any, Any]]:
-    """(role, what must be text) of the messages of a record, or of an instruction and its answer; none for plain text."""
+def _turns(values: dict) -> tuple[tuple[str, str], ...]:
+    """(role, text) of the messages of a record; none for plain text, or where one of them is not text."""
+    try:
+        turns = tuple((str(role), _decoded(text)) for role, text in _messages(values))
+        "".join(word for turn in turns for word in turn).encode()
+    except (TypeError, UnicodeError):
+        return ()
+    return turns
+
+
+def _messages(values: dict) -> list[tuple[Any, Any]]:
+    """(role, what must be text) of the messages of a record, or of an instruction and its answer."""
     answer = _answer(values)
     for key in ("messages", "conversations"):
         if isinstance(values.get(key), list):
@@ -299,11 +308,9 @@ def _turns(values: dict) -> list[tuple[Any, Any]]:
     return []
 
 
-def _joined(content: Any) -> Any:
-    """The text of a message in parts; a part that is not text is returned alone."""
-    parts = list(map(_decoded, _content(content)))
-    strange = [part for part in parts if not isinstance(part, str)]
-    return strange[0] if strange else "".join(parts)
+def _joined(content: Any) -> str:
+    """The text of a message in parts. Raises TypeError for a part that is not text."""
+    return "".join(map(_decoded, _content(content)))
 
 
 def _message(message: Any) -> tuple[Any, Any]:
