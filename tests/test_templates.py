@@ -87,6 +87,10 @@ def test_the_prompt_is_the_begin_of_the_document(chat_tokenizer, name):
     assert "Answer briefly.\n\nWhat is it?" in chat.tokenizer.decode(ids)
 
 
+def test_an_empty_prompt_of_the_plain_template_has_no_ids(chat_tokenizer):
+    assert open_format("plain", chat_tokenizer, None, None).prompt_ids([("user", "")]) == []
+
+
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_text_that_spells_a_marker_is_ordinary_text(chat_tokenizer, name):
     chat = open_format(name, chat_tokenizer, None, None)

@@ -205,10 +205,10 @@ class ChatFormat:
         return arrays, scored
 
     def prompt_ids(self, turns: Sequence[Turn]) -> list[int]:
-        """The ids that ask the model to answer these messages."""
+        """The ids that ask the model to answer these messages; none for an empty prompt in a template without markers."""
         pieces = self.render(turns, ask=True)
         arrays, _ = self.assemble(pieces, iter(self.tokenizer.encode_batch(texts_of(pieces))))
-        return np.concatenate(arrays).tolist()
+        return [id for array in arrays for id in array.tolist()]
 
 
 def texts_of(pieces: list[Piece]) -> list[str]:
@@ -243,12 +243,11 @@ def _probe(chat: ChatFormat) -> None:
     import tokenizers
 
     pieces = chat.render(PROBE)
-    arrays, _ = chat.assemble(pieces, iter(chat.tokenizer.encode_batch(texts_of(pieces))))
     plain = tokenizers.Tokenizer.from_str(chat.tokenizer.json)
     plain.no_truncation()
     plain.no_padding()
     text = "".join(piece.marker + piece.read + piece.scored for piece in pieces)
-    if plain.encode(text, add_special_tokens=False).ids != np.concatenate(arrays).tolist():
+    if plain.encode(text, add_special_tokens=False).ids != chat.encode(pieces):
         what = f"encodes the text between the markers of the template {chat.name} differently when it stands alone"
         raise DataError(chat.tokenizer.name, f"{what}; use --template plain, or another tokenizer")
 
