@@ -26,14 +26,16 @@ def write_tokenizer(file: Path, vocab_size: int = 280) -> Path:
     return file
 
 
-def prepare_source(folder: Path, *inputs: Path, name: str = "source", **options) -> tuple[Path, PrepareResult]:
+def prepare_source(
+    folder: Path, *inputs: Path, name: str = "source", on_note=lambda note: None, **options
+) -> tuple[Path, PrepareResult]:
     """Prepare `inputs`, or 60 documents in 3 shards; the tokenizer lies beside them."""
     inputs = inputs or (write_jsonl(folder / f"{name}.jsonl", 60),)
     tokenizer = folder / "tokenizer.json"
     if not tokenizer.exists():
         write_tokenizer(tokenizer)
     options = {"max_shard_tokens": 1000, **options}
-    result = prepare(PrepareOptions(tuple(map(str, inputs)), folder / name, str(tokenizer), **options))
+    result = prepare(PrepareOptions(tuple(map(str, inputs)), folder / name, str(tokenizer), **options), on_note=on_note)
     return folder / name, result
 
 

@@ -306,8 +306,10 @@ def test_a_text_of_few_lines_is_cut_between_words_or_letters(tmp_path, text):
 def test_a_fraction_that_holds_nothing_out_is_refused(tmp_path):
     row = {"messages": [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat"}]}
     chats = write_lines(tmp_path / "chats.jsonl", [json.dumps(row) + "\n"] * 60)  # which are not cut
+    notes = []
     with pytest.raises(DataError, match="0.01 holds out one document in 100, of 60; raise it to 0.017 or leave it out"):
-        prepare_source(tmp_path, chats, validation_fraction=0.01)
+        prepare_source(tmp_path, chats, validation_fraction=0.01, on_note=notes.append)
+    assert notes == []
     prepare_source(tmp_path, chats, name="raised", validation_fraction=0.017)
     with pytest.raises(ConfigError, match="at most 0.5"):
         prepare_source(tmp_path, validation_fraction=0.7)

@@ -326,18 +326,18 @@ def _tail(options: PrepareOptions, units: list[Unit], on_note: Callable[[str], N
     if not options.hold_out_every or options.template:
         return None
     lengths: dict[str, int] = {}  # characters of each document, by its place
+    last = None
     pieces = chain.from_iterable(chunks(unit, options.text_field) for unit in units)
     for record in chain.from_iterable(records(chunk, options.text_field) for chunk in pieces):
         if not isinstance(record, Skipped) and (length := sum(len(text) for text, _ in record.segments)):
             if record.place in lengths or len(lengths) + 1 == options.hold_out_every:  # a file that is named twice is not cut
                 return None
-            lengths[record.place] = length
-    if not lengths:
+            lengths[record.place], last = length, record
+    if last is None or len(last.segments) > 1:  # `cut` does not cut a conversation
         return None
-    place = list(lengths)[-1]
-    share = min(0.5, options.validation_fraction * sum(lengths.values()) / lengths[place])
-    on_note(f"{place}: its last {share:.0%} is held out, as there are fewer than {options.hold_out_every} documents")
-    return Tail(place, share)
+    share = min(0.5, options.validation_fraction * sum(lengths.values()) / lengths[last.place])
+    on_note(f"{last.place}: its last {share:.0%} is held out, as there are fewer than {options.hold_out_every} documents")
+    return Tail(last.place, share)
 
 
 def _recipe(options: PrepareOptions, tokenizer: Tokenizer, units: list[Unit]) -> dict:
