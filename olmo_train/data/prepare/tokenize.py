@@ -60,6 +60,7 @@ class Encoded(NamedTuple):
     arrays: list[np.ndarray]  # its parts, without the EOS at the end
     scored: list[bool]  # of each part
     bytes: int  # of the text that the ids stand for
+    dropped: int  # bytes of the text that the tokenizer does not know
 
 
 @dataclass
@@ -161,8 +162,8 @@ def tokenize_chunk(chunk: Chunk, tokenizer: Tokenizer, how: Encoding) -> ChunkRe
             continue
         encoded.append(fits)
         cut_prompts += fits is not found
-        if dropped := sum(map(tokenizer.dropped_bytes, _texts(fits.record, chat))):
-            leave_out(Skipped(record.place, UNKNOWN_CHARACTERS, f", {dropped} bytes", dropped, records=0))
+        if fits.dropped:
+            leave_out(Skipped(record.place, UNKNOWN_CHARACTERS, f", {fits.dropped} bytes", fits.dropped, records=0))
     documents = _join(encoded, tokenizer, how.marks)
     rest = chunk.input_bytes - sum(counts["bytes"] for counts in left_out.values())
     if rest and not len(documents):  # blank lines and separators, which otherwise count with the documents
@@ -192,8 +193,9 @@ def _encode_records(kept: list[Record], tokenizer: Tokenizer, chat: ChatFormat |
             if chat:
                 arrays, scored = chat.assemble(rendered[i], iter(arrays))
                 arrays, scored = arrays[:-1], scored[:-1]  # `_join` adds the EOS
-            size = sum(len(text.encode()) - tokenizer.dropped_bytes(text) for text in _texts(record, chat))
-            yield Encoded(record, arrays, scored, size)
+            own = _texts(record, chat)
+            dropped = sum(map(tokenizer.dropped_bytes, own))
+            yield Encoded(record, arrays, scored, sum(len(text.encode()) for text in own) - dropped, dropped)
 
 
 def _fitted(found: Encoded, how: Encoding, chat: ChatFormat | None) -> Encoded | str:
@@ -202,9 +204,8 @@ def _fitted(found: Encoded, how: Encoding, chat: ChatFormat | None) -> Encoded |
     The longest message of the user is cut at its end, as often as needed. The response, the instruction and the system message
     are never cut.
     """
-    record = found.record
     while how.pack and (excess := sum(map(len, found.arrays)) + 1 - how.pack) > 0:
-        turns = list(record.turns)
+        turns = list(found.record.turns)
         asked = [i for i, (role, _) in enumerate(turns) if role == "user"] if how.cut and chat else []
         if not asked:
             return TOO_LONG
@@ -212,8 +213,7 @@ def _fitted(found: Encoded, how: Encoding, chat: ChatFormat | None) -> Encoded |
         turns[longest] = ("user", _shortened(turns[longest][1], excess, chat.tokenizer))
         if not turns[longest][1].strip():
             return TOO_LONG
-        record = replace(record, turns=tuple(turns))
-        (again,) = _encode_records([record], chat.tokenizer, chat)
+        (again,) = _encode_records([replace(found.record, turns=tuple(turns))], chat.tokenizer, chat)
         if isinstance(again, str):
             return again
         found = again
@@ -251,16 +251,16 @@ def _join(encoded: list[Encoded], tokenizer: Tokenizer, marks: bool) -> Tokenize
     """
     eos = np.array([tokenizer.eos_id], tokenizer.dtype)
     arrays, scored, lengths = [], [], []
-    for _, parts, is_scored, _ in encoded:
-        arrays += [*parts, eos]
-        scored += [*is_scored, True]
-        lengths.append(sum(map(len, parts)))
+    for one in encoded:
+        arrays += [*one.arrays, eos]
+        scored += [*one.scored, True]
+        lengths.append(sum(map(len, one.arrays)))
     mask = None
     if marks or not all(scored):
         mask = np.repeat(np.array(scored, np.uint8), [len(array) for array in arrays])
     if marks:
         mask[np.cumsum([0, *(length + 1 for length in lengths)])[:-1]] = BEGINS
-    kept = [record for record, *_ in encoded]
+    kept = [one.record for one in encoded]
     return Tokenized(
         tokens=np.concatenate(arrays) if arrays else eos[:0],
         lengths=np.array(lengths, np.int64),
@@ -268,5 +268,5 @@ def _join(encoded: list[Encoded], tokenizer: Tokenizer, marks: bool) -> Tokenize
         ids=[record.id or record.place for record in kept],
         origins=[record.origin for record in kept],
         records=[record.record for record in kept],
-        bytes=np.array([size for *_, size in encoded], np.int64),
+        bytes=np.array([one.bytes for one in encoded], np.int64),
     )
