@@ -56,11 +56,13 @@ def read_batch(mixture: Mixture, step: int, data_rank: int, data_size: int) -> B
     mine = global_batch[data_rank * rows : (data_rank + 1) * rows]
     tokens = torch.from_numpy(mixture.read(mine))
     input_ids, labels = split_labels(tokens, mixture.read_label_mask(mine), mixture.shifted)
-    documents = None if mixture.eos_id is None else document_numbers(input_ids, mixture.eos_id)
-    for row, (source, instance) in enumerate(zip(mine.source.tolist(), mine.instance.tolist(), strict=True)):
-        if documents is not None and mixture.sources[source].marks_documents:
-            start = mixture.span(source, instance)[0]
-            documents[row] = torch.from_numpy(mixture.sources[source].document_numbers(start, input_ids.shape[1]))
+    documents = None
+    if mixture.eos_id is not None:
+        documents = document_numbers(input_ids, mixture.eos_id)
+        for row, (source, instance) in enumerate(zip(mine.source.tolist(), mine.instance.tolist(), strict=True)):
+            if mixture.sources[source].marks_documents:
+                start = mixture.span(source, instance)[0]
+                documents[row] = torch.from_numpy(mixture.sources[source].document_numbers(start, input_ids.shape[1]))
     return Batch(input_ids, labels, torch.from_numpy(mine.source), documents, mixture.sample_hash(global_batch), step)
 
 
@@ -142,7 +144,7 @@ def validation_batches(
     for first in range(0, instances, rows * data_size):
         tokens = np.zeros((rows, seq_len + 1), dtype=np.int64)
         scored = np.zeros((rows, seq_len + 1), dtype=np.uint8)
-        marked = np.zeros((rows, seq_len), dtype=np.int64)
+        marked = np.zeros((rows, seq_len), dtype=np.int64) if eos_id is not None and source.marks_documents else None
         for row in range(rows):
             start = (first + data_rank * rows + row) * seq_len
             length = min(seq_len + 1, source.n_tokens - start)
@@ -151,10 +153,11 @@ def validation_batches(
                 scored[row, :length] = 1
                 if source.has_label_mask:
                     source.read_label_mask(start, scored[row, :length])
-                if source.marks_documents:
+                if marked is not None:
                     marked[row, : min(length, seq_len)] = source.document_numbers(start, min(length, seq_len))
         input_ids, labels = split_labels(torch.from_numpy(tokens), scored, shifted=False)
-        documents = None if eos_id is None else document_numbers(input_ids, eos_id)
-        if documents is not None and source.marks_documents:
+        if marked is not None:
             documents = torch.from_numpy(marked)
+        else:
+            documents = None if eos_id is None else document_numbers(input_ids, eos_id)
         yield Batch(input_ids, labels, torch.zeros(rows, dtype=torch.int64), documents)
