@@ -79,4 +79,5 @@ def _from_json(values: dict[str, Any], dtype: np.dtype) -> Tokenized:
         origins=[values["origin"]],
         records=[values["record"]],
         bytes=np.array([values["bytes"]], np.int64),
+        padding=np.zeros(1, np.int64),
     )

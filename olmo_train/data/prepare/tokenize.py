@@ -269,4 +269,5 @@ def _join(encoded: list[Encoded], tokenizer: Tokenizer, marks: bool) -> Tokenize
         origins=[record.origin for record in kept],
         records=[record.record for record in kept],
         bytes=np.array([one.bytes for one in encoded], np.int64),
+        padding=np.zeros(len(encoded), np.int64),
     )

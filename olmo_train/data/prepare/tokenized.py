@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -21,11 +21,7 @@ class Tokenized:
     origins: list[str]
     records: list[int | None]
     bytes: np.ndarray  # (documents,) UTF-8 bytes of the text
-    padding: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # (documents,) tokens after the EOS of each
-
-    def __post_init__(self) -> None:
-        if len(self.padding) != len(self.ids):
-            self.padding = np.zeros(len(self.ids), np.int64)
+    padding: np.ndarray  # (documents,) tokens after the EOS of each
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -65,9 +61,7 @@ class Tokenized:
 
 def joined(parts: Sequence[Tokenized]) -> Tokenized:
     """The documents of several parts, all with a mask, in order."""
-    arrays = {name: np.concatenate([getattr(part, name) for part in parts]) for name in ARRAYS}
+    names = ("tokens", "lengths", "mask", "bytes", "padding")
+    arrays = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
     lists = {name: [value for part in parts for value in getattr(part, name)] for name in ("ids", "origins", "records")}
     return Tokenized(**arrays, **lists)
-
-
-ARRAYS = ("tokens", "lengths", "mask", "bytes", "padding")
