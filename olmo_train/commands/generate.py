@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from olmo_train.commands.common import add_checkpoint_arguments, add_template_arguments, open_chat, open_model, open_tokenizer
@@ -45,8 +44,9 @@ def run(args: argparse.Namespace) -> None:
         tokenizer = open_tokenizer(folder, args, model.config.vocab_size)
         encode = tokenizer.encode
     prompts = [prompt for prompt in args.prompt or [""] for _ in range(args.samples)]
+    ids = [encode(prompt) or [tokenizer.eos_id] for prompt in prompts]
     results = []
-    for prompt, tokens in zip(prompts, _continue(model, tokenizer, encode, prompts, sampling, args), strict=True):
+    for prompt, tokens in zip(prompts, _continue(model, tokenizer, ids, sampling, args), strict=True):
         text = tokenizer.decode(tokens[:-1] if tokens[-1:] == [tokenizer.eos_id] else tokens)
         results.append({"prompt": prompt, "text": text[: _stop_at(text, args.stop)], "tokens": tokens})
     if args.json:
@@ -75,13 +75,10 @@ def _check(args: argparse.Namespace) -> None:
         raise ConfigError("--seed", f"must lie between -2^63 and 2^63 - 1, got {args.seed}")
 
 
-def _continue(
-    model: Transformer, tokenizer: Tokenizer, encode: Callable[[str], list[int]], prompts: list[str], sampling, args
-) -> list[list[int]]:
-    """New tokens of each prompt. Prompts of like length are run together, which costs the fewest steps."""
+def _continue(model: Transformer, tokenizer: Tokenizer, ids: list[list[int]], sampling, args) -> list[list[int]]:
+    """New tokens of each prompt, which `ids` holds. Prompts of like length are run together, which costs the fewest steps."""
     from olmo_train.model.generate import generate
 
-    ids = [encode(prompt) or [tokenizer.eos_id] for prompt in prompts]
     by_length = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     new: list[list[int]] = [[] for _ in ids]
 
