@@ -16,7 +16,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from itertools import chain
 from pathlib import Path
 
@@ -81,10 +81,9 @@ class PrepareOptions:
         if self.cut is not None and self.pack is None:
             raise ConfigError("--cut", "needs --pack, the tokens of a window that a document must fit in; add --pack N")
 
-    @property
-    def encoding(self) -> Encoding:
-        """How records become documents."""
-        return Encoding(self.text_field, self.template, self.instruction, self.pack, self.cut)
+    def encoding(self, tail: Tail | None) -> Encoding:
+        """How records become documents; `tail`: the one that becomes two."""
+        return Encoding(self.text_field, self.template, self.instruction, self.pack, self.cut, tail)
 
     @property
     def hold_out_every(self) -> int | None:
@@ -207,7 +206,7 @@ class _Run:
             raise DataError(state.first[0]["where"], state.first[0]["why"])
         total_bytes, resumed_tokens = sum(unit.size for unit in self.units), self._n_tokens()
         places: deque[tuple[int, int]] = deque()
-        how, workers = replace(self.options.encoding, tail=self.tail), self.options.workers
+        how, workers = self.options.encoding(self.tail), self.options.workers
         for result in tokenize_chunks(self._chunks(places), self.tokenizer, how, workers):
             self._take(result)
             state.unit, state.chunk = places.popleft()
