@@ -119,7 +119,7 @@ UNSUPPORTED = {
 
 def not_offered(word: str) -> str | None:
     """Why KEY or KEY=VALUE is not offered, and the remedy; None if UNSUPPORTED does not have it."""
-    return UNSUPPORTED.get(re.sub(r"[.]\d+=", ".N=", word).lower().replace(".n=", ".N="))
+    return UNSUPPORTED.get(re.sub(r"[.]\d+=", ".N=", word.lower()))
 
 
 # Names of other frameworks (OLMo, transformers, nanoGPT, Megatron, litgpt, torchtitan) for keys of a run.
