@@ -66,13 +66,18 @@ class Meta:
 
     @property
     def marks_documents(self) -> bool:
-        """Whether label masks mark where documents begin: with a template, or packed, an EOS is not always a document's end."""
-        return self.pack is not None or self.template is not None
+        """Whether label masks mark where documents begin."""
+        return marks_documents(self.pack, self.template)
 
     @property
     def has_label_mask(self) -> bool:
         """Whether some tokens are not scored."""
         return any(shard.labels for shard in self.shards)
+
+
+def marks_documents(pack: int | None, template: object) -> bool:
+    """Whether label masks mark where documents begin: with a template, or packed, an EOS is not always a document's end."""
+    return pack is not None or template is not None
 
 
 def read_meta(folder: Path) -> Meta:

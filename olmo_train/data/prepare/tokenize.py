@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from olmo_train.data.meta import BEGINS
+from olmo_train.data.meta import BEGINS, marks_documents
 from olmo_train.data.prepare.chunks import TRAILING, Chunk, Skipped
 from olmo_train.data.prepare.readers import Record, Tail, cut, records
 from olmo_train.data.prepare.tokenized import Tokenized
@@ -46,11 +46,6 @@ class Encoding:
     pack: int | None = None  # most tokens of a document, with its EOS
     cut: str | None = None  # prompt: a prompt is cut where its document is longer than `pack`
     tail: Tail | None = None  # the document that becomes two
-
-    @property
-    def marks(self) -> bool:
-        """Whether label masks mark where documents begin."""
-        return self.template is not None or self.pack is not None
 
 
 class Encoded(NamedTuple):
@@ -164,7 +159,7 @@ def tokenize_chunk(chunk: Chunk, tokenizer: Tokenizer, how: Encoding) -> ChunkRe
         cut_prompts += fits is not found
         if fits.dropped:
             leave_out(Skipped(record.place, UNKNOWN_CHARACTERS, f", {fits.dropped} bytes", fits.dropped, records=0))
-    documents = _join(encoded, tokenizer, how.marks)
+    documents = _join(encoded, tokenizer, marks_documents(how.pack, how.template))
     rest = chunk.input_bytes - sum(counts["bytes"] for counts in left_out.values())
     if rest and not len(documents):  # blank lines and separators, which otherwise count with the documents
         count_left_out(left_out, next(reversed(left_out), "holds no records"), 0, rest)

@@ -25,6 +25,7 @@ from olmo_train.data.meta import (
     ShardMeta,
     hash_blocks,
     hash_file,
+    marks_documents,
     write_meta,
 )
 from olmo_train.data.prepare.documents import DocumentParts
@@ -168,7 +169,7 @@ class SourceWriter:
         assert rows == state.documents and on_disk == tokens == document_tokens + rows + state.padding, (rows, on_disk, tokens)
         (self.folder / TOKENIZER_FILE).write_text(tokenizer.json, encoding="utf-8")
         meta = Meta(
-            format_version=MARKED_VERSION if self.pack or self.template else FORMAT_VERSION,
+            format_version=MARKED_VERSION if marks_documents(self.pack, self.template) else FORMAT_VERSION,
             dtype=tokenizer.dtype.name,
             tokenizer=tokenizer.name,
             tokenizer_sha256=tokenizer.sha256,
