@@ -83,8 +83,8 @@ def _show_step(history: History, args: argparse.Namespace) -> None:
     size = mixture.batches.at(args.step)
     print(f"step {args.step} of {history.steps}: {counted(size, 'instance')} of {mixture.seq_len} tokens "
           f"on {counted(world_size, 'rank')}, sample_hash {sample_hash[:16]}{note}")  # fmt: skip
-    if packs := sorted({source.pack for source in mixture.sources if source.pack}):
-        print(f"packed: no document crosses a window of {packs[0]} tokens")
+    if pack := mixture.sources[0].pack:  # then all sources are, in the same windows
+        print(f"packed: no document crosses a window of {pack} tokens")
     if passed_over:
         print("this step is passed over: its batch is not trained on")
     print_table(("row", "rank", "source", "instance", "epoch", "documents", "text"), [
