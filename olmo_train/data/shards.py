@@ -257,9 +257,14 @@ def _prepared_file(folder: Path, meta: Meta, index: int) -> _ShardFile:
     return _ShardFile(folder / shard.file, shard.size, 0, dtype)
 
 
+def _is_small(meta: Meta) -> bool:
+    """Whether a source is hashed completely when it is opened."""
+    return sum(shard.size for shard in meta.shards) <= WHOLE_BYTES
+
+
 def _check_contents(folder: Path, meta: Meta) -> None:
     """Compare contents with meta.json's hashes: all of a small source, blocks of a large one."""
-    whole = sum(shard.size for shard in meta.shards) <= WHOLE_BYTES
+    whole = _is_small(meta)
     for index in range(len(meta.shards)) if whole else _evenly(len(meta.shards), CHECKED_SHARDS):
         shard = meta.shards[index]
         file = folder / shard.file
@@ -271,7 +276,7 @@ def check_prepared(folder: Path, meta: Meta) -> None:
     for index in range(len(meta.shards)):
         _prepared_file(folder, meta, index)
     _check_contents(folder, meta)
-    if sum(shard.size for shard in meta.shards) <= WHOLE_BYTES:
+    if _is_small(meta):
         _check_hash(folder / DOCUMENTS_FILE, hash_file(folder / DOCUMENTS_FILE), meta.documents_sha256)
 
 
