@@ -11,6 +11,7 @@ from data_sources import contents, texts
 from runs import LOSS, first_model, lines_of
 from test_adapter import with_values
 from test_templates import chat_tokenizer  # noqa: F401
+from test_verify import edit_meta
 
 from olmo_train import config as configuration
 from olmo_train.data.config import SourceConfig
@@ -229,9 +230,7 @@ def plant(folder, change):
     rows = pq.read_table(folder / "documents.parquet").to_pydict()
     change(mask, np.array(rows["start"]), np.array(rows["end"]))
     mask.tofile(folder / shard.labels["file"])
-    values = json.loads((folder / "meta.json").read_text())
-    values["shards"][0]["labels"]["sha256"] = hash_file(folder / shard.labels["file"])
-    (folder / "meta.json").write_text(json.dumps(values))
+    edit_meta(folder, lambda meta: meta["shards"][0]["labels"].update(sha256=hash_file(folder / shard.labels["file"])))
     return [problem.what for problem in verify(folder)[1]]
 
 
@@ -247,8 +246,7 @@ def test_verify_sees_scored_padding_an_unscored_end_a_missing_mark_and_a_crossin
     assert "expected a mark of a document's begin" in plant(packed("c", **options), lambda m, s, e: m.put(s[3], 0))[0]
     assert "expected no mark" in plant(packed("d", **options), lambda m, s, e: m.put(s[3] + 1, BEGINS))[0]
     folder = packed("e", **options)
-    values = json.loads((folder / "meta.json").read_text()) | {"pack": 32}
-    (folder / "meta.json").write_text(json.dumps(values))
+    edit_meta(folder, lambda meta: meta.update(pack=32))
     assert any("expected no document across a window of 32" in problem.what for problem in verify(folder)[1])
 
 
