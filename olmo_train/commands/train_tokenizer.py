@@ -9,8 +9,6 @@ from pathlib import Path
 
 from olmo_train.formats import counted
 
-NAMED = 20  # records left out that are named; the others are only counted
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "Train a tokenizer and write it as a tokenizer.json. The same text makes the same file."
@@ -23,6 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int | None:
     from olmo_train.data.prepare.chunks import Skipped
     from olmo_train.data.prepare.inputs import read_texts
+    from olmo_train.data.prepare.prepare import NAMED
     from olmo_train.data.tokenizer import EOS_TEXT, save_tokenizer, train_tokenizer
 
     left_out: Counter[tuple[str, str]] = Counter()  # records or files, by (what they are, reason)
