@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,6 +20,7 @@ from olmo_train.data.prepare.readers import ROLES
 from olmo_train.data.templates import ChatFormat
 from olmo_train.data.tokenizer import Tokenizer
 from olmo_train.errors import ConfigError, DataError
+from olmo_train.eval.heldout import Watch
 from olmo_train.model.generate import generate
 from olmo_train.model.transformer import Transformer
 
@@ -28,7 +29,6 @@ INSTALL = "pip install rouge_score==0.1.2, or olmo-train with its extra: pip ins
 SEED = 0  # of the bootstrap
 # The end of a sentence: a mark before a blank and no small letter, as after "e.g.", or at the end of the text.
 SENTENCE_END = re.compile(r"[.!?][\"')\]]*(?=\s+[^a-z\s]|\s*$)|[。！？]")
-Watch = Callable[[Iterable, str, int], Iterable]  # (items, label, number of items) -> the items; shows progress
 
 
 class Example(NamedTuple):
