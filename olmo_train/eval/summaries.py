@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from olmo_train.data.prepare.readers import ROLES
+from olmo_train.data.prepare.readers import chat_segments, message_of
 from olmo_train.data.templates import ChatFormat
 from olmo_train.data.tokenizer import Tokenizer
 from olmo_train.errors import ConfigError, DataError
@@ -112,9 +112,7 @@ def _example(record: Any, number: int) -> Example:
         raise ValueError(f"is no record with fields, but {type(record).__name__}")
     turns = [("user", record.get("prompt")), ("assistant", record.get("response", record.get("completion")))]
     if is_chat := isinstance(record.get("messages"), list):
-        messages = [message if isinstance(message, dict) else {} for message in record["messages"]]
-        turns = [(message.get("role", message.get("from")), message.get("content", message.get("value"))) for message in messages]
-        turns = [(ROLES.get(role, role) if isinstance(role, str) else role, text) for role, text in turns]
+        turns = list(map(message_of, record["messages"]))
         answers = [i for i, (role, _) in enumerate(turns) if role == "assistant"]
         if not answers:
             raise ValueError("has no assistant message")
@@ -135,8 +133,8 @@ def plain_ids(tokenizer: Tokenizer, example: Example) -> list[int]:
     """The ids of a prompt as prepare-data writes it without a template: each part is encoded separately."""
     if not example.is_chat:
         return tokenizer.encode(example.document)
-    parts = [part for role, text in example.turns for part in (f"<|{role}|>\n", text, "\n")]
-    return [id for part in (*parts, "<|assistant|>\n") for id in tokenizer.encode(part)]
+    segments = chat_segments([*example.turns, ("assistant", "")])
+    return [id for text, _ in segments for id in tokenizer.encode(text)]
 
 
 def chat_ids(chat: ChatFormat, example: Example) -> list[int]:

@@ -270,7 +270,7 @@ def _segments(values: dict, text_field: str) -> list[tuple[Any, bool]] | None:
         return [(values[text_field], True)]
     for key in ("messages", "conversations"):
         if isinstance(values.get(key), list):
-            return _chat(values[key])
+            return chat_segments(map(message_of, values[key]))
     if values.get("prompt") is not None and answer is not None:
         return [(values["prompt"], False), (answer, True)]
     if values.get("instruction") is not None and values.get("output") is not None:  # Alpaca's
@@ -299,7 +299,7 @@ def _messages(values: dict) -> list[tuple[Any, Any]]:
     answer = _answer(values)
     for key in ("messages", "conversations"):
         if isinstance(values.get(key), list):
-            return [(role, _joined(content)) for role, content in map(_message, values[key])]
+            return [(role, _joined(content)) for role, content in map(message_of, values[key])]
     if values.get("prompt") is not None and answer is not None:
         return [("user", values["prompt"]), ("assistant", answer)]
     if values.get("instruction") is not None and values.get("output") is not None:
@@ -313,17 +313,17 @@ def _joined(content: Any) -> str:
     return "".join(map(_decoded, _content(content)))
 
 
-def _message(message: Any) -> tuple[Any, Any]:
-    """(role, content) of a message."""
+def message_of(message: Any) -> tuple[Any, Any]:
+    """(role, content) of a message, which may be in ShareGPT's names."""
     message = message if isinstance(message, dict) else {}
     role, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
     return ROLES.get(role, role) if isinstance(role, str) else role, content
 
 
-def _chat(messages: list) -> list[tuple[Any, bool]]:
-    """`<|role|>\\ncontent\\n` for each message, as in OLMo's instruction models; the assistant's messages are scored."""
+def chat_segments(messages: Iterable[tuple[Any, Any]]) -> list[tuple[Any, bool]]:
+    """`<|role|>\\ncontent\\n` for each (role, content), as in OLMo's instruction models; the assistant's messages are scored."""
     segments = []
-    for role, content in map(_message, messages):
+    for role, content in messages:
         scored = role == "assistant"
         segments += [(f"<|{role}|>\n", False), *((text, scored) for text in _content(content)), ("\n", False)]
     return segments[:-1]  # EOS follows the last message
