@@ -93,7 +93,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         if "required: " in message:
             meant = [option for word in self.words if word.startswith("--") for option in self.options_like(word)]
-            message += f"; {did_you_mean(meant) if meant else f'for example: {self.example}'}"
+            message += f"; {did_you_mean(meant, f'for example: {self.example}')}"
         if not _is_silent(self.verb):
             if self.words:
                 self.print_usage(sys.stderr)

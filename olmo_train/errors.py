@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 
@@ -88,16 +88,15 @@ def near(word: str, known: Iterable[str]) -> list[str]:
     return [by_lower[name] for name in sorted(parts, key=lambda name: (len(name), name))[:3]]
 
 
-def did_you_mean(names: Iterable[str]) -> str:
-    """`did you mean 'cosine' or 'constant'?`"""
-    return f"did you mean {' or '.join(repr(name) for name in names)}?"
+def did_you_mean(names: Sequence[str], otherwise: str = "") -> str:
+    """`did you mean 'cosine' or 'constant'?`; `otherwise` if there are no names."""
+    return f"did you mean {' or '.join(repr(name) for name in names)}?" if names else otherwise
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
     """`did you mean 'cosine'?`, or the list of what is known when nothing is near."""
     known = sorted(known)
-    names = near(word, known)
-    return did_you_mean(names) if names else "known: " + ", ".join(known)
+    return did_you_mean(near(word, known), "known: " + ", ".join(known))
 
 
 def check_choice(where: str, value: str, known: Iterable[str]) -> None:
@@ -195,11 +194,10 @@ def _within(section: str, name: str) -> str:
 
 def nearest_key(key: str, known: list[str]) -> str:
     """`did you mean 'optim.peak_lr'?`, or the keys of its section when nothing is near."""
-    if names := near_keys(key, known):
-        return did_you_mean(names)
     section = key.rpartition(".")[0]
     beside = sorted({rest.split(".")[0] for name in known if (rest := _within(section, name))})
-    return f"known: {', '.join(beside)}; `olmo-train train --keys` lists all with their meaning"
+    every = f"known: {', '.join(beside)}; `olmo-train train --keys` lists all with their meaning"
+    return did_you_mean(near_keys(key, known), every)
 
 
 def no_run(folder: Path, what: str) -> str:
@@ -220,7 +218,7 @@ def no_such_file(file: Path, fix: str = "name a YAML file, or set a key as KEY=V
         what = "ends in .yaml, so it is read as the name of a file, and there is no such file"
         return f"""{what}; to set a key to this text, put quotes around the value: {key}='"{text}"'"""
     names = near_files(file, "*.y*ml") if file.suffix else near_files(file)
-    return f"{missing}; {did_you_mean(names) if names else fix}"
+    return f"{missing}; {did_you_mean(names, fix)}"
 
 
 def indented_with_tab(content: bytes) -> str:

@@ -97,8 +97,7 @@ def _which_there_are(path: Path) -> str:
         return f"{there}; name {run_dir} for the newest, or a folder such as {folder_of(run_dir, steps[-1])}"
     if path.is_dir():
         return "name a run_dir that has saved one, or a folder RUN_DIR/checkpoints/step-NNNNNNN"
-    names = near_files(path, "*/")
-    return f"there is no such folder; {did_you_mean(names) if names else 'name a run_dir'}"
+    return f"there is no such folder; {did_you_mean(near_files(path, '*/'), 'name a run_dir')}"
 
 
 def read_state(folder: Path) -> dict[str, Any]:

@@ -316,8 +316,7 @@ def import_olmo(source: Path, dest: Path, left_out: tuple[str, ...] = (), step: 
 
 def _yaml_of(source: Path) -> Path:
     if not source.exists():
-        names = near_files(source)
-        fix = did_you_mean(names) if names else "name an unsharded checkpoint of OLMo, or its YAML file"
+        fix = did_you_mean(near_files(source), "name an unsharded checkpoint of OLMo, or its YAML file")
         raise CheckpointError(source, f"does not exist; {fix}")
     if source.is_dir() and not (source / "model.pt").is_file():
         raise CheckpointError(source, "holds no model.pt; name an unsharded checkpoint of OLMo, or its YAML file")

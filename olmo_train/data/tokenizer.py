@@ -138,9 +138,8 @@ def load_tokenizer(name_or_file: str | Path, eos: str | None = None, markers: tu
         file = file / "tokenizer.json"
     if not file.is_file():
         if file.suffix == ".json" or file.parent.name:
-            meant = near_files(file, "*.json")
-            fix = did_you_mean(meant) if meant else f"make it first: olmo-train train-tokenizer TEXT --output {file}"
-            raise ConfigError(file, f"does not exist; {fix}")
+            fix = f"make it first: olmo-train train-tokenizer TEXT --output {file}"
+            raise ConfigError(file, f"does not exist; {did_you_mean(near_files(file, '*.json'), fix)}")
         if name not in OLMO_FILES:
             raise ConfigError(name, f"is neither a tokenizer.json file nor the name of a tokenizer; {nearest(name, OLMO_FILES)}")
         file = _olmo_file(name)

@@ -12,7 +12,7 @@ from olmo_train.checkpoint import folders
 from olmo_train.data.loader import validation_batches
 from olmo_train.data.mixture import Mixture
 from olmo_train.data.tokenizer import TokenizerRecord, load_tokenizer
-from olmo_train.errors import ConfigError, near
+from olmo_train.errors import ConfigError, did_you_mean, near
 from olmo_train.eval.downstream import TokenizedTask, load_task, results_of, score
 from olmo_train.eval.perplexity import loss_sums
 from olmo_train.formats import counted
@@ -87,8 +87,9 @@ class Evaluation:
         if name is None and stop_after is not None:
             raise ConfigError("eval.stop_after", f"{stop_after} needs checkpoint.keep_best, the metric to improve; {there}")
         if name is not None and name not in known:
-            close = "".join(f"; did you mean {metric!r}?" for metric in near(name, known)[:1])
-            raise ConfigError("checkpoint.keep_best", f"'{name}' is no metric of this run; {there}{close}")
+            close = did_you_mean(near(name, known)[:1])
+            what = f"'{name}' is no metric of this run; {there}{'; ' if close else ''}{close}"
+            raise ConfigError("checkpoint.keep_best", what)
         return Best(name, stop_after)
 
     def recall(self, run_dir: Path, step: int) -> None:
