@@ -99,6 +99,14 @@ def block_parameters(config: ModelConfig) -> int:
     return attention_parameters(config) + mlp_parameters(config) + block_norm_parameters(config)
 
 
+def end_parameters(config: ModelConfig) -> tuple[int, int]:
+    """Parameters outside the blocks, as FSDP gathers them: the embedding before the blocks, then final norm and head after them.
+    If embedding and head are tied, all are one unit, which is there from the beginning to the end of the backward."""
+    ends = count_parameters(config).total - config.n_layers * block_parameters(config)
+    first = ends if config.tie_embeddings else count_parameters(config).embedding
+    return first, ends - first
+
+
 def matrix_parameters(config: ModelConfig) -> int:
     """Parameters that a token is multiplied with: all projections and the head (also a tied one).
 

@@ -19,6 +19,7 @@ from olmo_train.model.cost import (
     attention_parameters,
     block_parameters,
     count_parameters,
+    end_parameters,
     mlp_matrices,
     mlp_parameters,
 )
@@ -74,12 +75,8 @@ def memory_estimate(model: ModelConfig, layout: Layout) -> MemoryEstimate:
     backward: a block is differentiated; with activation checkpointing, after it was recomputed.
     update: all gradients exist, those of the embedding and the head are reduced, and the optimizer steps.
     """
-    count, block = count_parameters(model), block_parameters(model)
-    total, shards = count.total, layout.gpus // layout.replicas
-    # Weights outside the blocks, gathered at the beginning of a forward and at its end: embedding, then final norm and head.
-    # If they are tied, they are one unit, which is there from the beginning to the end of the backward.
-    ends = total - model.n_layers * block
-    first, last = (ends, 0) if model.tie_embeddings else (count.embedding, ends - count.embedding)
+    total, shards = count_parameters(model).total, layout.gpus // layout.replicas
+    block, (first, last) = block_parameters(model), end_parameters(model)
     width, reduced = BYTES[layout.precision], BYTES[layout.reduce_dtype]
     # Rank 0 has a row more of embedding and head than some others if their rows do not divide evenly.
     uneven = -model.vocab_rows % shards * model.d_model * (1 if model.tie_embeddings else 2)

@@ -17,6 +17,7 @@ from olmo_train.model.cost import (
     attention_parameters,
     block_parameters,
     count_parameters,
+    end_parameters,
     flops_per_token,
     mlp_parameters,
 )
@@ -113,11 +114,7 @@ def step_estimate(model: ModelConfig, layout: Layout, hardware: Hardware, links:
     """Time and traffic of a step. `efficiency` is the share of the peak that a GPU reaches when it does not wait for others;
     FLOPs are counted as in flops_per_token. With full activation checkpointing a block's forward is computed once more."""
     shards, layers, tokens = layout.gpus // layout.replicas, model.n_layers, layout.micro_batch_size * model.seq_len
-    block, count = block_parameters(model), count_parameters(model)
-    total = count.total
-    # Outside the blocks: the embedding, gathered before them, and final norm and head, gathered after them; all before if tied.
-    ends = total - layers * block
-    first = ends if model.tie_embeddings else count.embedding
+    total, block, (first, last) = count_parameters(model).total, block_parameters(model), end_parameters(model)
     width, reduced = BYTES[layout.precision], BYTES[layout.reduce_dtype]
 
     speed = hardware.peak_flops * efficiency
@@ -128,22 +125,22 @@ def step_estimate(model: ModelConfig, layout: Layout, hardware: Hardware, links:
 
     gather, scatter, between = unit_seconds(block, layout, links)
     gather_first, scatter_first, between_first = unit_seconds(first, layout, links)
-    gather_last, scatter_last, between_last = unit_seconds(ends - first, layout, links)
+    gather_last, scatter_last, between_last = unit_seconds(last, layout, links)
 
     seconds = 0.0
     for micro_batch in range(layout.micro_batches):
-        last = micro_batch == layout.micro_batches - 1
+        reduces = micro_batch == layout.micro_batches - 1
         gathers = layout.shard == "full" or micro_batch == 0  # grad_op keeps the whole weights until the step's end
         again = layout.shard == "full"
         seconds += gathers * (gather_first + gather)  # nothing is computed yet
         seconds += (layers - 1) * max(forward, gathers * gather) + max(forward, gathers * gather_last)
         seconds += head + max(2 * head, again * gather)
         # During the backward of a block, the gradients of what came after it are reduced, and the block before it is gathered.
-        seconds += max(backward, again * (layers > 1) * gather + last * scatter_last, last * between_last)
+        seconds += max(backward, again * (layers > 1) * gather + reduces * scatter_last, reduces * between_last)
         if layers > 1:
-            seconds += (layers - 2) * max(backward, again * gather + last * scatter, last * between)
-            seconds += max(backward, last * scatter, last * between)
-        seconds += last * (scatter + scatter_first + max(between, between_first))  # no compute remains
+            seconds += (layers - 2) * max(backward, again * gather + reduces * scatter, reduces * between)
+            seconds += max(backward, reduces * scatter, reduces * between)
+        seconds += reduces * (scatter + scatter_first + max(between, between_first))  # no compute remains
     update, exchange = update_flops(model, layout) / speed, exchange_seconds(model, layout, links)
     seconds += update + exchange
     compute = layout.micro_batches * (layers * (forward + backward) + 3 * head) + update
@@ -158,7 +155,7 @@ def step_estimate(model: ModelConfig, layout: Layout, hardware: Hardware, links:
         compute_seconds=compute,
         communication_seconds=gathers + reductions + exchange,
         seconds=seconds,
-        gathered_bytes=share * width * (of_block * layers * block + of_ends * ends),
+        gathered_bytes=share * width * (of_block * layers * block + of_ends * (first + last)),
         reduced_bytes=share * reduced * total,
         all_reduced_bytes=2 * (layout.replicas - 1) / layout.replicas * reduced * total / shards,
         tokens_per_second=all_tokens / seconds,
