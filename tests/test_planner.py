@@ -14,8 +14,9 @@ from torch.utils._pytree import tree_leaves
 from olmo_train.checkpoint.config import CheckpointConfig
 from olmo_train.errors import ConfigError
 from olmo_train.hardware import lookup
-from olmo_train.model.config import ModelConfig
-from olmo_train.model.cost import count_parameters
+from olmo_train.model.adapter import adapt
+from olmo_train.model.config import AdapterConfig, ModelConfig
+from olmo_train.model.cost import adapter_parameters, count_parameters
 from olmo_train.model.transformer import Transformer
 from olmo_train.optim import build
 from olmo_train.optim import config as optim_config
@@ -83,6 +84,8 @@ def measure_step(model_config: ModelConfig, layout: Layout) -> tuple[int, int]:
         )
         with torch.device("meta"):
             model = Transformer(model_config)
+            if layout.adapter.is_on:
+                adapt(model, layout.adapter)
         shard.shard(model, choices, world)
         for parameter in model.parameters():
             torch.nn.init.zeros_(parameter)
@@ -138,6 +141,27 @@ def test_planned_peak_lies_within_a_tenth_of_the_live_tensors_of_a_real_step(sha
     kept = memory.checkpoint_bytes(model, layout.optimizer)
     assert kept == 12 * count_parameters(model).total or layout.optimizer == "muon"
     assert state == pytest.approx(kept / (layout.gpus // layout.replicas), rel=1e-3)
+    assert planned.peak == pytest.approx(peak, rel=0.1)
+
+
+ADAPTED = [
+    *(("lora", name, "olmo") for name in LAYOUTS if "muon" not in name),
+    *(("dora", name, "small vocabulary") for name in ("one", "eight, full", "one, selective")),
+    ("lora", "one", "olmo 2"),
+    ("lora", "eight, full", "gemma"),
+]
+
+
+@pytest.mark.parametrize("kind, layout, shape", ADAPTED)
+def test_planned_bytes_beside_adapters_are_those_of_a_real_step(kind, layout, shape):
+    """Frozen weights are in the precision of compute, and have no gradients and no moments."""
+    model, layout = small(**SHAPES[shape]), replace(LAYOUTS[layout], adapter=AdapterConfig(kind))
+    state, peak = measure_step(model, layout)
+    planned = memory_estimate(model, layout)
+    trained, shards = adapter_parameters(model, layout.adapter), layout.gpus // layout.replicas
+    assert memory.checkpoint_bytes(model, "adamw", layout.adapter) == 12 * trained
+    assert state == pytest.approx((12 * trained + 2 * count_parameters(model).total) / shards, rel=1e-3)
+    assert state == pytest.approx(planned.moments["update"]["weights"] + planned.moments["update"]["optimizer"], rel=1e-3)
     assert planned.peak == pytest.approx(peak, rel=0.1)
 
 

@@ -114,6 +114,17 @@ def test_a_compiled_run_is_refused_only_if_it_would_not_fit_with_full_recomputat
         preflight.check_memory(preflight.memory_of(config, 1, 1), config)
 
 
+def test_adapters_of_olmo_7b_fit_a_gpu_that_its_full_training_does_not(tiny_args):
+    olmo_7b = WIDE | {"model.n_layers": 32, "model.vocab_size": 50280, "model.padded_vocab_size": 50304}
+    olmo_7b |= {"parallel.precision": "bf16"}
+    full, lora = tiny_args(**olmo_7b), tiny_args(**olmo_7b | {"adapter.kind": "lora", "init_from": "base"})
+    with pytest.raises(ConfigError, match="6,888,095,744 parameters, .* take 110.21 GB"):
+        preflight.check_memory(preflight.memory_of(full, 1, 1, gpu_bytes=80 * GB), full)
+    found = preflight.memory_of(lora, 1, 1, gpu_bytes=80 * GB)
+    preflight.check_memory(found, lora)
+    assert found.fits and 2 * 6_888_095_744 < found.needed < 40 * GB
+
+
 def said(config, mixture=None):
     return [str(caution) for caution in preflight.cautions(config, mixture, on_cpu=True)]
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 from olmo_train.model.config import AdapterConfig, ModelConfig
 
-FLOPS_CONVENTION = "6 x matrix parameters + 12 x layers x heads x head_dim x seq_len, causal attention not discounted"
 FULL = AdapterConfig()  # full training, without adapters
 LOSS_PART_BYTES = 2**28  # bytes of fp32 logits that the loss processes at a time, on a GPU
 
@@ -59,13 +58,21 @@ def target_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
     return dict(zip(names, attention_matrices(config) + mlp_matrices(config), strict=True))
 
 
+def adapted_shapes(config: ModelConfig, adapter: AdapterConfig) -> list[tuple[int, int]]:
+    """Shapes of one block's matrices that have an adapter."""
+    return [shape for name, shape in target_shapes(config).items() if adapter.is_on and name in adapter.targets]
+
+
 def adapter_parameters(config: ModelConfig, adapter: AdapterConfig) -> int:
     """Parameters of all adapters: SmolLM2-135M has 2,442,240 with LoRA of rank 8."""
-    if not adapter.is_on:
-        return 0
-    adapted = [shape for name, shape in target_shapes(config).items() if name in adapter.targets]
+    adapted = adapted_shapes(config, adapter)
     magnitudes = sum(rows for rows, _ in adapted) if adapter.kind == "dora" else 0
     return config.n_layers * (magnitudes + adapter.rank * sum(rows + columns for rows, columns in adapted))
+
+
+def trained_parameters(config: ModelConfig, adapter: AdapterConfig) -> int:
+    """Parameters that have gradients: the adapters, or without them all."""
+    return adapter_parameters(config, adapter) if adapter.is_on else count_parameters(config).total
 
 
 def attention_parameters(config: ModelConfig) -> int:
@@ -116,10 +123,16 @@ def matrix_parameters(config: ModelConfig) -> int:
     return blocks + config.vocab_rows * config.d_model
 
 
+def flops_convention(adapter: AdapterConfig = FULL) -> str:
+    """What flops_per_token counts, in words."""
+    matrices = "4 x frozen and 6 x trained matrix parameters" if adapter.is_on else "6 x matrix parameters"
+    return f"{matrices} + 12 x layers x heads x head_dim x seq_len, causal attention not discounted"
+
+
 def flops_per_token(config: ModelConfig, seq_len: int | None = None, adapter: AdapterConfig = FULL) -> int:
     """Training FLOPs of one token, forward and backward, in an instance of `seq_len` tokens (the model's by default).
 
-    The convention of OLMo-core and torchtitan, see FLOPS_CONVENTION: 2 FLOPs a matrix parameter forward and 4 backward;
+    The convention of OLMo-core and torchtitan, see flops_convention: 2 FLOPs a matrix parameter forward and 4 backward;
     attention's two products cost 4 x width x seq_len forward and twice that backward, as if no position were masked.
     Recomputation by activation checkpointing is not counted. OLMo-1B at 2048 tokens: 7.866 GFLOPs.
 

@@ -12,9 +12,12 @@ from dataclasses import dataclass, replace
 
 from olmo_train.errors import ConfigError
 from olmo_train.formats import counted
-from olmo_train.model.config import ModelConfig
+from olmo_train.model.config import AdapterConfig, ModelConfig
 from olmo_train.model.cost import (
+    FULL,
     LOSS_PART_BYTES,
+    adapted_shapes,
+    adapter_parameters,
     attention_matrices,
     attention_parameters,
     block_parameters,
@@ -22,6 +25,7 @@ from olmo_train.model.cost import (
     end_parameters,
     mlp_matrices,
     mlp_parameters,
+    trained_parameters,
 )
 from olmo_train.optim.config import ROUND_ELEMENTS
 
@@ -31,7 +35,8 @@ RUNTIME_BYTES = 1_500_000_000  # assumed: CUDA context, NCCL buffers, cuBLAS wor
 
 @dataclass(frozen=True)
 class Layout:
-    """How a step is distributed over the GPUs. Names are those of the configuration's `parallel` section, and `optim.name`."""
+    """How a step is distributed over the GPUs, and what it trains. Names are those of the configuration's `parallel` section,
+    `optim.name` and `adapter`."""
 
     gpus: int = 1
     replicas: int = 1
@@ -42,6 +47,7 @@ class Layout:
     micro_batch_size: int = 1  # sequences of one forward on one GPU
     micro_batches: int = 1  # of one GPU in one step
     optimizer: str = "adamw"
+    adapter: AdapterConfig = FULL
 
     def __post_init__(self) -> None:
         if self.gpus < 1 or self.gpus % self.replicas:
@@ -68,6 +74,23 @@ class MemoryEstimate:
         return self.peak + RUNTIME_BYTES <= memory_bytes
 
 
+@dataclass(frozen=True)
+class Unit:
+    """Weights that are gathered at once."""
+
+    gathered: int  # bytes, all of them on one GPU
+    trained: int  # parameters, which have gradients
+
+
+def units(model: ModelConfig, layout: Layout) -> tuple[Unit, Unit, Unit]:
+    """What is gathered before the blocks, for a block, and after them. A block is gathered with its adapters, which are fp32."""
+    width, block, (first, last) = BYTES[layout.precision], block_parameters(model), end_parameters(model)
+    if layout.adapter.is_on:
+        adapters = adapter_parameters(model, layout.adapter) // model.n_layers
+        return Unit(width * first, 0), Unit(width * block + 4 * adapters, adapters), Unit(width * last, 0)
+    return Unit(width * first, first), Unit(width * block, block), Unit(width * last, last)
+
+
 def memory_estimate(model: ModelConfig, layout: Layout) -> MemoryEstimate:
     """Bytes of one GPU by part at the three moments of a step that can be the highest.
 
@@ -75,13 +98,11 @@ def memory_estimate(model: ModelConfig, layout: Layout) -> MemoryEstimate:
     backward: a block is differentiated; with activation checkpointing, after it was recomputed.
     update: all gradients exist, those of the embedding and the head are reduced, and the optimizer steps.
     """
-    total, shards = count_parameters(model).total, layout.gpus // layout.replicas
-    block, (first, last) = block_parameters(model), end_parameters(model)
-    width, reduced = BYTES[layout.precision], BYTES[layout.reduce_dtype]
-    # Rank 0 has a row more of embedding and head than some others if their rows do not divide evenly.
-    uneven = -model.vocab_rows % shards * model.d_model * (1 if model.tie_embeddings else 2)
-    moments = checkpoint_bytes(model, layout.optimizer) - 4 * total + 8 * uneven
-    state = {"weights": math.ceil(4 * (total + uneven) / shards), "optimizer": math.ceil(moments / shards)}
+    first, block, last = units(model, layout)
+    trained = trained_parameters(model, layout.adapter)
+    whole = first.gathered + model.n_layers * block.gathered + last.gathered  # bytes of all gathered weights
+    width, reduced, shards = BYTES[layout.precision], BYTES[layout.reduce_dtype], layout.gpus // layout.replicas
+    state = stored_bytes(model, layout)
 
     def parts(gradients: int, activations: int, logits: int, buffers: int) -> dict[str, int]:
         return state | {
@@ -93,57 +114,71 @@ def memory_estimate(model: ModelConfig, layout: Layout) -> MemoryEstimate:
 
     # Micro-batches before the last add up whole gradients on each rank; sharded ones appear with the last.
     accumulates = layout.micro_batches > 1
-    whole_gradients = reduced * total if accumulates else 0
+    whole_gradients = reduced * trained if accumulates else 0
     tokens = layout.micro_batch_size * model.seq_len
     kept, final = tokens * kept_activation_bytes(model, layout), tokens * final_activation_bytes(model, layout.precision)
     reshards = layout.shard == "full" and shards > 1  # one rank keeps its weights whole, see parallel.shard
     # While the loss is computed, the buffer of the last gather is there too: that of the head, or of the last block.
-    gathered = width * (total if not reshards else 2 * last or first + block)
-    loss = parts(whole_gradients, model.n_layers * kept + final, loss_bytes(model, tokens, width), gathered)
+    gathered = whole if not reshards else 2 * last.gathered or first.gathered + block.gathered
+    loss = parts(whole_gradients, model.n_layers * kept + final, loss_bytes(model, layout, tokens), gathered)
 
-    def after_backward(size: int) -> int:
+    def after_backward(unit: Unit) -> int:
         """Bytes that a unit's gradients add once they are sharded."""
-        return math.ceil(4 * size / shards) - (reduced * size if accumulates else 0)
+        return math.ceil(4 * unit.trained / shards) - (reduced * unit.trained if accumulates else 0)
 
     # From block to block the backward adds sharded gradients and frees activations, so the highest block is its first or its
     # last. Either meets the buffer from which the gradients of the unit before are being reduced.
-    freed, gradients, reducing = 0, after_backward(last), reduced * last
+    freed, gradients, reducing = 0, after_backward(last), reduced * last.trained
     later = (model.n_layers - 1) * after_backward(block)
-    if model.n_layers > 1 and later - (model.n_layers - 1) * kept + reduced * block > reducing:
-        freed, gradients, reducing = (model.n_layers - 1) * kept, gradients + later, reduced * block
+    if model.n_layers > 1 and later - (model.n_layers - 1) * kept + reduced * block.trained > reducing:
+        freed, gradients, reducing = (model.n_layers - 1) * kept, gradients + later, reduced * block.trained
     working = tokens * block_working_bytes(model, layout)
     # The block at work, and the next one, gathered at the same time.
-    gathered = width * ((0 if last else first) + 2 * block if reshards else total)
-    matrix_gradients = width * model.d_model * model.mlp_hidden
+    gathered = (0 if last.gathered else first.gathered) + 2 * block.gathered if reshards else whole
+    matrix_gradients = 0 if layout.adapter.is_on else width * model.d_model * model.mlp_hidden
     backward = parts(
         whole_gradients + gradients, model.n_layers * kept - freed + working, 0, gathered + matrix_gradients + reducing
     )
 
     # Muon's copies come when the buffers from which the last gradients are reduced are gone.
-    buffers = max((width + reduced) * first, matrix_working_bytes(model, layout))
-    gathered = width * first if model.tie_embeddings or not reshards else 0
-    update = parts(math.ceil(4 * total / shards), 0, 0, gathered + buffers)
+    buffers = max((width + reduced) * first.trained, matrix_working_bytes(model, layout))
+    gathered = first.gathered if model.tie_embeddings or not reshards else 0
+    update = parts(math.ceil(4 * trained / shards), 0, 0, gathered + buffers)
     return MemoryEstimate({"loss": loss, "backward": backward, "update": update})
 
 
-def loss_bytes(model: ModelConfig, tokens: int, width: int) -> int:
+def stored_bytes(model: ModelConfig, layout: Layout) -> dict[str, int]:
+    """Bytes of weights and moments that rank 0 stores. It has a row more of embedding and head than some others if their rows do
+    not divide evenly."""
+    adapter, shards = layout.adapter, layout.gpus // layout.replicas
+    of_weight, of_moments = (BYTES[layout.precision], 0) if adapter.is_on else (4, 8)  # bytes of a parameter of the model
+    uneven = -model.vocab_rows % shards * model.d_model * (1 if model.tie_embeddings else 2)
+    weights = of_weight * (count_parameters(model).total + uneven) + 4 * adapter_parameters(model, adapter)
+    moments = checkpoint_bytes(model, layout.optimizer, adapter) - 4 * trained_parameters(model, adapter) + of_moments * uneven
+    return {"weights": math.ceil(weights / shards), "optimizer": math.ceil(moments / shards)}
+
+
+def loss_bytes(model: ModelConfig, layout: Layout, tokens: int) -> int:
     """Bytes of the logits, which become their own gradients (model/loss.py), and of the larger of two further buffers: the fp32
-    probabilities of the part in progress, with that part itself in fp32, or the gradients of the head's weight and input."""
-    logits = tokens * model.vocab_rows
+    probabilities of the part in progress, with that part itself in fp32, or the gradients of the head's weight, unless it is
+    frozen, and of its input."""
+    width, logits = BYTES[layout.precision], tokens * model.vocab_rows
     part = min(4 * logits, LOSS_PART_BYTES) * (1 if width == 4 else 2)
-    return width * logits + max(part, width * model.d_model * (model.vocab_rows + tokens))
+    return width * logits + max(part, width * model.d_model * ((0 if layout.adapter.is_on else model.vocab_rows) + tokens))
 
 
-def checkpoint_bytes(model: ModelConfig, optimizer: str) -> int:
-    """Bytes of weights and optimizer state, all in fp32: what a checkpoint holds. AdamW keeps two moments of a parameter,
-    Muon one of each matrix of the blocks and AdamW's two of the rest."""
+def checkpoint_bytes(model: ModelConfig, optimizer: str, adapter: AdapterConfig = FULL) -> int:
+    """Bytes of trained weights and optimizer state, all in fp32: what a checkpoint holds. AdamW keeps two moments of a parameter,
+    Muon, which trains no adapters, one of each matrix of the blocks and AdamW's two of the rest."""
     matrices = model.n_layers * (attention_parameters(model) + mlp_parameters(model)) if optimizer == "muon" else 0
-    return 12 * count_parameters(model).total - 4 * matrices
+    return 12 * trained_parameters(model, adapter) - 4 * matrices
 
 
-def state_bytes(model: ModelConfig, optimizer: str) -> int:
-    """Bytes of weights, gradients and optimizer state in training, over all GPUs of a replica."""
-    return checkpoint_bytes(model, optimizer) + 4 * count_parameters(model).total
+def state_bytes(model: ModelConfig, optimizer: str, adapter: AdapterConfig = FULL, precision: str = "bf16") -> int:
+    """Bytes of weights, gradients and optimizer state in training, over all GPUs of a replica. Weights that are frozen under
+    adapters are in `precision`, and have neither gradients nor optimizer state."""
+    frozen = BYTES[precision] * count_parameters(model).total if adapter.is_on else 0
+    return checkpoint_bytes(model, optimizer, adapter) + 4 * trained_parameters(model, adapter) + frozen
 
 
 def matrix_working_bytes(model: ModelConfig, layout: Layout) -> int:
@@ -165,11 +200,19 @@ def kept_activation_bytes(model: ModelConfig, layout: Layout) -> int:
     """Bytes per token that one block keeps from its forward until its backward."""
     width = BYTES[layout.precision]
     if layout.activation_checkpointing == "none":
-        return block_activation_bytes(model, layout.precision)
+        return block_activation_bytes(model, layout.precision) + adapter_activation_bytes(model, layout)
     kept = width * model.d_model  # its input
-    if layout.activation_checkpointing == "selective":  # and the results of attention and the two output matrices
+    if layout.activation_checkpointing == "selective":  # and the results of attention, the two output matrices and adapters
         kept += product_bytes(model, layout.precision) + 2 * width * model.d_model
+        kept += sum(width * (layout.adapter.rank + rows) for rows, _ in adapted_shapes(model, layout.adapter))
     return kept
+
+
+def adapter_activation_bytes(model: ModelConfig, layout: Layout) -> int:
+    """Bytes per token that the adapters of one block keep: A x, and with DoRA the output that is scaled by its factors."""
+    scaled = layout.adapter.kind == "dora"
+    kept = sum(layout.adapter.rank + scaled * rows for rows, _ in adapted_shapes(model, layout.adapter))
+    return BYTES[layout.precision] * kept
 
 
 def product_bytes(model: ModelConfig, precision: str) -> int:
@@ -219,7 +262,7 @@ def block_working_bytes(model: ModelConfig, layout: Layout) -> int:
     again = block_activation_bytes(model, layout.precision) - width * model.d_model  # its input is kept already
     if layout.activation_checkpointing == "selective":
         again -= product_bytes(model, layout.precision)
-    return gradients + again
+    return gradients + again + adapter_activation_bytes(model, layout)
 
 
 def largest_micro_batch(model: ModelConfig, layout: Layout, memory_bytes: float) -> int | None:

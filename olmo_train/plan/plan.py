@@ -11,7 +11,7 @@ import numpy as np
 from olmo_train.data.mixture import Mixture
 from olmo_train.errors import ConfigError, DataError, nearest
 from olmo_train.hardware import GPUS, Hardware, detect, lookup
-from olmo_train.model.cost import FLOPS_CONVENTION, count_parameters, flops_per_token
+from olmo_train.model.cost import count_parameters, flops_convention, flops_per_token
 from olmo_train.optim.schedules import lr_at
 from olmo_train.parallel.config import Checkpointing
 from olmo_train.plan import memory, preflight, scaling, time
@@ -83,8 +83,8 @@ def make_plan(
         "gpus": gpus,
         "gpu": gpu and asdict(gpu),
         "parameters": asdict(count) | {"total": count.total},
-        "flops_per_token": flops_per_token(config.model),
-        "flops_convention": FLOPS_CONVENTION,
+        "flops_per_token": flops_per_token(config.model, adapter=config.adapter),
+        "flops_convention": flops_convention(config.adapter),
         "update_flops": time.update_flops(config.model, layout),
         "layout": asdict(layout),
         "compiled": config.parallel.is_compiled(gpu is not None),
@@ -92,7 +92,7 @@ def make_plan(
         "memory_peak_bytes": estimate.peak,
         "memory_peak_moment": estimate.moment,
         "memory_runtime_bytes": memory.RUNTIME_BYTES,
-        "state_bytes": memory.state_bytes(config.model, config.optim.name),
+        "state_bytes": memory.state_bytes(config.model, config.optim.name, config.adapter, config.parallel.precision),
         "fits": None,
         "largest_micro_batch_size": None,
         "machine": None,
@@ -108,8 +108,8 @@ def make_plan(
             way: memory.largest_micro_batch(config.model, replace(layout, activation_checkpointing=way), gpu.memory_bytes)
             for way in get_args(Checkpointing)
         }
-        updates = config.steps * plan["update_flops"]
-        plan["cost"] = asdict(time.run_cost(config.model, config.tokens_by(config.steps), gpus, gpu, assumed, updates))
+        tokens, updates = config.tokens_by(config.steps), config.steps * plan["update_flops"]
+        plan["cost"] = asdict(time.run_cost(config.model, tokens, gpus, gpu, assumed, updates, config.adapter))
     if gpu and gpu.name in scaling.LINKS:
         step = scaling.step_estimate(config.model, layout, gpu, scaling.LINKS[gpu.name], assumed.mfu)
         plan["step"] = asdict(step) | {"exposed_seconds": step.exposed_seconds}
@@ -141,7 +141,7 @@ def schedule(config: TrainConfig, seconds: float | None, mixture: Mixture | None
     """Learning rate, tokens and time at milestones; epochs of each source; evaluations; checkpoints and their size."""
     steps, every = config.steps, config.eval.interval_steps
     saved, kept = time.checkpoint_counts(steps, config.checkpoint)
-    bytes_each = memory.checkpoint_bytes(config.model, config.optim.name)
+    bytes_each = memory.checkpoint_bytes(config.model, config.optim.name, config.adapter)
     weights = {name: source.weight for name, source in config.data.sources.items() if name != UNNAMED}
     visits = mixture and visits_before(mixture, config.batches.places_before(steps + 1))
     return {

@@ -63,6 +63,7 @@ def layout_of(config: TrainConfig, processes: int) -> Layout:
         micro_batch_size=micro_batch_size,
         micro_batches=max(config.batches.sizes) // (processes * micro_batch_size),
         optimizer=config.optim.name,
+        adapter=config.adapter,
     )
 
 
@@ -76,7 +77,7 @@ def memory_of(config: TrainConfig, processes: int, on_machine: int, gpu_bytes: i
 
     def besides(model: ModelConfig) -> int:
         """Bytes of a process on a CPU besides those of the estimate."""
-        return PROCESS_BYTES + memory.checkpoint_bytes(model, layout.optimizer) // processes
+        return PROCESS_BYTES + memory.checkpoint_bytes(model, layout.optimizer, layout.adapter) // processes
 
     def budget(model: ModelConfig) -> int:
         """What a process may use, with the runtime of a GPU, which `fits` adds."""
@@ -121,7 +122,7 @@ def check_memory(found: Memory, config: TrainConfig) -> None:
 
 def does_not_fit(found: Memory, config: TrainConfig) -> ConfigError:
     """The error of a run that does not fit, with the key to change."""
-    state = byte_size(memory.state_bytes(config.model, config.optim.name))
+    state = byte_size(memory.state_bytes(config.model, config.optim.name, config.adapter, config.parallel.precision))
     parameters = count_parameters(config.model).total
     what = (
         f"{parameters:,} parameters, whose weights, gradients and optimizer state take {state}; " if found.key == "model" else ""

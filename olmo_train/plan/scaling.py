@@ -14,14 +14,13 @@ from typing import Any
 from olmo_train.hardware import GPUS, Hardware
 from olmo_train.model.config import ModelConfig
 from olmo_train.model.cost import (
+    adapter_parameters,
     attention_parameters,
-    block_parameters,
-    count_parameters,
-    end_parameters,
     flops_per_token,
     mlp_parameters,
+    trained_parameters,
 )
-from olmo_train.plan.memory import BYTES, Layout, memory_estimate
+from olmo_train.plan.memory import BYTES, Layout, Unit, memory_estimate, units
 from olmo_train.plan.time import update_flops
 
 MOST_GPUS = 4096  # of the table of a plan
@@ -99,12 +98,13 @@ def exchange_seconds(model: ModelConfig, layout: Layout, links: Links) -> float:
     return sent / (links.reached * (links.node_bandwidth if inside else links.network_bandwidth))
 
 
-def unit_seconds(size: int, layout: Layout, links: Links) -> tuple[float, float, float]:
-    """Of gathering a unit of `size` weights, of reducing its gradients to shards, and of adding those up between replicas."""
-    if not size:
-        return 0.0, 0.0, 0.0
-    shards, gradients = layout.gpus // layout.replicas, BYTES[layout.reduce_dtype] * size
-    gather, scatter = (ring_seconds(sent, shards, links) for sent in (BYTES[layout.precision] * size, gradients))
+def unit_seconds(unit: Unit, layout: Layout, links: Links) -> tuple[float, float, float]:
+    """Of gathering a unit's weights, of reducing its gradients to shards, and of adding those up between replicas."""
+    shards, gradients = layout.gpus // layout.replicas, BYTES[layout.reduce_dtype] * unit.trained
+    gather = ring_seconds(unit.gathered, shards, links) if unit.gathered else 0.0
+    if not unit.trained:
+        return gather, 0.0, 0.0
+    scatter = ring_seconds(gradients, shards, links)
     between = all_reduce_seconds(gradients / shards, layout.replicas, layout.gpus <= links.gpus_per_node, links)
     # Where shards cross the network too, one comes after the other.
     return (gather, scatter + between, 0.0) if shards > links.gpus_per_node else (gather, scatter, between)
@@ -114,14 +114,17 @@ def step_estimate(model: ModelConfig, layout: Layout, hardware: Hardware, links:
     """Time and traffic of a step. `efficiency` is the share of the peak that a GPU reaches when it does not wait for others;
     FLOPs are counted as in flops_per_token. With full activation checkpointing a block's forward is computed once more."""
     shards, layers, tokens = layout.gpus // layout.replicas, model.n_layers, layout.micro_batch_size * model.seq_len
-    total, block, (first, last) = count_parameters(model).total, block_parameters(model), end_parameters(model)
-    width, reduced = BYTES[layout.precision], BYTES[layout.reduce_dtype]
+    first, block, last = units(model, layout)
+    reduced = BYTES[layout.reduce_dtype] * trained_parameters(model, layout.adapter)
 
     speed = hardware.peak_flops * efficiency
     products = attention_parameters(model) + mlp_parameters(model)
-    forward = tokens * (2 * products + 4 * model.n_heads * model.head_size * model.seq_len) / speed  # of a block
+    frozen, adapters = layout.adapter.is_on, adapter_parameters(model, layout.adapter) / layers
+    forward = tokens * (2 * (products + adapters) + 4 * model.n_heads * model.head_size * model.seq_len) / speed  # of a block
     backward = forward * (3 if layout.activation_checkpointing == "full" else 2)
+    backward -= frozen * tokens * 2 * products / speed  # a frozen matrix has no gradient of its weights
     head = tokens * 2 * model.vocab_rows * model.d_model / speed
+    head_backward = head * (1 if frozen else 2)
 
     gather, scatter, between = unit_seconds(block, layout, links)
     gather_first, scatter_first, between_first = unit_seconds(first, layout, links)
@@ -134,7 +137,7 @@ def step_estimate(model: ModelConfig, layout: Layout, hardware: Hardware, links:
         again = layout.shard == "full"
         seconds += gathers * (gather_first + gather)  # nothing is computed yet
         seconds += (layers - 1) * max(forward, gathers * gather) + max(forward, gathers * gather_last)
-        seconds += head + max(2 * head, again * gather)
+        seconds += head + max(head_backward, again * gather)
         # During the backward of a block, the gradients of what came after it are reduced, and the block before it is gathered.
         seconds += max(backward, again * (layers > 1) * gather + reduces * scatter_last, reduces * between_last)
         if layers > 1:
@@ -143,7 +146,7 @@ def step_estimate(model: ModelConfig, layout: Layout, hardware: Hardware, links:
         seconds += reduces * (scatter + scatter_first + max(between, between_first))  # no compute remains
     update, exchange = update_flops(model, layout) / speed, exchange_seconds(model, layout, links)
     seconds += update + exchange
-    compute = layout.micro_batches * (layers * (forward + backward) + 3 * head) + update
+    compute = layout.micro_batches * (layers * (forward + backward) + head + head_backward) + update
 
     # Blocks are gathered for forward and backward. The embedding has no use in the backward, and the head stays gathered for it.
     of_block, of_ends = (2 * layout.micro_batches, layout.micro_batches) if layout.shard == "full" else (1, 1)
@@ -155,11 +158,11 @@ def step_estimate(model: ModelConfig, layout: Layout, hardware: Hardware, links:
         compute_seconds=compute,
         communication_seconds=gathers + reductions + exchange,
         seconds=seconds,
-        gathered_bytes=share * width * (of_block * layers * block + of_ends * (first + last)),
-        reduced_bytes=share * reduced * total,
-        all_reduced_bytes=2 * (layout.replicas - 1) / layout.replicas * reduced * total / shards,
+        gathered_bytes=share * (of_block * layers * block.gathered + of_ends * (first.gathered + last.gathered)),
+        reduced_bytes=share * reduced,
+        all_reduced_bytes=2 * (layout.replicas - 1) / layout.replicas * reduced / shards,
         tokens_per_second=all_tokens / seconds,
-        mfu=all_tokens * flops_per_token(model) / (seconds * layout.gpus * hardware.peak_flops),
+        mfu=all_tokens * flops_per_token(model, adapter=layout.adapter) / (seconds * layout.gpus * hardware.peak_flops),
     )
 
 

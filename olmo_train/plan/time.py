@@ -9,8 +9,8 @@ from fractions import Fraction
 from olmo_train.checkpoint.config import CheckpointConfig
 from olmo_train.deal import deal
 from olmo_train.hardware import Hardware
-from olmo_train.model.config import ModelConfig
-from olmo_train.model.cost import attention_matrices, flops_per_token, mlp_matrices
+from olmo_train.model.config import AdapterConfig, ModelConfig
+from olmo_train.model.cost import FULL, attention_matrices, flops_per_token, mlp_matrices
 from olmo_train.optim.config import newton_schulz_flops
 from olmo_train.plan.memory import Layout
 
@@ -55,11 +55,17 @@ def update_flops(model: ModelConfig, layout: Layout) -> int:
 
 
 def run_cost(
-    model: ModelConfig, tokens: float, gpus: int, hardware: Hardware, assumed: Assumptions, update_flops: float = 0.0
+    model: ModelConfig,
+    tokens: float,
+    gpus: int,
+    hardware: Hardware,
+    assumed: Assumptions,
+    update_flops: float = 0.0,
+    adapter: AdapterConfig = FULL,
 ) -> RunCost:
     """Time from FLOPs and an assumed MFU; energy and carbon as the OLMo paper counts them: power x PUE x intensity.
     Evaluation, saving and restarts are not included. `update_flops`: of one GPU in all updates of the run."""
-    per_token = flops_per_token(model)
+    per_token = flops_per_token(model, adapter=adapter)
     seconds = (tokens * per_token / gpus + update_flops) / (hardware.peak_flops * assumed.mfu)
     tokens_per_second = tokens / seconds
     gpu_hours = gpus * seconds / 3600

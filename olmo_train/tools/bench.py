@@ -21,7 +21,7 @@ from olmo_train import hardware
 from olmo_train import train as training
 from olmo_train.formats import counted
 from olmo_train.model.config import ModelConfig
-from olmo_train.model.cost import FLOPS_CONVENTION, flops_per_token
+from olmo_train.model.cost import flops_convention, flops_per_token
 from olmo_train.parallel.kernels import is_compiled
 from olmo_train.train import train
 from olmo_train.train_config import TrainConfig
@@ -95,7 +95,7 @@ def _figures(config: TrainConfig, seconds: list[float], phases: dict[str, float]
         "step_seconds_max": max(seconds),
         "phase_seconds": phases,
         "flops_per_token": flops,
-        "flops_convention": FLOPS_CONVENTION,
+        "flops_convention": flops_convention(config.adapter),
         "flops_per_second": rate * flops,
         "peak_flops": device.peak_flops if device else None,
         "mfu": rate * flops / device.peak_flops if device else None,

@@ -14,7 +14,7 @@ import torch
 
 from olmo_train.hardware import cpuinfo
 from olmo_train.model.config import ModelConfig
-from olmo_train.model.cost import count_parameters, flops_per_token
+from olmo_train.model.cost import count_parameters, flops_per_token, trained_parameters
 from olmo_train.model.init import initial_value
 from olmo_train.model.transformer import Transformer
 from olmo_train.optim.build import build_optimizer
@@ -35,12 +35,13 @@ def step_seconds(config: TrainConfig) -> tuple[float, float]:
 
     Times a forward and backward of models with one and with two of the blocks, and an update of the optimizer, and extends the
     times to all blocks, parameters and tokens. All processes of a machine share its cores, so their number does not matter.
+    With adapters the passes are timed as in full training, which is more.
     """
     timed = _cached(config)
     block = max(0.0, timed["two"] - timed["one"])
     again = 4 / 3 if config.parallel.activation_checkpointing == "full" else 1.0
     pass_seconds = (timed["one"] + (config.model.n_layers - 1) * block) * again
-    update = timed["update"] * count_parameters(config.model).total
+    update = timed["update"] * trained_parameters(config.model, config.adapter)
     return pass_seconds * config.tokens_per_step / timed["tokens"] + update, timed["slowdown"]
 
 

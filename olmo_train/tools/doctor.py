@@ -182,7 +182,7 @@ def disk(config: TrainConfig) -> Iterator[Finding]:
     if not os.access(existing, os.W_OK):
         yield Finding("run_dir", "problem", f"{existing} cannot be written", "choose another run_dir, or change its owner")
         return
-    one = checkpoint_bytes(config.model, config.optim.name)
+    one = checkpoint_bytes(config.model, config.optim.name, config.adapter)
     needed, free = one * (config.checkpoint.keep_last + 1), shutil.disk_usage(existing).free
     kept = f"{counted(config.checkpoint.keep_last, 'checkpoint')} and one being written take {byte_size(needed)}"
     found = f"{byte_size(free)} free at {existing}; {kept}"
