@@ -32,6 +32,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -153,18 +154,17 @@ def run_peers(part: str, commands: Commands, tiny: bool) -> dict:
     """{"figures": what peers.py found for each contestant, "said": its lines about those that it skipped or could
     not time}."""
     work = part.partition(":")[2] or ("rehearsal" if tiny else "olmo-1b-2048")
-    file = Path(f"/tmp/gpu-peers-{os.getpid()}.json")
     folders = sorted((BUNDLE / "peers").glob("*"))
     names = ",".join(["ours", "plain", *(folder.name for folder in folders)]) if tiny else PEERS
-    words = ["--work", work, "--peers", names, "--in-turn", "--json", file]
+    words = ["--work", work, "--peers", names, "--in-turn"]
     words += ["--rounds", 1, "--steps", 1, "--warmup", 1] if tiny else []
     for folder in folders:
         words += ["--at", f"{folder.name}={folder}"]
-    code, said, error = commands.python("tests/benchmarks/peers.py", *words)
-    found: dict[str, Any] = {"said": re.findall("^(?:.* is skipped: |0 rounds taken; ).*", said, re.MULTILINE)}
-    if file.exists():  # after each round
-        found["figures"] = json.loads(file.read_text())
-        file.unlink()
+    with tempfile.TemporaryDirectory() as work_dir:
+        file = Path(work_dir) / "peers.json"
+        code, said, error = commands.python("tests/benchmarks/peers.py", *words, "--json", file)
+        figures = {"figures": json.loads(file.read_text())} if file.exists() else {}  # written after each round
+    found: dict[str, Any] = {"said": re.findall("^(?:.* is skipped: |0 rounds taken; ).*", said, re.MULTILINE)} | figures
     return found if code == 0 else found | {"error": last_line(error)}
 
 
