@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from olmo_train.commands.common import add_config_arguments, split_config
+from olmo_train.commands.common import add_config_arguments, check_counts, split_config
 from olmo_train.formats import byte_size
 
 
@@ -20,13 +20,10 @@ def run(arguments: argparse.Namespace) -> None:
     import json
     import sys
 
-    from olmo_train.errors import ConfigError
     from olmo_train.parallel import processes
     from olmo_train.tools import bench
 
-    for name in ("steps", "warmup"):
-        if getattr(arguments, name) < 1:
-            raise ConfigError(f"--{name}", f"must be at least 1, got {getattr(arguments, name)}")
+    check_counts(arguments, "steps", "warmup")
     with contextlib.redirect_stdout(sys.stderr):  # the run's own lines: stdout is the figures'
         figures = bench.measure(*split_config(arguments.config), arguments.steps, arguments.warmup)
     if processes.rank() == 0:

@@ -145,6 +145,13 @@ def _check_tokenizer(tokenizer: Tokenizer, folder: Path, args: argparse.Namespac
         raise ConfigError("--tokenizer", f"{tokenizer.name} has {tokenizer.vocab_size} ids, the model only {vocab_size}")
 
 
+def check_counts(args: argparse.Namespace, *options: str) -> None:
+    """Refuse a count below 1; None is an option that is not given. Raises ConfigError."""
+    for option in options:
+        if (count := getattr(args, option)) is not None and count < 1:
+            raise ConfigError(f"--{option.replace('_', '-')}", f"must be at least 1, got {count}")
+
+
 def add_config_arguments(parser: argparse.ArgumentParser, nargs: str = "+") -> None:
     """CONFIG.yaml [MORE.yaml ...] [key=value ...]: what several verbs take."""
     text = "YAML files, merged left to right, then single keys"

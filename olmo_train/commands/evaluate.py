@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from olmo_train.commands.common import (
     add_checkpoint_arguments,
     add_template_arguments,
+    check_counts,
     open_chat,
     open_model,
     open_tokenizer,
@@ -85,9 +86,7 @@ def _check(args: argparse.Namespace) -> None:
 
     if args.template is not None:
         check_choice("--template", args.template, TEMPLATES)
-    for option in ("batch_size", "limit", "max_new_tokens"):
-        if (value := getattr(args, option)) is not None and value < 1:
-            raise ConfigError(f"--{option.replace('_', '-')}", f"must be at least 1, got {value}")
+    check_counts(args, "batch_size", "limit", "max_new_tokens")
     if args.rouge:
         from olmo_train.eval.summaries import check_installed
 

@@ -5,7 +5,14 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from olmo_train.commands.common import add_checkpoint_arguments, add_template_arguments, open_chat, open_model, open_tokenizer
+from olmo_train.commands.common import (
+    add_checkpoint_arguments,
+    add_template_arguments,
+    check_counts,
+    open_chat,
+    open_model,
+    open_tokenizer,
+)
 
 if TYPE_CHECKING:
     from olmo_train.data.tokenizer import Tokenizer
@@ -66,9 +73,7 @@ def _check(args: argparse.Namespace) -> None:
         check_choice("--template", args.template, TEMPLATES)
     elif args.instruction is not None:
         raise ConfigError("--instruction", "needs --template; name the one of the data, or plain")
-    for option in ("samples", "max_new_tokens", "batch_size"):
-        if getattr(args, option) < 1:
-            raise ConfigError(f"--{option.replace('_', '-')}", f"must be at least 1, got {getattr(args, option)}")
+    check_counts(args, "samples", "max_new_tokens", "batch_size")
     if "" in args.stop:
         raise ConfigError("--stop", "is empty, and an empty text is everywhere; name the text that ends a continuation")
     if not -(2**63) <= args.seed < 2**63:
