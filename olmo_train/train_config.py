@@ -34,7 +34,7 @@ from olmo_train.formats import counted
 from olmo_train.guards.config import GuardConfig
 from olmo_train.log.config import LogConfig, ProfileConfig
 from olmo_train.model.config import AdapterConfig, ModelConfig
-from olmo_train.model.cost import count_parameters, target_shapes
+from olmo_train.model.cost import block_matrices, count_parameters
 from olmo_train.optim.config import OptimConfig
 from olmo_train.optim.schedules import lr_at
 from olmo_train.parallel.config import ParallelConfig
@@ -146,7 +146,7 @@ class TrainConfig:
 
     def _check_adapter(self) -> None:
         """Raises ConfigError when the adapters do not fit the model or another section."""
-        adapter, shapes = self.adapter, target_shapes(self.model)
+        adapter, shapes = self.adapter, block_matrices(self.model)
         if not adapter.is_on:
             return
         if self.parallel.float8:

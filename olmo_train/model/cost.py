@@ -41,26 +41,26 @@ def count_parameters(config: ModelConfig) -> ParameterCount:
     )
 
 
-def attention_matrices(config: ModelConfig) -> list[tuple[int, int]]:
-    """Shapes of one block's matrices in attention: the q, k, v and output projections."""
+def attention_matrices(config: ModelConfig) -> dict[str, tuple[int, int]]:
+    """{name: shape} of one block's matrices in attention: the q, k, v and output projections."""
     queries, keys, d_model = config.n_heads * config.head_size, config.kv_heads * config.head_size, config.d_model
-    return [(queries, d_model), (keys, d_model), (keys, d_model), (d_model, queries)]
+    return {"wq": (queries, d_model), "wk": (keys, d_model), "wv": (keys, d_model), "wo": (d_model, queries)}
 
 
-def mlp_matrices(config: ModelConfig) -> list[tuple[int, int]]:
-    """Shapes of one block's matrices in the MLP: a gated one has two input matrices."""
-    return [(config.mlp_hidden, config.d_model)] * (2 if config.gated else 1) + [(config.d_model, config.mlp_hidden)]
+def mlp_matrices(config: ModelConfig) -> dict[str, tuple[int, int]]:
+    """{name: shape} of one block's matrices in the MLP: a gated one has two input matrices."""
+    inputs = ["w_gate", "w_up"] if config.gated else ["w_up"]
+    return dict.fromkeys(inputs, (config.mlp_hidden, config.d_model)) | {"w_down": (config.d_model, config.mlp_hidden)}
 
 
-def target_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
+def block_matrices(config: ModelConfig) -> dict[str, tuple[int, int]]:
     """{name: shape} of one block's matrices, which are what an adapter can have as targets."""
-    names = ["wq", "wk", "wv", "wo", *(["w_gate"] if config.gated else []), "w_up", "w_down"]
-    return dict(zip(names, attention_matrices(config) + mlp_matrices(config), strict=True))
+    return attention_matrices(config) | mlp_matrices(config)
 
 
 def adapted_shapes(config: ModelConfig, adapter: AdapterConfig) -> list[tuple[int, int]]:
     """Shapes of one block's matrices that have an adapter."""
-    return [shape for name, shape in target_shapes(config).items() if adapter.is_on and name in adapter.targets]
+    return [shape for name, shape in block_matrices(config).items() if adapter.is_on and name in adapter.targets]
 
 
 def adapter_parameters(config: ModelConfig, adapter: AdapterConfig) -> int:
@@ -77,12 +77,12 @@ def trained_parameters(config: ModelConfig, adapter: AdapterConfig) -> int:
 
 def attention_parameters(config: ModelConfig) -> int:
     """Matrix parameters of one block's attention."""
-    return sum(rows * columns for rows, columns in attention_matrices(config))
+    return sum(rows * columns for rows, columns in attention_matrices(config).values())
 
 
 def mlp_parameters(config: ModelConfig) -> int:
     """Matrix parameters of one block's MLP."""
-    return sum(rows * columns for rows, columns in mlp_matrices(config))
+    return sum(rows * columns for rows, columns in mlp_matrices(config).values())
 
 
 def norm_parameters(config: ModelConfig, width: int) -> int:

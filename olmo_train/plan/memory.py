@@ -18,12 +18,11 @@ from olmo_train.model.cost import (
     LOSS_PART_BYTES,
     adapted_shapes,
     adapter_parameters,
-    attention_matrices,
     attention_parameters,
+    block_matrices,
     block_parameters,
     count_parameters,
     end_parameters,
-    mlp_matrices,
     mlp_parameters,
     trained_parameters,
 )
@@ -186,7 +185,7 @@ def matrix_working_bytes(model: ModelConfig, layout: Layout) -> int:
     in bf16, needs less."""
     if layout.optimizer != "muon":
         return 0
-    shapes = attention_matrices(model) + mlp_matrices(model)
+    shapes = block_matrices(model).values()
     sizes = [rows * columns for rows, columns in shapes]
     largest, square = max(sizes), max(min(shape) ** 2 for shape in shapes)
     own = max(largest, min(math.ceil(model.n_layers * sum(sizes) / layout.gpus), ROUND_ELEMENTS))  # of this rank in a round

@@ -10,7 +10,7 @@ from olmo_train.checkpoint.config import CheckpointConfig
 from olmo_train.deal import deal
 from olmo_train.hardware import Hardware
 from olmo_train.model.config import AdapterConfig, ModelConfig
-from olmo_train.model.cost import FULL, attention_matrices, flops_per_token, mlp_matrices
+from olmo_train.model.cost import FULL, block_matrices, flops_per_token
 from olmo_train.optim.config import newton_schulz_flops
 from olmo_train.plan.memory import Layout
 
@@ -47,7 +47,7 @@ def update_flops(model: ModelConfig, layout: Layout) -> int:
     the matrices over all GPUs; 0 with AdamW."""
     if layout.optimizer != "muon":
         return 0
-    costs = [newton_schulz_flops(*shape) for shape in attention_matrices(model) + mlp_matrices(model)] * model.n_layers
+    costs = [newton_schulz_flops(*shape) for shape in block_matrices(model).values()] * model.n_layers
     loads = [0] * layout.gpus
     for cost, owner in zip(costs, deal(costs, layout.gpus), strict=True):
         loads[owner] += cost
