@@ -190,7 +190,7 @@ def test_norms_are_decayed_when_asked():
 
 def test_a_group_scales_the_learning_rate_and_a_frozen_parameter_has_none(monkeypatch):
     rule = optim_groups.group_of
-    scaled = lambda name, shape, config: replace(rule(name, shape, config), lr_scale=0.25 if shape == (11, 8) else 1.0)  # noqa: E731
+    scaled = lambda name, shape, *others: replace(rule(name, shape, *others), lr_scale=0.25 if shape == (11, 8) else 1.0)  # noqa: E731
     monkeypatch.setattr(optim_groups, "group_of", scaled)
     model, _ = model_and_twin()
     model["embed"].weight.requires_grad_(False)

@@ -22,7 +22,7 @@ def build_optimizer(
     lr_ratio: float = 1.0,
 ) -> torch.optim.Optimizer:
     """The optimizer over {name: parameter}, without frozen parameters; group_of decides their weight decay.
-    `lr_ratio`: see param_groups.
+    `lr_ratio`: see group_of.
 
     Work on full tensors is dealt over `ranks` and done through `on_full_tensors`.
     """
