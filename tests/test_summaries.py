@@ -87,13 +87,8 @@ def test_the_share_that_ended_and_the_lengths(records):
     results, predictions = summarize(examples, answers, 2)
     assert (results.examples, results.ended, results.cut_prompts) == (5, 0.6, 2)
     assert results.words["prediction"] == 7 / 5 and results.words["reference"] == (5 + 4 + 2 + 2 + 2) / 5
-    assert [p["ended"] for p in predictions] == [True, False, True, True, False] and [p["line"] for p in predictions] == [
-        1,
-        2,
-        3,
-        4,
-        5,
-    ]
+    assert [p["ended"] for p in predictions] == [True, False, True, True, False]
+    assert [p["line"] for p in predictions] == [1, 2, 3, 4, 5]
     assert results.lead_1 == aggregate(score([e.reference for e in examples], LEADS))
 
 

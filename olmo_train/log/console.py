@@ -49,10 +49,8 @@ class Console:
         self.run_dir, self.first_step, self.total_steps, self.eval_steps = run_dir, first_step, total_steps, eval_steps
         self.last_step, self.started = first_step, time.perf_counter()
         self._warm: float | None = None  # when the first step ended, which is slower than the others
-        self._ended, self._step_seconds = (
-            self.started,
-            0.0,
-        )  # when the last step ended, and the mean of steps without evaluations
+        # when the last step ended, and the mean of steps without evaluations
+        self._ended, self._step_seconds = self.started, 0.0
         self._evaluation, self._evaluated = 0.0, 0.0  # seconds of the last evaluation, and of all since the first step
         self._kept = (first_step, self.started)  # step and time of the last line of losses
         self._loss, self._losses, self._figures = "", "", [""]  # in training, in validation, and the other figures, as text

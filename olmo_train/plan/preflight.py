@@ -33,9 +33,8 @@ class Memory:
     """The memory that a run needs beside the memory that there is, in bytes: of one GPU, or of this machine on a CPU."""
 
     needed: int
-    least: (
-        int  # of this, what it needs in any case; less than `needed` only for a compiled run, which takes less than its estimate
-    )
+    # of this, what it needs in any case; less than `needed` only for a compiled run, which takes less than its estimate
+    least: int
     available: int | None  # None: unknown
     place: str  # "this machine" or "each GPU"
     key: str = ""  # the configuration key that a run which does not fit should change
