@@ -23,6 +23,7 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).parent.parent
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged")  # munge authenticates Slurm's daemons
+ENDLESS = {"total_steps": 100_000, "checkpoint.interval_steps": 100_000}  # a run that ends, and saves, only when it is stopped
 NODES = (socket.gethostname(), f"{socket.gethostname()}-2")  # the first is the host of torchrun's rendezvous: it must resolve
 CONFIGURATION = """
 ClusterName=test
@@ -115,6 +116,10 @@ class Cluster:
             ["sinfo", "-h", "-p", "normal", "-o", "%T %D"], env=self.environment, capture_output=True, text=True
         )
         return shown.stdout.split() == ["idle", str(len(NODES))]
+
+    def preempt(self) -> None:
+        """Submit a short job that takes both nodes from the jobs of other queues."""
+        self.call("sbatch", "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap", "sleep 1")
 
     def lose_node(self) -> None:
         """The second node vanishes: its slurmd and all its processes are killed."""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from conftest import words_of
-from slurm import Training, cluster, install
+from slurm import ENDLESS, Training, cluster, install
 
 
 @pytest.mark.slow
@@ -16,13 +16,11 @@ def test_a_time_limit_and_a_preemption_lose_no_step_on_a_real_slurm(tiny_tokens)
     folder = Path(tempfile.mkdtemp(prefix="slurm"))  # a socket's path is at most 107 bytes long
     try:
         with cluster(folder) as slurm:
-            endless = {"total_steps": 100_000, "checkpoint.interval_steps": 100_000}
-            training = Training(slurm, words_of(folder / "run", tiny_tokens, **endless), time="2", signal="B:TERM@45")
+            training = Training(slurm, words_of(folder / "run", tiny_tokens, **ENDLESS), time="2", signal="B:TERM@45")
             last, checkpoint = training.stop(steps=1)  # the time limit
             assert last == checkpoint > 0
             slurm.call("scontrol", "update", f"jobid={training.job}", "timelimit=30")
-            urgent = ["--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap", "sleep 1"]
-            last, checkpoint = training.stop(lambda: slurm.call("sbatch", *urgent), steps=5)
+            last, checkpoint = training.stop(slurm.preempt, steps=5)
             assert last == checkpoint
             assert slurm.job(training.job)["Restarts"] >= "2"
     finally:

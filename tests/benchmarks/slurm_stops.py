@@ -13,9 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from conftest import markov_stream, words_of
-from slurm import Cluster, Training, cluster, install
-
-ENDLESS = {"total_steps": 100_000, "checkpoint.interval_steps": 100_000}
+from slurm import ENDLESS, Cluster, Training, cluster, install
 
 
 def report(what: str, stop: tuple[int, int]) -> int:
@@ -40,15 +38,12 @@ def preemptions(slurm: Cluster, words: list[str]) -> list[int]:
         slurm.wait_for("the job has ended", lambda: slurm.job(training.job)["JobState"] == "CANCELLED" and slurm.nodes_are_idle())
         training.submit(partition="patient")
 
-    def urgent_job() -> None:
-        slurm.call("sbatch", "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap", "sleep 1")
-
     ways = {
         "scontrol requeue": lambda: slurm.call("scontrol", "requeue", training.job),
         "scancel --signal=TERM": lambda: slurm.call("scancel", "--signal=TERM", training.job),
-        "preempted by an urgent job": urgent_job,
+        "preempted by an urgent job": slurm.preempt,
         "scancel, then sbatch": cancel_and_submit,
-        "preempted, with a minute of grace": urgent_job,
+        "preempted, with a minute of grace": slurm.preempt,
     }
     lost = [report(way, training.stop(end)) for way, end in ways.items()]
     slurm.cancel_all()
