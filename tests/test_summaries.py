@@ -9,6 +9,7 @@ from ranks import environments, exit_code, fork
 from runs import trained
 from test_templates import chat_tokenizer  # noqa: F401
 
+from olmo_train.__main__ import main
 from olmo_train.data.prepare.readers import to_record
 from olmo_train.data.templates import open_format
 from olmo_train.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
@@ -144,11 +145,11 @@ def test_the_command_prints_the_same_for_every_batch_size_and_number_of_processe
         assert done.returncode == 0, done.stderr
         outputs.append(done.stdout)
         predictions.append((tmp_path / f"{i}.jsonl").read_text())
+    words += ["--batch-size", 3, "--output", tmp_path / "2.json", "--predictions", tmp_path / "3.jsonl"]
     children = [
-        fork(lambda: _main([*words, "--batch-size", 3, "--output", tmp_path / "2.json", "--predictions", tmp_path / "3.jsonl"]),
-             tmp_path / f"err{rank}", **environment)
+        fork(lambda: main(list(map(str, words))), tmp_path / f"err{rank}", **environment)
         for rank, environment in enumerate(environments(2))
-    ]  # fmt: skip
+    ]
     assert [exit_code(child) for child in children] == [0, 0]
     outputs.append((tmp_path / "2.json").read_text())
     predictions.append((tmp_path / "3.jsonl").read_text())
@@ -203,12 +204,6 @@ def test_messages_that_the_template_cannot_write_are_refused_with_their_line(cha
     records.write_text(json.dumps(RECORDS[0]) + "\n" + json.dumps({"messages": messages}))
     done = run_main("evaluate", chat_run, "--rouge", records, "--max-new-tokens", 2)
     assert done.returncode == 3 and "error: --rouge: line 2 has a role that the template does not know" in done.stderr
-
-
-def _main(words) -> int:
-    from olmo_train.__main__ import main
-
-    return main(list(map(str, words)))
 
 
 def test_the_table_has_the_scores_in_percent_and_limit_spreads(run, records, tmp_path, run_main):
