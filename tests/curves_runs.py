@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 SOURCES = {"web": 0.0, "code": -0.7, "books": 0.25}  # nats above or below the mean
 TOKENS_PER_STEP = 32 * 512
 STEP_SECONDS, PAUSE_SECONDS = 0.31, 7200.0

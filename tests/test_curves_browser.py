@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import shutil
 from importlib.resources import files
 
 import pytest
-from curves_runs import make_run
+from curves_runs import CHROMIUM, make_run
 
 from olmo_train.curves import exports, page, panels
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 if CHROMIUM is None:
     pytest.skip("no Chromium is installed; run make test-tools", allow_module_level=True)
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed; run make test-tools")

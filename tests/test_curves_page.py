@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import queue
 import re
-import shutil
 import subprocess
 import threading
 import urllib.error
@@ -14,15 +13,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from curves_runs import make_run
+from curves_runs import CHROMIUM, make_run
 from runs import lines_of
 
 from olmo_train.curves import exports, page, panels, thin
 from olmo_train.curves.runs import Run, Series
 from olmo_train.curves.serve import serve
 from olmo_train.errors import ConfigError
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
 def write_page(paths: list[Path], output: Path) -> str:
