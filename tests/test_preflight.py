@@ -89,29 +89,34 @@ def test_processes_of_one_machine_share_its_memory_and_an_unknown_memory_refuses
     assert gpu.fits and str(gpu).endswith("of 80.00 GB available on each GPU")
 
 
-def test_an_estimate_slightly_above_the_memory_is_a_warning(tiny_args, memory_gb, caplog):
+@pytest.fixture
+def warns_then_refuses(memory_gb, caplog):
+    """Checks that a run warns with so many bytes of memory, and is refused with so many."""
+
+    def check(config, warned: float, refused: float) -> None:
+        memory_gb(warned / GB)
+        preflight.check_memory(preflight.memory_of(config, 1, 1), config)
+        assert "may run out of memory" in caplog.text
+        memory_gb(refused / GB)
+        with pytest.raises(ConfigError):
+            preflight.check_memory(preflight.memory_of(config, 1, 1), config)
+
+    return check
+
+
+def test_an_estimate_slightly_above_the_memory_is_a_warning(tiny_args, warns_then_refuses):
     config = tiny_args()
     needed = preflight.memory_of(config, 1, 1).needed
-    memory_gb(0.95 * needed / GB)
-    preflight.check_memory(preflight.memory_of(config, 1, 1), config)
-    assert "may run out of memory" in caplog.text
-    memory_gb(0.85 * needed / GB)
-    with pytest.raises(ConfigError):
-        preflight.check_memory(preflight.memory_of(config, 1, 1), config)
+    warns_then_refuses(config, 0.95 * needed, 0.85 * needed)
 
 
-def test_a_compiled_run_is_refused_only_if_it_would_not_fit_with_full_recomputation(tiny_args, memory_gb, caplog):
+def test_a_compiled_run_is_refused_only_if_it_would_not_fit_with_full_recomputation(tiny_args, warns_then_refuses):
     """How much less than its estimate it takes is not known."""
     changes = {"model.seq_len": 1024, "global_batch_size": 64, "micro_batch_size": 64, "parallel.compile": True}
     config, full = tiny_args(**changes), tiny_args(**changes | {"parallel.activation_checkpointing": "full"})
     needed, least = (preflight.memory_of(each, 1, 1).needed for each in (config, full))
     assert least < 0.7 * needed
-    memory_gb(1.01 * least / GB)
-    preflight.check_memory(preflight.memory_of(config, 1, 1), config)
-    assert "may run out of memory" in caplog.text
-    memory_gb(0.85 * least / GB)
-    with pytest.raises(ConfigError):
-        preflight.check_memory(preflight.memory_of(config, 1, 1), config)
+    warns_then_refuses(config, 1.01 * least, 0.85 * least)
 
 
 def test_adapters_of_olmo_7b_fit_a_gpu_that_its_full_training_does_not(tiny_args):
