@@ -22,7 +22,7 @@ from typing import Any
 from olmo_train.errors import PeerError
 from olmo_train.guards.heartbeats import DEAD, HANG, LOST, Heartbeats, describe, state_of
 
-# Makes the rank write its stacks, whatever it does. macOS has no SIGRTMIN.
+# Makes the rank write its stacks, at any moment. macOS has no SIGRTMIN.
 STACKS = signal.SIGRTMIN + 6 if hasattr(signal, "SIGRTMIN") else signal.SIGUSR2
 END = signal.SIGABRT  # makes the rank exit with its own number, that of a PeerError
 GRACE = 10.0  # most seconds for all ranks to write their stacks before the first one ends

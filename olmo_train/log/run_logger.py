@@ -21,7 +21,7 @@ class _Silent:
 
 class RunLogger:
     def __init__(self, config: TrainConfig, world: World, last_step: int, resolved: dict[str, Any]):
-        """`last_step`: the last step before this start; `resolved`: the configuration as it is saved."""
+        """`last_step`: the last step before this start; `resolved`: the whole configuration as plain data."""
         run_dir = Path(config.run_dir)
         self._committed_step = last_step or -1  # a fresh run may save its step 0
         self._recorder = world.on_main_only(lambda: Recorder(run_dir, config.log, resolved, last_step)) or _Silent()
