@@ -173,8 +173,7 @@ def join_world(replicas: int = 1, timeout_seconds: float = 600) -> Iterator[Worl
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)  # no port needed
     control_group = dist.new_group(backend="gloo", timeout=timeout)
     try:
-        shape, names = ((replicas, size // replicas), ("replicate", "shard")) if replicas > 1 else ((size,), ("shard",))
-        mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
+        mesh = make_mesh(device, size, replicas)
         for group in mesh.get_all_groups():  # torch creates them with its default timeout, 600 s on a GPU
             dist.distributed_c10d._set_pg_timeout(timeout, group)
         yield World(
@@ -214,6 +213,12 @@ def _store_of_this_start(processes: Processes, timeout: timedelta) -> dist.Store
     start = store.get(f"start/{me}").decode()
     store.set(f"heard/{start}/{rank}", "")
     return dist.PrefixStore(start, store)
+
+
+def make_mesh(device: torch.device, size: int, replicas: int) -> DeviceMesh:
+    """The mesh of all ranks: ("shard",), or with replicas ("replicate", "shard")."""
+    shape, names = ((replicas, size // replicas), ("replicate", "shard")) if replicas > 1 else ((size,), ("shard",))
+    return init_device_mesh(device.type, shape, mesh_dim_names=names)
 
 
 def is_joined() -> bool:
