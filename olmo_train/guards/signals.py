@@ -9,10 +9,9 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from importlib.metadata import version
 from typing import Any
 
-from olmo_train.parallel.processes import TIMEOUT, killed_after, rank, reads_timeout
+from olmo_train.parallel.processes import STOP_SIGNALS, TIMEOUT, killed_after, rank, reads_timeout
 
 log = logging.getLogger(__name__)
 ERASE_LINE, SHOW_CURSOR = "\r\x1b[2K", "\x1b[?25h"  # codes of a terminal; a progress bar hides the cursor
@@ -29,6 +28,8 @@ def too_slow_to_stop(line: dict[str, Any]) -> str | None:
     kills = f"torchrun kills the run {patience:.0f} s after a signal"
     launch = "start it with `python -m olmo_train.parallel.launch` instead of torchrun"
     if TIMEOUT in os.environ and not reads_timeout():
+        from importlib.metadata import version  # slow to import, for a rare warning
+
         return f"{kills}, because that of torch {version('torch')} does not read {TIMEOUT}={os.environ[TIMEOUT]}; {launch}"
     if save_seconds is None or (needed := line["throughput/step_seconds"] + save_seconds) < patience:
         return None
@@ -49,8 +50,6 @@ class StopSignals:
     C++ for minutes, or wait for a process that hangs.
     """
 
-    NAMES = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-
     def __init__(self) -> None:
         self.received = 0  # the signal's number, 0 for none
         self.step: int | None = None  # the step in progress, or the last one
@@ -63,7 +62,7 @@ class StopSignals:
         if threading.current_thread() is not threading.main_thread():
             yield self  # Python handles signals in the main thread only: otherwise they are left to the caller
             return
-        before = {name: signal.signal(name, self._receive) for name in self.NAMES}
+        before = {name: signal.signal(name, self._receive) for name in STOP_SIGNALS}
         try:
             with _reading(self._read):
                 yield self
@@ -97,7 +96,7 @@ class StopSignals:
         first = None
         while byte := os.read(reading, 1):
             number, now = byte[0], time.monotonic()
-            if number not in self.NAMES:
+            if number not in STOP_SIGNALS:
                 continue
             if first is None:
                 first = now

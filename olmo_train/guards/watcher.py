@@ -21,6 +21,7 @@ from typing import Any
 
 from olmo_train.errors import PeerError
 from olmo_train.guards.heartbeats import DEAD, HANG, LOST, Heartbeats, describe, state_of
+from olmo_train.parallel.processes import STOP_SIGNALS
 
 # Makes the rank write its stacks, at any moment. macOS has no SIGRTMIN.
 STACKS = signal.SIGRTMIN + 6 if hasattr(signal, "SIGRTMIN") else signal.SIGUSR2
@@ -195,6 +196,6 @@ def current_function(stacks: str, thread: int) -> str:
 
 
 if __name__ == "__main__":
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+    for number in (*STOP_SIGNALS, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # a launcher may signal all processes; this one ends with its rank
     Watcher(**json.loads(sys.argv[1])).watch()

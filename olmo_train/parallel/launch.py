@@ -18,9 +18,10 @@ import sys
 from collections.abc import Collection
 from pathlib import Path
 
+from olmo_train.parallel.processes import STOP_SIGNALS
+
 CPP_LEVEL = "TORCH_CPP_LOG_LEVEL"
 PROC = Path("/proc")
-PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 # The most telling code first: when one process ends with an error, the others exit with 6 or are killed.
 ORDER = (5, 4, 3, 2, 1, 75, 130, 6)
 
@@ -52,7 +53,7 @@ def main(words: list[str]) -> int:
         received.add(number)
         _signal_children(number)
 
-    for number in PASSED_ON:
+    for number in STOP_SIGNALS:
         signal.signal(number, pass_on)
     try:
         run.run(arguments)

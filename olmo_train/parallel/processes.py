@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import signal
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,6 +13,7 @@ from olmo_train.errors import ConfigError
 
 GROUP = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # needed to join a process group
 ON_MACHINE = ("LOCAL_RANK", "LOCAL_WORLD_SIZE")
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # end a run after a save
 HANDLED = "TORCHELASTIC_SIGNALS_TO_HANDLE"  # torchrun sets it for its processes
 TIMEOUT = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
 FIX = "start the run with torchrun, or unset them for a run of one process"
@@ -75,5 +78,9 @@ def killed_after() -> float | None:
 
 def reads_timeout() -> bool:
     """Whether the installed torchrun reads TORCH_ELASTIC_SHUTDOWN_TIMEOUT; that of torch 2.11 does not."""
-    file = Path(find_spec("torch").origin).parent / "distributed/launcher/api.py"
+    return _names_timeout(Path(find_spec("torch").origin).parent / "distributed/launcher/api.py")
+
+
+@functools.cache  # asked with every line of metrics
+def _names_timeout(file: Path) -> bool:
     return file.is_file() and TIMEOUT in file.read_text(encoding="utf-8")
