@@ -37,6 +37,7 @@ from olmo_train.deal import deal
 from olmo_train.errors import NonFiniteError, SaveError, reason
 from olmo_train.formats import byte_size
 from olmo_train.model.transformer import Transformer
+from olmo_train.parallel.exchange import place_in
 from olmo_train.parallel.world import World
 from olmo_train.storage import commit_folder, remove_folder, temporary_folder, write_file
 
@@ -121,7 +122,7 @@ class Checkpointer:
         memory takes several times as long."""
         self._checkpoint_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         mine = {name: tensors[name] for name in names_to_write(tensors, self.world.mesh)}
-        local = {name: tensor.to_local() if isinstance(tensor, DTensor) else tensor for name, tensor in mine.items()}
+        local = _local(mine)
         on_gpu = self.world.device.type == "cuda"
         if not self._host:
             self._host = _host_buffers(local, pinned=on_gpu)
@@ -196,10 +197,9 @@ class Checkpointer:
 def names_to_write(tensors: dict[str, Tensor], mesh: DeviceMesh) -> list[str]:
     """The names of the tensors whose shards this rank writes: all of them, or with replicas, which hold the same shards, its
     replica's share of the bytes."""
-    replicas = mesh.size(0) if mesh.ndim > 1 else 1
-    owners = deal([tensor.numel() for tensor in tensors.values()], replicas)
-    replica = mesh.get_local_rank(0) if replicas > 1 else 0
-    return [name for name, owner in zip(tensors, owners, strict=True) if owner == replica]
+    rank, ranks, shards = place_in(mesh)
+    owners = deal([tensor.numel() for tensor in tensors.values()], ranks // shards)
+    return [name for name, owner in zip(tensors, owners, strict=True) if owner == rank // shards]
 
 
 def _host_buffers(tensors: dict[str, Tensor], pinned: bool) -> dict[str, Tensor]:
@@ -215,9 +215,14 @@ def _host_buffers(tensors: dict[str, Tensor], pinned: bool) -> dict[str, Tensor]
     return {name: part[: tensor.nbytes].view(tensor.dtype).view(tensor.shape) for (name, tensor), part in parts}
 
 
+def _local(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """This rank's part of each tensor."""
+    return {name: tensor.to_local() if isinstance(tensor, DTensor) else tensor for name, tensor in tensors.items()}
+
+
 def _non_finite(tensors: dict[str, Tensor]) -> list[str]:
     """The names of tensors with a non-finite value in this rank's part."""
-    local = {name: t.to_local() if isinstance(t, DTensor) else t for name, t in tensors.items()}
+    local = _local(tensors)
     # aminmax finds any NaN or infinity and takes a twentieth of the time of isfinite.
     return [name for name, t in local.items() if t.numel() and not torch.stack(torch.aminmax(t)).isfinite().all()]
 
