@@ -23,15 +23,16 @@ from olmo_train.parallel.config import ParallelConfig
 FLOAT8_MULTIPLE = 16  # sizes of a float8 matrix product must be multiples (cuBLAS)
 
 
-def select_kernels(model: Transformer, config: ParallelConfig, device: torch.device) -> None:
-    """Set the implementations that the keys of `parallel` select, in place. Raises ConfigError if one is not available here."""
+def select_kernels(model: Transformer, config: ParallelConfig, device: torch.device, compiled: bool) -> None:
+    """Set the implementations that the keys of `parallel` select, in place. `compiled`: as is_compiled returns. Raises
+    ConfigError if one is not available here."""
     if has_cpu_kernels(config.cpu_kernels, device):
         from olmo_train.parallel.cpu_kernels import attend, differentiate_
 
         model.loss.differentiate_ = differentiate_
         for block in model.blocks:
             block.attn.attend = attend
-    if device.type == "cuda" and is_compiled(config, device):
+    if device.type == "cuda" and compiled:
         model.loss.differentiate_ = torch.compile(differentiate_at_once_, fullgraph=True)
     if config.float8:
         use_float8(model, device, "tensorwise" if config.float8 is True else config.float8)

@@ -42,7 +42,7 @@ def shard(
     `global_batch_size` is the number of sequences whose gradients are summed, for the range of rounded gradients.
     """
     compiled = kernels.is_compiled(config, world.device)
-    kernels.select_kernels(model, config, world.device)
+    kernels.select_kernels(model, config, world.device, compiled)
     for block in model.blocks:
         block.forward = training_forward(block.forward, config.activation_checkpointing, compiled)
     if adapted := any(is_adapter(name) for name, _ in model.named_parameters()):
@@ -123,11 +123,13 @@ def init_weights(model: Transformer, seed: int) -> None:
 @torch.no_grad()
 def init_adapters(model: Transformer, seed: int) -> int:
     """Set the first values of all adapters beside frozen weights that have their values; equal for every world size. Returns the
-    number of rows of zeros in adapted weights. One full weight at a time is gathered, on every rank."""
+    number of rows of zeros in the weights that DoRA adapts; these are gathered, one at a time, on every rank."""
     zeros = 0
     for name, module in adapted_linears(model):
-        weight = full_tensor(module.weight)
-        zeros += int((weight == 0).all(dim=1).sum())
+        weight = module.weight
+        if module.adapter.magnitude is not None:  # it begins as the norms of the rows
+            weight = full_tensor(weight)
+            zeros += int((weight == 0).all(dim=1).sum())
         for key, value in first_values(name, module, weight, seed).items():
             parameter = getattr(module.adapter, key)
             if isinstance(parameter, DTensor):

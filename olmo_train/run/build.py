@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from olmo_train.checkpoint import load
+from olmo_train.formats import counted
 from olmo_train.model.adapter import adapt
 from olmo_train.model.transformer import Transformer
 from olmo_train.optim.build import allocate_state, build_optimizer
@@ -41,14 +42,10 @@ def build(
     if checkpoint:
         load.load(checkpoint, model, optimizer, world)
     elif config.adapter.is_on:
-        _init_adapters(model, config, world)
+        zeros = shard.init_adapters(model, config.seed)
+        if zeros and world.is_main:
+            what = f"{counted(zeros, 'row')} of the adapted weights {'is' if zeros == 1 else 'are'} zero"
+            log.warning("%s: DoRA's m / |V| is 1 there as long as B A is zero too", what)
     elif not init_folder:
         shard.init_weights(model, config.seed)
     return model, optimizer
-
-
-def _init_adapters(model: Transformer, config: TrainConfig, world: World) -> None:
-    zeros = shard.init_adapters(model, config.seed)
-    if zeros and config.adapter.kind == "dora" and world.is_main:
-        what = "rows of the adapted weights are zero" if zeros > 1 else "row of the adapted weights is zero"
-        log.warning("%s %s: DoRA's m / |V| is 1 there as long as B A is zero too", f"{zeros:,}", what)

@@ -95,7 +95,7 @@ def _model(shape: ModelConfig, config: TrainConfig) -> Transformer:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(initial_value(name, parameter.shape, shape, config.seed))
-    select_kernels(model, replace(config.parallel, compile=False, float8=False), torch.device("cpu"))
+    select_kernels(model, replace(config.parallel, float8=False), torch.device("cpu"), compiled=False)
     return model.to(DTYPES[config.parallel.precision])
 
 
