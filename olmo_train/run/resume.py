@@ -54,15 +54,13 @@ def check_changes(saved: dict[str, Any], now: dict[str, Any], allowed: tuple[str
     # Without adapters nothing reads their other keys.
     unread = ("adapter.*",) if before["adapter.kind"] == after["adapter.kind"] == "none" else ()
     keys = [key for key in changed if not any(fnmatch.fnmatchcase(key, pattern) for pattern in HARMLESS + unread)]
-    shapes = [key for key in keys if key.startswith("model.")]
-    if shapes and _shapes(saved) == _shapes(now):
-        shapes = []
-    shapes += [key for key in keys if key in ADAPTER_SHAPES]
+    reshaped = any(key.startswith("model.") for key in keys) and _shapes(saved) != _shapes(now)
+    shapes = {key for key in keys if key in ADAPTER_SHAPES or (reshaped and key.startswith("model."))}
     refused = [key for key in keys if key in shapes or not _is_allowed(key, allowed)]
     if not refused:
         return
-    values = [f"is {after.get(key)!r} now and was {before.get(key)!r}" for key in refused]
-    change = "; ".join([values[0], *(f"{key} {value}" for key, value in zip(refused[1:], values[1:], strict=True))])
+    changes = "; ".join(f"{key} is {after.get(key)!r} now and was {before.get(key)!r}" for key in refused)
+    change = changes.removeprefix(f"{refused[0]} ")  # which the error begins with
     it = "it" if len(refused) == 1 else "them"
     fix = f"which would train another model; set {it} back, choose another run_dir, or set allow_changes=[{','.join(refused)}]"
     if shapes:

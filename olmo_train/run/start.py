@@ -61,12 +61,11 @@ def find_checkpoint(config: TrainConfig, check: FileCheck = check_files) -> Foun
 
     Raises CheckpointError when run_dir has checkpoints and none verifies, or when resume_from or init_from is not a checkpoint.
     """
-    folder = folders.newest(Path(config.run_dir), config.resume == "strict", check)
+    folder, kind = folders.newest(Path(config.run_dir), config.resume == "strict", check), "resume"
+    if folder is None and config.resume_from is not None:
+        folder, kind = folders.resolve(Path(config.resume_from), check), "branch"
     if folder is not None:
-        return Found("resume", folder, folders.base_of(folder, config.init_from, check))
-    if config.resume_from is not None:
-        folder = folders.resolve(Path(config.resume_from), check)
-        return Found("branch", folder, folders.base_of(folder, config.init_from, check))
+        return Found(kind, folder, folders.base_of(folder, config.init_from, check))
     if config.init_from is None:
         if config.adapter.is_on:
             what = f"{config.adapter.kind} needs weights to freeze; set init_from to a checkpoint or a run_dir"
