@@ -1,10 +1,10 @@
 """The same training steps through this project and through others, side by side: python tests/benchmarks/peers.py --help
 
-Every contestant is a process of its own with its own packages. In each round each of them takes the same number of steps
-while all others wait, in a new order; a round gives one ratio of each pair, and the median over rounds is what is told.
-A contestant that is not installed is skipped, and that is told too.
+Every contestant is a separate process with separate packages. In each round each of them takes the same number of steps
+while all others wait, in another order; a round has one ratio for each pair, and the table has the median over rounds.
+A contestant that is not installed is skipped with a message.
 
-    pip install --no-deps --target FOLDER ai2-olmo-core==3.0.0       and what its import then asks for; so torchtitan, litgpt
+    pip install --no-deps --target FOLDER ai2-olmo-core==3.0.0       and what its import asks for; the same for torchtitan, litgpt
     python tests/benchmarks/peers.py --work tiny --at olmo-core=FOLDER
 """
 
@@ -32,8 +32,8 @@ from types import ModuleType, SimpleNamespace
 from unittest import mock
 
 ROOT = Path(__file__).parents[2]
-MARK = "[peers] "  # begins each line that a contestant says to us; others are its own chatter
-# The allocator's settings that this project makes by itself, as glibc reads them, and huge pages besides.
+MARK = "[peers] "  # begins each line of a contestant for us; its other lines are ignored
+# The allocator's settings that this project makes by itself, as glibc reads them, and huge pages.
 TUNED = "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1000000000000:glibc.malloc.top_pad=268435456:glibc.malloc.hugetlb=1"
 
 # d_model, layers, heads, SwiGLU's hidden width, tokens of a sequence, sequences of a step and of a micro-batch
@@ -286,7 +286,7 @@ def torchtitan(work: SimpleNamespace, folder: Path) -> Step:
     return step
 
 
-CONTESTANTS = {  # name: (the package whose version is told, how to make its step)
+CONTESTANTS = {  # name: (the package whose version is reported, how to make its step)
     "ours": ("torch", ours),
     "before": ("torch", ours),  # another checkout of this project: --at before=FOLDER
     "ours-by-torch": ("torch", lambda work, folder: ours(work, folder, "parallel.cpu_kernels=false")),
@@ -303,7 +303,7 @@ CONTESTANTS = {  # name: (the package whose version is told, how to make its ste
 
 
 def contestant(name: str, work: SimpleNamespace, warmup: int) -> None:
-    """The life of one process: get warm, then for each number read from stdin take so many steps and say the seconds."""
+    """One process: warms up, then takes as many steps as each number on stdin says, and answers with the seconds."""
     if name.startswith("ours"):  # what `olmo-train` does first
         import olmo_train  # noqa: F401, before torch
     import torch
@@ -332,7 +332,7 @@ def contestant(name: str, work: SimpleNamespace, warmup: int) -> None:
 
 
 def busy_seconds() -> float:
-    """CPU seconds of all processes of this machine so far; 0 where /proc does not tell."""
+    """CPU seconds of all processes of this machine so far; 0 without /proc."""
     try:
         spent = [int(field) for field in Path("/proc/stat").read_text().split("\n")[0].split()[1:9]]
     except OSError:
@@ -345,7 +345,7 @@ def say(answer: dict) -> None:
 
 
 class Contestant:
-    """A contestant's process, as the referee sees it."""
+    """A contestant's process, seen from outside."""
 
     def __init__(self, name: str, arguments: argparse.Namespace, folder: str | None):
         python = Path(folder, "bin", "python") if folder else None
@@ -398,7 +398,7 @@ def compete(arguments: argparse.Namespace) -> dict:
 
 
 def take_rounds(running: list[Contestant], arguments: argparse.Namespace, results: dict) -> None:
-    """Rounds in which every contestant had the machine for itself; others are tried again, within reason."""
+    """Take rounds. One in which other processes used the machine is repeated, at most three times as often as it succeeds."""
     work, taken, tries = WORK[arguments.work], 0, 0
     while taken < arguments.rounds and tries < 4 * arguments.rounds:
         tries += 1
@@ -415,7 +415,7 @@ def take_rounds(running: list[Contestant], arguments: argparse.Namespace, result
                 results[name]["peak_gb"] = answer["peak_gb"]
             if arguments.json:  # after each round: a measurement may be cut short
                 arguments.json.write_text(json.dumps(results, indent=1))
-    print(f"{taken} rounds taken; {tries - taken} were thrown away, as the machine did other work meanwhile", flush=True)
+    print(f"{taken} rounds taken; {tries - taken} were thrown away because the machine did other work", flush=True)
 
 
 def table(results: dict) -> str:
@@ -439,7 +439,7 @@ def main() -> None:
     parser.add_argument(
         "--peers",
         default=",".join(name for name in CONTESTANTS if name not in ("before", "ours-lora", "ours-dora")),
-        help="names, parted by commas; ratios are those of the first",
+        help="names, separated by commas; ratios are those of the first",
     )
     parser.add_argument("--at", action="append", default=[], metavar="NAME=FOLDER", help="a virtual environment or target folder")
     parser.add_argument("--rounds", type=int, default=5)
