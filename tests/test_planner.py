@@ -199,7 +199,7 @@ def test_planned_activations_are_what_autograd_saves(shape, precision):
         loss = model(ids, ids).sum()
     assert loss.requires_grad
     tokens, layout = ids.numel(), Layout(precision=precision)
-    planned = config.n_layers * memory.kept_activation_bytes(config, layout) + memory.final_activation_bytes(config, precision)
+    planned = config.n_layers * memory.kept_activation_bytes(config, layout) + memory.final_activation_bytes(config, layout)
     logits = memory.BYTES[precision] * tokens * config.vocab_rows  # which are their own gradients by then
     assert sum(saved.values()) == pytest.approx(tokens * planned + logits, rel=0.02)
 

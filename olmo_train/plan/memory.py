@@ -115,7 +115,7 @@ def memory_estimate(model: ModelConfig, layout: Layout) -> MemoryEstimate:
     accumulates = layout.micro_batches > 1
     whole_gradients = reduced * trained if accumulates else 0
     tokens = layout.micro_batch_size * model.seq_len
-    kept, final = tokens * kept_activation_bytes(model, layout), tokens * final_activation_bytes(model, layout.precision)
+    kept, final = tokens * kept_activation_bytes(model, layout), tokens * final_activation_bytes(model, layout)
     reshards = layout.shard == "full" and shards > 1  # one rank keeps its weights whole, see parallel.shard
     # While the loss is computed, the buffer of the last gather is there too: that of the head, or of the last block.
     gathered = whole if not reshards else 2 * last.gathered or first.gathered + block.gathered
@@ -134,10 +134,9 @@ def memory_estimate(model: ModelConfig, layout: Layout) -> MemoryEstimate:
     working = tokens * block_working_bytes(model, layout)
     # The block at work, and the next one, gathered at the same time.
     gathered = (0 if last.gathered else first.gathered) + 2 * block.gathered if reshards else whole
-    matrix_gradients = 0 if layout.adapter.is_on else width * model.d_model * model.mlp_hidden
-    backward = parts(
-        whole_gradients + gradients, model.n_layers * kept - freed + working, 0, gathered + matrix_gradients + reducing
-    )
+    largest = model.d_model * model.mlp_hidden  # the gradient of a matrix; for DoRA's norms a matrix and its squares in fp32
+    of_matrix = {"none": width * largest, "lora": 0, "dora": 8 * largest}[layout.adapter.kind]
+    backward = parts(whole_gradients + gradients, model.n_layers * kept - freed + working, 0, gathered + of_matrix + reducing)
 
     # Muon's copies come when the buffers from which the last gradients are reduced are gone.
     buffers = max((width + reduced) * first.trained, matrix_working_bytes(model, layout))
@@ -199,7 +198,7 @@ def kept_activation_bytes(model: ModelConfig, layout: Layout) -> int:
     """Bytes per token that one block keeps from its forward until its backward."""
     width = BYTES[layout.precision]
     if layout.activation_checkpointing == "none":
-        return block_activation_bytes(model, layout.precision) + adapter_activation_bytes(model, layout)
+        return block_activation_bytes(model, layout) + adapter_activation_bytes(model, layout)
     kept = width * model.d_model  # its input
     if layout.activation_checkpointing == "selective":  # and the results of attention, the two output matrices and adapters
         kept += product_bytes(model, layout.precision) + 2 * width * model.d_model
@@ -223,32 +222,34 @@ def product_bytes(model: ModelConfig, precision: str) -> int:
     return width * (queries + 2 * keys) + attention + width * model.mlp_hidden * (2 if model.gated else 1)
 
 
-def final_activation_bytes(model: ModelConfig, precision: str) -> int:
+def final_activation_bytes(model: ModelConfig, layout: Layout) -> int:
     """Bytes per token kept outside the blocks, without the logits: the final norm, the head's input, the ids."""
-    return norm_activation_bytes(model, model.d_model, precision) + BYTES[precision] * model.d_model + 16
+    return norm_activation_bytes(model, model.d_model, layout) + BYTES[layout.precision] * model.d_model + 16
 
 
-def block_activation_bytes(model: ModelConfig, precision: str) -> int:
+def block_activation_bytes(model: ModelConfig, layout: Layout) -> int:
     """Bytes per token that one block keeps: what each operation of Attention, MLP and the norms saves for its backward."""
-    width = BYTES[precision]
+    width = BYTES[layout.precision]
     queries, keys = model.n_heads * model.head_size, model.kv_heads * model.head_size
     norms = 1 if model.block == "parallel" else 2
-    kept = norms * (norm_activation_bytes(model, model.d_model, precision) + width * model.d_model)  # and matrix inputs
+    kept = norms * (norm_activation_bytes(model, model.d_model, layout) + width * model.d_model)  # and matrix inputs
     kept += width * (queries + 2 * keys)  # v, and q and k after their rotation
     if model.clip_qkv is not None:
         kept += width * (queries + 2 * keys)  # what is clamped
     kept += width * queries + 4 * model.n_heads  # the output of attention, and its log-sum-exp in fp32
     if model.qk_norm:
-        kept += sum(norm_activation_bytes(model, size, precision) for size in (queries, keys))
+        kept += sum(norm_activation_bytes(model, size, layout) for size in (queries, keys))
     kept += width * model.mlp_hidden * (4 if model.gated else 2)  # up and gate, act(gate), the product; or in and out
     return kept
 
 
-def norm_activation_bytes(model: ModelConfig, size: int, precision: str) -> int:
+def norm_activation_bytes(model: ModelConfig, size: int, layout: Layout) -> int:
     """Bytes per token that one norm of `size` features keeps: LayerNorm its input, mean and deviation; RMSNorm, which is
-    written out in fp32, its input and its quotient in fp32, and the root."""
-    width = BYTES[precision]
-    return width * size + 2 * width if model.norm.startswith("layer_norm") else 8 * size + 4
+    written out in fp32, its input in fp32 and the root, and for the gradient of its weight also its quotient in fp32."""
+    width = BYTES[layout.precision]
+    if model.norm.startswith("layer_norm"):
+        return width * size + 2 * width
+    return (4 if layout.adapter.is_on else 8) * size + 4
 
 
 def block_working_bytes(model: ModelConfig, layout: Layout) -> int:
@@ -258,7 +259,7 @@ def block_working_bytes(model: ModelConfig, layout: Layout) -> int:
     gradients = width * (model.d_model + (2 if model.gated else 1) * model.mlp_hidden)
     if layout.activation_checkpointing == "none":
         return gradients
-    again = block_activation_bytes(model, layout.precision) - width * model.d_model  # its input is kept already
+    again = block_activation_bytes(model, layout) - width * model.d_model  # its input is kept already
     if layout.activation_checkpointing == "selective":
         again -= product_bytes(model, layout.precision)
     return gradients + again + adapter_activation_bytes(model, layout)
