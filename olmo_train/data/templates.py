@@ -206,7 +206,10 @@ class ChatFormat:
 
     def prompt_ids(self, turns: Sequence[Turn]) -> list[int]:
         """The ids that ask the model to answer these messages; none for an empty prompt in a template without markers."""
-        pieces = self.render(turns, ask=True)
+        return self.encode(self.render(turns, ask=True))
+
+    def encode(self, pieces: list[Piece]) -> list[int]:
+        """The ids of pieces."""
         arrays, _ = self.assemble(pieces, iter(self.tokenizer.encode_batch(texts_of(pieces))))
         return [id for array in arrays for id in array.tolist()]
 
