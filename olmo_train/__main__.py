@@ -28,7 +28,7 @@ VERBS = {
     "config": "print the complete configuration of a run, with its defaults",
     "plan": "estimate memory, time, energy and schedule before a launch",
     "curves": "draw the curves of runs: page, picture or terminal",
-    "checkpoints": "list, verify or prune the checkpoints of a run",
+    "checkpoints": "list, verify, prune or merge the checkpoints of a run",
     "replay": "compute a logged step again and compare it, bit for bit",
     "doctor": "check this machine for problems that would stop a run",
     "bench": "measure how fast a configuration trains on this machine",

@@ -19,8 +19,9 @@ import stat
 import tempfile
 import time
 import uuid
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NewType
 
@@ -62,14 +63,22 @@ def flush(path: Path) -> None:
 
 
 def write_file(path: Path, *pieces: bytes | memoryview) -> dict[str, Any]:
-    """Write the pieces to a file in order and flush it; returns its manifest entry.
+    """Write the pieces to a file in order and flush it; returns its manifest entry."""
+    return write_pieces(path, pieces)
+
+
+def write_pieces(path: Path, pieces: Iterable[bytes | memoryview], ahead: int | None = None) -> dict[str, Any]:
+    """The same with pieces that are made while they are written: at most `ahead` chunks of them wait to be hashed.
 
     A thread hashes the bytes in memory at the same time; hashing takes about as long as writing and flushing.
     """
     digest, size = hashlib.sha256(), 0
+    waiting: deque[Future] = deque()
     with open(path, "wb", buffering=0) as file, ThreadPoolExecutor(1) as hasher:
         for chunk in _chunks(pieces):
-            hasher.submit(digest.update, chunk)
+            waiting.append(hasher.submit(digest.update, chunk))
+            while ahead is not None and len(waiting) > ahead:
+                waiting.popleft().result()
             size += len(chunk)
             while chunk:
                 chunk = chunk[file.write(chunk) :]
@@ -123,10 +132,12 @@ def temporary_folder(final: Path) -> Path:
     return temporary
 
 
-def commit_folder(temporary: Path, final: Path, entries: dict[str, dict[str, Any]] | None = None) -> None:
-    """Rename a folder of flushed files to `final`. `entries`: {file name: manifest entry}, of which a manifest is written."""
+def commit_folder(temporary: Path, final: Path, entries: dict[str, dict[str, Any]] | None = None, **about: Any) -> None:
+    """Rename a folder of flushed files to `final`. `entries`: {file name: manifest entry}, of which a manifest is written, with
+    `about` beside them."""
     if entries is not None:
-        write_file(temporary / MANIFEST, json.dumps({"format": 1, "files": entries}, indent=1, sort_keys=True).encode())
+        manifest = {"format": 1, "files": entries, **about}
+        write_file(temporary / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True).encode())
     flush(temporary)
     os.rename(temporary, final)
     flush(final.parent)

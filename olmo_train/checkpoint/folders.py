@@ -15,6 +15,7 @@ from olmo_train.storage import MANIFEST, FileCheck, check_files, hash_file, prob
 
 log = logging.getLogger(__name__)
 FOLDER = re.compile(r"step-(\d{7,})")
+MERGED = re.compile(r"step-(\d{7,})-mean-[0-9a-f]{8}")  # in run_dir/merged
 BEST = "best.json"  # in run_dir, with checkpoint.keep_best: {"step", "metric", "value"}
 
 
@@ -28,6 +29,11 @@ def committed(run_dir: Path) -> dict[int, Path]:
     root = run_dir / "checkpoints"
     found = {int(m[1]): path for path in root.glob("step-*") if (m := FOLDER.fullmatch(path.name)) and path.is_dir()}
     return dict(sorted(found.items()))
+
+
+def merged(run_dir: Path) -> list[tuple[int, Path]]:
+    """(step of the newest parent, folder) of the merged checkpoints of a run; see merge.py."""
+    return sorted((int(m[1]), path) for path in (run_dir / "merged").glob("step-*") if (m := MERGED.fullmatch(path.name)))
 
 
 def _aside(folder: Path) -> Path:

@@ -92,8 +92,7 @@ class WeightReader:
     def _check_adapters(self, folder: Path, shape: ModelConfig) -> None:
         with torch.device("meta"):
             adapters = own_parameters(adapt(Transformer(shape), self._adapter))
-        stored = {name: entry.size for name, entry in self._entries.items() if name.startswith("model.")}
-        check_shapes(folder, stored, {f"model.{name}": parameter.shape for name, parameter in adapters.items()})
+        check_shapes(folder, self.shapes(), {f"model.{name}": parameter.shape for name, parameter in adapters.items()})
 
     def __call__(self, name: str) -> Tensor:
         """The parameter called `name`."""
@@ -103,6 +102,10 @@ class WeightReader:
         prefix = f"model.{name.removesuffix('weight')}adapter."
         adapter = {key.removeprefix(prefix): self._read(key) for key in self._entries if key.startswith(prefix)}
         return merged(weight, adapter, self._adapter.scale) if adapter else weight
+
+    def shapes(self) -> dict[str, torch.Size]:
+        """{name as it is stored, `model.NAME`: shape} of the weights that the folder itself holds."""
+        return {name: entry.size for name, entry in self._entries.items() if name.startswith("model.")}
 
     def _read(self, key: str) -> Tensor:
         entry = self._entries[key]
