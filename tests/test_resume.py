@@ -13,9 +13,11 @@ from data_sources import contents
 from ranks import exit_code, fork
 from runs import LOSS, cut, history, lines_of, trained, trained_on, wait_for
 
+from olmo_train import config as configuration
 from olmo_train.__main__ import main
 from olmo_train.errors import ConfigError, Stopped
 from olmo_train.history import History
+from olmo_train.run.resume import check_changes
 from olmo_train.train import train
 
 
@@ -149,6 +151,17 @@ def test_a_change_of_the_training_is_refused_with_both_values_unless_allowed(tin
     with pytest.raises(ConfigError, match=f"{key}.*{value}.*{was}"):
         trained(tiny_args("run", total_steps=3, **{key: value}))
     trained(tiny_args("run", total_steps=3, allow_changes=f"[{key}]", **{key: value}))
+
+
+def test_a_run_of_a_version_without_a_key_resumes_with_its_default(tiny_args):
+    now = configuration.to_dict(tiny_args())
+    newer = ("batch_schedule", "adapter", "optim.decay_shape", "optim.decay_tokens", "optim.lr_batch_scaling")
+    flat = {key: value for key, value in configuration.flatten(now).items() if not key.startswith(newer)}
+    saved = now | {"optim": {key[6:]: value for key, value in flat.items() if key.startswith("optim.")}}
+    check_changes({key: value for key, value in saved.items() if key not in newer}, now, ())
+    with pytest.raises(ConfigError, match="batch_schedule: is .* now and was \\[\\]"):
+        rows = {"batch_schedule": [{"from_step": 1, "size": 8}]}
+        check_changes({key: value for key, value in saved.items() if key not in newer}, now | rows, ())
 
 
 def test_sources_in_another_order_are_refused(tiny_args, tiny_words, tiny_tokens):
