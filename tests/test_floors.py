@@ -29,7 +29,7 @@ FLOORS = (  # lowest first; a folder's config.py lies below the rest of the fold
     "curves eval guards",
     "run",
     "train",
-    "convert tools",
+    "convert tools predict",
     "commands",
     "__main__",
 )

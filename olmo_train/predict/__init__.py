@@ -1,0 +1,1 @@
+"""Many runs: compare them, and choose by them."""
