@@ -22,6 +22,7 @@ from olmo_train.model.cost import adapter_parameters, count_parameters, flops_pe
 from olmo_train.model.transformer import Transformer
 from olmo_train.optim.build import build_optimizer, set_lr
 from olmo_train.optim.config import OptimConfig
+from olmo_train.optim.groups import Scaling
 from olmo_train.parallel import shard
 from olmo_train.parallel.config import ParallelConfig
 from olmo_train.parallel.recompute import training_forward
@@ -80,7 +81,7 @@ def test_a_linear_equals_peft_through_three_steps_of_lora_plus(kind, stabilized)
 
     named = {f"blocks.0.attn.wq.{name}": parameter for name, parameter in ours.named_parameters()}
     recipe = OptimConfig(peak_lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
-    optimizer = build_optimizer(named, recipe, lr_ratio=config.lr_ratio)
+    optimizer = build_optimizer(named, recipe, scaling=Scaling(config.lr_ratio))
     set_lr(optimizer, 1e-3)
     reference = create_loraplus_optimizer(theirs, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=16, eps=1e-8)
     for _ in range(3):
@@ -256,7 +257,7 @@ def test_a_model_with_new_adapters_is_its_base_bit_for_bit(size):
 
 def test_lora_plus_scales_the_rate_of_b_and_magnitudes_and_magnitudes_are_not_decayed():
     model = adapt(first_model(ModelConfig(**LLAMA)), AdapterConfig("dora", rank=2))
-    optimizer = build_optimizer(dict(model.named_parameters()), OptimConfig(weight_decay=0.1), lr_ratio=16)
+    optimizer = build_optimizer(dict(model.named_parameters()), OptimConfig(weight_decay=0.1), scaling=Scaling(lr_ratio=16))
     set_lr(optimizer, 1.0)
     names = {id(parameter): name.rpartition(".")[2] for name, parameter in model.named_parameters()}
     found = {names[id(p)]: (group["lr"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]}

@@ -8,8 +8,9 @@ Sources of the names and of what each family computes: transformers' models/{olm
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -300,3 +301,42 @@ def _rope_theta(theirs: dict[str, Any]) -> float:
     if kind != "default" or rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise ConfigError("rope_parameters", f"{rope} cannot be expressed; only rope_type: default can")
     return float(rope["rope_theta"])
+
+
+# ---- multipliers
+
+
+def folded(config: ModelConfig, read: Read) -> tuple[ModelConfig, Read]:
+    """The same model under the standard parametrization, as (shape, weights by name): the multipliers of mup and completep are
+    folded into the weights. A tied head that has a multiplier becomes a separate matrix.
+
+    Raises ConfigError where no weight can take a multiplier.
+    """
+    standard = {"parametrization": "standard", "base_width": None, "base_depth": None, "base_head_dim": None}
+    untied = config.tie_embeddings and config.width_ratio != 1
+    factors = _factors(config)
+
+    def read_folded(name: str) -> Tensor:
+        value = read("embed.weight" if untied and name == "head.weight" else name)
+        factor = factors.get(re.sub(r"^blocks\.\d+\.|\.(weight|bias)$", "", name), 1.0)
+        if factor == 1:
+            return value
+        offset = 1 if config.norm == "rms_norm_offset" and name.endswith("norm.weight") else 0  # it multiplies by 1 + weight
+        return (value + offset) * factor - offset
+
+    return replace(config, tie_embeddings=config.tie_embeddings and not untied, **standard), read_folded
+
+
+def _factors(config: ModelConfig) -> dict[str, float]:
+    """{name in a block, or head: factor} of the weights that take the multipliers."""
+    bare = config.norm == "layer_norm_nonparametric"
+    queries, branches, head = config.query_multiplier, 1 / config.depth_ratio, 1 / config.width_ratio
+    if queries != 1 and (config.clip_qkv is not None or (config.qk_norm and bare)):
+        key = "qk_norm" if config.clip_qkv is None else "clip_qkv"
+        what = "the factor of its queries, which base_head_dim causes, comes later and fits in no weight"
+        raise ConfigError(f"model.{key}", f"cannot be exported with parametrization {config.parametrization}: {what}")
+    if branches != 1 and config.block == "reordered_norm" and bare:
+        what = "the factor of its branches comes after a norm without weights"
+        raise ConfigError("model.block", f"reordered_norm cannot be exported with parametrization completep: {what}")
+    ends = ("attn_norm", "mlp_norm") if config.block == "reordered_norm" else ("attn.wo", "mlp.w_down")
+    return {"attn.q_norm" if config.qk_norm else "attn.wq": queries, **dict.fromkeys(ends, branches), "head": head}

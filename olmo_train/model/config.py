@@ -51,6 +51,12 @@ class ModelConfig:
     z_loss: Fraction = 0.0  # weight of log(sum(exp(logits)))^2 in the training loss, not in the logged one; PaLM 1e-4, OLMo2 1e-5
     init: Init = "mitchell"  # initial weights; mitchell: by fan-in and depth, as OLMo; normal: init_std for all matrices
     init_std: Positive = 0.02  # standard deviation of init: normal
+    # mup: learning rate, weight decay and initial weights hold for every width (Yang et al. 2022); completep: and for every depth
+    # (Dey et al. 2025); docs/mup.md has the rules
+    parametrization: Literal["standard", "mup", "completep"] = "standard"
+    base_width: Count | None = None  # d_model of the model for which the learning rate was chosen, with mup and completep
+    base_depth: Count | None = None  # its n_layers, with completep
+    base_head_dim: Count | None = None  # its head_dim, where that differs, with mup and completep; null: the same
 
     def __post_init__(self) -> None:
         if self.head_dim is None and self.d_model % self.n_heads:
@@ -66,6 +72,19 @@ class ModelConfig:
             raise ConfigError("model.padded_vocab_size", f"{self.padded_vocab_size} is below vocab_size {self.vocab_size}")
         if self.bias == "norm" and self.norm != "layer_norm":
             raise ConfigError("model.bias", f"'norm' needs norm: layer_norm, got {self.norm}, which has no bias")
+        self._check_parametrization()
+
+    def _check_parametrization(self) -> None:
+        needed = {"standard": (), "mup": ("base_width",), "completep": ("base_width", "base_depth")}[self.parametrization]
+        for key in ("base_width", "base_depth", "base_head_dim"):
+            value = getattr(self, key)
+            if key in needed and value is None:
+                what = f"is not set; {self.parametrization} needs the {'d_model' if key == 'base_width' else 'n_layers'}"
+                raise ConfigError(f"model.{key}", f"{what} of the model for which the learning rate was chosen")
+            if value is not None and key not in (*needed, *(["base_head_dim"] if needed else [])):
+                kinds = "completep" if key == "base_depth" else "mup or completep"
+                what = f"is read with parametrization: {kinds} only, not {self.parametrization}; leave it out"
+                raise ConfigError(f"model.{key}", what)
 
     @property
     def kv_heads(self) -> int:
@@ -76,6 +95,21 @@ class ModelConfig:
     def head_size(self) -> int:
         """The width of one head, D in the shapes of transformer.py."""
         return self.d_model // self.n_heads if self.head_dim is None else self.head_dim
+
+    @property
+    def width_ratio(self) -> float:
+        """The width over that of the base: m_N of Dey et al. 2025; 1 under the standard parametrization."""
+        return self.d_model / (self.base_width or self.d_model)
+
+    @property
+    def depth_ratio(self) -> float:
+        """The depth over that of the base: m_L of Dey et al. 2025; 1 but for completep."""
+        return self.n_layers / (self.base_depth or self.n_layers)
+
+    @property
+    def query_multiplier(self) -> float:
+        """The factor of queries that makes attention scores q k / D instead of q k / sqrt(D), up to a constant."""
+        return math.sqrt((self.base_head_dim or self.head_size) / self.head_size)
 
     @property
     def vocab_rows(self) -> int:

@@ -40,7 +40,14 @@ def init_std(name: str, config: ModelConfig) -> float | None:
     """Standard deviation of the parameter called `name`; None for norms, which start as constants."""
     match = re.fullmatch(r"(?:blocks\.(\d+)\.)?(attn\.w[qkvo]|mlp\.w_(?:gate|up|down)|embed|head)\.weight", name)
     assert match or re.search(r"norm\.(weight|bias)$", name), f"no initial value is defined for {name}"
-    return INITS[config.init](match[2], int(match[1] or 0), config) if match else None
+    if not match:
+        return None
+    std = INITS[config.init](match[2], int(match[1] or 0), config)
+    # With mup the matrices of the blocks get 1/sqrt(fan_in), embedding and head the deviation of the base width. `mitchell` has
+    # the first for all of them, `normal` the second.
+    if config.init == "mitchell":
+        return std if match[1] else std * config.width_ratio**0.5
+    return std * config.width_ratio**-0.5 if match[1] else std
 
 
 def param_seed(seed: int, name: str) -> int:

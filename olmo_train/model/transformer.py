@@ -97,6 +97,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
 
 
+def scaled(x: Tensor, factor: float) -> Tensor:
+    """x times a factor, which is 1 under the standard parametrization."""
+    return x if factor == 1 else x * factor
+
+
 class Attention(nn.Module):
     """Causal attention of H query heads that share K key and value heads."""
 
@@ -119,7 +124,8 @@ class Attention(nn.Module):
         q, k, v = self.wq(x), self.wk(x), self.wv(x)  # (B, T, H * D), (B, T, K * D), (B, T, K * D)
         if (limit := self.config.clip_qkv) is not None:
             q, k, v = (y.clamp(-limit, limit) for y in (q, k, v))
-        q = self.q_norm(q).view(B, T, -1, self.config.head_size).transpose(1, 2)  # (B, H, T, D)
+        q = scaled(self.q_norm(q), self.config.query_multiplier)
+        q = q.view(B, T, -1, self.config.head_size).transpose(1, 2)  # (B, H, T, D)
         k = self.k_norm(k).view(B, T, -1, self.config.head_size).transpose(1, 2)  # (B, K, T, D)
         v = v.view(B, T, -1, self.config.head_size).transpose(1, 2)  # (B, K, T, D)
         q, k = rotate(q, *rope), rotate(k, *rope)
@@ -158,18 +164,19 @@ class SequentialBlock(nn.Module):
         self.attn = Attention(config)
         self.mlp_norm = NORMS[config.norm](config.d_model, config.norm_eps, config.bias == "norm")
         self.mlp = MLP(config)
+        self.multiplier = 1 / config.depth_ratio
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Mask, cache: KVCache | None) -> Tensor:
-        x = x + self.attn(self.attn_norm(x), rope, mask, cache)
-        return x + self.mlp(self.mlp_norm(x))
+        x = x + scaled(self.attn(self.attn_norm(x), rope, mask, cache), self.multiplier)
+        return x + scaled(self.mlp(self.mlp_norm(x)), self.multiplier)
 
 
 class ReorderedNormBlock(SequentialBlock):
     """x + norm(attention(x)), then x + norm(mlp(x)): OLMo 2 normalizes the output of a sub-layer, not its input."""
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Mask, cache: KVCache | None) -> Tensor:
-        x = x + self.attn_norm(self.attn(x, rope, mask, cache))
-        return x + self.mlp_norm(self.mlp(x))
+        x = x + scaled(self.attn_norm(self.attn(x, rope, mask, cache)), self.multiplier)
+        return x + scaled(self.mlp_norm(self.mlp(x)), self.multiplier)
 
 
 class ParallelBlock(nn.Module):
@@ -180,10 +187,12 @@ class ParallelBlock(nn.Module):
         self.norm = NORMS[config.norm](config.d_model, config.norm_eps, config.bias == "norm")
         self.attn = Attention(config)
         self.mlp = MLP(config)
+        self.multiplier = 1 / config.depth_ratio
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Mask, cache: KVCache | None) -> Tensor:
         normed = self.norm(x)
-        return x + self.attn(normed, rope, mask, cache) + self.mlp(normed)
+        attended = scaled(self.attn(normed, rope, mask, cache), self.multiplier)
+        return x + attended + scaled(self.mlp(normed), self.multiplier)
 
 
 BLOCKS = {"sequential": SequentialBlock, "parallel": ParallelBlock, "reordered_norm": ReorderedNormBlock}
@@ -248,7 +257,7 @@ class Transformer(nn.Module):
             x = block(x, rope, mask, cache)
         if cache is not None:
             cache.length += input_ids.shape[1]
-        x = self.norm(x)
+        x = scaled(self.norm(x), 1 / self.config.width_ratio)
         if self.head is None:
             return logits_or_loss(x, self.embed.weight, labels, self.loss)
         return self.head(x, labels, self.loss)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from olmo_train.optim.config import OptimConfig
-from olmo_train.optim.groups import OnFullTensors, on_unsharded, param_groups
+from olmo_train.optim.groups import STANDARD, OnFullTensors, Scaling, on_unsharded, param_groups
 
 
 def adamw(
@@ -17,10 +17,10 @@ def adamw(
     kind: type[torch.optim.AdamW] = torch.optim.AdamW,
     ranks: int = 1,
     on_full_tensors: OnFullTensors = on_unsharded,
-    lr_ratio: float = 1.0,
+    scaling: Scaling = STANDARD,
 ) -> torch.optim.AdamW:
     """torch's fused AdamW. Its `found_inf` makes a step an exact no-op without a host sync (see guards/nonfinite.py)."""
-    return kind(param_groups(parameters, config, lr_ratio), lr=config.peak_lr, betas=config.betas, eps=config.eps, fused=True)
+    return kind(param_groups(parameters, config, scaling), lr=config.peak_lr, betas=config.betas, eps=config.eps, fused=True)
 
 
 class DeterministicAdamW(torch.optim.AdamW):

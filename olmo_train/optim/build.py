@@ -9,7 +9,7 @@ from torch import nn
 
 from olmo_train.optim.adamw import adamw
 from olmo_train.optim.config import OptimConfig
-from olmo_train.optim.groups import OnFullTensors, on_unsharded
+from olmo_train.optim.groups import STANDARD, OnFullTensors, Scaling, on_unsharded
 from olmo_train.optim.muon import muon
 
 
@@ -19,15 +19,15 @@ def build_optimizer(
     adamw_class: type[torch.optim.AdamW] = torch.optim.AdamW,
     ranks: int = 1,
     on_full_tensors: OnFullTensors = on_unsharded,
-    lr_ratio: float = 1.0,
+    scaling: Scaling = STANDARD,
 ) -> torch.optim.Optimizer:
-    """The optimizer over {name: parameter}, without frozen parameters; group_of decides their weight decay.
-    `lr_ratio`: see group_of.
+    """The optimizer over {name: parameter}, without frozen parameters; group_of decides weight decay, learning rate and epsilon
+    of each.
 
     Work on full tensors is dealt over `ranks` and done through `on_full_tensors`.
     """
     parameters = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
-    return OPTIMIZERS[config.name](parameters, config, adamw_class, ranks, on_full_tensors, lr_ratio)
+    return OPTIMIZERS[config.name](parameters, config, adamw_class, ranks, on_full_tensors, scaling)
 
 
 OPTIMIZERS = {"adamw": adamw, "muon": muon}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from olmo_train.deal import deal, in_rounds
 from olmo_train.optim.adamw import adamw
 from olmo_train.optim.config import NEWTON_SCHULZ_STEPS, ROUND_ELEMENTS, OptimConfig, newton_schulz_flops
-from olmo_train.optim.groups import OnFullTensors, param_groups
+from olmo_train.optim.groups import STANDARD, OnFullTensors, Scaling, param_groups
 
 
 def muon(
@@ -20,13 +20,14 @@ def muon(
     kind: type[torch.optim.AdamW],
     ranks: int,
     on_full_tensors: OnFullTensors,
-    lr_ratio: float = 1.0,
+    scaling: Scaling = STANDARD,
 ) -> Muon:
     """Muon for the matrices of the blocks, AdamW for embedding, head and norms. The configuration refuses it for adapters."""
-    assert lr_ratio == 1, lr_ratio
+    assert scaling.lr_ratio == 1, scaling
     matrices = {name: p for name, p in parameters.items() if name.startswith("blocks.") and p.ndim == 2}
     rest = {name: p for name, p in parameters.items() if name not in matrices}
-    return Muon(param_groups(matrices, config), adamw(rest, config, kind), config, ranks, on_full_tensors)
+    by_adamw = adamw(rest, config, kind, scaling=scaling)
+    return Muon(param_groups(matrices, config, scaling), by_adamw, config, ranks, on_full_tensors)
 
 
 class Muon(torch.optim.Muon):

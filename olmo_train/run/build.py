@@ -10,8 +10,10 @@ import torch
 from olmo_train.checkpoint import load
 from olmo_train.formats import counted
 from olmo_train.model.adapter import adapt
+from olmo_train.model.config import ModelConfig
 from olmo_train.model.transformer import Transformer
 from olmo_train.optim.build import allocate_state, build_optimizer
+from olmo_train.optim.groups import Scaling
 from olmo_train.parallel import shard
 from olmo_train.parallel.determinism import DETERMINISM
 from olmo_train.parallel.exchange import on_full_tensors
@@ -34,8 +36,8 @@ def build(
     determinism = DETERMINISM[config.determinism]
     shard.shard(model, config.parallel, world, determinism, max(config.batches.sizes))
     parameters = dict(model.named_parameters())
-    ranks, lr_ratio = world.mesh.size(), config.adapter.lr_ratio
-    optimizer = build_optimizer(parameters, config.optim, determinism.adamw, ranks, on_full_tensors, lr_ratio)
+    scaling = scaling_of(config.model, config.adapter.lr_ratio)
+    optimizer = build_optimizer(parameters, config.optim, determinism.adamw, world.mesh.size(), on_full_tensors, scaling)
     allocate_state(optimizer)
     if init_folder:
         load.load_weights(init_folder, model, world)
@@ -49,3 +51,8 @@ def build(
     elif not init_folder:
         shard.init_weights(model, config.seed)
     return model, optimizer
+
+
+def scaling_of(model: ModelConfig, lr_ratio: float = 1.0) -> Scaling:
+    """What the parametrization of a model, and LoRA+'s ratio, mean for the learning rates."""
+    return Scaling(lr_ratio, model.width_ratio, model.depth_ratio, model.parametrization == "completep")
