@@ -34,7 +34,7 @@ VERBS = {
     "doctor": "check this machine for problems that would stop a run",
     "bench": "measure how fast a configuration trains on this machine",
     "evaluate": "measure a checkpoint on held-out text",
-    "convert": "take checkpoints to and from transformers folders and OLMo checkpoints",
+    "convert": "take checkpoints to and from transformers, PEFT and OLMo, and merge adapters",
     "generate": "continue a text with a checkpoint",
 }
 EXAMPLES = {  # one for each verb, at the end of its --help; together they are a first day with your own text

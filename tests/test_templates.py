@@ -91,6 +91,31 @@ def test_an_empty_prompt_of_the_plain_template_has_no_ids(chat_tokenizer):
     assert open_format("plain", chat_tokenizer, None, None).prompt_ids([("user", "")]) == []
 
 
+INSTRUCTION = "Answer \"briefly\",\nin one 'word' \\ \U0001f600 {{ x }}."
+
+
+@pytest.mark.parametrize("name", JINJA)
+def test_the_exported_chat_template_renders_what_we_encode(chat_tokenizer, name):
+    """As the family's own one, and with an instruction, which the first message of the user begins with, as ours."""
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(chat_tokenizer))
+    chat = open_format(name, chat_tokenizer, None, INSTRUCTION)
+    plain, asked = (TEMPLATES[name].jinja(chat.tokenizer.eos_text, text) for text in (None, INSTRUCTION))
+    newline = chat.tokenizer.encode("\n")
+    for turns in conversations(dict(TEMPLATES[name].roles)):
+        messages = [{"role": role, "content": text} for role, text in turns]
+        texts = [theirs.apply_chat_template(messages, chat_template=t, tokenize=False) for t in (plain, JINJA[name])]
+        assert texts[0] == texts[1]
+        ids = theirs.apply_chat_template(messages, chat_template=asked, tokenize=True)["input_ids"]
+        expected = encoded(chat, turns)[0]
+        assert ids[: len(expected)] == expected and ids[len(expected) :] in ([], newline)
+    question = [{"role": "user", "content": " What is it?\n"}]
+    ids = theirs.apply_chat_template(question, chat_template=asked, tokenize=True, add_generation_prompt=True)["input_ids"]
+    assert ids == chat.prompt_ids([("user", " What is it?\n")]) and INSTRUCTION in chat.tokenizer.decode(ids)
+    with pytest.raises(Exception, match="must alternate" if name == "gemma" else "this template knows the roles"):
+        theirs.apply_chat_template([{"role": "tool", "content": "a"}], chat_template=plain)
+
+
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_text_that_spells_a_marker_is_ordinary_text(chat_tokenizer, name):
     chat = open_format(name, chat_tokenizer, None, None)

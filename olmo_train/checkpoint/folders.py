@@ -154,7 +154,8 @@ def base_of(folder: Path, init_from: str | None = None, check: FileCheck = check
             what = f"{place} is not the checkpoint whose weights are frozen under the adapters of {folder}: {hashes}"
             raise ConfigError("init_from", f"{what}; name the checkpoint that was at {record['path']}")
     what = f"the base of {folder} is not at {record['path']}, where it was when the adapters were trained"
-    raise ConfigError("init_from", f"{what}; put it back, or set init_from to its place")
+    merge = f"olmo-train convert merge {folder} DEST --base PLACE"
+    raise ConfigError("init_from", f"{what}; put it back, set init_from to its place, or for other verbs than train: {merge}")
 
 
 def superfluous(run_dir: Path, config: CheckpointConfig, last_step: int | None = None) -> list[Path]:

@@ -75,33 +75,41 @@ class WeightReader:
     Raises CheckpointError when a checkpoint with adapters lacks one or holds another, and ConfigError when the base is not found.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, moved_base: Path | None = None):
+        """`moved_base`: where the base of adapters is now, if it is neither at init_from nor where it was."""
         self._storage = open_reader(folder)
         metadata = self._storage.read_metadata()
         self._storage.read_metadata = lambda: metadata  # read the files' headers once
         self._entries = metadata.state_dict_metadata
         self._base: WeightReader | None = None
+        self.adapter = AdapterConfig()  # its kind is none for a checkpoint that holds all weights
         if record := read_state(folder).get("base"):
             values = configuration.read([folder / "config.yaml"])
-            base = base_of(folder, configuration.decoded(values).get("init_from"))
+            place = str(moved_base) if moved_base else configuration.decoded(values).get("init_from")
+            base = base_of(folder, place)
             assert base is not None
             self._base, self._dtype = WeightReader(base), DTYPES[record["dtype"]]
-            self._adapter = configuration.build(AdapterConfig, values["adapter"], "adapter")
+            self.adapter = configuration.build(AdapterConfig, values["adapter"], "adapter")
             self._check_adapters(folder, configuration.build(ModelConfig, values["model"], "model"))
 
     def _check_adapters(self, folder: Path, shape: ModelConfig) -> None:
         with torch.device("meta"):
-            adapters = own_parameters(adapt(Transformer(shape), self._adapter))
+            adapters = own_parameters(adapt(Transformer(shape), self.adapter))
         check_shapes(folder, self.shapes(), {f"model.{name}": parameter.shape for name, parameter in adapters.items()})
 
     def __call__(self, name: str) -> Tensor:
-        """The parameter called `name`."""
-        if self._base is None:
-            return self._read(f"model.{name}")
-        weight = self._base(name).to(self._dtype).float()
+        """The weight called `name`, with its adapter merged into it."""
+        weight = self.unmerged(name)
         prefix = f"model.{name.removesuffix('weight')}adapter."
         adapter = {key.removeprefix(prefix): self._read(key) for key in self._entries if key.startswith(prefix)}
-        return merged(weight, adapter, self._adapter.scale) if adapter else weight
+        return merged(weight, adapter, self.adapter.scale) if adapter else weight
+
+    def unmerged(self, name: str) -> Tensor:
+        """The parameter called `name` of the model with adapters: a frozen weight as the adapters were trained with, or a
+        parameter of an adapter."""
+        if self._base is None or is_adapter(name):
+            return self._read(f"model.{name}")
+        return self._base(name).to(self._dtype).float()
 
     def shapes(self) -> dict[str, torch.Size]:
         """{name as it is stored, `model.NAME`: shape} of the weights that the folder itself holds."""

@@ -19,11 +19,13 @@ from torch import Tensor
 from olmo_train import config as configuration
 from olmo_train.checkpoint.format import FORMAT
 from olmo_train.errors import CheckpointError, ConfigError, reason
-from olmo_train.model.config import ModelConfig
+from olmo_train.model.adapter import adapt, own_parameters
+from olmo_train.model.config import AdapterConfig, ModelConfig
 from olmo_train.model.transformer import Transformer
 from olmo_train.storage import temporary_folder, write_file
 
 SHARD_BYTES = 1 << 30  # bytes in one file of weights; a file is in memory while it is written
+WHOLE = AdapterConfig()  # of a model without adapters
 
 Read = Callable[[str], Tensor]  # reads a tensor by its name
 
@@ -41,10 +43,10 @@ def transformers() -> Any:
     return transformers
 
 
-def on_meta(config: ModelConfig) -> Transformer:
-    """The model on the meta device: its shapes, without memory for its weights."""
+def on_meta(config: ModelConfig, adapter: AdapterConfig = WHOLE) -> Transformer:
+    """The model on the meta device, with its adapters: its shapes, without memory for its weights."""
     with torch.device("meta"):
-        return Transformer(config)
+        return adapt(Transformer(config), adapter) if adapter.is_on else Transformer(config)
 
 
 # ---- folders
@@ -75,19 +77,22 @@ def write_checkpoint(
     step: int = 0,
     updates: int | None = None,
     moments: dict[str, Read] | None = None,
+    adapter: AdapterConfig = WHOLE,
+    base: dict[str, Any] | None = None,
 ) -> dict[str, dict]:
     """Write the files of a checkpoint; returns their manifest entries.
 
     `values` is its config.yaml, `files` are written as they are. A run with resume_from continues after `step`: with the
     `moments` of AdamW, {exp_avg, exp_avg_sq: reader}, after `updates` updates; without them, with a new optimizer.
+    With an `adapter` the checkpoint holds the adapters alone, and `base` is what state.json says of the frozen weights.
     """
     kinds = {"model.{}": read} | {f"optim.{{}}.{key}": moment for key, moment in (moments or {}).items()}
-    parameters = dict(on_meta(config).named_parameters())
+    parameters = own_parameters(on_meta(config, adapter))
     tensors = {kind.format(name): partial(source, name) for kind, source in kinds.items() for name in parameters}
     sizes = {kind.format(name): 4 * parameter.numel() for kind in kinds for name, parameter in parameters.items()}
     entries, _ = write_shards(folder, sizes, lambda name: tensors[name]())
     state = {"format": FORMAT, "attempt": 0, "world_size": 1, "data": {}, "interval": None, "pending_line": None}
-    state |= {"total_tokens": 0, "step": step, "optimizer_steps": updates}
+    state |= {"total_tokens": 0, "step": step, "optimizer_steps": updates} | ({"base": base} if base else {})
     texts = {"config.yaml": configuration.dump(values).encode(), "state.json": json.dumps(state, indent=1).encode(), **files}
     return entries | {name: write_file(folder / name, content) for name, content in texts.items()}
 

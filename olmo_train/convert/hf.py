@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,8 +17,9 @@ from torch import Tensor
 from olmo_train import config as configuration
 from olmo_train.checkpoint import folders, load
 from olmo_train.convert import families
-from olmo_train.convert.check import Agreement, check_logits
+from olmo_train.convert.check import Agreement, check_logits, compare, our_logits
 from olmo_train.convert.folders import Read, TheirWeights, new_folder, transformers, write_checkpoint, write_shards
+from olmo_train.data.templates import chat_template
 from olmo_train.data.tokenizer import (
     CONFIG_FILE,
     OTHER_TOKENIZER,
@@ -59,6 +61,7 @@ def export_hf(
         tokenizer = load_tokenizer(own)
     eos_id = tokenizer.eos_id if tokenizer else configuration.decoded(saved.get("data") or {}).get("eos_id")
     stored = load.WeightReader(folder)
+    template = chat_template(folder, tokenizer) if tokenizer else None
     shape, folded = families.folded(config, stored)
     family = families.family_of(shape)
 
@@ -66,15 +69,30 @@ def export_hf(
         return folded(name).to(DTYPES[dtype])
 
     with new_folder(dest) as temporary:
-        for name, content in _text_files(family, shape, tokenizer, eos_id, DTYPES[dtype]).items():
+        for name, content in _text_files(family, shape, tokenizer, eos_id, DTYPES[dtype], template).items():
             write_file(temporary / name, content)
         _write_their_weights(temporary, family, shape, read, DTYPES[dtype])
-        # A weight that was rounded after a multiplier was folded in is compared as it was written.
-        if dtype == "fp32":
-            agreement = check_logits(config, stored, temporary, source)
-        else:
-            agreement = check_logits(shape, lambda name: read(name).float(), temporary, source)
+        agreement = _check_export(config, stored, shape, read, temporary, source)
         commit_folder(temporary, dest)
+    return agreement
+
+
+def _check_export(
+    config: ModelConfig, stored: load.WeightReader, shape: ModelConfig, written: Read, folder: Path, source: Path
+) -> Agreement:
+    """Compare logits of the folder with those of the source, in fp32. A model with adapters is compared as it was trained, not
+    merged. In bf16 the weights are compared as they were written, of a model of `shape`, and adapters also show how far rounding
+    the merged weights moves the logits."""
+    if written("embed.weight").dtype == torch.float32:
+        return check_logits(config, stored.unmerged if stored.adapter.is_on else stored, folder, source, stored.adapter)
+
+    def rounded(name: str) -> Tensor:
+        return written(name).float()
+
+    agreement = check_logits(shape, rounded, folder, source)
+    if stored.adapter.is_on:
+        adapted = our_logits(config, stored.unmerged, stored.adapter)
+        agreement = replace(agreement, lost=compare(our_logits(shape, rounded), adapted, config).relative)
     return agreement
 
 
@@ -87,7 +105,7 @@ def import_hf(source: Path, dest: Path) -> Agreement:
     if not (source / "config.json").is_file():
         raise CheckpointError(source, "holds no config.json; name a folder that transformers' save_pretrained wrote")
     settings = transformers().AutoConfig.from_pretrained(source).to_dict()
-    tokenizer = _their_tokenizer(source)
+    tokenizer = their_tokenizer(source)
     config = families.to_config(settings, tokenizer.vocab_size if tokenizer else None)
     mappings = families.mappings(settings["model_type"], config)
     theirs = TheirWeights(source)
@@ -117,13 +135,15 @@ def _write_their_weights(folder: Path, family: str, config: ModelConfig, read: R
 
 
 def _text_files(
-    family: str, config: ModelConfig, tokenizer: Tokenizer | None, eos_id: int | None, dtype: torch.dtype
+    family: str,
+    config: ModelConfig,
+    tokenizer: Tokenizer | None,
+    eos_id: int | None,
+    dtype: torch.dtype,
+    template: str | None,
 ) -> dict[str, bytes]:
     """The JSON files of a transformers folder."""
-    if tokenizer and tokenizer.vocab_size > config.vocab_size:
-        raise ConfigError("--tokenizer", f"{tokenizer.name} has {tokenizer.vocab_size} ids, the model only {config.vocab_size}")
-    pad_id = tokenizer.inner.token_to_id(PAD_TEXT) if tokenizer else None
-    pad_id = eos_id if pad_id is None else pad_id
+    pad_id = _pad_id(tokenizer) if tokenizer else eos_id
     settings = families.to_settings(family, config, eos_id, pad_id, str(dtype).removeprefix("torch."))
     generation = {"bos_token_id": None, "eos_token_id": eos_id, "pad_token_id": pad_id}
     n_tokens = tokenizer.vocab_size if tokenizer else config.vocab_size
@@ -131,21 +151,34 @@ def _text_files(
         generation["suppress_tokens"] = list(range(n_tokens, config.vocab_rows))
     files = {"config.json": settings, "generation_config.json": generation}
     texts = {name: json.dumps(values, indent=1).encode() for name, values in files.items()}
-    if tokenizer is None:
-        return texts
+    return texts | (tokenizer_files(tokenizer, config, template) if tokenizer else {})
+
+
+def tokenizer_files(tokenizer: Tokenizer, config: ModelConfig, template: str | None) -> dict[str, bytes]:
+    """The files with which transformers opens a tokenizer, and with `template` applies a chat template. Raises ConfigError when
+    the model has fewer ids."""
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ConfigError("--tokenizer", f"{tokenizer.name} has {tokenizer.vocab_size} ids, the model only {config.vocab_size}")
     about = config_file(
         tokenizer.eos_text,
         tokenizer_class="PreTrainedTokenizerFast",
-        pad_token=tokenizer.inner.id_to_token(pad_id),
+        pad_token=tokenizer.inner.id_to_token(_pad_id(tokenizer)),
         padding_side="left",  # text is continued at its right end
         model_max_length=config.seq_len,
         clean_up_tokenization_spaces=False,
         add_prefix_space=False,
+        **({"chat_template": template} if template else {}),
     )
-    return texts | {"tokenizer.json": tokenizer.json.encode(), CONFIG_FILE: about}
+    return {"tokenizer.json": tokenizer.json.encode(), CONFIG_FILE: about}
 
 
-def _their_tokenizer(folder: Path) -> Tokenizer | None:
+def _pad_id(tokenizer: Tokenizer) -> int:
+    pad_id = tokenizer.inner.token_to_id(PAD_TEXT)
+    return tokenizer.eos_id if pad_id is None else pad_id
+
+
+def their_tokenizer(folder: Path) -> Tokenizer | None:
+    """The tokenizer of a folder, if it has one that we can use."""
     file = folder / "tokenizer.json"
     if not file.is_file():
         return None

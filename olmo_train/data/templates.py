@@ -8,6 +8,7 @@ markers is encoded in one piece. The assistant's text and the end of each of its
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +19,7 @@ import numpy as np
 from olmo_train.data.tokenizer import CONFIG_FILE, Tokenizer, load_tokenizer
 from olmo_train.errors import ConfigError, DataError, check_choice
 
+log = logging.getLogger(__name__)
 Turn: TypeAlias = tuple[str, str]  # (role, text) of a message
 SCORED = "the assistant's text and the end of each of its turns"
 SEPARATOR = "\n\n"  # between the instruction and the prompt
@@ -67,6 +69,36 @@ class Template:
         pieces = (self.begin, *self.head, *self.tail, *self.end)
         return tuple(dict.fromkeys(str(piece) for piece in pieces if isinstance(piece, Marker) and piece != EOS))
 
+    def jinja(self, eos: str, instruction: str | None = None) -> str:
+        """The template in the language of transformers' `apply_chat_template`, with the text of the EOS and the instruction."""
+        names = dict(self.roles)
+
+        def text(pieces: Sequence[str], role: str) -> str:
+            return "".join(eos if piece == EOS else piece.replace("{role}", names[role]) for piece in pieces)
+
+        def put(role: str, what: str) -> str:
+            tail = self.end or self.tail if role == "assistant" else self.tail
+            return f"{{{{ {_quoted(text(self.head, role))} + {what} + {_quoted(text(tail, role))} }}}}"
+
+        made = f"{{{{ {_quoted(text((self.begin,), 'user'))} }}}}" if self.begin else ""
+        if self.system is not None:
+            made += f"{{% if messages[0]['role'] != 'system' %}}{put('system', _quoted(self.system))}{{% endif %}}"
+        if instruction is not None:  # in a namespace, as a loop cannot set a variable that is outside it
+            made += f"{{% set first = namespace(text={_quoted(instruction + SEPARATOR)}) %}}"
+        made += "{% for message in messages %}{% set text = message['content'] %}"
+        if self.alternates:
+            expected = "'user' if loop.index0 % 2 == 0 else 'assistant'"
+            refused = _quoted("user and assistant messages must alternate, the user's first")
+            made += f"{{% if message['role'] != ({expected}) %}}{{{{ raise_exception({refused}) }}}}{{% endif %}}"
+        if instruction is not None:
+            made += "{% if message['role'] == 'user' %}{% set text = first.text + text %}{% set first.text = '' %}{% endif %}"
+        said = "text | trim" if self.strips else "text"
+        turns = [f"if message['role'] == {_quoted(role)} %}}{put(role, f'({said})')}{{% " for role in names]
+        unknown = _quoted("this template knows the roles " + ", ".join(names))
+        made += f"{{% {'el'.join(turns)}else %}}{{{{ raise_exception({unknown}) }}}}{{% endif %}}{{% endfor %}}"
+        asks = f"{{{{ {_quoted(text(self.head, 'assistant'))} }}}}"
+        return f"{made}{{% if add_generation_prompt %}}{asks}{{% endif %}}"
+
 
 _CHATML = Template((Marker("<|im_start|>"), "{role}\n"), (Marker("<|im_end|>"), "\n"))
 TEMPLATES = {
@@ -83,6 +115,11 @@ TEMPLATES = {
         begin=Marker("<bos>"), roles=(("user", "user"), ("assistant", "model")), strips=True, alternates=True,
     ),
 }  # fmt: skip
+
+
+def _quoted(text: str) -> str:
+    """A text as Jinja writes it; its escapes are those of JSON."""
+    return json.dumps(text, ensure_ascii=False)
 
 
 class Piece(NamedTuple):
@@ -261,3 +298,17 @@ def recorded_template(folder: Path) -> dict[str, Any] | None:
         return json.loads((folder / CONFIG_FILE).read_bytes()).get("template")
     except (OSError, ValueError, AttributeError):
         return None
+
+
+def chat_template(folder: Path, tokenizer: Tokenizer) -> str | None:
+    """The template of a checkpoint's data for transformers' `apply_chat_template`, with its instruction. None without one, for
+    `plain`, whose messages have nothing around them, and with a warning when the tokenizer is another one."""
+    recorded = recorded_template(folder)
+    template = TEMPLATES.get(recorded["name"]) if recorded else None
+    if recorded is None or template is None or not template.head:
+        return None
+    if tokenizer.eos_text != recorded["turn_end"] or any(tokenizer.inner.token_to_id(m) is None for m in template.markers):
+        what = f"a turn ends with {recorded['turn_end']!r} in the template {recorded['name']} of {folder}"
+        log.warning("%s: %s; no chat template is written, as this tokenizer differs", tokenizer.name, what)
+        return None
+    return template.jinja(tokenizer.eos_text, recorded["instruction"])
