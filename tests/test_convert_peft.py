@@ -3,6 +3,7 @@
 The oracle is peft on transformers' models in fp32.
 """
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -265,6 +266,13 @@ def test_falcons_fused_matrix_is_refused_and_its_other_ones_are_exported(tmp_pat
         convert_peft.export_peft(run, tmp_path / "fused")
     assert problem.value.where == "adapter.targets" and not (tmp_path / "fused").exists()
     convert_peft.merge(run, tmp_path / "merged")
+
+
+def test_a_model_with_multipliers_is_refused():
+    config = dataclasses.replace(CONFIGS["llama"], parametrization="mup", base_width=32)
+    with pytest.raises(ConfigError, match="mup has multipliers") as problem:
+        convert_peft.peft_names("llama", config, KINDS["lora"])
+    assert problem.value.where == "model.parametrization"
 
 
 @pytest.fixture(scope="module")

@@ -181,6 +181,9 @@ def how_to_load(source: Path) -> str:
 
 def peft_names(family: str, config: ModelConfig, adapter: AdapterConfig) -> dict[str, str]:
     """{PEFT's name: ours} of the tensors of all adapters. Raises ConfigError for targets that the family stores as one matrix."""
+    if config.parametrization != "standard":
+        what = f"{config.parametrization} has multipliers, which an exported base has in its weights and adapters beside it lack"
+        raise ConfigError("model.parametrization", f"{what}; convert the merged model with export-hf")
     holders = {name: mapping for mapping in families.mappings(family, config) for name in mapping.ours}
     names = {}
     for name in own_parameters(on_meta(config, adapter)):
