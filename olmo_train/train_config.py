@@ -108,7 +108,7 @@ class TrainConfig:
             raise ConfigError(
                 "determinism", "'world' sums gradients in fp64, uncompiled; leave out parallel.compile, float8 and reduce_dtype"
             )
-        self._check_adapter()
+        check_adapter(self)
         if self.resume_from and self.init_from and not self.adapter.is_on:
             what = f"{self.init_from} and resume_from {self.resume_from} are both set; leave one out, as resume_from=null"
             raise BothSet("init_from", what, "resume_from")
@@ -121,7 +121,7 @@ class TrainConfig:
             raise BothSet(second, what, first)
         if self.total_epochs is not None:
             return  # the number of steps depends on the data; see with_length
-        in_steps = self.optim_in_steps(self.batches)
+        in_steps = optim_in_steps(self, self.batches)
         if in_steps.schedule != "constant" and in_steps.warmup_steps >= self.steps and self.total_steps is None:
             raise ConfigError("optim.warmup_steps", "; ".join(self.warmup_too_long))
 
@@ -144,26 +144,6 @@ class TrainConfig:
         object.__setattr__(optim, "lr_factors", factors)
         object.__setattr__(self, "optim", optim)
 
-    def _check_adapter(self) -> None:
-        """Raises ConfigError when the adapters do not fit the model or another section."""
-        adapter, shapes = self.adapter, block_matrices(self.model)
-        if not adapter.is_on:
-            return
-        if self.parallel.float8:
-            raise ConfigError("parallel.float8", f"computes no frozen weights beside adapters; leave it out with {adapter.kind}")
-        if self.optim.name != "adamw":
-            what = f"{self.optim.name} would orthogonalize the updates of A and B apart, which is not that of their product"
-            raise ConfigError("optim.name", f"{what}; set adamw with adapter.kind {adapter.kind}")
-        targets = [name for name in adapter.targets if name in shapes]
-        if not targets:
-            what = f"{', '.join(adapter.targets)} is in no block of this model, whose MLP has no gate"
-            raise ConfigError("adapter.targets", f"{what}; name some of {', '.join(shapes)}")
-        smallest = min(targets, key=lambda name: min(shapes[name]))
-        if adapter.rank > min(shapes[smallest]):
-            rows, columns = shapes[smallest]
-            what = f"{adapter.rank} is above the smallest side of {smallest}, which is {rows} x {columns}"
-            raise ConfigError("adapter.rank", f"{what}; set at most {min(rows, columns)}")
-
     @property
     def batches(self) -> BatchSizes:
         """The sizes of the global batches of a run that starts with this configuration."""
@@ -172,7 +152,7 @@ class TrainConfig:
     @property
     def warmup_too_long(self) -> tuple[str, str]:
         """What is wrong with a warmup that fills the run, and the remedy."""
-        what = f"{self.optim_in_steps(self.batches).warmup_steps} fills the whole run of {counted(self.steps, 'step')}"
+        what = f"{optim_in_steps(self, self.batches).warmup_steps} fills the whole run of {counted(self.steps, 'step')}"
         return f"{what}: the learning rate never reaches its peak", f"set optim.warmup_steps to at most {self.steps - 1}"
 
     @property
@@ -198,26 +178,7 @@ class TrainConfig:
         """This configuration with every length in steps, for a run with these batch sizes, or its own. with_length comes first.
         Raises ConfigError."""
         batches = batches or self.batches
-        return replace(self, total_steps=self.steps_with(batches), total_tokens=None, optim=self.optim_in_steps(batches))
-
-    def optim_in_steps(self, batches: BatchSizes) -> OptimConfig:
-        """The optim section with its lengths in steps. A warmup ends at the first step after which its tokens have been read; a
-        decay begins at the last step after which at least its tokens remain to be read. Raises ConfigError."""
-        optim, seq_len = self.optim, self.model.seq_len
-        warmup, end, decay = optim.warmup_steps, optim.schedule_steps, optim.decay_steps
-        if optim.warmup_tokens is not None:
-            warmup = batches.steps_for(optim.warmup_tokens, seq_len)
-        if optim.schedule_tokens is not None:
-            end = batches.steps_for(optim.schedule_tokens, seq_len)
-        last = end or self.steps_with(batches)
-        if optim.decay_tokens is not None:
-            decay = batches.steps_before(last, optim.decay_tokens, seq_len)
-        if decay is not None and decay > last - warmup:
-            name, length = ("tokens", optim.decay_tokens) if optim.decay_tokens else ("steps", decay)
-            room = f"the {counted(max(last - warmup, 0), 'step')} between the warmup and the end of the schedule"
-            raise ConfigError(f"optim.decay_{name}", f"{length:g} is longer than {room}; set it lower, or train longer")
-        lengths = {"warmup_steps": warmup, "schedule_steps": end, "decay_steps": decay}
-        return replace(optim, **lengths, warmup_tokens=None, schedule_tokens=None, decay_tokens=None)
+        return replace(self, total_steps=self.steps_with(batches), total_tokens=None, optim=optim_in_steps(self, batches))
 
     def tokens_by(self, step: int) -> int:
         """Tokens read by the end of this step."""
@@ -282,6 +243,47 @@ def batch_for(model: ModelConfig) -> int:
     olmo, tokens = ModelConfig(), 2048 * 2048
     share = count_parameters(model).total / count_parameters(olmo).total
     return 2 ** max(0, round(math.log2(tokens * share ** (2 * 0.3271) / model.seq_len)))
+
+
+def check_adapter(config: TrainConfig) -> None:
+    """Raises ConfigError when the adapters do not fit the model or another section."""
+    adapter, shapes = config.adapter, block_matrices(config.model)
+    if not adapter.is_on:
+        return
+    if config.parallel.float8:
+        raise ConfigError("parallel.float8", f"computes no frozen weights beside adapters; leave it out with {adapter.kind}")
+    if config.optim.name != "adamw":
+        what = f"{config.optim.name} would orthogonalize the updates of A and B apart, which is not that of their product"
+        raise ConfigError("optim.name", f"{what}; set adamw with adapter.kind {adapter.kind}")
+    targets = [name for name in adapter.targets if name in shapes]
+    if not targets:
+        what = f"{', '.join(adapter.targets)} is in no block of this model, whose MLP has no gate"
+        raise ConfigError("adapter.targets", f"{what}; name some of {', '.join(shapes)}")
+    smallest = min(targets, key=lambda name: min(shapes[name]))
+    if adapter.rank > min(shapes[smallest]):
+        rows, columns = shapes[smallest]
+        what = f"{adapter.rank} is above the smallest side of {smallest}, which is {rows} x {columns}"
+        raise ConfigError("adapter.rank", f"{what}; set at most {min(rows, columns)}")
+
+
+def optim_in_steps(config: TrainConfig, batches: BatchSizes) -> OptimConfig:
+    """The optim section with its lengths in steps. A warmup ends at the first step after which its tokens have been read; a
+    decay begins at the last step after which at least its tokens remain to be read. Raises ConfigError."""
+    optim, seq_len = config.optim, config.model.seq_len
+    warmup, end, decay = optim.warmup_steps, optim.schedule_steps, optim.decay_steps
+    if optim.warmup_tokens is not None:
+        warmup = batches.steps_for(optim.warmup_tokens, seq_len)
+    if optim.schedule_tokens is not None:
+        end = batches.steps_for(optim.schedule_tokens, seq_len)
+    last = end or config.steps_with(batches)
+    if optim.decay_tokens is not None:
+        decay = batches.steps_before(last, optim.decay_tokens, seq_len)
+    if decay is not None and decay > last - warmup:
+        name, length = ("tokens", optim.decay_tokens) if optim.decay_tokens else ("steps", decay)
+        room = f"the {counted(max(last - warmup, 0), 'step')} between the warmup and the end of the schedule"
+        raise ConfigError(f"optim.decay_{name}", f"{length:g} is longer than {room}; set it lower, or train longer")
+    lengths = {"warmup_steps": warmup, "schedule_steps": end, "decay_steps": decay}
+    return replace(optim, **lengths, warmup_tokens=None, schedule_tokens=None, decay_tokens=None)
 
 
 def schedule_warnings(config: TrainConfig, saved: dict[str, Any], mixture: Mixture, last_step: int) -> list[str]:
