@@ -10,8 +10,8 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from olmo_train.commands.common import add_config_arguments, print_table, split_config
-from olmo_train.errors import ConfigError, DataError
+from olmo_train.commands.common import add_config_arguments, check_counts, print_table, split_config
+from olmo_train.errors import DataError
 from olmo_train.formats import counted, decimal
 
 if TYPE_CHECKING:
@@ -31,9 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from olmo_train.predict import sweep as runs
 
-    for option in ("seeds", "jobs"):
-        if getattr(arguments, option) < 1:
-            raise ConfigError(f"--{option}", f"must be at least 1, got {getattr(arguments, option)}")
+    check_counts(arguments, "seeds", "jobs")
     sweep = runs.plan_sweep(*split_config(arguments.config), arguments.seeds)
     if arguments.print:
         print(runs.commands(sweep) if arguments.print == "commands" else runs.slurm_array(sweep), end="")

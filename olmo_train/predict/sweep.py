@@ -21,11 +21,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from olmo_train import config as configuration
-from olmo_train.errors import ConfigError, DataError
+from olmo_train.errors import ConfigError, DataError, Stopped
 from olmo_train.history import STARTS, History
 from olmo_train.train_config import TrainConfig
 
-STOPPED = 75  # exit code of a run that a signal stopped after saving
+STOPPED = Stopped.exit_code
 
 
 @dataclass(frozen=True)
