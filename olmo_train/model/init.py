@@ -20,17 +20,17 @@ CUT = 3  # standard deviations at which the normal distribution is truncated (al
 
 def mitchell_std(kind: str, layer: int, config: ModelConfig) -> float:
     """OLMo's `mitchell` init (allenai/OLMo, olmo/initialization.py): 1/sqrt(fan_in); matrices that write to the
-    residual stream have another factor 1/sqrt(2 * (layer + 1))."""
+    residual stream have another factor 1/sqrt(2 * (layer + 1)). With mup, embedding and head keep the deviation of the base."""
     if kind == "attn.wo":
         return (2 * config.d_model * (layer + 1)) ** -0.5
     if kind == "mlp.w_down":
         return (2 * config.mlp_hidden * (layer + 1)) ** -0.5
-    return config.d_model**-0.5
+    return ((config.base_width or config.d_model) if kind in ("embed", "head") else config.d_model) ** -0.5
 
 
 def normal_std(kind: str, layer: int, config: ModelConfig) -> float:
-    """One standard deviation for all matrices: OLMo 2."""
-    return config.init_std
+    """One standard deviation for all matrices: OLMo 2. With mup, those of the blocks have it over the root of the width ratio."""
+    return config.init_std * (1.0 if kind in ("embed", "head") else config.width_ratio**-0.5)
 
 
 INITS = {"mitchell": mitchell_std, "normal": normal_std}
@@ -40,14 +40,7 @@ def init_std(name: str, config: ModelConfig) -> float | None:
     """Standard deviation of the parameter called `name`; None for norms, which start as constants."""
     match = re.fullmatch(r"(?:blocks\.(\d+)\.)?(attn\.w[qkvo]|mlp\.w_(?:gate|up|down)|embed|head)\.weight", name)
     assert match or re.search(r"norm\.(weight|bias)$", name), f"no initial value is defined for {name}"
-    if not match:
-        return None
-    std = INITS[config.init](match[2], int(match[1] or 0), config)
-    # With mup the matrices of the blocks get 1/sqrt(fan_in), embedding and head the deviation of the base width. `mitchell` has
-    # the first for all of them, `normal` the second.
-    if config.init == "mitchell":
-        return std if match[1] else std * config.width_ratio**0.5
-    return std * config.width_ratio**-0.5 if match[1] else std
+    return INITS[config.init](match[2], int(match[1] or 0), config) if match else None
 
 
 def param_seed(seed: int, name: str) -> int:
