@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from olmo_train.convert import families
-from olmo_train.convert.folders import WHOLE, Read, TheirWeights, on_meta, transformers
+from olmo_train.convert.folders import Read, TheirWeights, on_meta, transformers
 from olmo_train.errors import CheckpointError, check_choice
 from olmo_train.model.config import AdapterConfig, ModelConfig
+from olmo_train.model.cost import FULL
 
 MAX_DIFFERENCE = 2e-5  # between logits of size 1, computed in fp32; with gate and up swapped it is 1 and more
 MAX_RELATIVE = 5e-6  # |difference| / |logits|, over all of them
@@ -59,7 +60,7 @@ def require(agreement: Agreement, source: Path) -> Agreement:
     return agreement
 
 
-def check_logits(config: ModelConfig, read: Read, folder: Path, source: Path, adapter: AdapterConfig = WHOLE) -> Agreement:
+def check_logits(config: ModelConfig, read: Read, folder: Path, source: Path, adapter: AdapterConfig = FULL) -> Agreement:
     """Compare our logits of our weights with transformers' logits of its `folder`, on the same tokens, in fp32. With an `adapter`
     ours are those of the frozen weights and adapters, not merged.
 
@@ -77,7 +78,7 @@ def _tokens(config: ModelConfig) -> Tensor:
 
 
 @torch.no_grad()
-def our_logits(config: ModelConfig, read: Read, adapter: AdapterConfig = WHOLE) -> Tensor:
+def our_logits(config: ModelConfig, read: Read, adapter: AdapterConfig = FULL) -> Tensor:
     """Logits (B, T, V) of our model, with adapters if `adapter` has any, which `read` reads as well."""
     model = on_meta(config, adapter).eval()
     load_when_needed(model, model.blocks, read)

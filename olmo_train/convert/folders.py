@@ -21,11 +21,11 @@ from olmo_train.checkpoint.format import FORMAT
 from olmo_train.errors import CheckpointError, ConfigError, reason
 from olmo_train.model.adapter import adapt, own_parameters
 from olmo_train.model.config import AdapterConfig, ModelConfig
+from olmo_train.model.cost import FULL
 from olmo_train.model.transformer import Transformer
 from olmo_train.storage import temporary_folder, write_file
 
 SHARD_BYTES = 1 << 30  # bytes in one file of weights; a file is in memory while it is written
-WHOLE = AdapterConfig()  # of a model without adapters
 
 Read = Callable[[str], Tensor]  # reads a tensor by its name
 
@@ -43,7 +43,7 @@ def transformers() -> Any:
     return transformers
 
 
-def on_meta(config: ModelConfig, adapter: AdapterConfig = WHOLE) -> Transformer:
+def on_meta(config: ModelConfig, adapter: AdapterConfig = FULL) -> Transformer:
     """The model on the meta device, with its adapters: its shapes, without memory for its weights."""
     with torch.device("meta"):
         return adapt(Transformer(config), adapter) if adapter.is_on else Transformer(config)
@@ -77,7 +77,7 @@ def write_checkpoint(
     step: int = 0,
     updates: int | None = None,
     moments: dict[str, Read] | None = None,
-    adapter: AdapterConfig = WHOLE,
+    adapter: AdapterConfig = FULL,
     base: dict[str, Any] | None = None,
 ) -> dict[str, dict]:
     """Write the files of a checkpoint; returns their manifest entries.

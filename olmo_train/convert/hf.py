@@ -72,19 +72,19 @@ def export_hf(
         for name, content in _text_files(family, shape, tokenizer, eos_id, DTYPES[dtype], template).items():
             write_file(temporary / name, content)
         _write_their_weights(temporary, family, shape, read, DTYPES[dtype])
-        agreement = _check_export(config, stored, shape, read, temporary, source)
+        if dtype == "fp32":  # with adapters, of the model as it was trained
+            agreement = check_logits(config, stored.unmerged, temporary, source, stored.adapter)
+        else:
+            agreement = _check_rounded(config, stored, shape, read, temporary, source)
         commit_folder(temporary, dest)
     return agreement
 
 
-def _check_export(
+def _check_rounded(
     config: ModelConfig, stored: load.WeightReader, shape: ModelConfig, written: Read, folder: Path, source: Path
 ) -> Agreement:
-    """Compare logits of the folder with those of the source, in fp32. A model with adapters is compared as it was trained, not
-    merged. In bf16 the weights are compared as they were written, of a model of `shape`, and adapters also show how far rounding
-    the merged weights moves the logits."""
-    if written("embed.weight").dtype == torch.float32:
-        return check_logits(config, stored.unmerged if stored.adapter.is_on else stored, folder, source, stored.adapter)
+    """Compare logits of a folder whose weights are rounded with those of the weights as they were written, of a model of `shape`.
+    Adapters also show how far rounding the merged weights moves the logits."""
 
     def rounded(name: str) -> Tensor:
         return written(name).float()
