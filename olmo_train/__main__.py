@@ -93,6 +93,7 @@ class Parser(argparse.ArgumentParser):
             raise argparse.ArgumentError(action, f"{value!r} is not a choice; {nearest(value, action.choices)}")
 
     def error(self, message: str) -> NoReturn:
+        """Print the usage and the mistake with its remedy, and exit with code 2."""
         if "required: " in message:
             meant = [option for word in self.words if word.startswith("--") for option in self.options_like(word)]
             message += f"; {did_you_mean(meant, f'for example: {self.example}')}"

@@ -158,6 +158,11 @@ def base_of(folder: Path, init_from: str | None = None, check: FileCheck = check
     raise ConfigError("init_from", f"{what}; put it back, set init_from to its place, or for other verbs than train: {merge}")
 
 
+def merge_first(folder: Path) -> str:
+    """What to do with a checkpoint of adapters where one of all weights is needed."""
+    return f"{folder} holds adapters alone; merge them into their base first: olmo-train convert merge {folder} DEST"
+
+
 def superfluous(run_dir: Path, config: CheckpointConfig, last_step: int | None = None) -> list[Path]:
     """The checkpoints that retention deletes now: neither permanent, nor the best, nor among the newest keep_last complete ones.
 

@@ -47,6 +47,7 @@ class _Format1Reader(HuggingFaceStorageReader):
         self._stored: dict[MetadataIndex, tuple[MetadataIndex, int]] = {}  # chunk of a part -> stored chunk, its first row there
 
     def read_metadata(self) -> Metadata:
+        """The tensors of the folder, under today's names where the format is older."""
         metadata = super().read_metadata()
         for name in list(metadata.state_dict_metadata):
             if match := STACKED_NAME.fullmatch(name):

@@ -112,7 +112,7 @@ class WeightReader:
         return self._base(name).to(self._dtype).float()
 
     def shapes(self) -> dict[str, torch.Size]:
-        """{name as it is stored, `model.NAME`: shape} of the weights that the folder itself holds."""
+        """{stored name, `model.NAME`: shape} of the weights that the folder itself holds."""
         return {name: entry.size for name, entry in self._entries.items() if name.startswith("model.")}
 
     def _read(self, key: str) -> Tensor:

@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from olmo_train.checkpoint.folders import committed, read_state
 from olmo_train.checkpoint.format import FORMAT
 from olmo_train.checkpoint.load import WeightReader, check_shapes
-from olmo_train.checkpoint.save import _non_finite, _safetensors_header
+from olmo_train.checkpoint.save import non_finite, safetensors_header
 from olmo_train.errors import CheckpointError, ConfigError, SaveError, reason
 from olmo_train.formats import counted
 from olmo_train.storage import (
@@ -151,7 +151,7 @@ def _write(temporary: Path, readers: dict[Path, WeightReader], chosen: dict[Path
     offsets = {name: {"saved_offsets": [0] * len(shape)} for name, shape in shapes.items()}
 
     def pieces() -> Iterator[bytes | memoryview]:
-        yield _safetensors_header(blank, offsets)
+        yield safetensors_header(blank, offsets)
         for name in watch(shapes, "merging", len(shapes)):
             mean = _mean(name, readers, chosen)
             yield memoryview(mean.view(-1).view(torch.uint8).numpy())
@@ -177,7 +177,7 @@ def _mean(name: str, readers: dict[Path, WeightReader], chosen: dict[Path, float
                 raise
             what = "was deleted while it was merged; merge again, or keep it with checkpoint.permanent_interval_steps"
             raise CheckpointError(folder, what) from problem
-        if _non_finite({name: tensor}):
+        if non_finite({name: tensor}):
             raise CheckpointError(folder, f"{name} holds values that are not finite; merge other checkpoints")
         term = tensor.double().mul_(chosen[folder])
         total = term if total is None else total.add_(term)

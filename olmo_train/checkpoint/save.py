@@ -145,7 +145,7 @@ class Checkpointer:
         """
         started = time.perf_counter()
         final = folder_of(self.run_dir, step)
-        if poisoned := sorted(set(sum(self._together(final, lambda: _non_finite(tensors)), []))):
+        if poisoned := sorted(set(sum(self._together(final, lambda: non_finite(tensors)), []))):
             raise NonFiniteError(
                 final,
                 f"was not committed: {poisoned[0]} and {len(poisoned) - 1} other tensors hold non-finite values; "
@@ -220,7 +220,7 @@ def _local(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.to_local() if isinstance(tensor, DTensor) else tensor for name, tensor in tensors.items()}
 
 
-def _non_finite(tensors: dict[str, Tensor]) -> list[str]:
+def non_finite(tensors: dict[str, Tensor]) -> list[str]:
     """The names of tensors with a non-finite value in this rank's part."""
     local = _local(tensors)
     # aminmax finds any NaN or infinity and takes a twentieth of the time of isfinite.
@@ -236,19 +236,20 @@ class _Writer(HuggingFaceStorageWriter):
         self.entries: dict[str, dict[str, Any]] = {}  # {file name: manifest entry} of this rank's files
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> torch.futures.Future[list[WriteResult]]:
+        """Write this rank's tensors as one safetensors file, and note its manifest entry."""
         tensors = {item.index.fqn: planner.resolve_data(item).contiguous() for item in plan.items}
         if tensors:
             name = f"shard-{plan.storage_data['shard_index']:05d}.safetensors"
             offsets = {item.index.fqn: {"saved_offsets": list(item.tensor_data.chunk.offsets)} for item in plan.items}
             views = [memoryview(tensor.view(-1).view(torch.uint8).numpy()) for tensor in tensors.values()]
-            self.entries[name] = write_file(Path(self.path) / name, _safetensors_header(tensors, offsets), *views)
+            self.entries[name] = write_file(Path(self.path) / name, safetensors_header(tensors, offsets), *views)
         written: torch.futures.Future[list[WriteResult]] = torch.futures.Future()
         sizes = {name: tensor.nbytes for name, tensor in tensors.items()}
         written.set_result([WriteResult(item.index, sizes[item.index.fqn], None) for item in plan.items])
         return written
 
 
-def _safetensors_header(tensors: dict[str, Tensor], offsets: dict[str, Any]) -> bytes:
+def safetensors_header(tensors: dict[str, Tensor], offsets: dict[str, Any]) -> bytes:
     """The header before the tensors' bytes: its length in 8 bytes, then JSON padded to a multiple of 8
     (github.com/huggingface/safetensors, "Format"). Offsets of shards are stored as torch's reader expects."""
     header: dict[str, Any] = {"__metadata__": {"DCP_SHARDING_INFO": json.dumps(offsets), "DCP_VERSION": "1.0", "format": "pt"}}

@@ -143,8 +143,7 @@ def import_peft(source: Path, dest: Path, base: Path, dtype: str = "fp32") -> Ag
     transformers()
     base = folders.resolve(base)
     if "base" in folders.read_state(base):
-        what = f"{base} holds adapters alone; merge them into their base first: olmo-train convert merge {base} DEST"
-        raise ConfigError("--base", what)
+        raise ConfigError("--base", folders.merge_first(base))
     config = configuration.build(ModelConfig, configuration.read([base / "config.yaml"])["model"], "model")
     family, about, tensors = families.family_of(config), read_settings(source), read_tensors(source)
     adapter = _adapter_of(about, targets_of(source, family, config, tensors))

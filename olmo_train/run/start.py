@@ -73,9 +73,7 @@ def find_checkpoint(config: TrainConfig, check: FileCheck = check_files) -> Foun
         return Found("start")
     folder = folders.resolve(Path(config.init_from), check)
     if "base" in folders.read_state(folder):
-        what = f"{folder} holds adapters alone; merge them into their base first: olmo-train convert merge {folder} DEST, or "
-        what += f"continue to train them: resume_from={folder}"
-        raise ConfigError("init_from", what)
+        raise ConfigError("init_from", f"{folders.merge_first(folder)}, or continue to train them: resume_from={folder}")
     return Found("start", init_folder=folder)
 
 
