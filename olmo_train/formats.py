@@ -23,10 +23,11 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 'es' if noun.endswith(('s', 'ch')) else 's'}"
 
 
-def extent(numbers: Iterable[int]) -> str:
-    """`512`, or `512 to 1,024`: the smallest and the largest."""
+def extent(numbers: Iterable[int], noun: str = "") -> str:
+    """`512`, or `512 to 1,024`: the smallest and the largest; with their noun `512 to 1,024 instances`."""
     known = sorted(numbers)
-    return f"{known[0]:,}" if known[0] == known[-1] else f"{known[0]:,} to {known[-1]:,}"
+    last = counted(known[-1], noun) if noun else f"{known[-1]:,}"
+    return last if known[0] == known[-1] else f"{known[0]:,} to {last}"
 
 
 def duration(seconds: float) -> str:

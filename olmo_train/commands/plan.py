@@ -156,7 +156,7 @@ def show_run(console: Console, plan: dict[str, Any], config: TrainConfig) -> Non
 def batch_of(plan: dict[str, Any]) -> tuple[str, str]:
     """The tokens and the sequences of a step, from the smallest to the largest global batch."""
     sizes = [size for _, size in plan["batches"]]
-    return extent(plan["seq_len"] * size for size in sizes), f"{extent(sizes)} sequence{'s' * (max(sizes) > 1)}"
+    return extent(plan["seq_len"] * size for size in sizes), extent(sizes, "sequence")
 
 
 def show_parameters(console: Console, plan: dict[str, Any]) -> None:

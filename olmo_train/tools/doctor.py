@@ -150,7 +150,7 @@ def world(config: TrainConfig) -> Iterator[Finding]:
     """The batch of a process."""
     size = world_size()
     config.check_world(size)
-    each = f"{extent(config.batches.sizes)} instance{'s' * (max(config.batches.sizes) > 1)} on {counted(size, 'process')}"
+    each = f"{extent(config.batches.sizes, 'instance')} on {counted(size, 'process')}"
     yield Finding("batch", "ok", f"{each}, {config.micro_batch_on(size)} at a time")
     for note in config.batch_notes(size):
         yield Finding("batch", "ok", note)
