@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from olmo_train.commands.completion import config_words
-from olmo_train.errors import ConfigError
+from olmo_train.errors import ConfigError, check_choice
 
 if TYPE_CHECKING:
     from olmo_train.data.templates import ChatFormat
@@ -107,6 +107,14 @@ def add_template_arguments(parser: argparse.ArgumentParser, default: str) -> Non
     parser.add_argument("--template", metavar="NAME", help=f"write prompts as prepare-data --template does: {names} ({default})")
     what = "text before each prompt (default: that of the checkpoint's data, if they have this template)"
     parser.add_argument("--instruction", metavar="TEXT", help=what)
+
+
+def check_template(args: argparse.Namespace) -> None:
+    """Refuse an unknown --template before anything is loaded. Raises ConfigError."""
+    from olmo_train.data.templates import TEMPLATES
+
+    if args.template is not None:
+        check_choice("--template", args.template, TEMPLATES)
 
 
 def open_chat(folder: Path, args: argparse.Namespace, vocab_size: int) -> ChatFormat | None:

@@ -14,6 +14,7 @@ from olmo_train.commands.common import (
     add_checkpoint_arguments,
     add_template_arguments,
     check_counts,
+    check_template,
     open_chat,
     open_model,
     open_tokenizer,
@@ -81,11 +82,9 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _check(args: argparse.Namespace) -> None:
-    from olmo_train.data.templates import TEMPLATES
-    from olmo_train.errors import ConfigError, check_choice
+    from olmo_train.errors import ConfigError
 
-    if args.template is not None:
-        check_choice("--template", args.template, TEMPLATES)
+    check_template(args)
     check_counts(args, "batch_size", "limit", "max_new_tokens")
     if args.rouge:
         from olmo_train.eval.summaries import check_installed

@@ -9,6 +9,7 @@ from olmo_train.commands.common import (
     add_checkpoint_arguments,
     add_template_arguments,
     check_counts,
+    check_template,
     open_chat,
     open_model,
     open_tokenizer,
@@ -66,12 +67,10 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _check(args: argparse.Namespace) -> None:
-    from olmo_train.data.templates import TEMPLATES
-    from olmo_train.errors import ConfigError, check_choice
+    from olmo_train.errors import ConfigError
 
-    if args.template is not None:
-        check_choice("--template", args.template, TEMPLATES)
-    elif args.instruction is not None:
+    check_template(args)
+    if args.template is None and args.instruction is not None:
         raise ConfigError("--instruction", "needs --template; name the one of the data, or plain")
     check_counts(args, "samples", "max_new_tokens", "batch_size")
     if "" in args.stop:
