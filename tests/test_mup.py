@@ -16,8 +16,7 @@ from olmo_train.checkpoint.load import load_model
 from olmo_train.convert.hf import export_hf
 from olmo_train.errors import ConfigError
 from olmo_train.model.config import ModelConfig
-from olmo_train.model.init import init_std, initial_value
-from olmo_train.model.transformer import Transformer
+from olmo_train.model.init import init_std
 from olmo_train.optim.build import build_optimizer, set_lr
 from olmo_train.optim.config import OptimConfig
 from olmo_train.optim.groups import Scaling, group_of
@@ -34,6 +33,12 @@ AT_BASE = {"base_width": 64, "base_depth": 2, "base_head_dim": 16, "parametrizat
 @pytest.fixture(scope="module")
 def coordinates():
     return load_script(HERE / "benchmarks/coordinates.py")
+
+
+@pytest.fixture(scope="module")
+def reference():
+    """What was trained for REFERENCE."""
+    return load_script(HERE / "references/mup_parity.py")
 
 
 # ---- the rules
@@ -57,46 +62,29 @@ def test_mitchell_has_the_fan_in_of_each_matrix_and_the_base_for_embedding_and_h
     assert init_std("embed.weight", config) == init_std("head.weight", config) == pytest.approx(16**-0.5)
 
 
-def test_deviations_rates_and_the_multiplier_are_those_of_the_package_mup():
-    script = load_script_of_reference()
-    config = script["ours"]
+def test_deviations_rates_and_the_multiplier_are_those_of_the_package_mup(reference):
+    config = reference.our_shape()
     assert {name: init_std(name, config) for name in REFERENCE["deviations"]} == REFERENCE["deviations"]
-    optim = OptimConfig(weight_decay=script["decay"], peak_lr=script["lr"], decay_embeddings=True)
+    optim = OptimConfig(weight_decay=reference.DECAY, peak_lr=reference.LR, decay_embeddings=True)
     rules = {name: group_of(name, (1, 1), optim, scaling_of(config)) for name in REFERENCE["rates"]}
-    assert {name: [script["lr"] * g.lr_scale, script["decay"] * g.decay] for name, g in rules.items()} == REFERENCE["rates"]
+    assert {name: [reference.LR * g.lr_scale, reference.DECAY * g.decay] for name, g in rules.items()} == REFERENCE["rates"]
     assert 1 / config.width_ratio == REFERENCE["readout_multiplier"]
 
 
-def test_20_losses_are_those_of_the_package_mup():
-    script = load_script_of_reference()
-    config = script["ours"]
-    model = Transformer(config)
-    for name, parameter in model.named_parameters():
-        parameter.data.copy_(initial_value(name, parameter.shape, config, seed=1))
-    optim = OptimConfig(weight_decay=script["decay"], peak_lr=script["lr"], eps=1e-8, decay_embeddings=True)
+def test_20_losses_are_those_of_the_package_mup(reference):
+    config = reference.our_shape()
+    model = first_model(config, seed=1)
+    optim = OptimConfig(weight_decay=reference.DECAY, peak_lr=reference.LR, eps=1e-8, decay_embeddings=True)
     optimizer = build_optimizer(dict(model.named_parameters()), optim, scaling=scaling_of(config))
-    set_lr(optimizer, script["lr"])
+    set_lr(optimizer, reference.LR)
     losses = []
-    for tokens in script["batches"]:
+    for tokens in reference.batches():
         loss = model(tokens[:, :-1], tokens[:, 1:]).sum() / tokens[:, 1:].numel()
         losses.append(loss.item())
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     assert losses == pytest.approx(REFERENCE["losses"], rel=0, abs=1e-5)
-
-
-def load_script_of_reference() -> dict:
-    """What references/mup_parity.py trained, without the package that it needs."""
-    from conftest import markov_stream
-
-    width, base, heads, T = 64, 16, 2, 16
-    config = ModelConfig(
-        d_model=width, n_layers=2, n_heads=heads, mlp_hidden=2 * width, vocab_size=512, padded_vocab_size=512, seq_len=T,
-        init="normal", init_std=0.05, parametrization="mup", base_width=base, base_head_dim=base // heads,
-    )  # fmt: skip
-    batches = torch.tensor(markov_stream(20 * 4 * (T + 1))).view(20, 4, T + 1)
-    return {"ours": config, "lr": 0.01, "decay": 0.1, "batches": batches}
 
 
 def test_completep_divides_the_branches_and_epsilon():

@@ -18,10 +18,9 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
 from conftest import markov_stream
+from runs import first_model
 
 from olmo_train.model.config import ModelConfig
-from olmo_train.model.init import initial_value
-from olmo_train.model.transformer import Transformer
 from olmo_train.optim.build import build_optimizer, set_lr
 from olmo_train.optim.config import OptimConfig
 from olmo_train.run.build import scaling_of
@@ -40,9 +39,7 @@ def shape(width: int, parametrization: str, depth: int = 3, **changes) -> ModelC
 
 def sizes(config: ModelConfig, optim: OptimConfig, seed: int, scaling=None) -> Sizes:
     """{(name of a block or logits, step): mean of |activation|} on the batch of the step, after `step` updates less one."""
-    model = Transformer(config)
-    for name, parameter in model.named_parameters():
-        parameter.data = initial_value(name, parameter.shape, config, seed)
+    model = first_model(config, seed)
     model.head.weight.data.zero_()  # else logits begin as noise that shrinks with the width
     optimizer = build_optimizer(dict(model.named_parameters()), optim, scaling=scaling or scaling_of(config))
     set_lr(optimizer, optim.peak_lr)

@@ -18,7 +18,6 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import torch
 import torch.nn.functional as F
 from conftest import markov_stream
-from mup import MuAdamW, MuReadout, set_base_shapes
 
 from olmo_train.model.config import ModelConfig
 from olmo_train.model.init import initial_value
@@ -39,12 +38,18 @@ def batches() -> torch.Tensor:
     return torch.tensor(markov_stream(STEPS * BATCH * (T + 1))).view(STEPS, BATCH, T + 1)
 
 
-class Readout(MuReadout):
-    def forward(self, x, labels, loss):
-        return super().forward(x)
+def our_shape() -> ModelConfig:
+    """The model under our mup."""
+    return shape(WIDTH, parametrization="mup", base_width=BASE, base_head_dim=BASE // HEADS)
 
 
 def twin(width: int) -> Transformer:
+    from mup import MuReadout  # here, as the test reads this file without the package
+
+    class Readout(MuReadout):
+        def forward(self, x, labels, loss):
+            return super().forward(x)
+
     model = Transformer(shape(width))
     model.head = Readout(width, 512, bias=False)
     scale = math.sqrt(BASE / HEADS) / (width / HEADS)
@@ -54,8 +59,10 @@ def twin(width: int) -> Transformer:
 
 
 def main() -> None:
+    from mup import MuAdamW, set_base_shapes
+
     model = set_base_shapes(twin(WIDTH), twin(BASE), delta=twin(2 * BASE), rescale_params=False)
-    ours = shape(WIDTH, parametrization="mup", base_width=BASE, base_head_dim=BASE // HEADS)
+    ours = our_shape()
     for name, parameter in model.named_parameters():
         parameter.data.copy_(initial_value(name, parameter.shape, ours, seed=1))
     infinite = {name: p.infshape.ninf() for name, p in model.named_parameters()}
