@@ -1,8 +1,8 @@
 """Gather pairs of a long and a short text from Debian: {"id", "source", "prompt", "response"}, one JSON object a line.
 
 Each Debian package has a description of a few sentences (prompt) and a synopsis of a few words (response), both written by its
-maintainer. apt fetches them, about 16 MB, into the folder apt/ beside the output; what is on the system stays as it is. Packages
-of one source package, such as a library and its headers, have similar descriptions, so all of them are in the same part:
+maintainer. apt fetches them, about 16 MB, into the folder apt/ beside the output; the lists of the system are not changed.
+Packages of one source package, such as a library and its headers, have similar descriptions, so all of them are in the same part:
 
     python launch/gather_pairs.py data/pairs                  train.jsonl, validation.jsonl, test.jsonl: 90, 5 and 5 percent
     python launch/gather_pairs.py data/pairs --most-words 60  without the longer descriptions, about a third
