@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import time
 
 import pytest
 from ranks import exit_code, fork
@@ -22,9 +23,12 @@ class Forked:
     def __init__(self, point, environment):
         point.log.parent.mkdir(parents=True, exist_ok=True)
         self.pid = fork(lambda: main(["train", *point.words]), output=point.log)
+        self.deadline = time.monotonic() + 90
 
-    def wait(self):
-        return exit_code(self.pid, 90)
+    def poll(self):
+        pid, status = os.waitpid(self.pid, os.WNOHANG)
+        assert pid or time.monotonic() < self.deadline, f"process {self.pid} is still there"
+        return os.waitstatus_to_exitcode(status) if pid else None
 
     def send_signal(self, number):
         os.kill(self.pid, number)

@@ -15,8 +15,9 @@ import signal
 import subprocess
 import sys
 import threading
+import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from olmo_train.history import STARTS, History
 from olmo_train.train_config import TrainConfig
 
 STOPPED = Stopped.exit_code
+POLL_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
@@ -140,36 +142,45 @@ def start(point: Point, environment: dict[str, str]) -> subprocess.Popen:
 def train_points(sweep: Sweep, jobs: int, announce: Callable[[str], None]) -> list[int]:
     """Train all points that are not done, `jobs` at a time. Returns the exit code of each. A signal is passed on: the runs save
     and stop, and no other is started; those that were not started have the exit code STOPPED."""
-    running: set[subprocess.Popen] = set()
-    stop = threading.Event()
+    codes: dict[Path, int] = {}
+    waiting, running = deque(sweep.points), dict[Path, tuple[Point, subprocess.Popen]]()
+    received: list[int] = []
     environment = dict(os.environ)
     if jobs > 1:  # else each run would take all cores
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
 
-    def train_one(point: Point) -> int:
-        if point.is_done():
-            announce(f"{point.run_dir}: finished before")
-            return 0
-        if stop.is_set():
-            return STOPPED
-        process = start(point, environment)
-        running.add(process)
-        if stop.is_set():  # the signal came in between
-            process.terminate()
-        code = process.wait()
-        running.discard(process)
-        outcome = {0: "finished", STOPPED: "stopped after saving"}.get(code, f"failed with exit code {code}: {last_line(point)}")
-        announce(f"{point.run_dir}: {outcome}")
-        return code
-
     def pass_on(number: int, frame: object) -> None:
-        stop.set()
-        for process in tuple(running):
+        received.append(number)
+        for _, process in running.values():
             with contextlib.suppress(ProcessLookupError):
                 process.send_signal(number)
 
-    with _handling(pass_on), ThreadPoolExecutor(jobs) as threads:
-        return list(threads.map(train_one, sweep.points))
+    def begin(point: Point) -> None:
+        if point.is_done():
+            announce(f"{point.run_dir}: finished before")
+            codes[point.run_dir] = 0
+            return
+        process = start(point, environment)
+        running[point.run_dir] = point, process
+        if received:  # the signal came in between
+            process.terminate()
+
+    def end(point: Point, code: int) -> None:
+        del running[point.run_dir]
+        codes[point.run_dir] = code
+        outcome = {0: "finished", STOPPED: "stopped after saving"}.get(code, f"failed with exit code {code}: {last_line(point)}")
+        announce(f"{point.run_dir}: {outcome}")
+
+    with _handling(pass_on):
+        while running or (waiting and not received):
+            if waiting and not received and len(running) < jobs:
+                begin(waiting.popleft())
+                continue
+            time.sleep(POLL_SECONDS)
+            for point, process in list(running.values()):
+                if (code := process.poll()) is not None:
+                    end(point, code)
+    return [codes.get(point.run_dir, STOPPED) for point in sweep.points]
 
 
 @contextlib.contextmanager
