@@ -182,5 +182,5 @@ def test_on_a_gpu_attention_is_left_to_torch_also_beside_flash_attention_3(monke
     monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", registered.append, raising=False)
     with torch.device("meta"):
         model = Transformer(SHAPE)
-    kernels.select_kernels(model, ParallelConfig(compile=False), torch.device("cuda"))
+    kernels.select_kernels(model, ParallelConfig(compile=False), torch.device("cuda"), compiled=False)
     assert registered == [] and not kernels.uses_cpu_kernels(model)

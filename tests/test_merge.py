@@ -1,5 +1,6 @@
 """checkpoints RUN --merge: the mean of weights is numpy's in fp64, rounded once, and is committed as any checkpoint."""
 
+import ctypes
 import json
 import os
 import shutil
@@ -140,8 +141,8 @@ def test_on_the_stable_phase_the_mean_of_five_is_better_than_each(tmp_path):
 
 
 def test_one_tensor_is_in_memory_at_a_time(tmp_path, monkeypatch):
-    """Two parents of 64 MB, in tensors of up to 4 MB: the memory of the process grows by that of a few tensors."""
-    shape = ModelConfig(n_layers=4, d_model=512, n_heads=8, mlp_hidden=2048, vocab_size=512, seq_len=16)
+    """Two parents of 64 MB, in tensors of up to 4 MB: memory grows by the sum in fp64 and the tensors that wait to be written."""
+    shape = ModelConfig(n_layers=4, d_model=512, n_heads=8, mlp_hidden=2048, vocab_size=512, padded_vocab_size=512, seq_len=16)
     shapes = {name: parameter.shape for name, parameter in on_meta(shape).named_parameters()}
     for step in (1, 2):
         folder = tmp_path / f"run/checkpoints/step-000000{step}"
@@ -157,11 +158,12 @@ def test_one_tensor_is_in_memory_at_a_time(tmp_path, monkeypatch):
 
     monkeypatch.setattr(load.WeightReader, "__call__", read)
     merge(tmp_path / "run", choose(tmp_path / "run", "last=2"))
-    assert len(used) == 2 * len(shapes) and max(used) - used[0] < 6 * 4 * 2**20, (max(used) - used[0]) / 2**20
+    assert len(used) == 2 * len(shapes) and max(used) - used[0] < 8 * 4 * 2**20, (max(used) - used[0]) / 2**20
 
 
 def own_memory() -> int:
-    """Bytes of this process that are no mapped file."""
+    """Bytes of this process that are no mapped file, without what malloc keeps after free."""
+    ctypes.CDLL(None).malloc_trim(0)
     status = Path("/proc/self/status").read_text()
     return 1024 * int(status.split("RssAnon:")[1].split()[0])
 
