@@ -16,6 +16,7 @@ def main() -> None:
     parser.add_argument("file", type=Path)
     parser.add_argument("output", type=Path)
     options = parser.parse_args()
+    os.environ["TQDM_DISABLE"] = "1"  # three progress bars for some seconds
     import torch
     import transformers
 

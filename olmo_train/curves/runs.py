@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import re
 import socket
 import time
@@ -109,8 +110,12 @@ def _is_running(run_dir: Path) -> bool:
         holder = re.match(r"process (\d+) on (\S+)", (run_dir / ".lock").read_text(encoding="utf-8"))
         if holder and holder[2] != socket.gethostname():
             return time.time() - (run_dir / "metrics.jsonl").stat().st_mtime < 600
-        return holder is not None and Path("/proc", holder[1]).exists()
-    except OSError:
+        if holder:
+            os.kill(int(holder[1]), 0)  # only asks whether there is such a process, on any system
+        return holder is not None
+    except PermissionError:  # a process of another user
+        return True
+    except (OSError, OverflowError):
         return False
 
 
