@@ -164,6 +164,24 @@ def test_activations_grow_with_the_width_under_the_standard_parametrization_and_
 # ---- runs
 
 
+@pytest.mark.slow
+def test_the_best_rate_is_that_of_the_narrow_model_under_mup_and_another_one_under_the_standard_parametrization(coordinates):
+    rates = (2**-8, 2**-6, 2**-4)
+
+    def best(width: int, parametrization: str, seed: int) -> float:
+        config = coordinates.shape(width, parametrization, depth=2)
+        losses = {lr: coordinates.loss_after(config, OptimConfig(peak_lr=lr, eps=1e-8, weight_decay=0.0), seed) for lr in rates}
+        return min(losses, key=losses.get)
+
+    found = {
+        (width, parametrization): [best(width, parametrization, seed) for seed in range(3)]
+        for width in (64, 256)
+        for parametrization in ("mup", "standard")
+    }
+    assert found[64, "mup"] == found[256, "mup"] == found[64, "standard"] == [2**-6] * 3
+    assert found[256, "standard"] == [2**-8] * 3
+
+
 def test_runs_have_the_losses_of_one_process_on_two_and_go_on_bit_for_bit(tiny_args):
     values = {"model.parametrization": "completep", "model.base_width": 8, "model.base_depth": 1, "model.base_head_dim": 8}
     values |= {"total_steps": 6, "checkpoint.interval_steps": 3}

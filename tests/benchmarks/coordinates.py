@@ -37,13 +37,37 @@ def shape(width: int, parametrization: str, depth: int = 3, **changes) -> ModelC
     return ModelConfig(d_model=width, n_layers=depth, **values)
 
 
-def sizes(config: ModelConfig, optim: OptimConfig, seed: int, scaling=None) -> Sizes:
-    """{(name of a block or logits, step): mean of |activation|} on the batch of the step, after `step` updates less one."""
+def start(config: ModelConfig, optim: OptimConfig, seed: int, steps: int, scaling=None):
+    """The model, its optimizer and the batches of `steps`."""
     model = first_model(config, seed)
     model.head.weight.data.zero_()  # else logits begin as noise that shrinks with the width
     optimizer = build_optimizer(dict(model.named_parameters()), optim, scaling=scaling or scaling_of(config))
     set_lr(optimizer, optim.peak_lr)
-    stream = torch.tensor(markov_stream(max(STEPS) * BATCH * (T + 1), seed)).view(max(STEPS), BATCH, T + 1) % VOCAB
+    stream = torch.tensor(markov_stream(steps * BATCH * (T + 1), seed)).view(steps, BATCH, T + 1) % VOCAB
+    return model, optimizer, stream
+
+
+def update(model, optimizer, tokens) -> float:
+    loss = model(tokens[:, :-1], tokens[:, 1:]).sum() / (BATCH * T)
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.item()
+
+
+def loss_after(config: ModelConfig, optim: OptimConfig, seed: int, steps: int = 80) -> float:
+    """The mean loss of the last 10 steps, with 10 steps of warmup and a linear decay to 0."""
+    model, optimizer, stream = start(config, optim, seed, steps)
+    losses = []
+    for i, tokens in enumerate(stream):
+        set_lr(optimizer, optim.peak_lr * min(1, (i + 1) / 10) * (1 - i / steps))
+        losses.append(update(model, optimizer, tokens))
+    return statistics.fmean(losses[-10:])
+
+
+def sizes(config: ModelConfig, optim: OptimConfig, seed: int, scaling=None) -> Sizes:
+    """{(name of a block or logits, step): mean of |activation|} on the batch of the step, after `step` updates less one."""
+    model, optimizer, stream = start(config, optim, seed, max(STEPS), scaling)
     found: Sizes = {}
 
     def note(name, module, inputs, output):
@@ -55,10 +79,7 @@ def sizes(config: ModelConfig, optim: OptimConfig, seed: int, scaling=None) -> S
         if step in STEPS:
             with torch.no_grad():
                 found["logits", step] = model(tokens[:, :-1]).abs().mean().item()
-        loss = model(tokens[:, :-1], tokens[:, 1:]).sum() / (BATCH * T)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        update(model, optimizer, tokens)
     return {key: size for key, size in found.items() if key[1] in STEPS}
 
 
