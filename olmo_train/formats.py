@@ -38,6 +38,11 @@ def duration(seconds: float) -> str:
     return f"{seconds:.3g} s"
 
 
+def rounded(number: float) -> float:
+    """Two digits: an estimate has no more."""
+    return float(f"{number:.2g}")
+
+
 def amount(number: float, unit: str, thousands: str) -> str:
     """`750 kWh`, `1.2 MWh`: a number of `unit`, or of `thousands`, which is 1000 times as large."""
     return f"{number / 1000:,.4g} {thousands}" if number >= 1000 else f"{number:.3g} {unit}"

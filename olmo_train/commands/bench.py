@@ -39,6 +39,7 @@ def table(figures: dict) -> str:
     phases = "  ".join(f"{name} {seconds:.4f}" for name, seconds in figures["phase_seconds"].items())
     rows = {
         "device": figures["device"],
+        "precision": figures["precision"],
         "compiled": "yes" if figures["compiled"] else "no",
         "speed": f"{figures['tokens_per_second']:,.0f} tokens/s",
         "step": f"{figures['step_seconds']:.4f} s (fastest {fastest:.4f}, slowest {slowest:.4f})",

@@ -8,7 +8,9 @@ plan CONFIG.yaml --gpu-memory 48 --gpu-peak 180 --gpu-power 300      a GPU that 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +18,8 @@ from olmo_train.commands.common import add_config_arguments, load_config, print_
 from olmo_train.curves.schedule import draw
 from olmo_train.curves.write import check_format
 from olmo_train.errors import ConfigError
-from olmo_train.formats import amount, byte_size, counted, duration, extent
+from olmo_train.formats import amount, byte_size, counted, duration, extent, rounded
+from olmo_train.parallel.choices import choose_compile, choose_precision, with_parallel
 from olmo_train.plan.plan import UNNAMED, choose_gpu, make_plan, open_data, with_length
 from olmo_train.plan.preflight import does_not_fit, memory_of
 from olmo_train.plan.time import PAPER_CARBON, PAPER_PUE, Assumptions
@@ -24,6 +27,7 @@ from olmo_train.plan.time import PAPER_CARBON, PAPER_PUE, Assumptions
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from olmo_train.hardware import Hardware
     from olmo_train.train_config import TrainConfig
 
 
@@ -49,11 +53,12 @@ def run(arguments: argparse.Namespace) -> None:
     config = load_config(arguments.config)
     gpu = choose_gpu(arguments.gpu, arguments.gpu_memory, arguments.gpu_peak, arguments.gpu_power)
     mixture, why_not = open_data(config)
-    config = with_length(config, mixture, why_not)
+    config, decisions = decided(with_length(config, mixture, why_not), gpu)
     assumed = Assumptions(arguments.mfu, arguments.price, arguments.pue, arguments.carbon)
     config.check_world(arguments.gpus)
     found = memory_of(config, arguments.gpus, arguments.gpus, gpu and gpu.memory_bytes)
     plan = make_plan(config, arguments.gpus, gpu, mixture, why_not, found, assumed, None if gpu else cpu_seconds)
+    plan["decisions"] = decisions
     if arguments.json:
         print(json.dumps(plan, indent=1))
     else:
@@ -64,6 +69,25 @@ def run(arguments: argparse.Namespace) -> None:
             print(arguments.output)
     if found.fits is False:
         raise does_not_fit(found, config)
+
+
+def decided(config: TrainConfig, gpu: Hardware | None) -> tuple[TrainConfig, list[str]]:
+    """The configuration with what a run on this GPU, or else on this machine's CPU, would choose for `parallel`, and lines about
+    that."""
+    if gpu:  # each has bf16, in which its peak is quoted
+        precision = "bf16" if config.parallel.precision == "auto" else config.parallel.precision
+        return with_parallel(config, replace(config.parallel, precision=precision)), []
+    import torch
+
+    from olmo_train.parallel.kernels import missing_for_compile
+
+    parallel, decisions = choose_precision(config.parallel, on_gpu=False)
+    config = with_parallel(config, parallel)
+    if parallel.compile is not None:
+        return config, decisions
+    missing = functools.partial(missing_for_compile, on_gpu=False)
+    compiled, about = choose_compile(config, torch.get_num_threads(), missing)
+    return with_parallel(config, replace(parallel, compile=compiled)), decisions + about
 
 
 def cpu_seconds(config: TrainConfig) -> tuple[float, float]:
@@ -125,8 +149,6 @@ def show_verdict(console: Console, plan: dict[str, Any]) -> None:
 
 def show_run(console: Console, plan: dict[str, Any], config: TrainConfig) -> None:
     """The figures that most readers want, in one table."""
-    from olmo_train.log.console import rounded
-
     machine, cost, warmup = plan["machine"], plan["cost"], config.optim.warmup_steps
     epochs = [f"{name} {source['epochs']:.3g}" for name, source in plan["sources"].items() if source["epochs"] is not None]
     rows = [
@@ -149,6 +171,8 @@ def show_run(console: Console, plan: dict[str, Any], config: TrainConfig) -> Non
             now = duration(rounded(machine["seconds"] * machine["slowdown"]))
             console.print(f"This machine is busy: beside its other programs the run takes about {now}. "
                           "For a better estimate, repeat this when they have ended.")  # fmt: skip
+    for decision in plan["decisions"]:
+        console.print(f"{decision[0].upper()}{decision[1:]}.")
     for warning in plan["warnings"]:
         console.print(f"Warning: {warning}")
 

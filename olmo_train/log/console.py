@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from olmo_train.formats import counted, duration, short
+from olmo_train.formats import counted, duration, rounded, short
 
 if TYPE_CHECKING:
     import rich.console
@@ -156,11 +156,6 @@ class Console:
         dash = "-" if options.ascii_only else "\u2501"
         bar = [(dash * done, "bar.complete"), (dash * (width - done), "bar.back"), "  "] if width >= BAR_WIDTH[0] else []
         yield Text.assemble((name, "bold"), *bar, line, no_wrap=True, overflow="ellipsis")
-
-
-def rounded(seconds: float) -> float:
-    """Two digits: an estimate has no more."""
-    return float(f"{seconds:.2g}")
 
 
 def loss_text(loss: float) -> str:

@@ -16,14 +16,17 @@ class ParallelConfig:
     # full: ZeRO-3, gathers weights block by block; grad_op: ZeRO-2, keeps them gathered until the step ends
     shard: Literal["full", "grad_op"] = "full"
     replicas: Count = 1  # full copies of the sharded state (HSDP)
-    precision: Precision = "bf16"  # of compute; weights and optimizer state are always fp32. fp32 is faster on most CPUs
+    # of compute; weights and optimizer state are always fp32. auto: bf16 where this device multiplies matrices faster in it than
+    # in fp32, which a CPU measures when the run starts; config.yaml records which, and a resumed run keeps it
+    precision: Literal["bf16", "fp32", "auto"] = "bf16"
     reduce_dtype: Precision = "fp32"  # type in which gradients are summed over ranks
     # selective: store the results of matrix products and attention, recompute norms, RoPE and activation; full: recompute all, a
     # third more compute for far less memory
     activation_checkpointing: Checkpointing = "none"
-    # torch.compile blocks and loss. null: on a GPU where kernels can be built (Triton, a C compiler), unless `determinism` asks
-    # for the same bits. It takes half a minute the first time, a few seconds from the cache (TORCHINDUCTOR_CACHE_DIR); on a CPU
-    # it pays off after some minutes of training
+    # torch.compile blocks and loss. null: on a GPU where kernels can be built (Triton, a C compiler), and on a CPU with a C++
+    # compiler if the run is long enough to pay for it, by an estimate that is printed; never if `determinism` asks for the same
+    # bits. It takes half a minute the first time, a few seconds from the cache (TORCHINDUCTOR_CACHE_DIR). On a CPU config.yaml
+    # records the decision, and a resumed run keeps it
     compile: bool | None = None
     # matrix products of the blocks in float8 by torchao (pip install 'olmo-train[float8]'), on GPUs that support it; a CPU
     # emulates it slowly. true: one scale for a matrix, the fastest; rowwise: one for each row, less rounding where few values

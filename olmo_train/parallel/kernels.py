@@ -39,22 +39,26 @@ def select_kernels(model: Transformer, config: ParallelConfig, device: torch.dev
 
 
 def is_compiled(config: ParallelConfig, device: torch.device) -> bool:
-    """Whether blocks and loss are compiled. If `parallel.compile` is null, a GPU on which nothing can be compiled trains without.
-    Raises ConfigError when it is true there."""
-    compiled = config.is_compiled(device.type == "cuda")
-    if not compiled or device.type != "cuda" or (missing := missing_for_compile()) is None:
+    """Whether blocks and loss are compiled. If `parallel.compile` is null, a GPU on which nothing can be compiled trains without;
+    on a CPU null is decided before, see choices.decide. Raises ConfigError when it is true where nothing can be compiled."""
+    on_gpu = device.type == "cuda"
+    compiled = config.is_compiled(on_gpu)
+    if not compiled or (missing := missing_for_compile(on_gpu)) is None:
         return compiled
     if config.compile:
         raise ConfigError("parallel.compile", f"needs {missing}, which is not found; install it, or set false")
     return False
 
 
-def missing_for_compile() -> str | None:
-    """What torch.compile lacks on this machine to build kernels for a GPU; None if nothing. Triton builds its launcher in C."""
-    if importlib.util.find_spec("triton") is None:
+def missing_for_compile(on_gpu: bool = True) -> str | None:
+    """What torch.compile lacks on this machine to build kernels for a GPU or for the CPU; None if nothing. Triton builds its
+    launcher in C, and the kernels for a CPU are in C++."""
+    if on_gpu and importlib.util.find_spec("triton") is None:
         return "Triton"
-    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+    if on_gpu and not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
         return "a C compiler (gcc, clang or $CC)"
+    if not on_gpu and shutil.which(os.environ.get("CXX", "g++")) is None:  # where Inductor looks for one
+        return "a C++ compiler (g++ or $CXX)"
     if not Path(sysconfig.get_path("include"), "Python.h").exists():
         return "Python.h (the package python3-dev)"
     return None

@@ -156,7 +156,7 @@ def cautions(config: TrainConfig, mixture: Mixture | None, on_cpu: bool) -> Iter
     yield from _rate_cautions(config)
     if on_cpu and config.parallel.precision == "bf16" and computes_bf16() is False:
         what = "parallel.precision is bf16, which this processor computes several times more slowly than fp32"
-        yield Caution("precision", what, "set parallel.precision=fp32")
+        yield Caution("precision", what, "set parallel.precision=fp32, or auto")
     if mixture:
         countable = 2**60 // max(config.batches.sizes)  # places of a longer run do not fit an int64
         for name, epochs in mixture.epochs(min(config.steps, countable)).items():

@@ -36,11 +36,13 @@ from olmo_train.guards.watchdog import Watchdog
 from olmo_train.history import History
 from olmo_train.log.journal import Journal
 from olmo_train.log.run_logger import RunLogger
+from olmo_train.parallel import choices
+from olmo_train.parallel.config import ParallelConfig
 from olmo_train.parallel.processes import processes_on_machine
 from olmo_train.parallel.world import World, explain_lost_peers
 from olmo_train.plan import preflight
 from olmo_train.run.run import Run
-from olmo_train.run.start import Start, find_checkpoint, owed_line, read_start
+from olmo_train.run.start import Found, Start, find_checkpoint, owed_line, read_start
 from olmo_train.storage import lock_run_dir, replace_file
 from olmo_train.train_config import TrainConfig, schedule_warnings
 
@@ -54,19 +56,19 @@ def open_run(config: TrainConfig, world: World, signals: StopSignals) -> Iterato
     run_dir = Path(config.run_dir)
     if not config.batch_is_unset:  # of a run that has begun, earlier batches need not be divided
         config.check_world(world.data_size, math.inf if config.resume_from or run_dir.exists() else 0)
-    memory = preflight.memory_of(config, world.size, processes_on_machine(world.size), world.device_memory())
     with contextlib.ExitStack() as stack:
         mixture, evaluation = _open_data(config, world)
         is_new = world.on_main(lambda: not run_dir.exists())
         if is_new:  # a refused run leaves no run_dir
-            world.together(lambda: preflight.check_memory(memory, config))
+            memory = _check_memory(_decided(config, mixture, world)[0], world)
         world.on_main(lambda: stack.enter_context(_locked(run_dir)))
         watchdog = _start_watchdog(config, world, stack)
         with watchdog.patient("verifies checkpoints"):
             found = with_all_ranks(world, functools.partial(find_checkpoint, config))
+        config, decisions = _decided(config, mixture, world, found)
         config, start = world.together(lambda: read_start(config, mixture, found))
         config.check_world(world.data_size, start.step)
-        resolved, notes = configuration.to_dict(config), config.batch_notes(world.data_size)
+        resolved, notes = configuration.to_dict(config), config.batch_notes(world.data_size) + decisions
         mixture.set_batches(start.batches)
         micro_batch_size = config.micro_batch_on(world.data_size)
         config = config.with_length(mixture).in_steps(start.batches)
@@ -80,7 +82,7 @@ def open_run(config: TrainConfig, world: World, signals: StopSignals) -> Iterato
             return
         world.on_main(lambda: _check_checkpoint_tokenizer(mixture, start))
         if not is_new:  # only now, as a finished run has nothing to compute
-            world.together(lambda: preflight.check_memory(memory, config))
+            memory = _check_memory(config, world)
         notes.append(f"memory: needs about {memory}")
 
         text = configuration.dump(resolved, os.getcwd()).encode()
@@ -104,6 +106,36 @@ def open_run(config: TrainConfig, world: World, signals: StopSignals) -> Iterato
             config, world, signals, start, mixture, evaluation, watchdog, logger, journal, checkpointer, anomalies, spikes,
             pending_line,
         )  # fmt: skip
+
+
+def _decided(config: TrainConfig, mixture: Mixture, world: World, found: Found | None = None) -> tuple[TrainConfig, list[str]]:
+    """The configuration with what `parallel` leaves open as rank 0 chooses it, and lines about that. A resumed run keeps what its
+    checkpoint records. `found`: None before it is known what the run starts from."""
+    on_gpu, cores = world.device.type == "cuda", torch.get_num_threads() * world.size
+
+    def choose() -> tuple[ParallelConfig, list[str]]:
+        saved, done = None, 0
+        if found and found.folder:
+            recorded = configuration.decoded(configuration.read([found.folder / "config.yaml"]))
+            done = folders.read_state(found.folder)["step"]
+            saved = recorded.get("parallel", {}) if found.kind == "resume" else None
+        parallel, notes = choices.choose_precision(config.parallel, on_gpu, saved)
+        if parallel.compile is None and not on_gpu:
+            chosen = choices.with_parallel(config, parallel)
+            lasting = chosen if saved is not None else chosen.with_length(mixture).in_steps()
+            compiled, more = choices.choose_compile(lasting, cores, choices.missing_by_trial, saved, done)
+            parallel, notes = dataclasses.replace(parallel, compile=compiled), notes + more
+        return parallel, notes
+
+    parallel, notes = world.on_main(choose)
+    return choices.with_parallel(config, parallel), notes
+
+
+def _check_memory(config: TrainConfig, world: World) -> preflight.Memory:
+    """The memory of the run. Raises ConfigError on every rank where it does not fit."""
+    memory = preflight.memory_of(config, world.size, processes_on_machine(world.size), world.device_memory())
+    world.together(lambda: preflight.check_memory(memory, config))
+    return memory
 
 
 def _why_done(config: TrainConfig, start: Start, evaluation: Evaluation) -> str:

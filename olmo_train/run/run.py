@@ -93,6 +93,8 @@ class Run:
             self.logger.say(f"{config.adapter.kind}: {n_trained:,} of {n_parameters:,} parameters are trained")
         for line in preflight.facts(config, self.mixture):
             self.logger.say(line)
+        if model.is_compiled:
+            self.logger.say("compiling: the first step takes about half a minute longer, less if the cache has its kernels")
 
     def steps(self) -> Iterator[int]:
         """The steps to compute: up to the last one, or to the evaluation after which eval.stop_after ends the run."""

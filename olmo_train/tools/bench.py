@@ -22,6 +22,7 @@ from olmo_train import train as training
 from olmo_train.formats import counted
 from olmo_train.model.config import ModelConfig
 from olmo_train.model.cost import flops_convention, flops_per_token
+from olmo_train.parallel.config import ParallelConfig
 from olmo_train.parallel.kernels import is_compiled
 from olmo_train.train import train
 from olmo_train.train_config import TrainConfig
@@ -35,9 +36,10 @@ def load(files: list[str], words: list[str], folder: Path) -> TrainConfig:
     """The configuration to measure, with a temporary run_dir, W&B off, and random tokens if it has no data: speed does not
     depend on the tokens. Of a batch_schedule the largest batch is measured."""
     values = configuration.read(files, words)
-    values |= {"run_dir": str(folder / "run"), "total_steps": values.get("total_steps") or 10**6}
-    for key in ("total_tokens", "total_epochs"):
-        values.pop(key, None)
+    values["run_dir"] = str(folder / "run")
+    values.pop("total_epochs", None)
+    if not values.get("total_tokens"):  # the length decides whether a run on a CPU is compiled
+        values["total_steps"] = values.get("total_steps") or 10**6
     values.setdefault("log", {})["wandb"] = {"mode": "disabled"}
     values["checkpoint"] = {"interval_steps": 10**9}
     values["eval"] = {"interval_steps": 10**9}
@@ -48,6 +50,7 @@ def load(files: list[str], words: list[str], folder: Path) -> TrainConfig:
         np.random.default_rng(0).integers(0, vocab_size, RANDOM_TOKENS).astype(dtype).tofile(file)
         values.setdefault("data", {})["sources"] = {"random": {"path": str(file)}}
     config = configuration.build(TrainConfig, values)
+    config = dataclasses.replace(config, total_steps=config.steps, total_tokens=None)
     if not config.batch_schedule:
         return config
     optim = dataclasses.replace(config.optim, lr_batch_scaling="none")
@@ -78,7 +81,16 @@ def measure(files: list[str], words: list[str], steps: int, warmup: int) -> dict
             seconds.append(time.perf_counter() - before)
         phases = _phases(run)
         run.close()
+        config = dataclasses.replace(config, parallel=_parallel_of(config))
     return _figures(config, seconds, phases, first_step)
+
+
+def _parallel_of(config: TrainConfig) -> ParallelConfig:
+    """The `parallel` section that the run chose, from the config.yaml that rank 0 wrote; on other ranks the configured one."""
+    file = Path(config.run_dir, "config.yaml")
+    if not file.exists():
+        return config.parallel
+    return configuration.build(ParallelConfig, configuration.read([file])["parallel"], "parallel")
 
 
 def _figures(config: TrainConfig, seconds: list[float], phases: dict[str, float], first_step: float) -> dict[str, Any]:
@@ -101,6 +113,7 @@ def _figures(config: TrainConfig, seconds: list[float], phases: dict[str, float]
         "mfu": rate * flops / device.peak_flops if device else None,
         "peak_memory_bytes": peak,
         "first_step_seconds": first_step,
+        "precision": config.parallel.precision,
         "compiled": is_compiled(config.parallel, torch.device("cuda" if on_gpu else "cpu")),
         "torch": torch.__version__,
         "python": sys.version.split()[0],

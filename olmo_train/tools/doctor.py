@@ -9,16 +9,18 @@ import shutil
 import socket
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from olmo_train.errors import ConfigError, UserError
 from olmo_train.formats import byte_size, counted, extent
 from olmo_train.hardware import available_memory
 from olmo_train.log.wandb import wandb_mode
+from olmo_train.parallel import choices
 from olmo_train.parallel.processes import announced, processes_on_machine
 from olmo_train.plan import preflight
 from olmo_train.plan.memory import checkpoint_bytes
+from olmo_train.plan.plan import open_data, with_length
 from olmo_train.storage import cache_folder
 from olmo_train.train_config import TrainConfig
 
@@ -39,9 +41,10 @@ def judge(check: str, is_ok: bool, finding: str, remedy: str, otherwise: str = "
 def examine(config: TrainConfig | None) -> list[Finding]:
     """All findings, of the machine alone or of a configuration on it. Never raises: a check that fails is a finding."""
     checks: list[Callable[[], Iterator[Finding]]] = [environment, cache, launcher, processors, network, gpus]
+    findings: list[Finding] = []
     if config is not None:
+        config, findings = decided(config)
         checks += [functools.partial(check, config) for check in (world, memory, disk, kernels, data, tracking)]
-    findings = []
     for check in checks:
         try:
             findings += check()
@@ -50,6 +53,27 @@ def examine(config: TrainConfig | None) -> list[Finding]:
         except Exception as problem:
             findings.append(Finding(getattr(check, "__name__", "check"), "problem", repr(problem), "report this"))
     return findings
+
+
+def decided(config: TrainConfig) -> tuple[TrainConfig, list[Finding]]:
+    """The configuration with what a new run on this machine would choose for `parallel`, and findings about it."""
+    import torch
+
+    from olmo_train.parallel.kernels import missing_for_compile
+
+    on_gpu = torch.cuda.is_available()
+    parallel, notes = choices.choose_precision(config.parallel, on_gpu)
+    config, findings = choices.with_parallel(config, parallel), [Finding("parallel.precision", "ok", note) for note in notes]
+    if parallel.compile is None and not on_gpu:
+        try:
+            lasting = with_length(config, *open_data(config))
+        except ConfigError:  # the length follows from data that `data` finds to be missing
+            return config, findings
+        missing = functools.partial(missing_for_compile, on_gpu=False)
+        compiled, notes = choices.choose_compile(lasting, torch.get_num_threads() * world_size(), missing)
+        config = choices.with_parallel(config, replace(parallel, compile=compiled))
+        findings += [Finding("parallel.compile", "ok", note) for note in notes]
+    return config, findings
 
 
 def environment() -> Iterator[Finding]:

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from olmo_train import config as configuration
 from olmo_train.checkpoint import folders
 from olmo_train.checkpoint.config import CheckpointConfig
@@ -128,6 +130,9 @@ def _config_of(history: History, attempt: Attempt) -> TrainConfig:
     """
     config = configuration.build(TrainConfig, configuration.words(attempt.event["config"], attempt.event.get("started_in")))
     passed_over = tuple(sorted(history.rewound_steps.union(config.guards.skip_steps)))
+    compiled = config.parallel.compile
+    if compiled is None and not torch.cuda.is_available():  # recorded by a run on a GPU, or by a version that did not compile
+        compiled = False
     return dataclasses.replace(
         config,
         run_dir=str(history.run_dir),
@@ -136,6 +141,7 @@ def _config_of(history: History, attempt: Attempt) -> TrainConfig:
         # the base of adapters, which may have moved since the checkpoint
         init_from=config.init_from if attempt.first_step == 1 or config.adapter.is_on else None,
         allow_changes=(),
+        parallel=dataclasses.replace(config.parallel, compile=compiled),
         data=dataclasses.replace(config.data, validation={}),
         log=LogConfig(interval_steps=config.log.interval_steps, wandb=WandbConfig(mode="disabled")),
         eval=EvalConfig(interval_steps=10**9),

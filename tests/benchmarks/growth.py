@@ -39,7 +39,7 @@ def step_seconds(key: str, value: int, arguments: argparse.Namespace) -> float:
     changes = BASE if key == "processes" else BASE | {key: value}
     processes = value if key == "processes" else 1
     start = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
-    words = [f"{name}={setting}" for name, setting in changes.items()] + arguments.word
+    words = [f"{name}={setting}" for name, setting in changes.items()] + ["parallel.compile=false", *arguments.word]
     steps = ["--steps", str(arguments.steps), "--warmup", "2", "--json"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(max(1, arguments.threads // processes))}
     out = subprocess.run(

@@ -70,7 +70,8 @@ def our_run(work: SimpleNamespace, folder: Path, *words: str):
     shape = [f"model.d_model={work.d}", f"model.n_layers={work.layers}", f"model.n_heads={work.heads}",
              f"model.mlp_hidden={work.hidden}", f"model.vocab_size={work.vocab}", f"model.padded_vocab_size={work.vocab}",
              f"model.seq_len={work.T}", f"global_batch_size={work.batch}", f"micro_batch_size={work.micro}",
-             "optim.warmup_steps=10", "parallel.precision=bf16", *getattr(work, "words", ()), *words]  # fmt: skip
+             "optim.warmup_steps=10", "parallel.precision=bf16", "parallel.compile=false",
+             *getattr(work, "words", ()), *words]  # fmt: skip
     from olmo_train.train import train
 
     return train(bench.load([], shape, folder))
