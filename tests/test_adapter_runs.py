@@ -23,7 +23,7 @@ from olmo_train import config as configuration
 from olmo_train import train as training
 from olmo_train.checkpoint import folders
 from olmo_train.checkpoint.load import load_model
-from olmo_train.errors import CheckpointError, ConfigError, ReplicaError
+from olmo_train.errors import ConfigError, ReplicaError
 from olmo_train.guards import spikes
 from olmo_train.model.adapter import adapt, is_adapter
 from olmo_train.model.config import AdapterConfig
@@ -323,9 +323,23 @@ def test_a_mistake_ends_with_its_key_and_remedy(tiny_words, run_main, words, mes
     assert re.match(f"error: {message}", done.stderr.splitlines()[-1]), done.stderr
 
 
-def test_a_base_of_another_shape_is_refused(adapter_args):
-    with pytest.raises(CheckpointError, match=r"blocks\.\d.*expected"):
-        trained(adapter_args("other-shape", **{"model.mlp_hidden": 160}))
+@pytest.mark.parametrize("kind", ["none", "lora"])
+def test_a_base_of_another_shape_is_refused_by_its_key(adapter_args, base, kind):
+    message = rf"is 160 here and was 176 when the weights of init_from were trained \({base}/.*\); set it back$"
+    with pytest.raises(ConfigError, match=message) as problem:
+        trained(adapter_args("other-shape", kind, **{"model.mlp_hidden": 160}))
+    assert problem.value.where == "model.mlp_hidden"
+
+
+def test_a_base_that_computed_something_else_is_refused_unless_it_is_allowed(adapter_args):
+    """Its weights have the same shapes."""
+    changes = {"model.n_heads": 8, "model.rope_theta": 500, "model.z_loss": 1e-4, "total_steps": 1}
+    fix = r"set them back, or set allow_changes=\[model.n_heads,model.rope_theta\]$"
+    message = r"is 8 here and was 4; model.rope_theta is 500.0 here and was 10000.0 when the weights .*; " + fix
+    with pytest.raises(ConfigError, match=message) as problem:
+        trained(adapter_args("other-heads", **changes))
+    assert problem.value.where == "model.n_heads"
+    trained(adapter_args("other-heads", **changes, allow_changes="[model]"))
 
 
 def test_a_resumed_run_may_not_change_its_adapters(runs, adapter_args):

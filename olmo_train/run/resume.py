@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from olmo_train.config import REMOVED, build, flatten, to_dict
+from olmo_train.config import REMOVED, build, flatten, read, to_dict
 from olmo_train.errors import ConfigError
 from olmo_train.formats import counted
 from olmo_train.model.config import AdapterConfig, ModelConfig
@@ -30,6 +30,8 @@ OLDER = flatten(
     {"adapter": to_dict(AdapterConfig()), "batch_schedule": [], "optim": {"decay_shape": "linear", "lr_batch_scaling": "none"}}
 )
 ADAPTER_SHAPES = {"adapter.kind", "adapter.rank", "adapter.targets"}
+# Keys of the model that decide how weights are drawn and trained, not what they compute.
+TRAINED_WITH = {"vocab_size", "seq_len", "z_loss", "init", "init_std"}
 ANOTHER_MODEL = "which would train another model; set it back, choose another run_dir"
 
 
@@ -76,6 +78,31 @@ def _shapes(config: dict[str, Any]) -> dict[str, torch.Size] | None:
     except ConfigError:
         return None
     return {name: weight.shape for name, weight in model.named_parameters()}
+
+
+def check_init(folder: Path, model: ModelConfig, allowed: tuple[str, ...]) -> None:
+    """Compare the model with the one that the weights of `folder` were trained in, which a run starts from or freezes: another
+    number of heads, for example, fits their shapes and computes something else. Raises ConfigError with all keys, each with both
+    values, that differ and that `allowed` does not name. Other shapes cannot be allowed."""
+    try:
+        saved = build(ModelConfig, read([folder / "config.yaml"])["model"], "model")
+    except (ConfigError, KeyError):  # one that this version cannot build; shapes are compared when the weights are loaded
+        return
+    before, now = to_dict(saved), to_dict(model)
+    sizes = [{"n_kv_heads": m.kv_heads, "head_dim": m.head_size, "padded_vocab_size": m.vocab_rows} for m in (saved, model)]
+    same = TRAINED_WITH | {key for key, size in sizes[0].items() if size == sizes[1][key]}  # null stands for one of these sizes
+    changed = [f"model.{key}" for key in now if before[key] != now[key] and key not in same]
+    reshaped = bool(changed) and _shapes({"model": before}) != _shapes({"model": now})
+    refused = [key for key in changed if reshaped or not _is_allowed(key, allowed)]
+    if not refused:
+        return
+    before, now = flatten({"model": before}), flatten({"model": now})
+    values = "; ".join(f"{key} is {now[key]!r} here and was {before[key]!r}" for key in refused)
+    what = f"{values.removeprefix(f'{refused[0]} ')} when the weights of init_from were trained ({folder})"
+    fix = f"set {'it' if len(refused) == 1 else 'them'} back"
+    if not reshaped:
+        fix += f", or set allow_changes=[{','.join(refused)}]"
+    raise ConfigError(refused[0], f"{what}; {fix}")
 
 
 def check_adapters(folder: Path, saved: dict[str, Any], adapter: AdapterConfig, are_there: bool) -> None:

@@ -13,7 +13,7 @@ from olmo_train.data.mixture import Mixture
 from olmo_train.data.order import BatchSizes
 from olmo_train.errors import ConfigError
 from olmo_train.history import History
-from olmo_train.run.resume import check_adapters, check_changes, check_data, check_denied, check_skip_steps
+from olmo_train.run.resume import check_adapters, check_changes, check_data, check_denied, check_init, check_skip_steps
 from olmo_train.storage import FileCheck, check_files
 from olmo_train.train_config import BatchConfig, TrainConfig
 
@@ -81,13 +81,15 @@ def read_start(config: TrainConfig, mixture: Mixture, found: Found) -> tuple[Tra
     """Read the checkpoint that `find_checkpoint` found. Returns the configuration too, which takes the checkpoint's batch size if
     it sets none: a run keeps its batch, also one that an earlier version started with another default.
 
-    Raises ConfigError when the configuration would train another model than the one that is resumed, or on other data. A branch
-    may change anything but the shapes of its adapters.
+    Raises ConfigError when the configuration would train another model than the one that is resumed, or that init_from was, or on
+    other data. A branch may change anything but the shapes of its adapters.
     """
     kind, folder, base = found.kind, found.folder, None
     if config.adapter.is_on and found.init_folder:
         base = folders.base_record(found.init_folder, config.parallel.precision)
     if folder is None:
+        if found.init_folder:
+            check_init(found.init_folder, config.model, config.allow_changes)
         return config, Start(kind, None, {"step": 0}, {}, config.batches, found.init_folder, base)
     state, words = folders.read_state(folder), configuration.read([folder / "config.yaml"])
     saved = configuration.decoded(words)
