@@ -391,7 +391,9 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return {str(k): _convert(args[1], v, f"{where}.{k}") for k, v in value.items() if v is not None}
     if origin is tuple:
         if not isinstance(value, (list, tuple)):
-            raise ConfigError(where, f"must be a list, got {decoded(value)!r}")
+            value = decoded(value)
+            fix = f"; write [{value}]" if isinstance(value, str) else ""
+            raise ConfigError(where, f"must be a list, got {value!r}{fix}")
         items = [args[0]] * len(value) if args[-1] is Ellipsis else args
         if len(items) != len(value):
             raise ConfigError(where, f"must be a list of {len(items)} values, got {decoded(value)!r}")

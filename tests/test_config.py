@@ -177,6 +177,7 @@ def test_an_unknown_key_or_choice_is_refused_with_the_nearest_known_one(word, ex
         ("run_dir=", "run_dir: is empty; set run_dir=VALUE"),
         ("optim.betas=[0.9]", "optim.betas: must be a list of 2 values, got [0.9]"),
         ("optim.betas=0.9", "optim.betas: must be a list, got 0.9"),
+        ("adapter.targets=wq,wv", "adapter.targets: must be a list, got 'wq,wv'; write [wq,wv]"),
         ("optim.betas=[0.9,x]", "optim.betas.1: must be a number, got 'x'"),
         ("parallel.compile=1", "parallel.compile: must be true or false, got 1"),
         ("model=olmo-7b", "model: must be a mapping of keys, got 'olmo-7b'"),
