@@ -217,6 +217,7 @@ class _Run:
                 saved = time.monotonic()
         for writer in self.writers:
             writer.end()
+        on_progress(Progress(state.input_bytes, total_bytes, self._n_tokens(), resumed_tokens))  # with the last open windows
         self._save()
         self._refuse_nothing()
         account = self._account()
