@@ -28,7 +28,7 @@ from olmo_train.convert import hf as convert_hf
 from olmo_train.convert import peft as convert_peft
 from olmo_train.convert.folders import on_meta, write_checkpoint
 from olmo_train.data.prepare.prepare import PrepareOptions, prepare
-from olmo_train.data.templates import open_format
+from olmo_train.data.templates import open_format, recorded_template
 from olmo_train.data.tokenizer import CONFIG_FILE, config_file, load_tokenizer
 from olmo_train.errors import CheckpointError, ConfigError
 from olmo_train.model import adapter as adapters
@@ -439,6 +439,13 @@ def test_a_trained_run_goes_everywhere(runs, tmp_path, run_main):
     question = ["--prompt", "Once", "--template", "chatml", "--temperature", 0, "--max-new-tokens", 8]
     answers = [run_main("generate", folder, *question).stdout for folder in (runs / "adapted", "merged", "back")]
     assert len(set(answers)) == 1 and answers[0].strip()
+    out = run_main("generate", "merged", *question[:2], "--max-new-tokens", 1)
+    assert out.stderr.startswith("note: merged was trained on the template chatml; --template chatml writes a prompt as there")
+    assert run_main("convert", "import-hf", "theirs-merged", "from-theirs").returncode == 0
+    records = [
+        recorded_template(folders.resolve(folder)) for folder in (runs / "adapted", tmp_path / "back", tmp_path / "from-theirs")
+    ]
+    assert records[0]["instruction"] == "Continue." and records == records[:1] * 3
     figures = [run_main("evaluate", folder, "--data", f"x={runs / 'data'}", "--no-unigram", "--json")
                for folder in (runs / "adapted", "merged")]  # fmt: skip
     losses = [json.loads(out.stdout)["sources"] for out in figures]
@@ -473,8 +480,14 @@ def test_a_moved_base_is_named_to_merge(runs, tmp_path, run_main):
     (folder / "MANIFEST.json").write_text(json.dumps(manifest))
     out = run_main("generate", tmp_path / "run", "--max-new-tokens", 2)
     assert out.returncode == 2 and f"olmo-train convert merge {folder} DEST --base PLACE" in out.stderr
-    assert run_main("convert", "merge", folder, "merged", "--base", tmp_path / "base").returncode == 0
+    out = run_main("convert", "merge", folder, "merged", "--base", runs)
+    assert out.returncode == 2 and f"error: --base: the base of {folder} is neither at {runs} nor at " in out.stderr
+    for words in (["merge", folder, "merged"], ["export-hf", folder, "hf"], ["export-peft", folder, "peft"]):
+        out = run_main("convert", *words, "--base", tmp_path / "base")
+        assert out.returncode == 0, out.stderr
     assert run_main("generate", "merged", "--max-new-tokens", 2).returncode == 0
+    out = run_main("convert", "export-hf", "merged", "other", "--base", tmp_path / "base")
+    assert out.returncode == 2 and "error: --base: goes with a run with adapters, and merged holds all weights" in out.stderr
 
 
 def test_the_exported_model_answers_as_ours_in_its_template(runs, tmp_path):

@@ -136,11 +136,11 @@ def base_record(base: Path, dtype: str) -> dict[str, Any]:
     return {"path": str(base.absolute()), "step": read_state(base)["step"], "manifest_sha256": sha256, "dtype": dtype}
 
 
-def base_of(folder: Path, init_from: str | None = None, check: FileCheck = check_files) -> Path | None:
+def base_of(folder: Path, init_from: str | None = None, check: FileCheck = check_files, key: str = "init_from") -> Path | None:
     """The checkpoint whose weights are frozen under the adapters of `folder`; None for a checkpoint without adapters.
 
-    It is looked for at `init_from`, a checkpoint or a run_dir, then where it was. Raises ConfigError when neither is there or
-    init_from is another checkpoint, and CheckpointError when it is damaged.
+    It is looked for at `init_from`, a checkpoint or a run_dir, then where it was. Raises ConfigError about `key`, which names
+    init_from, when neither is there or init_from is another checkpoint, and CheckpointError when it is damaged.
     """
     record = read_state(folder).get("base")
     if record is None:
@@ -152,10 +152,11 @@ def base_of(folder: Path, init_from: str | None = None, check: FileCheck = check
                 return resolve(place, check)
             hashes = f"its manifest has the hash {sha256[:12]}, that of the base {record['manifest_sha256'][:12]}"
             what = f"{place} is not the checkpoint whose weights are frozen under the adapters of {folder}: {hashes}"
-            raise ConfigError("init_from", f"{what}; name the checkpoint that was at {record['path']}")
-    what = f"the base of {folder} is not at {record['path']}, where it was when the adapters were trained"
-    merge = f"olmo-train convert merge {folder} DEST --base PLACE"
-    raise ConfigError("init_from", f"{what}; put it back, set init_from to its place, or for other verbs than train: {merge}")
+            raise ConfigError(key, f"{what}; name the checkpoint that was at {record['path']}")
+    where = f"neither at {init_from} nor at {record['path']}" if init_from else f"not at {record['path']}"
+    what = f"the base of {folder} is {where}, where it was when the adapters were trained"
+    convert = f"olmo-train convert merge {folder} DEST --base PLACE"
+    raise ConfigError(key, f"{what}; put it back, set init_from to its place, or for other verbs than train: {convert}")
 
 
 def merge_first(folder: Path) -> str:

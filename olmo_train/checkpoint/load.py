@@ -86,7 +86,7 @@ class WeightReader:
         if record := read_state(folder).get("base"):
             values = configuration.read([folder / "config.yaml"])
             place = str(moved_base) if moved_base else configuration.decoded(values).get("init_from")
-            base = base_of(folder, place)
+            base = base_of(folder, place, key="--base" if moved_base else "init_from")
             assert base is not None
             self._base, self._dtype = WeightReader(base), DTYPES[record["dtype"]]
             self.adapter = configuration.build(AdapterConfig, values["adapter"], "adapter")

@@ -12,7 +12,7 @@ OPTIONS = {  # the directions that an option goes with
     "tokenizer": ("export-hf",),
     "eos": ("export-hf",),
     "allow_other_tokenizer": ("export-hf",),
-    "base": ("import-peft", "merge"),
+    "base": ("import-peft", "merge", "export-hf", "export-peft"),
     "base_name": ("export-peft",),
     "leave_out": ("import-olmo",),
     "step": ("import-olmo",),
@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=("fp32", "bf16"), help=what)
     parser.add_argument("--tokenizer", metavar="NAME_OR_FILE", help="export-hf: instead of the checkpoint's own tokenizer.json")
     add_allow_argument(parser)
-    what = "import-peft: the checkpoint that the adapters were trained beside; merge: where the run's base is now, if it moved"
+    what = "import-peft: the checkpoint that the adapters were trained beside; merge and exports: where it is now, if it moved"
     parser.add_argument("--base", type=Path, metavar="CHECKPOINT", help=what)
     what = "export-peft: the base's name or folder, for base_model_name_or_path"
     parser.add_argument("--base-name", metavar="NAME", help=what)
@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> None:
 
     for option, directions in OPTIONS.items():
         if getattr(args, option) not in (None, [], False) and args.direction not in directions:
-            raise ConfigError(f"--{option.replace('_', '-')}", f"goes with {' and '.join(directions)}, not with {args.direction}")
+            raise ConfigError(f"--{option.replace('_', '-')}", f"goes with {', '.join(directions)}, not with {args.direction}")
     if args.direction == "import-olmo":
         step = olmo.import_olmo(args.source, args.dest, tuple(args.leave_out), args.step)
         print(f"{args.dest}: {f'resume_from continues after step {step}' if args.dest.is_dir() else 'written'}")
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> None:
         "export-hf": lambda: _export_hf(args),
         "import-hf": lambda: hf.import_hf(args.source, args.dest),
         "merge": lambda: peft.merge(args.source, args.dest, args.base),
-        "export-peft": lambda: peft.export_peft(args.source, args.dest, args.base_name),
+        "export-peft": lambda: peft.export_peft(args.source, args.dest, args.base_name, args.base),
         "import-peft": lambda: peft.import_peft(args.source, args.dest, args.base, args.dtype or "fp32"),
     }[args.direction]()
     print(f"{args.dest}: {proof}")
@@ -71,4 +71,4 @@ def _export_hf(args: argparse.Namespace) -> object:
     tokenizer = load_tokenizer(args.tokenizer, eos=args.eos) if args.tokenizer else None
     if args.eos and not tokenizer:
         raise ConfigError("--eos", "goes with --tokenizer; without it the checkpoint's own tokenizer and EOS are taken")
-    return hf.export_hf(args.source, args.dest, args.dtype or "fp32", tokenizer, not args.allow_other_tokenizer)
+    return hf.export_hf(args.source, args.dest, args.dtype or "fp32", tokenizer, not args.allow_other_tokenizer, args.base)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from olmo_train.commands.common import (
@@ -51,6 +53,7 @@ def run(args: argparse.Namespace) -> None:
     else:
         tokenizer = open_tokenizer(folder, args, model.config.vocab_size)
         encode = tokenizer.encode
+        _note_template(folder)
     prompts = [prompt for prompt in args.prompt or [""] for _ in range(args.samples)]
     ids = [encode(prompt) or [tokenizer.eos_id] for prompt in prompts]
     results = []
@@ -64,6 +67,16 @@ def run(args: argparse.Namespace) -> None:
         if len(results) > 1:
             print(f"{'' if i == 0 else chr(10)}--- {i + 1} of {len(results)}")
         print(("" if args.template else result["prompt"]) + result["text"])
+
+
+def _note_template(folder: Path) -> None:
+    """Name the template of the data to a user who asks without it: such a prompt looks like none of theirs."""
+    from olmo_train.data.templates import TEMPLATES, recorded_template
+
+    recorded = recorded_template(folder)
+    if recorded and TEMPLATES[recorded["name"]].head:
+        name = recorded["name"]
+        print(f"note: {folder} was trained on the template {name}; --template {name} writes a prompt as there", file=sys.stderr)
 
 
 def _check(args: argparse.Namespace) -> None:

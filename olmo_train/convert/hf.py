@@ -10,6 +10,7 @@ import json
 import logging
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from olmo_train.checkpoint import folders, load
 from olmo_train.convert import families
 from olmo_train.convert.check import Agreement, check_logits, compare, our_logits
 from olmo_train.convert.folders import Read, TheirWeights, new_folder, transformers, write_checkpoint, write_shards
-from olmo_train.data.templates import chat_template
+from olmo_train.data.templates import chat_template, template_for
 from olmo_train.data.tokenizer import (
     CONFIG_FILE,
     OTHER_TOKENIZER,
@@ -42,15 +43,19 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def export_hf(
-    source: Path, dest: Path, dtype: str = "fp32", tokenizer: Tokenizer | None = None, check_tokenizer: bool = True
-) -> Agreement:
+    source: Path, dest: Path, dtype: str = "fp32", tokenizer: Tokenizer | None = None, check_tokenizer: bool = True,
+    moved_base: Path | None = None,
+) -> Agreement:  # fmt: skip
     """Write a checkpoint as a folder that transformers loads. The tokenizer is the checkpoint's own unless you pass one.
+    `moved_base`: where the base of adapters is now, if it has moved.
 
     Raises ConfigError with the key that no family expresses, CheckpointError when the logits do not agree, and, with
     `check_tokenizer`, DataError when the tokenizer is not the checkpoint's: the logits, of ids, could not show it.
     """
     transformers()
     folder = folders.resolve(source)
+    if moved_base and "base" not in folders.read_state(folder):
+        raise ConfigError("--base", f"goes with a run with adapters, and {folder} holds all weights; leave it out")
     saved = configuration.read([folder / "config.yaml"])
     config = configuration.build(ModelConfig, saved["model"], "model")
     own = folder / "tokenizer.json"
@@ -60,8 +65,8 @@ def export_hf(
     if tokenizer is None and own.is_file():
         tokenizer = load_tokenizer(own)
     eos_id = tokenizer.eos_id if tokenizer else configuration.decoded(saved.get("data") or {}).get("eos_id")
-    stored = load.WeightReader(folder)
-    template = chat_template(folder, tokenizer) if tokenizer else None
+    stored = load.WeightReader(folder, moved_base)
+    template = template_for(folder, tokenizer) if tokenizer else None
     shape, folded = families.folded(config, stored)
     family = families.family_of(shape)
 
@@ -113,7 +118,7 @@ def import_hf(source: Path, dest: Path) -> Agreement:
     derived += ["lm_head.weight"] if config.tie_embeddings else []
     shapes = {name: shape for name, shape in theirs.shapes.items() if name not in derived}
     load.check_shapes(source, shapes, {mapping.theirs: mapping.shape for mapping in mappings})
-    files = {"tokenizer.json": tokenizer.json.encode(), CONFIG_FILE: config_file(tokenizer.eos_text)} if tokenizer else {}
+    files = {"tokenizer.json": tokenizer.json.encode(), CONFIG_FILE: their_config(source, tokenizer)} if tokenizer else {}
     with new_folder(dest) as temporary:
         values = {"model": configuration.to_dict(config)}
         entries = write_checkpoint(temporary, config, values, families.reader(mappings, theirs), files)
@@ -140,7 +145,7 @@ def _text_files(
     tokenizer: Tokenizer | None,
     eos_id: int | None,
     dtype: torch.dtype,
-    template: str | None,
+    template: dict[str, Any] | None,
 ) -> dict[str, bytes]:
     """The JSON files of a transformers folder."""
     pad_id = _pad_id(tokenizer) if tokenizer else eos_id
@@ -154,11 +159,12 @@ def _text_files(
     return texts | (tokenizer_files(tokenizer, config, template) if tokenizer else {})
 
 
-def tokenizer_files(tokenizer: Tokenizer, config: ModelConfig, template: str | None) -> dict[str, bytes]:
-    """The files with which transformers opens a tokenizer, and with `template` applies a chat template. Raises ConfigError when
-    the model has fewer ids."""
+def tokenizer_files(tokenizer: Tokenizer, config: ModelConfig, template: dict[str, Any] | None) -> dict[str, bytes]:
+    """The files with which transformers opens a tokenizer, and with `template`, that of the data, applies a chat template. The
+    record of the template comes along for an import. Raises ConfigError when the model has fewer ids."""
     if tokenizer.vocab_size > config.vocab_size:
         raise ConfigError("--tokenizer", f"{tokenizer.name} has {tokenizer.vocab_size} ids, the model only {config.vocab_size}")
+    chat = chat_template(template, tokenizer) if template else None
     about = config_file(
         tokenizer.eos_text,
         tokenizer_class="PreTrainedTokenizerFast",
@@ -167,7 +173,8 @@ def tokenizer_files(tokenizer: Tokenizer, config: ModelConfig, template: str | N
         model_max_length=config.seq_len,
         clean_up_tokenization_spaces=False,
         add_prefix_space=False,
-        **({"chat_template": template} if template else {}),
+        **({"chat_template": chat} if chat else {}),
+        **({"template": template} if template else {}),
     )
     return {"tokenizer.json": tokenizer.json.encode(), CONFIG_FILE: about}
 
@@ -175,6 +182,13 @@ def tokenizer_files(tokenizer: Tokenizer, config: ModelConfig, template: str | N
 def _pad_id(tokenizer: Tokenizer) -> int:
     pad_id = tokenizer.inner.token_to_id(PAD_TEXT)
     return tokenizer.eos_id if pad_id is None else pad_id
+
+
+def their_config(folder: Path, tokenizer: Tokenizer) -> bytes:
+    """Contents of the tokenizer_config.json of a checkpoint with the tokenizer of a folder, and with its template if this program
+    exported it."""
+    template = template_for(folder, tokenizer)
+    return config_file(tokenizer.eos_text, **({"template": template} if template else {}))
 
 
 def their_tokenizer(folder: Path) -> Tokenizer | None:

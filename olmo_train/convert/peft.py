@@ -23,9 +23,9 @@ from olmo_train.checkpoint import folders, load
 from olmo_train.convert import families
 from olmo_train.convert.check import WITH_ADAPTERS, Agreement, compare, our_logits, require, their_logits
 from olmo_train.convert.folders import new_folder, on_meta, transformers, write_checkpoint
-from olmo_train.convert.hf import their_tokenizer, tokenizer_files
-from olmo_train.data.templates import chat_template
-from olmo_train.data.tokenizer import CONFIG_FILE, config_file, load_tokenizer
+from olmo_train.convert.hf import their_config, their_tokenizer, tokenizer_files
+from olmo_train.data.templates import recorded_template, template_for
+from olmo_train.data.tokenizer import CONFIG_FILE, load_tokenizer
 from olmo_train.errors import CheckpointError, ConfigError, reason
 from olmo_train.model.adapter import merged, own_parameters
 from olmo_train.model.config import AdapterConfig, ModelConfig, Target
@@ -96,13 +96,14 @@ def merge(source: Path, dest: Path, moved_base: Path | None = None) -> Agreement
     return agreement
 
 
-def export_peft(source: Path, dest: Path, base_name: str | None = None) -> Agreement:
+def export_peft(source: Path, dest: Path, base_name: str | None = None, moved_base: Path | None = None) -> Agreement:
     """Write the adapters of a run as a folder that PeftModel.from_pretrained loads beside the exported base.
+    `moved_base`: where the base is now, if it has moved.
 
     Raises ConfigError for a run without adapters or with some that PEFT cannot express, and CheckpointError when the logits of
     the run and of the folder differ.
     """
-    folder, _, config, stored = open_adapted(source, "convert export-peft")
+    folder, _, config, stored = open_adapted(source, "convert export-peft", moved_base)
     adapter, family = stored.adapter, families.family_of(config)
     names = peft_names(family, config, adapter)
     modules = {name.partition(".lora_")[0].rpartition(".")[2] for name in names}
@@ -125,7 +126,7 @@ def export_peft(source: Path, dest: Path, base_name: str | None = None) -> Agree
         tensors = {theirs: stored.unmerged(ours).contiguous() for theirs, ours in names.items()}
         write_file(temporary / WEIGHTS, safetensors.torch.save(tensors, metadata={"format": "pt"}))
         write_file(temporary / SETTINGS, json.dumps(settings, indent=1).encode())
-        files = tokenizer_files(own, config, chat_template(folder, own)) if own else {}
+        files = tokenizer_files(own, config, template_for(folder, own)) if own else {}
         for name, content in files.items():
             write_file(temporary / name, content)
         agreement = _check_peft(config, stored, temporary, source)
@@ -265,14 +266,15 @@ def _check_peft(config: ModelConfig, stored: load.WeightReader, folder: Path, so
 
 def _tokenizer_of(checkpoint: Path, theirs: Path | None = None) -> dict[str, bytes]:
     """{name: contents} of the tokenizer of a checkpoint, which ends texts as that in the folder `theirs` does, if there is one: a
-    finetuned model ends its turns with another token than its base."""
+    finetuned model ends its turns with another token than its base, and answers in another template."""
     files = {name: checkpoint / name for name in ("tokenizer.json", CONFIG_FILE)}
     found = {name: file.read_bytes() for name, file in files.items() if file.is_file()}
     other = their_tokenizer(theirs) if theirs and (theirs / CONFIG_FILE).is_file() else None
-    if other is None:
+    if theirs is None or other is None:
         return found
     if "tokenizer.json" not in found:
-        return {"tokenizer.json": other.json.encode(), CONFIG_FILE: config_file(other.eos_text)}
+        return {"tokenizer.json": other.json.encode(), CONFIG_FILE: their_config(theirs, other)}
     own = load_tokenizer(checkpoint)
     is_known = own.inner.token_to_id(other.eos_text) is not None
-    return found | ({CONFIG_FILE: config_file(other.eos_text)} if is_known and other.eos_text != own.eos_text else {})
+    differs = other.eos_text != own.eos_text or recorded_template(theirs) is not None
+    return found | ({CONFIG_FILE: their_config(theirs, other)} if is_known and differs else {})

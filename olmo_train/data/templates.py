@@ -293,22 +293,29 @@ def _probe(chat: ChatFormat) -> None:
 
 
 def recorded_template(folder: Path) -> dict[str, Any] | None:
-    """The template that the data of a checkpoint were prepared with; None without one."""
+    """The template of the data of a checkpoint, or of a folder that was exported from one; None without one."""
     try:
-        return json.loads((folder / CONFIG_FILE).read_bytes()).get("template")
+        recorded = json.loads((folder / CONFIG_FILE).read_bytes()).get("template")
     except (OSError, ValueError, AttributeError):
         return None
+    return recorded if isinstance(recorded, dict) and recorded.get("name") in TEMPLATES else None
 
 
-def chat_template(folder: Path, tokenizer: Tokenizer) -> str | None:
-    """The template of a checkpoint's data for transformers' `apply_chat_template`, with its instruction. None without one, for
-    `plain`, whose messages have nothing around them, and with a warning when the tokenizer is another one."""
+def template_for(folder: Path, tokenizer: Tokenizer) -> dict[str, Any] | None:
+    """The recorded template of a checkpoint; None without one, and with a warning when the tokenizer has not its markers."""
     recorded = recorded_template(folder)
-    template = TEMPLATES.get(recorded["name"]) if recorded else None
-    if recorded is None or template is None or not template.head:
+    if recorded is None:
         return None
-    if tokenizer.eos_text != recorded["turn_end"] or any(tokenizer.inner.token_to_id(m) is None for m in template.markers):
+    markers = TEMPLATES[recorded["name"]].markers
+    if tokenizer.eos_text != recorded["turn_end"] or any(tokenizer.inner.token_to_id(marker) is None for marker in markers):
         what = f"a turn ends with {recorded['turn_end']!r} in the template {recorded['name']} of {folder}"
         log.warning("%s: %s; no chat template is written, as this tokenizer differs", tokenizer.name, what)
         return None
-    return template.jinja(tokenizer.eos_text, recorded["instruction"])
+    return recorded
+
+
+def chat_template(recorded: dict[str, Any], tokenizer: Tokenizer) -> str | None:
+    """A recorded template for transformers' `apply_chat_template`, with its instruction. None for `plain`, whose messages have
+    nothing around them."""
+    template = TEMPLATES[recorded["name"]]
+    return template.jinja(tokenizer.eos_text, recorded["instruction"]) if template.head else None
