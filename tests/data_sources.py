@@ -1,12 +1,19 @@
-"""Tiny texts, tokenizers and prepared sources for the tests of data/."""
+"""Texts, tokenizers and prepared sources for the tests of data/, and pairs to finetune on."""
 
+import ast
+import hashlib
 import json
 import random
+import sysconfig
 from pathlib import Path
 
 from olmo_train.data.prepare.prepare import PrepareOptions, PrepareResult, prepare
 from olmo_train.data.tokenizer import save_tokenizer, train_tokenizer
 
+# Modules of Python's library that have many docstrings, and whose own docstring begins with what the module is for.
+MODULES = ["_pydecimal", "_pyio", "configparser", "difflib", "doctest", "email/message", "http/cookiejar", "inspect", "ipaddress",
+           "logging/__init__", "mailbox", "shutil", "smtplib", "tarfile", "threading", "typing",
+           "xml/etree/ElementTree"]  # fmt: skip
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "ran", "to", "his", "über", "naïve", "東京", "1234", ":=", "\n\n\t"]
 
 
@@ -37,6 +44,20 @@ def prepare_source(
     options = {"max_shard_tokens": 1000, **options}
     result = prepare(PrepareOptions(tuple(map(str, inputs)), folder / name, str(tokenizer), **options), on_note=on_note)
     return folder / name, result
+
+
+def library_pairs(words: int = 25) -> list[tuple[str, str]]:
+    """(at most `words` words of a docstring, what its module is for), from Python's library, shuffled: real text without a
+    network. The second text stands in the docstring of the module alone, so a model must know which module the first is from."""
+    found = {}
+    for name in MODULES:
+        tree = ast.parse((Path(sysconfig.get_path("stdlib")) / f"{name}.py").read_bytes())
+        nodes = [node for node in ast.walk(tree) if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)]
+        about, *texts = (ast.get_docstring(node) or "" for node in nodes)
+        summary = " ".join(about.split("\n\n")[0].split())
+        for text in map(str.split, texts):
+            found |= {" ".join(text[i : i + words]): summary for i in range(0, len(text) - 9, words)}
+    return sorted(found.items(), key=lambda pair: hashlib.sha256(pair[0].encode()).digest())
 
 
 def flip_bit(file: Path, at: int) -> None:

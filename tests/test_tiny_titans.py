@@ -1,4 +1,5 @@
-"""make tiny-titans: pairs are gathered whole and split by source package, finished runs are skipped, and finetuning teaches."""
+"""make tiny-titans: pairs are gathered whole and split by source package, finished runs are skipped, and finetuning teaches, also
+a base that is pretrained here."""
 
 import json
 import sys
@@ -7,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from data_sources import texts
+from data_sources import library_pairs, texts
 from runs import lines_of, load_script
 from safetensors.torch import load_file
 
@@ -250,3 +251,55 @@ def test_a_command_that_fails_ends_the_script_with_its_exit_code():
     with pytest.raises(SystemExit) as failed:
         script.olmo_train("evaluate", "nowhere")
     assert failed.value.code == 4
+
+
+# ---- from random weights to answers
+
+
+def write_pairs(folder: Path) -> int:
+    """train.jsonl, validation.jsonl, test.jsonl, and text.jsonl to pretrain on: what a module is for, and the prompts of four of
+    its training pairs. Returns the number of training pairs."""
+    rows = [{"prompt": text, "response": summary} for text, summary in library_pairs()]
+    parts = {"test": rows[:200], "validation": rows[200:232], "train": rows[232:]}
+    documents = []
+    for summary in {row["response"] for row in rows}:
+        prompts = [row["prompt"] for row in parts["train"] if row["response"] == summary]
+        documents += [{"text": "\n\n".join([summary, *prompts[i : i + 4]])} for i in range(0, len(prompts), 4)]
+    documents.sort(key=lambda document: document["text"][::-1])  # an order that has nothing to do with the modules
+    for name, records in (parts | {"text": documents}).items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return len(parts["train"])
+
+
+@pytest.mark.slow
+def test_a_base_that_is_pretrained_here_learns_to_answer_and_to_stop(tmp_path, run_main, monkeypatch):
+    """Asked for the module that a piece of documentation is from, the base writes on; finetuned, with all weights or with
+    adapters, it answers with what the module is for, for pieces that it has not read. Two minutes."""
+
+    def olmo_train(*words):
+        done = run_main(*words)
+        assert done.returncode == 0, done.stderr
+
+    n = write_pairs(tmp_path)
+    shape = ["model.d_model=128", "model.mlp_hidden=352", "model.vocab_size=2048", "model.padded_vocab_size=2048"]
+    olmo_train("train-tokenizer", "text.jsonl", "--output", "tokenizer.json", "--vocab-size", 2048)
+    olmo_train("prepare-data", "text.jsonl", "--output", "text", "--tokenizer", "tokenizer.json")
+    same = ["log.wandb.mode=disabled", "parallel.precision=fp32", "parallel.compile=false"]
+    words = ["run_dir=base", "data.sources.text.path=text", "total_steps=120", "global_batch_size=16", *same]
+    olmo_train("train", ROOT / "configs/models/tiny.yaml", *shape, *words)
+    script = load_script(ROOT / "launch/tiny_titans.py")
+    monkeypatch.setattr(script, "olmo_train", olmo_train)
+    base = "--base base/checkpoints/step-0000120 --data . --runs runs --more 0 --template olmo --instruction= --pack 128"
+    options = [*base.split(), "--examples", str(n), "--limit", "200", "--max-new-tokens", "20"]
+    for method, own in {"full": ["optim.peak_lr=4e-3"], "lora": ["optim.peak_lr=1e-2", "total_epochs=2"]}.items():
+        monkeypatch.setattr(
+            sys,
+            "argv",
+            ["tiny_titans.py", "--methods", method, *options, *own, "global_batch_size=8", "micro_batch_size=8", *same],
+        )
+        script.main()
+    names = {"base": "base", "full": f"full-{n}", "lora": f"lora-{n}"}
+    found = {name: json.loads((Path("runs") / folder / "evaluation.json").read_text())["rouge"] for name, folder in names.items()}
+    scores = {name: rouge["scores"]["rougeL"]["f1"] for name, rouge in found.items()}
+    assert scores["base"] > 0.03, scores  # three times nothing would prove nothing
+    assert all(scores[name] >= 3 * scores["base"] and found[name]["ended"] >= 0.95 for name in ("full", "lora")), scores
