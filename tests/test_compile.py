@@ -18,7 +18,6 @@ from torch._dynamo.utils import counters
 from torch.nn.attention import flex_attention as flex
 
 from olmo_train.errors import ConfigError
-from olmo_train.model import transformer
 from olmo_train.model.adapter import adapt
 from olmo_train.model.config import AdapterConfig, ModelConfig
 from olmo_train.model.transformer import Transformer, document_blocks, document_mask, document_starts
@@ -95,7 +94,7 @@ WAYS = [
 @pytest.mark.parametrize("ranks, checkpointing, mask, float8", WAYS)
 def test_all_blocks_share_one_graph_that_is_compiled_once(compiled, monkeypatch, ranks, checkpointing, mask, float8):
     if mask == "blocks":  # as on a GPU; eager flex attention has a backward on a CPU too
-        monkeypatch.setattr(transformer, "document_mask", document_blocks)
+        monkeypatch.setattr(Transformer, "document_mask", staticmethod(document_blocks))
         monkeypatch.setattr(flex, "_validate_device", lambda *tensors: None)
     with fake_world(ranks) as world:
         train_steps(sharded(world, activation_checkpointing=checkpointing, float8=float8), mask is not None)

@@ -1,8 +1,10 @@
 """The C++ of attention and loss computes what torch computes, at least as exactly, and hides nothing that is not finite."""
 
+import hashlib
 import re
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,14 +13,40 @@ from ranks import exit_code, fork
 from runs import LOSS, cut, history, trained
 
 from olmo_train.errors import ConfigError
+from olmo_train.hardware import cpuinfo
 from olmo_train.model.loss import IGNORE, differentiate_
+from olmo_train.model.transformer import document_mask, document_starts
 from olmo_train.parallel import cpu_kernels, kernels
 from olmo_train.storage import cache_folder
 
 pytestmark = pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
 
-# sequences, query heads, key heads, tokens, head size: tokens around a block of 32, groups of queries, one token
+# sequences, query heads, key heads, tokens, head size: tokens around blocks of 32 and 64, groups of queries, one token, and more
+# tokens than the 256 whose scores the forward keeps at once on tiles
 SHAPES = [(2, 4, 4, 64, 32), (1, 4, 2, 77, 48), (2, 6, 1, 33, 64), (3, 2, 2, 31, 16), (1, 2, 2, 1, 128), (1, 1, 1, 300, 256)]
+BF16_SHAPES = [(1, 2, 1, 600, 64), (2, 2, 2, 97, 80)]
+
+# Every machine tests what is built on matrix tiles, with an emulation of the instructions; one that has them also tests them, and
+# what it would compute without.
+EMULATED_TILES = Path(__file__).with_name("emulated_tiles.h")
+DIGEST = hashlib.sha256(EMULATED_TILES.read_bytes()).hexdigest()[:16]  # a changed emulation is another library
+BUILDS = {"as built here": (), "emulated tiles": ("-include", str(EMULATED_TILES), f"-DEMULATION={DIGEST}")}
+if any("amx_bf16" in line for line in cpuinfo()):
+    BUILDS["without tiles"] = ("-DTILES=0",)
+FP32, BF16 = (torch.float32, 2e-6), (torch.bfloat16, 1e-2)  # and the largest relative error
+KINDS = [("as built here", *FP32), *((build, *BF16) for build in BUILDS)]
+each_kind = pytest.mark.parametrize("build, dtype, floor", KINDS, ids=lambda value: str(value), indirect=["build"])
+
+
+@pytest.fixture
+def build(request, monkeypatch):
+    """The library of this test, one of BUILDS."""
+    monkeypatch.setattr(cpu_kernels, "FLAGS", (*cpu_kernels.FLAGS, *BUILDS[request.param]))
+    cpu_kernels.library.cache_clear()
+    products = cpu_kernels.library().bf16_products()
+    assert products == {"emulated tiles": 2, "without tiles": 1}.get(request.param, products)
+    yield request.param
+    cpu_kernels.library.cache_clear()
 
 
 def random_heads(shape, dtype, seed=0) -> list[torch.Tensor]:
@@ -30,28 +58,38 @@ def random_heads(shape, dtype, seed=0) -> list[torch.Tensor]:
     return [*heads, torch.randn(B, T, H, D).to(dtype).transpose(1, 2)]
 
 
-def attend_and_back(attend, q, k, v, grad) -> list[torch.Tensor]:
+def random_starts(shape) -> torch.Tensor:
+    """The starts of documents of some twenty tokens, and of one document in the last sequence."""
+    documents = (torch.rand(shape[0], shape[3]) < 0.05).cumsum(dim=1)
+    documents[-1] = 0
+    return document_starts(documents)
+
+
+def attend_and_back(attend, q, k, v, grad, starts=None) -> list[torch.Tensor]:
     q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
-    out = attend(q, k, v)
+    out = attend(q, k, v, starts)
     out.backward(grad)
     return [out.detach(), q.grad, k.grad, v.grad]
 
 
-def by_kernels(q, k, v):
-    return cpu_kernels.attend(q, k, v, None)
+def by_kernels(q, k, v, starts=None):
+    return cpu_kernels.attend(q, k, v, starts)
 
 
-def by_torch(q, k, v):
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+def by_torch(q, k, v, starts=None):
+    mask = None if starts is None else document_mask(starts)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("dtype, floor", [(torch.float32, 2e-6), (torch.bfloat16, 1e-2)])
-def test_attention_and_its_gradients_are_those_of_fp64_as_exactly_as_torchs_own(shape, dtype, floor):
+@pytest.mark.parametrize("in_documents", [False, True])
+@pytest.mark.parametrize("shape", SHAPES + BF16_SHAPES, ids=str)
+@each_kind
+def test_attention_and_its_gradients_are_those_of_fp64_as_exactly_as_torchs_own(build, dtype, floor, shape, in_documents):
     tensors = random_heads(shape, dtype)
-    exact = attend_and_back(by_torch, *(x.double() for x in tensors))
+    starts = random_starts(shape) if in_documents else None
+    exact = attend_and_back(by_torch, *(x.double() for x in tensors), starts)
     for found, torchs, truth in zip(
-        attend_and_back(by_kernels, *tensors), attend_and_back(by_torch, *tensors), exact, strict=True
+        attend_and_back(by_kernels, *tensors, starts), attend_and_back(by_torch, *tensors, starts), exact, strict=True
     ):
         size, error, torchs_error = truth.norm(), (found - truth).norm(), (torchs - truth).norm()
         assert found.dtype == dtype and found.shape == truth.shape
@@ -60,32 +98,45 @@ def test_attention_and_its_gradients_are_those_of_fp64_as_exactly_as_torchs_own(
         assert error <= 1.5 * torchs_error + rounding
 
 
-def test_large_scores_neither_overflow_nor_vanish():
-    q, k, v, grad = random_heads((1, 2, 2, 64, 32), torch.float32)
-    tensors = [50 * q, 50 * k, v, grad]
+@each_kind
+def test_large_scores_neither_overflow_nor_vanish(build, dtype, floor):
+    """Each fifth of the keys has larger ones than all before: sums of other chunks of keys are scaled down to nothing."""
+    q, k, v, grad = random_heads((1, 2, 2, 320, 32), dtype)
+    tensors = [50 * q, k * (10 * (1 + torch.arange(320) // 64))[:, None].to(dtype), v, grad]
     exact = attend_and_back(by_torch, *(x.double() for x in tensors))
     for found, truth in zip(attend_and_back(by_kernels, *tensors), exact, strict=True):
-        assert (found - truth).norm() <= 1e-5 * (truth.norm() + 50 * grad.norm())
+        assert (found - truth).norm() <= 5 * floor * (truth.norm() + 50 * grad.norm())
+    assert (attend_and_back(by_kernels, *tensors)[0] - exact[0]).norm() <= 5 * floor * exact[0].norm()
 
 
-def test_a_token_does_not_see_those_behind_it():
-    q, k, v, _ = random_heads((1, 2, 2, 70, 32), torch.float32)
-    before = by_kernels(q, k, v)
+@each_kind
+def test_a_token_does_not_see_those_behind_it_nor_other_documents(build, dtype, floor):
+    q, k, v, _ = random_heads((1, 2, 2, 150, 32), dtype)
+    starts = document_starts((torch.arange(150) >= 45).long()[None])
+    whole, apart = by_kernels(q, k, v), by_kernels(q, k, v, starts)
+    assert torch.equal(apart[:, :, :45], whole[:, :, :45]) and not torch.equal(apart[:, :, 45:], whole[:, :, 45:])
+    second = [x[:, :, 45:].clone() for x in (q, k, v)]
+    assert (apart[:, :, 45:] - by_kernels(*second)).abs().max() <= 4 * floor
     for x in (q, k, v):
         x[:, :, 45:] = 1e3
-    assert torch.equal(by_kernels(q, k, v)[:, :, :45], before[:, :, :45])
+    for mask, before in ((None, whole), (starts, apart)):
+        assert torch.equal(by_kernels(q, k, v, mask)[:, :, :45], before[:, :, :45])
+    for x, y in zip((q, k, v), second, strict=True):
+        x[:, :, :45], x[:, :, 45:] = 1e3, y
+    assert torch.equal(by_kernels(q, k, v, starts)[:, :, 45:], apart[:, :, 45:])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_what_is_not_finite_stays_so(dtype, bad):
+@each_kind
+def test_what_is_not_finite_stays_so(build, dtype, floor, bad):
     """The guard must see it: a vector's maximum, or an exponential, may pass a NaN over."""
     for place in range(3):
-        tensors = random_heads((1, 2, 2, 40, 32), dtype)
-        tensors[place][0, 1, 5, 7] = bad
-        out, *gradients = attend_and_back(by_kernels, *tensors)
-        assert not out[0, 1, 5:].isfinite().all() and out[0, 0].isfinite().all()
-        assert not all(gradient[0, 1].isfinite().all() for gradient in gradients)
+        for at in (5, 290):
+            tensors = random_heads((1, 2, 2, 300, 32), dtype)
+            tensors[place][0, 1, at, 7] = bad
+            out, *gradients = attend_and_back(by_kernels, *tensors)
+            assert not out[0, 1, at:].isfinite().all() and out[0, 0].isfinite().all()
+            assert not all(gradient[0, 1].isfinite().all() for gradient in gradients)
     logits = torch.randn(3, 50).to(dtype)
     logits[1, 20] = bad
     losses = cpu_kernels.differentiate_(logits, torch.tensor([1, 2, 3]), 0.0)
@@ -93,8 +144,9 @@ def test_what_is_not_finite_stays_so(dtype, bad):
     assert not logits[1].isfinite().all()
 
 
-def test_the_number_of_threads_does_not_change_a_bit():
-    tensors, logits, labels = random_heads((3, 4, 2, 77, 32), torch.float32), torch.randn(13, 333), torch.arange(13)
+@each_kind
+def test_the_number_of_threads_does_not_change_a_bit(build, dtype, floor):
+    tensors, logits, labels = random_heads((3, 4, 2, 77, 32), dtype), torch.randn(13, 333), torch.arange(13)
     seen = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
@@ -107,7 +159,8 @@ def test_the_number_of_threads_does_not_change_a_bit():
 def test_the_registered_operations_keep_torchs_rules():
     """Among them: shapes and strides are those that torch.compile was promised."""
     q, k, v, _ = random_heads((2, 4, 2, 40, 32), torch.float32)
-    torch.library.opcheck(cpu_kernels.attention, [x.clone().requires_grad_() for x in (q, k, v)])
+    for starts in (None, random_starts((2, 4, 2, 40, 32))):
+        torch.library.opcheck(cpu_kernels.attention, [*(x.clone().requires_grad_() for x in (q, k, v)), starts])
 
 
 @pytest.mark.parametrize("vocab", [5, 64, 333])
@@ -131,12 +184,12 @@ def test_a_label_outside_of_the_vocabulary_is_refused(label):
 
 def test_what_the_kernels_do_not_know_is_left_to_torch():
     q, k, v, _ = random_heads((1, 2, 2, 40, 32), torch.float32)
-    documents = torch.ones(1, 1, 40, 40, dtype=torch.bool).tril()
-    documents[..., 20:, :20] = False
-    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=documents)
-    assert torch.equal(cpu_kernels.attend(q, k, v, documents), expected)
+    starts = document_starts((torch.arange(40) >= 20).long()[None])
+    expected = by_torch(q, k, v, starts)
+    assert torch.equal(cpu_kernels.attend(q, k, v, document_mask(starts)), expected)
+    assert not torch.equal(by_kernels(q, k, v, starts), expected)
     odd = [x[..., :24] for x in (q, k, v)]  # a head size that is no multiple of 16
-    assert torch.equal(by_kernels(*odd), by_torch(*odd))
+    assert torch.equal(by_kernels(*odd), by_torch(*odd)) and torch.equal(by_kernels(*odd, starts), by_torch(*odd, starts))
 
 
 # ---- building

@@ -228,6 +228,8 @@ def logits_or_loss(x: Tensor, weight: Tensor, labels: Tensor | None, loss: HeadL
 class Transformer(nn.Module):
     """A language model. Built on the meta device it takes no memory; init.py computes its initial values."""
 
+    document_mask = staticmethod(document_mask)  # kernels.py may set another one, for the attention that it sets
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
@@ -268,7 +270,7 @@ class Transformer(nn.Module):
             assert cache is None, "documents are for training, a cache is for generation"
             starts = document_starts(documents)
             positions = torch.arange(documents.shape[1], device=documents.device) - starts  # (B, T), from 0 in each document
-            return rope_tables(positions[:, None], self.config), document_mask(starts)
+            return rope_tables(positions[:, None], self.config), self.document_mask(starts)
         past = 0 if cache is None else cache.length
         positions = torch.arange(past, past + input_ids.shape[1], device=input_ids.device)
         # Several queries after a cache need a shifted causal mask; SDPA's own starts at the first key.

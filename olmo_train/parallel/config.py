@@ -33,8 +33,7 @@ class ParallelConfig:
     # are large. The speed of both has not been measured
     float8: bool | Literal["rowwise"] = False
     # C++ kernels for attention and loss on a CPU. null: where a compiler (c++ or CXX) is found; true: fail if they cannot be
-    # built; false: use torch. They take two seconds to build and are cached. Document masks and head sizes that are not
-    # multiples of 16 use torch
+    # built; false: use torch. They take seconds to build and are cached. Head sizes that are not multiples of 16 use torch
     cpu_kernels: bool | None = None
 
     def is_compiled(self, on_gpu: bool) -> bool:

@@ -2,21 +2,37 @@
 // and documents what each function computes.
 //
 // Sums, exponentials and everything between products are in fp32, whatever the tensors hold. Vectors are those of GCC and Clang
-// (attribute vector_size), so that one text serves every instruction set. Bits depend neither on the number of threads nor on
-// who takes which task.
+// (attribute vector_size), so that one text serves every instruction set. Products of bf16 use matrix tiles (AMX) where a processor
+// has them, else AVX-512's pairs of bf16, else fp32. Bits depend neither on the number of threads nor on who takes which task.
 
 #include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <memory>
 #include <thread>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #if defined(__AVX512BF16__)
 #include <immintrin.h>
+#endif
+
+// tests/emulated_tiles.h defines these operations in plain C++, so that every machine can test what uses them. -DTILES=0: without.
+#if !defined(TILES) && defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#define TILES 1
+#define tile_zero _tile_zero
+#define tile_load _tile_loadd
+#define tile_multiply _tile_dpbf16ps
+#define tile_store _tile_stored
+#define tile_configure _tile_loadconfig
+#define tile_configuration _tile_storeconfig
+#define tile_permission() syscall(SYS_arch_prctl, 0x1023, 18)  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
 #endif
 
 namespace {
@@ -103,83 +119,203 @@ template <class F> void in_parallel(int64_t tasks, int threads, F task) {
     for (auto& thread : others) thread.join();
 }
 
-// ---- products of small matrices
-
-inline void add_product(V& total, float a, V b) { total += a * b; }
-
-// What products are made of. Whole: numbers in fp32. A matrix serves as the left factor, whose columns are summed over, and as
-// the right one, whose rows are.
-struct Whole {
-    typedef float Word;
-    static constexpr int PER_WORD = 1;
-    static const float* along(const float* matrix, int64_t, int64_t, int64_t, float*) { return matrix; }
-    static const float* across(const float* matrix, int64_t, int64_t, int64_t, float*) { return matrix; }
-};
-
-#if defined(__AVX512BF16__)
-inline void add_product(V& total, uint32_t a, Bits b) {
-    total = (V)_mm512_dpbf16_ps((__m512)total, (__m512bh)(Bits{} + a), (__m512bh)b);
-}
-
-// Two numbers in bf16 to a word, which one instruction multiplies and adds to a sum in fp32.
-struct Pairs {
-    typedef uint32_t Word;
-    static constexpr int PER_WORD = 2;
-    // Neighbours in a row: words (rows, columns / 2), rows `row` words apart as those of the matrix are.
-    static const Word* along(const float* matrix, int64_t rows, int64_t columns, int64_t row, float* room) {
-        for (int64_t r = 0; r < rows; r++)
-            for (int64_t c = 0; c < columns; c += W) write((BF16*)(room + r * row) + c, read(matrix + r * row + c));
-        return (const Word*)room;
-    }
-    // Neighbours in a column: words (rows / 2, columns).
-    static const Word* across(const float* matrix, int64_t rows, int64_t columns, int64_t row, float* room) {
-        for (int64_t r = 0; r < rows; r += 2)
-            for (int64_t c = 0; c < columns; c += W) {
-                const Bits upper = rounded(read(matrix + r * row + c)), lower = rounded(read(matrix + (r + 1) * row + c));
-                write(room + r / 2 * row + c, (V)(upper >> 16 | (lower & 0xffff0000)));
-            }
-        return (const Word*)room;
-    }
-};
+// The lanes that the indices name, of x and then y.
+#if defined(__clang__)
+#define SHUFFLE(x, y, ...) __builtin_shufflevector(x, y, __VA_ARGS__)
+#else
+#define SHUFFLE(x, y, ...) __builtin_shuffle(x, y, Integers{__VA_ARGS__})
 #endif
 
-// c (ROWS, NV * W) = a (ROWS, K) b (K, NV * W), or added to c, for words a and b; a[m, k] lies at m * a_row + k * a_column.
-template <int NV, bool ADD, class Word>
-inline void tile(int64_t K, const Word* a, int64_t a_row, int64_t a_column, const Word* b, int64_t b_row, float* c, int64_t c_row) {
+// Of each square of 2 S lanes in 2 S rows, the upper right quarter and the lower left one change places.
+template <int S, size_t... L> inline void swap_quarters(V& upper, V& lower, std::index_sequence<L...>) {
+    const V x = upper, y = lower;
+    upper = SHUFFLE(x, y, (int(L) & S ? W + int(L) - S : int(L))...);
+    lower = SHUFFLE(x, y, (int(L) & S ? W + int(L) : int(L) + S)...);
+}
+template <int S = 1> inline void transpose(V* square) {
+    for (int i = 0; i < W; i++)
+        if (!(i & S)) swap_quarters<S>(square[i], square[i + S], std::make_index_sequence<W>());
+    if constexpr (2 * S < W) transpose<2 * S>(square);
+}
+// to (columns, rows) = from (rows, columns), both multiples of W.
+void transpose(const float* from, int64_t rows, int64_t columns, int64_t from_row, float* to, int64_t to_row) {
+    for (int64_t r = 0; r < rows; r += W)
+        for (int64_t c = 0; c < columns; c += W) {
+            V square[W];
+            for (int i = 0; i < W; i++) square[i] = read(from + (r + i) * from_row + c);
+            transpose(square);
+            for (int i = 0; i < W; i++) write(to + (c + i) * to_row + r, square[i]);
+        }
+}
+// The lanes of each of W vectors combined, in their order: one result a lane.
+template <class F> V combined(const V* vectors, F combine) {
+    V square[W];
+    std::copy(vectors, vectors + W, square);
+    transpose(square);
+    for (int i = 1; i < W; i++) square[0] = combine(square[0], square[i]);
+    return square[0];
+}
+
+// ---- products of small matrices
+//
+// Factors are made of words of 32 bits: a number in fp32, or a pair in bf16, neighbours in the dimension that is summed over. The
+// left factor lies in rows of words, the right one in panels: 16 columns, whose rows of 64 bytes follow one another.
+
+constexpr int64_t ALL = std::numeric_limits<int64_t>::max();
+
+// What products are made of. Whole: numbers in fp32.
+struct Whole {
+    typedef float Element, Word;
+    struct Use {};  // lives as long as a task that multiplies
+    static constexpr int PER_WORD = 1, COLUMNS = 16;  // elements of a word; the columns of a product are a multiple of COLUMNS
+    // Keys whose scores the forward keeps at once, and queries and keys of the backward. The last bits depend on them.
+    static constexpr int64_t CHUNK = ALL, QUERIES = BLOCK, KEYS = ALL;
+    static constexpr float UNIT = 1;  // exp(x) = e^(x / UNIT)
+    static V exp(V x) { return exponential(x); }
+    static V divide(V x, float by) { return x / by; }
+    static void put(float* to, V x) { write(to, x); }
+    // Elements of rows r and r + 1 of a right factor, in the column of a panel at `column`.
+    static void put(float* column, int64_t r, V even, V odd) { write(column + r * 16, even), write(column + (r + 1) * 16, odd); }
+};
+inline void add_product(V& total, float a, V b) { total += a * b; }
+
+struct Pairs : Whole {
+    typedef BF16 Element;
+    typedef uint32_t Word;
+    static constexpr int PER_WORD = 2;
+    static void put(BF16* to, V x) { write(to, x); }
+    static void put(float* column, int64_t r, V even, V odd) {
+        write(column + r * 8, (V)(rounded(even) >> 16 | (rounded(odd) & 0xffff0000)));
+    }
+};
+#if defined(__AVX512BF16__)
+inline void add_product(V& total, uint32_t a, Bits b) {  // one instruction for both numbers of a pair
+    total = (V)_mm512_dpbf16_ps((__m512)total, (__m512bh)(Bits{} + a), (__m512bh)b);
+}
+typedef Pairs Short;  // what products of tensors in bf16 are made of
+#else
+typedef Whole Short;
+#endif
+
+// c (ROWS, NV * W) = a (ROWS, K) b (K, NV * W), or added to c, for K words.
+template <int NV, class Word>
+inline void multiply_rows(bool add, int64_t K, const Word* a, int64_t a_row, const Word* b, int64_t panel, float* c, int64_t row) {
     typedef std::conditional_t<std::is_same_v<Word, float>, V, Bits> Words;
     V total[ROWS][NV] = {};
     for (int64_t k = 0; k < K; k++) {
         Words row[NV];
-        for (int n = 0; n < NV; n++) row[n] = load<Words>(b + k * b_row + n * W);
+        for (int n = 0; n < NV; n++) row[n] = load<Words>(b + n * W / 16 * panel + k * 16 + n * W % 16);
         for (int m = 0; m < ROWS; m++)
-            for (int n = 0; n < NV; n++) add_product(total[m][n], a[m * a_row + k * a_column], row[n]);
+            for (int n = 0; n < NV; n++) add_product(total[m][n], a[m * a_row + k], row[n]);
     }
     for (int m = 0; m < ROWS; m++)
         for (int n = 0; n < NV; n++) {
-            float* place = c + m * c_row + n * W;
-            write(place, ADD ? read(place) + total[m][n] : total[m][n]);
+            float* place = c + m * row + n * W;
+            write(place, add ? read(place) + total[m][n] : total[m][n]);
         }
 }
 
-// c (M, N) = a (M, K) b (K, N), or added to c: M a multiple of ROWS, N of W.
-template <bool ADD, class Word>
-void product(int64_t M, int64_t N, int64_t K, const Word* a, int64_t a_row, int64_t a_column, const Word* b, int64_t b_row,
-             float* c, int64_t c_row) {
-    int64_t n = 0;
-    for (; n + 2 * W <= N; n += 2 * W)
+// c (M, N) = a (M, K) b (K, N), or added to c, for K words: M and N multiples of 16. Panels of b are `panel` words apart.
+template <class X>
+void multiply(bool add, int64_t M, int64_t N, int64_t K, const float* a, int64_t a_row, const float* b, int64_t panel, float* c,
+              int64_t c_row) {
+    typedef const typename X::Word* Words;
+    for (int64_t n = 0, columns; n < N; n += columns) {
+        columns = std::min<int64_t>(2 * W, N - n);
         for (int64_t m = 0; m < M; m += ROWS)
-            tile<2, ADD>(K, a + m * a_row, a_row, a_column, b + n, b_row, c + m * c_row + n, c_row);
-    if (n < N)
-        for (int64_t m = 0; m < M; m += ROWS)
-            tile<1, ADD>(K, a + m * a_row, a_row, a_column, b + n, b_row, c + m * c_row + n, c_row);
+            (columns == 2 * W ? multiply_rows<2, typename X::Word> : multiply_rows<1, typename X::Word>)(
+                add, K, Words(a + m * a_row), a_row, Words(b + n / 16 * panel + n % 16), panel, c + m * c_row + n, c_row);
+    }
 }
+
+#if TILES
+
+bool may_use_tiles() {
+    static const bool granted = tile_permission() == 0;  // by the kernel, to this process, once
+    return granted;
+}
+
+// 2^x for x up to about 0, with a relative error of 3e-6, far below that of bf16; 0 below 2^-125. The polynomial is the best of its
+// degree for |x| <= 1/2. A NaN stays one: it is multiplied, whatever the power of two becomes.
+inline V power_of_two(V x) {
+    const float to_integer = (3 << 22) + 127;  // with it added, x is rounded, and its last bits are the exponent of a float
+    const V integer = x + to_integer, f = x - (integer - to_integer);
+    V series = f * 0.00958285f + 0.05590643f;
+    for (float term : {0.24024099f, 0.69312419f, 1.0f}) series = series * f + term;
+    return x < -125.0f ? V{} : series * (V)((Bits)integer << 23);
+}
+
+// One instruction multiplies 16 rows of 16 pairs by 16 columns. It is so fast that all else counts: scores stay in the first
+// cache, and exponentials are no more exact than bf16 needs.
+struct Tiles : Pairs {
+    static constexpr int COLUMNS = 32;
+    static constexpr int64_t CHUNK = 256, QUERIES = 64, KEYS = 64;
+    static constexpr float UNIT = 1.44269504f;  // log2(e)
+    static V exp(V x) { return power_of_two(x); }
+    static V divide(V x, float by) { return x * (1 / by); }
+#if defined(__AVX512BF16__)
+    static void put(BF16* to, V x) {
+        const __m256bh halves = _mm512_cvtneps_pbh((__m512)x);
+        std::memcpy(to, &halves, sizeof halves);
+    }
+    static void put(float* column, int64_t r, V even, V odd) {
+        alignas(64) static const uint16_t alternating[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                             8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+        const auto halves = (__m512i)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even);
+        write(column + r * 8, (V)_mm512_permutexvar_epi16(_mm512_load_si512(alternating), halves));
+    }
+#endif
+    struct Use {  // the tiles of this thread: full, then as they were
+        alignas(64) uint8_t before[64];
+        Use() {
+            alignas(64) uint8_t full[64] = {1};  // palette 1; bytes of a row from 16 on, rows from 48 on
+            for (int i = 0; i < 8; i++) full[16 + 2 * i] = 64, full[48 + i] = 16;
+            tile_configuration(before);
+            asm volatile("" ::"r"(full) : "memory");  // GCC does not know that all of it is read
+            tile_configure(full);
+        }
+        ~Use() { tile_configure(before); }
+    };
+};
+
+template <>
+void multiply<Tiles>(bool add, int64_t M, int64_t N, int64_t K, const float* a, int64_t a_row, const float* b, int64_t panel,
+                     float* c, int64_t c_row) {
+    asm volatile("" ::: "memory");  // GCC does not know that tile_load reads memory
+    for (int64_t n = 0; n < N; n += 32)
+        for (int64_t m = 0; m < M; m += 32) {
+            const float *left = a + m * a_row, *right = b + n / 16 * panel;
+            float *upper = c + m * c_row + n, *lower = upper + 16 * c_row;
+            if (add) {
+                tile_load(0, upper, 4 * c_row); tile_load(1, upper + 16, 4 * c_row);
+                tile_load(2, lower, 4 * c_row); tile_load(3, lower + 16, 4 * c_row);
+            } else {
+                tile_zero(0); tile_zero(1); tile_zero(2); tile_zero(3);
+            }
+            for (int64_t k = 0; k < K; k += 16) {  // four products of four tiles that are loaded once
+                tile_load(4, left + k, 4 * a_row); tile_load(5, left + 16 * a_row + k, 4 * a_row);
+                tile_load(6, right + k * 16, 64); tile_load(7, right + panel + k * 16, 64);
+                tile_multiply(0, 4, 6); tile_multiply(1, 4, 7);
+                tile_multiply(2, 5, 6); tile_multiply(3, 5, 7);
+            }
+            tile_store(0, upper, 4 * c_row); tile_store(1, upper + 16, 4 * c_row);
+            tile_store(2, lower, 4 * c_row); tile_store(3, lower + 16, 4 * c_row);
+        }
+}
+
+#endif
 
 // ---- attention
 
 struct Shape {
     int64_t B, H, K, T, D;  // sequences, query heads, key heads, tokens, head size
+    const int64_t* starts;  // (B, T): the first key that each query sees, never before that of an earlier query; null: 0
+    int64_t columns(int64_t multiple) const { return (D + multiple - 1) / multiple * multiple; }
+    template <class X> int64_t words() const { return columns(16 * X::PER_WORD) / X::PER_WORD; }  // of a token in a left factor
     int64_t padded() const { return (T + BLOCK - 1) / BLOCK * BLOCK; }
-    int64_t row() const { return padded() + W; }  // of a value for each key; rows a power of two apart would share cache lines
+    int64_t start(int64_t b, int64_t t) const { return starts ? starts[b * T + std::min(t, T - 1)] : 0; }
+    // The first key of the blocks that the queries from `first` on see.
+    int64_t seen_from(int64_t b, int64_t first) const { return start(b, first) / BLOCK * BLOCK; }
 };
 
 // A tensor (B, H, T, D) whose last dimension lies together: its address, and three strides in elements.
@@ -190,138 +326,203 @@ template <class E> struct Heads {
     E* at(int64_t b, int64_t h, int64_t t) const { return data + b * batch + h * head + t * token; }
 };
 
-// Tokens first..first+count of a head as fp32 (count, D); zeros beyond T.
-template <class E>
-void unpack(const Heads<E>& x, const Shape& s, int64_t b, int64_t h, int64_t first, int64_t count, float* to) {
-    for (int64_t t = 0; t < count; t++)
-        for (int64_t d = 0; d < s.D; d += W) write(to + t * s.D + d, first + t < s.T ? read(x.at(b, h, first + t) + d) : V{});
-}
-
-template <class E>
-void pack(const float* from, float scale, const Shape& s, int64_t b, int64_t h, int64_t first, int64_t count, const Heads<E>& to) {
-    for (int64_t t = 0; t < std::min(count, s.T - first); t++)
-        for (int64_t d = 0; d < s.D; d += W) write(to.at(b, h, first + t) + d, read(from + t * s.D + d) * scale);
-}
-
-// The words of (T, D) as (D / PER_WORD, T), whose rows are s.row() apart.
-template <class X> const typename X::Word* turn(const float* matrix, const Shape& s, float* room, float* to) {
-    const auto* words = X::along(matrix, s.padded(), s.D, s.D, room);
-    auto* turned = (typename X::Word*)to;
-    const int64_t columns = s.D / X::PER_WORD;
-    for (int64_t c = 0; c < columns; c += 8)  // so that the rows that are written lie in the cache
-        for (int64_t t = 0; t < s.padded(); t++)
-            for (int64_t i = c; i < c + 8; i++) turned[i * s.row() + t] = words[t * s.D + i];
-    return turned;
-}
-
-// scores (BLOCK, first + BLOCK) of the queries from `first` on and all keys up to theirs; -inf where a key comes later.
-template <class X>
-void causal_scores(const float* queries, const typename X::Word* turned_keys, const Shape& s, int64_t first, float* room,
-                   float* scores) {
-    product<false>(BLOCK, first + BLOCK, s.D / X::PER_WORD, X::along(queries, BLOCK, s.D, s.D, room), s.D, 1, turned_keys, s.row(),
-                   scores, s.row());
-    for (int64_t i = 0; i < BLOCK; i++)
-        std::fill(scores + i * s.row() + first + i + 1, scores + i * s.row() + first + BLOCK, -INFINITY);
-}
-
-struct Scratch {  // one piece of memory, given out part by part
+struct Scratch {  // one piece of memory, handed out in parts of multiples of 64 bytes, each at the beginning of a cache line
     std::unique_ptr<float[]> memory;
-    int64_t used = 0;
-    explicit Scratch(int64_t floats) : memory(new float[floats]) {}
+    int64_t used;
+    explicit Scratch(int64_t floats) : memory(new float[floats + 16]), used(16 - (uintptr_t)memory.get() / 4 % 16) {}
     float* take(int64_t floats) { return memory.get() + (used += floats) - floats; }
 };
 
+// `count` tokens of a head, from `first` on, as rows of a left factor (count, words); zeros beyond T and D.
 template <class X, class E>
-void attention_forward(Shape s, float scale, Heads<const E> q, Heads<const E> k, Heads<const E> v, Heads<E> out, float* log_sums,
-                       int threads) {
-    const int64_t all = s.padded() * s.D, some = BLOCK * s.D, scored = BLOCK * s.row(), queries_a_key = s.H / s.K;
+void unpack(const Heads<const E>& x, const Shape& s, int64_t b, int64_t h, int64_t first, int64_t count, float* to) {
+    typedef typename X::Element Element;
+    for (int64_t t = first; t < first + count; t++, to += s.words<X>()) {
+        const int64_t known = t < s.T ? s.D : 0;
+        if constexpr (std::is_same_v<E, Element>)
+            std::copy_n(x.at(b, h, std::min(t, s.T - 1)), known, (Element*)to);
+        else
+            for (int64_t d = 0; d < known; d += W) write(to + d, read(x.at(b, h, t) + d));
+        std::memset((Element*)to + known, 0, s.words<X>() * sizeof *to - known * sizeof(Element));
+    }
+}
+// Such rows as a right factor that is summed over the head size: (words, count) in panels.
+void turn(const float* rows, int64_t count, int64_t words, float* to) {
+    for (int64_t t = 0; t < count; t += 16) transpose(rows + t * words, 16, words, words, to + t * words, 16);
+}
+// Such rows as a right factor that is summed over the tokens: (count / PER_WORD, columns) in panels.
+template <class X> void pair(const float* rows, int64_t count, int64_t words, int64_t columns, float* to) {
+    for (int64_t t = 0; t < count; t += 2)
+        for (int64_t d = 0; d < columns; d += W) {
+            const auto* even = (const typename X::Element*)(rows + t * words) + d;
+            X::put(to + d / 16 * (count / X::PER_WORD * 16) + d % 16, t, read(even), read(even + words * X::PER_WORD));
+        }
+}
+template <class E>
+void pack(const float* from, int64_t row, float scale, const Shape& s, int64_t b, int64_t h, int64_t first, int64_t count, Heads<E> to) {
+    for (int64_t t = 0; t < std::min(count, s.T - first); t++)
+        for (int64_t d = 0; d < s.D; d += W) write(to.at(b, h, first + t) + d, read(from + t * row + d) * scale);
+}
+
+// Sets scores to -inf where the query does not see the key: `queries` from `first` on, `keys` from `from` on. That of query i and
+// key j lies at i * query_row + j * key_row.
+void hide(const Shape& s, int64_t b, int64_t first, int64_t queries, int64_t from, int64_t keys, float* scores, int64_t query_row,
+          int64_t key_row) {
+    for (int64_t i = 0; i < queries; i++) {
+        float* row = scores + i * query_row;
+        for (int64_t j = 0; j < std::min(s.start(b, first + i) - from, keys); j++) row[j * key_row] = -INFINITY;
+        for (int64_t j = std::max<int64_t>(first + i + 1 - from, 0); j < keys; j++) row[j * key_row] = -INFINITY;
+    }
+}
+
+// Turns scores (BLOCK, count) of a chunk of keys into exp(score * scale - top), as a left factor in their place, for the largest
+// scores so far, times scale: `tops`. Earlier sums have to be multiplied by `factors`; `totals` are, and include this chunk.
+template <class X>
+void exponentials(float* scores, int64_t row, int64_t count, float scale, float* tops, V* totals, float* factors) {
+    V most[BLOCK];
+    for (int64_t i = 0; i < BLOCK; i++) {
+        most[i] = read(scores + i * row);
+        for (int64_t j = W; j < count; j += W) most[i] = larger(most[i], read(scores + i * row + j));
+    }
+    for (int64_t i = 0; i < BLOCK; i += W) {
+        const V before = read(tops + i), top = larger(combined(most + i, larger) * scale, before);
+        write(factors + i, X::exp(before - top));
+        write(tops + i, top);
+    }
+    for (int64_t i = 0; i < BLOCK; i++) {
+        float* scored = scores + i * row;
+        V total = totals[i] * factors[i];
+        for (int64_t j = 0; j < count; j += W) {
+            const V e = X::exp(read(scored + j) * scale - tops[i]);
+            total += e;
+            X::put((typename X::Element*)scored + j, e);  // which is never beyond what has been read
+        }
+        totals[i] = total;
+    }
+}
+
+template <class X, class E> void forward(const Shape& s, float scale, const int64_t (*x)[4], float* log_sums, int threads) {
+    const Heads<const E> q(x[0]), k(x[1]), v(x[2]);
+    const Heads<E> out(x[3]);
+    const int64_t words = s.words<X>(), columns = s.columns(X::COLUMNS), T = s.padded(), queries_a_key = s.H / s.K;
+    const int64_t chunk = std::min(X::CHUNK, T), row = chunk + 16;  // rows a power of two apart would share cache lines
     in_parallel(s.B * s.K, threads, [&](int64_t task) {
-        const int64_t b = task / s.K, key_head = task % s.K;
-        Scratch scratch(4 * all + s.D * s.row() + 3 * some + 2 * scored);
-        float *plain = scratch.take(all), *plain_values = scratch.take(all), *room = scratch.take(all);
-        unpack(k, s, b, key_head, 0, s.padded(), plain);
-        unpack(v, s, b, key_head, 0, s.padded(), plain_values);
-        const auto* turned_keys = turn<X>(plain, s, room, scratch.take(s.D * s.row()));
-        const auto* values = X::across(plain_values, s.padded(), s.D, s.D, scratch.take(all));
-        float *queries = scratch.take(some), *queries_room = scratch.take(some), *result = scratch.take(some);
-        float *scores = scratch.take(scored), *scores_room = scratch.take(scored);
+        [[maybe_unused]] const typename X::Use use{};
+        const int64_t b = task / s.K, key_head = task % s.K, panel = T / X::PER_WORD * 16;
+        Scratch scratch(2 * T * words + panel / 16 * columns + BLOCK * (words + row + columns));
+        float *rows = scratch.take(T * words), *keys = scratch.take(T * words), *values = scratch.take(panel / 16 * columns);
+        unpack<X>(k, s, b, key_head, 0, T, rows);
+        turn(rows, T, words, keys);
+        unpack<X>(v, s, b, key_head, 0, T, rows);
+        pair<X>(rows, T, words, columns, values);
+        float *queries = scratch.take(BLOCK * words), *scores = scratch.take(BLOCK * row), *result = scratch.take(BLOCK * columns);
         for (int64_t h = key_head * queries_a_key; h < (key_head + 1) * queries_a_key; h++)
             for (int64_t first = 0; first < s.T; first += BLOCK) {
-                const int64_t seen = first + BLOCK;
-                float totals[BLOCK];
-                unpack(q, s, b, h, first, BLOCK, queries);
-                causal_scores<X>(queries, turned_keys, s, first, queries_room, scores);
-                for (int64_t i = 0; i < BLOCK; i++) {  // softmax, not yet divided
-                    float* row = scores + i * s.row();
-                    V top = read(row), total{};
-                    for (int64_t j = W; j < seen; j += W) top = larger(top, read(row + j));
-                    const float most = largest(top) * scale;
-                    for (int64_t j = 0; j < seen; j += W) {
-                        const V e = exponential(read(row + j) * scale - most);
-                        total += e;
-                        write(row + j, e);
-                    }
-                    totals[i] = sum(total);
-                    if (first + i < s.T) log_sums[(b * s.H + h) * s.T + first + i] = most + std::log(totals[i]);
+                const int64_t begin = s.seen_from(b, first), seen = first + BLOCK;
+                float tops[BLOCK], factors[BLOCK], sums[BLOCK];
+                V totals[BLOCK] = {};
+                std::fill(tops, tops + BLOCK, std::numeric_limits<float>::lowest());
+                unpack<X>(q, s, b, h, first, BLOCK, queries);
+                for (int64_t from = begin; from < seen; from += chunk) {  // as in FlashAttention, with one pass over a chunk
+                    const int64_t count = std::min(chunk, seen - from);
+                    multiply<X>(false, BLOCK, count, words, queries, words, keys + from * words, 16 * words, scores, row);
+                    hide(s, b, first, BLOCK, from, count, scores, row, 1);
+                    exponentials<X>(scores, row, count, scale * X::UNIT, tops, totals, factors);
+                    for (int64_t i = 0; from > begin && i < BLOCK; i++)
+                        for (int64_t d = 0; factors[i] != 1 && d < columns; d += W)
+                            write(result + i * columns + d, read(result + i * columns + d) * factors[i]);
+                    multiply<X>(from > begin, BLOCK, columns, count / X::PER_WORD, scores, row, values + from / X::PER_WORD * 16, panel,
+                                result, columns);
                 }
-                const auto* probs = X::along(scores, BLOCK, seen, s.row(), scores_room);
-                product<false>(BLOCK, s.D, seen / X::PER_WORD, probs, s.row(), 1, values, s.D, result, s.D);
-                for (int64_t i = 0; i < BLOCK; i++)
-                    for (int64_t d = 0; d < s.D; d += W) write(result + i * s.D + d, read(result + i * s.D + d) / totals[i]);
-                pack(result, 1, s, b, h, first, BLOCK, out);
+                for (int64_t i = 0; i < BLOCK; i += W) write(sums + i, combined(totals + i, [](V x, V y) { return x + y; }));
+                for (int64_t i = 0; i < BLOCK; i++) {
+                    if (first + i < s.T) log_sums[(b * s.H + h) * s.T + first + i] = tops[i] / X::UNIT + std::log(sums[i]);
+                    float* row = result + i * columns;
+                    for (int64_t d = 0; d < s.D; d += W) write(row + d, X::divide(read(row + d), sums[i]));
+                }
+                pack(result, columns, 1, s, b, h, first, BLOCK, out);
             }
     });
 }
 
-template <class X, class E>
-void attention_backward(Shape s, float scale, Heads<const E> grad, Heads<const E> q, Heads<const E> k, Heads<const E> v,
-                        Heads<const E> out, const float* log_sums, Heads<E> grad_q, Heads<E> grad_k, Heads<E> grad_v, int threads) {
-    const int64_t all = s.padded() * s.D, some = BLOCK * s.D, scored = BLOCK * s.row(), queries_a_key = s.H / s.K;
-    in_parallel(s.B * s.K, threads, [&](int64_t task) {
-        const int64_t b = task / s.K, key_head = task % s.K;
-        Scratch scratch(6 * all + 2 * s.D * s.row() + 6 * some + 3 * scored);
-        float *plain_keys = scratch.take(all), *plain_values = scratch.take(all), *room = scratch.take(all);
-        unpack(k, s, b, key_head, 0, s.padded(), plain_keys);
-        unpack(v, s, b, key_head, 0, s.padded(), plain_values);
-        const auto* turned_keys = turn<X>(plain_keys, s, room, scratch.take(s.D * s.row()));
-        const auto* turned_values = turn<X>(plain_values, s, room, scratch.take(s.D * s.row()));
-        const auto* keys = X::across(plain_keys, s.padded(), s.D, s.D, scratch.take(all));
-        float *key_gradients = scratch.take(all), *value_gradients = scratch.take(all);
-        std::fill(key_gradients, key_gradients + 2 * all, 0.0f);
-        float *queries = scratch.take(some), *outs = scratch.take(some), *grads = scratch.take(some), *result = scratch.take(some);
-        float *some_room = scratch.take(some), *other_room = scratch.take(some);
-        float *probs = scratch.take(scored), *score_gradients = scratch.take(scored), *scores_room = scratch.take(scored);
-        for (int64_t h = key_head * queries_a_key; h < (key_head + 1) * queries_a_key; h++)
-            for (int64_t first = 0; first < s.T; first += BLOCK) {
-                const int64_t seen = first + BLOCK;
-                unpack(q, s, b, h, first, BLOCK, queries);
-                unpack(out, s, b, h, first, BLOCK, outs);
-                unpack(grad, s, b, h, first, BLOCK, grads);
-                causal_scores<X>(queries, turned_keys, s, first, some_room, probs);
-                product<false>(BLOCK, seen, s.D / X::PER_WORD, X::along(grads, BLOCK, s.D, s.D, some_room), s.D, 1, turned_values,
-                               s.row(), score_gradients, s.row());
-                for (int64_t i = 0; i < BLOCK; i++) {  // gradients of the loss by the scores, not yet times scale
-                    V common{};
-                    for (int64_t d = 0; d < s.D; d += W) common += read(grads + i * s.D + d) * read(outs + i * s.D + d);
-                    const float mean_gradient = sum(common);
-                    const float log_sum = first + i < s.T ? log_sums[(b * s.H + h) * s.T + first + i] : INFINITY;
-                    float *p = probs + i * s.row(), *score_gradient = score_gradients + i * s.row();
-                    for (int64_t j = 0; j < seen; j += W) {
-                        const V prob = exponential(read(p + j) * scale - log_sum);
-                        write(p + j, prob);
-                        write(score_gradient + j, prob * (read(score_gradient + j) - mean_gradient));
-                    }
-                }
-                product<true>(seen, s.D, BLOCK / X::PER_WORD, X::across(probs, BLOCK, seen, s.row(), scores_room), 1, s.row(),
-                              X::across(grads, BLOCK, s.D, s.D, some_room), s.D, value_gradients, s.D);
-                product<true>(seen, s.D, BLOCK / X::PER_WORD, X::across(score_gradients, BLOCK, seen, s.row(), scores_room), 1, s.row(),
-                              X::across(queries, BLOCK, s.D, s.D, other_room), s.D, key_gradients, s.D);
-                product<false>(BLOCK, s.D, seen / X::PER_WORD, X::along(score_gradients, BLOCK, seen, s.row(), scores_room), s.row(), 1, keys,
-                               s.D, result, s.D);
-                pack(result, scale, s, b, h, first, BLOCK, grad_q);
+// From transposed scores and products of values with the gradient, (keys, queries) in rows of X::QUERIES: probabilities and the
+// gradients by scores, not yet times scale, as left factors in their places; the latter also as a right one, summed over keys.
+template <class X>
+void differentiate_scores(int64_t keys, int64_t queries, float scale, const float* log_sums, const float* means, float* scores,
+                          float* products, float* panels, int64_t panel) {
+    typedef typename X::Element Element;
+    for (int64_t j = 0; j < keys; j += 2)
+        for (int64_t i = 0; i < queries; i += W) {
+            V gradients[2];
+            for (int r = 0; r < 2; r++) {
+                float *scored = scores + (j + r) * X::QUERIES, *product = products + (j + r) * X::QUERIES;
+                const V prob = X::exp(read(scored + i) * scale - read(log_sums + i));
+                gradients[r] = prob * (read(product + i) - read(means + i));
+                X::put((Element*)scored + i, prob);
+                X::put((Element*)product + i, gradients[r]);
             }
-        pack(key_gradients, scale, s, b, key_head, 0, s.padded(), grad_k);
-        pack(value_gradients, 1, s, b, key_head, 0, s.padded(), grad_v);
+            X::put(panels + i / 16 * panel + i % 16, j, gradients[0], gradients[1]);
+        }
+}
+
+// Scores are transposed, (keys, queries), so that all that the products need is made of rows; so are the gradients of queries.
+template <class X, class E> void backward(const Shape& s, float scale, const int64_t (*x)[4], float* log_sums, int threads) {
+    const Heads<const E> grad(x[0]), q(x[1]), k(x[2]), v(x[3]), out(x[4]);
+    const Heads<E> grad_q(x[5]), grad_k(x[6]), grad_v(x[7]);
+    const int64_t words = s.words<X>(), columns = s.columns(X::COLUMNS), T = s.padded(), queries_a_key = s.H / s.K;
+    const int64_t some = X::QUERIES, chunk = std::min(X::KEYS, T), turned_row = T / X::PER_WORD + 16;
+    in_parallel(s.B * s.K, threads, [&](int64_t task) {
+        [[maybe_unused]] const typename X::Use use{};
+        const int64_t b = task / s.K, key_head = task % s.K, panel = chunk / X::PER_WORD * 16;
+        Scratch scratch(2 * T * words + columns * (turned_row + 3 * T) + some * (4 * words + 4 * columns + 3 * chunk));
+        float *keys = scratch.take(T * words), *values = scratch.take(T * words);
+        float *paired_keys = scratch.take(columns * T), *turned_keys = scratch.take(columns * turned_row);
+        unpack<X>(k, s, b, key_head, 0, T, keys);
+        unpack<X>(v, s, b, key_head, 0, T, values);
+        pair<X>(keys, T, words, columns, paired_keys);
+        for (int64_t d = 0; d < columns; d += 16)
+            transpose(paired_keys + d * T / X::PER_WORD, T / X::PER_WORD, 16, 16, turned_keys + d * turned_row, turned_row);
+        float *key_gradients = scratch.take(T * columns), *value_gradients = scratch.take(T * columns);
+        std::fill(key_gradients, key_gradients + 2 * T * columns, 0.0f);
+        float *queries = scratch.take(some * words), *turned_queries = scratch.take(some * words);
+        float *grads = scratch.take(some * words), *turned_grads = scratch.take(some * words);
+        float *paired_queries = scratch.take(some * columns), *paired_grads = scratch.take(some * columns);
+        float *result = scratch.take(some * columns), *turned_result = scratch.take(some * columns);
+        float *scores = scratch.take(some * chunk), *products = scratch.take(some * chunk), *panels = scratch.take(some * chunk);
+        for (int64_t h = key_head * queries_a_key; h < (key_head + 1) * queries_a_key; h++)
+            for (int64_t first = 0; first < s.T; first += some) {
+                const int64_t n = std::min(some, T - first), n_words = n / X::PER_WORD, begin = s.seen_from(b, first), seen = first + n;
+                float units[X::QUERIES], means[X::QUERIES];
+                V common[X::QUERIES] = {};
+                for (int64_t i = 0; i < n; i++) {
+                    for (int64_t d = 0; first + i < s.T && d < s.D; d += W)
+                        common[i] += read(grad.at(b, h, first + i) + d) * read(out.at(b, h, first + i) + d);
+                    units[i] = first + i < s.T ? log_sums[(b * s.H + h) * s.T + first + i] * X::UNIT : INFINITY;
+                }
+                for (int64_t i = 0; i < n; i += W) write(means + i, combined(common + i, [](V x, V y) { return x + y; }));
+                unpack<X>(q, s, b, h, first, n, queries);
+                unpack<X>(grad, s, b, h, first, n, grads);
+                turn(queries, n, words, turned_queries);
+                turn(grads, n, words, turned_grads);
+                pair<X>(queries, n, words, columns, paired_queries);
+                pair<X>(grads, n, words, columns, paired_grads);
+                for (int64_t from = begin; from < seen; from += chunk) {
+                    const int64_t count = std::min(chunk, seen - from);
+                    multiply<X>(false, count, n, words, keys + from * words, words, turned_queries, 16 * words, scores, some);
+                    multiply<X>(false, count, n, words, values + from * words, words, turned_grads, 16 * words, products, some);
+                    hide(s, b, first, n, from, count, scores, 1, some);
+                    differentiate_scores<X>(count, n, scale * X::UNIT, units, means, scores, products, panels, panel);
+                    float *to_values = value_gradients + from * columns, *to_keys = key_gradients + from * columns;
+                    multiply<X>(true, count, columns, n_words, scores, some, paired_grads, 16 * n_words, to_values, columns);
+                    multiply<X>(true, count, columns, n_words, products, some, paired_queries, 16 * n_words, to_keys, columns);
+                    multiply<X>(from > begin, columns, n, count / X::PER_WORD, turned_keys + from / X::PER_WORD, turned_row, panels, panel,
+                                turned_result, some);
+                }
+                transpose(turned_result, columns, n, some, result, columns);
+                pack(result, columns, scale, s, b, h, first, n, grad_q);
+            }
+        pack(key_gradients, columns, scale, s, b, key_head, 0, T, grad_k);
+        pack(value_gradients, columns, 1, s, b, key_head, 0, T, grad_v);
     });
 }
 
@@ -364,40 +565,29 @@ bool differentiate(int64_t rows, int64_t V_, E* logits, const int64_t* labels, i
     return true;
 }
 
-template <class X, class E> void forward(const int64_t* shape, float scale, const int64_t (*x)[4], float* log_sums, int threads) {
-    typedef Heads<const E> In;
-    attention_forward<X, E>({shape[0], shape[1], shape[2], shape[3], shape[4]}, scale, In(x[0]), In(x[1]), In(x[2]), Heads<E>(x[3]),
-                            log_sums, threads);
-}
-
-template <class X, class E>
-void backward(const int64_t* shape, float scale, const int64_t (*x)[4], const float* log_sums, int threads) {
-    typedef Heads<const E> In;
-    typedef Heads<E> Out;
-    attention_backward<X, E>({shape[0], shape[1], shape[2], shape[3], shape[4]}, scale, In(x[0]), In(x[1]), In(x[2]), In(x[3]),
-                             In(x[4]), log_sums, Out(x[5]), Out(x[6]), Out(x[7]), threads);
-}
-
-#if defined(__AVX512BF16__)
-typedef Pairs Short;  // what products of tensors in bf16 are made of
-#else
-typedef Whole Short;
-#endif
-
 }  // namespace
 
 extern "C" {
 
 int lanes() { return W; }
 
-// x: q, k, v and the result
-void attention_forward(int bf16, const int64_t* shape, float scale, const int64_t (*x)[4], float* log_sums, int threads) {
-    (bf16 ? forward<Short, BF16> : forward<Whole, float>)(shape, scale, x, log_sums, threads);
+// What products of bf16 are made of: 0: fp32, 1: pairs, 2: tiles.
+int bf16_products() {
+#if TILES
+    if (may_use_tiles()) return 2;
+#endif
+    return Short::PER_WORD - 1;
 }
 
-// x: the gradient that comes in, q, k, v, the forward's result, and the gradients of q, k and v
-void attention_backward(int bf16, const int64_t* shape, float scale, const int64_t (*x)[4], const float* log_sums, int threads) {
-    (bf16 ? backward<Short, BF16> : backward<Whole, float>)(shape, scale, x, log_sums, threads);
+// x: q, k, v and the result; backward: the gradient that comes in, q, k, v, the forward's result, and the gradients of q, k and v.
+void attention(int is_backward, int bf16, const int64_t* n, float scale, const int64_t* starts, const int64_t (*x)[4],
+               float* log_sums, int threads) {
+    auto* pass = is_backward ? backward<Whole, float> : forward<Whole, float>;
+    if (bf16) pass = is_backward ? backward<Short, BF16> : forward<Short, BF16>;
+#if TILES
+    if (bf16 && may_use_tiles()) pass = is_backward ? backward<Tiles, BF16> : forward<Tiles, BF16>;
+#endif
+    pass({n[0], n[1], n[2], n[3], n[4], starts}, scale, x, log_sums, threads);
 }
 
 int differentiate(int bf16, int64_t rows, int64_t vocab, void* logits, const int64_t* labels, int64_t ignored, float z_loss,

@@ -3,6 +3,7 @@
 torch writes attention scores and vocabulary probabilities to memory in several passes. These kernels keep a few rows at a
 time in the cache and compute in fp32, so results are at least as accurate as torch's in bf16. Causal attention follows Dao et
 al. 2022 (FlashAttention): the backward recomputes the scores and normalizes them with the log-sum-exp saved by the forward.
+Products of bf16 use AMX tiles or AVX-512's bf16 instructions where the processor has them.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from torch import Tensor
 from olmo_train.errors import ConfigError, reason
 from olmo_train.hardware import cpuinfo
 from olmo_train.model.loss import IGNORE
-from olmo_train.model.transformer import Mask
+from olmo_train.model.transformer import Mask, document_mask
 from olmo_train.model.transformer import attend as attend_by_torch
 from olmo_train.storage import cache_folder, replacing
 
@@ -32,6 +33,7 @@ COMPILERS = ("c++", "g++", "clang++")  # tried in this order, after $CXX
 FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-pthread")
 DTYPES = (torch.bfloat16, torch.float32)
 LANES = 16  # of the widest vector: head sizes must be multiples of it
+BF16_PRODUCTS = ("fp32", "AVX-512 bf16", "AMX tiles")  # what the library makes products of bf16 with, by its number
 
 
 # ---- building
@@ -82,49 +84,70 @@ def _build(words: list[str], built: Path) -> None:
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
     """softmax(q k^T / sqrt(D)) v, (B, H, T, D), for q (B, H, T, D) and k, v (B, K, T, D), K a divisor of H.
 
-    A query attends to keys up to its position. Masks, caches and other types, which these kernels lack, are left to torch.
+    A query attends to keys up to its position; with `mask` (B, T) int64, as document_starts returns it, from that key on. Other
+    masks, caches and other types, which these kernels lack, are left to torch.
     """
-    known = mask is None and q.dtype in DTYPES and q.shape[-1] % LANES == 0 and q.shape[2] == k.shape[2]
-    return attention(q, k, v)[0] if known else attend_by_torch(q, k, v, mask)
+    has_starts = isinstance(mask, Tensor) and mask.dtype == torch.int64
+    if (mask is None or has_starts) and q.dtype in DTYPES and q.shape[-1] % LANES == 0 and q.shape[2] == k.shape[2]:
+        return attention(q, k, v, mask)[0]
+    return attend_by_torch(q, k, v, document_mask(mask) if has_starts else mask)
+
+
+def starts_as_mask(starts: Tensor) -> Tensor:
+    """The mask of attention within documents that `attend` takes: their starts themselves, (B, T)."""
+    return starts
 
 
 @torch.library.custom_op("olmo_train::cpu_attention", mutates_args=(), device_types="cpu")
-def attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """The output (B, H, T, D), and the log-sum-exp of each query's scores, fp32 (B, H, T)."""
+def attention(q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The output (B, H, T, D), and the log-sum-exp of each query's scores, fp32 (B, H, T). `starts` (B, T) int64: the first key
+    that each query attends to, at most its own position, and never less than that of the query before."""
     q, k, v = map(_readable, (q, k, v))
     out, log_sums = _heads_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
-    library().attention_forward(*_about(q, k), _addresses(q, k, v, out), _pointer(log_sums), torch.get_num_threads())
+    _call(False, q, k, starts, (q, k, v, out), log_sums)
     return out, log_sums
 
 
 @torch.library.custom_op("olmo_train::cpu_attention_backward", mutates_args=(), device_types="cpu")
 def attention_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sums: Tensor
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None, out: Tensor, log_sums: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q, k and v, from the gradient of the output."""
     grad, q, k, v = map(_readable, (grad, q, k, v))
     gradients = _heads_like(q), _heads_like(k), _heads_like(v)
-    addresses = _addresses(grad, q, k, v, out, *gradients)
-    library().attention_backward(*_about(q, k), addresses, _pointer(log_sums), torch.get_num_threads())
+    _call(True, q, k, starts, (grad, q, k, v, out, *gradients), log_sums)
     return gradients
 
 
+def _call(is_backward: bool, q: Tensor, k: Tensor, starts: Tensor | None, tensors: tuple[Tensor, ...], log_sums: Tensor) -> None:
+    B, H, T, D = q.shape
+    shape, scale = (ctypes.c_int64 * 5)(B, H, k.shape[1], T, D), ctypes.c_float(D**-0.5)
+    numbers = [number for x in tensors for number in (x.data_ptr(), *x.stride()[:3])]
+    addresses = (ctypes.c_int64 * len(numbers))(*numbers)
+    starts = None if starts is None else starts.contiguous()
+    first_keys = ctypes.c_void_p(None) if starts is None else _pointer(starts)
+    kinds = int(is_backward), int(q.dtype == torch.bfloat16)
+    library().attention(*kinds, shape, scale, first_keys, addresses, _pointer(log_sums), torch.get_num_threads())
+
+
 @attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def _(q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None = None) -> tuple[Tensor, Tensor]:
     return _heads_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 @attention_backward.register_fake
-def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None, out: Tensor, log_sums: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     return _heads_like(q), _heads_like(k), _heads_like(v)
 
 
-def _keep(ctx, inputs: tuple[Tensor, Tensor, Tensor], output: tuple[Tensor, Tensor]) -> None:
+def _keep(ctx, inputs: tuple[Tensor, Tensor, Tensor, Tensor | None], output: tuple[Tensor, Tensor]) -> None:
     ctx.save_for_backward(*inputs, *output)
 
 
-def _backward(ctx, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return attention_backward(grad, *ctx.saved_tensors)
+def _backward(ctx, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    return *attention_backward(grad, *ctx.saved_tensors), None
 
 
 attention.register_autograd(_backward, setup_context=_keep)
@@ -138,17 +161,6 @@ def _heads_like(x: Tensor) -> Tensor:
     """An empty (B, H, T, D) stored as (B, T, H, D), so that joining heads needs no copy."""
     B, H, T, D = x.shape
     return x.new_empty(B, T, H, D).transpose(1, 2)
-
-
-def _about(q: Tensor, k: Tensor) -> tuple:
-    B, H, T, D = q.shape
-    shape = (ctypes.c_int64 * 5)(B, H, k.shape[1], T, D)
-    return int(q.dtype == torch.bfloat16), shape, ctypes.c_float(D**-0.5)
-
-
-def _addresses(*tensors: Tensor) -> ctypes.Array:
-    numbers = [number for x in tensors for number in (x.data_ptr(), *x.stride()[:3])]
-    return (ctypes.c_int64 * len(numbers))(*numbers)
 
 
 def _pointer(x: Tensor) -> ctypes.c_void_p:

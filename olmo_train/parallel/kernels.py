@@ -27,9 +27,9 @@ def select_kernels(model: Transformer, config: ParallelConfig, device: torch.dev
     """Set the implementations that the keys of `parallel` select, in place. `compiled`: as is_compiled returns. Raises
     ConfigError if one is not available here."""
     if has_cpu_kernels(config.cpu_kernels, device):
-        from olmo_train.parallel.cpu_kernels import attend, differentiate_
+        from olmo_train.parallel.cpu_kernels import attend, differentiate_, starts_as_mask
 
-        model.loss.differentiate_ = differentiate_
+        model.loss.differentiate_, model.document_mask = differentiate_, starts_as_mask
         for block in model.blocks:
             block.attn.attend = attend
     if device.type == "cuda" and compiled:
