@@ -5,19 +5,24 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from ranks import exit_code, fork
-from runs import LOSS, cut, history, trained
+from ranks import exit_code, fork, on_ranks
+from runs import LOSS, cut, events_of, history, trained
 
+from olmo_train.checkpoint import folders
+from olmo_train.commands.bench import table
 from olmo_train.errors import ConfigError
 from olmo_train.hardware import cpuinfo
 from olmo_train.model.loss import IGNORE, differentiate_
 from olmo_train.model.transformer import document_mask, document_starts
 from olmo_train.parallel import cpu_kernels, kernels
 from olmo_train.storage import cache_folder
+from olmo_train.tools import bench, doctor
+from olmo_train.tools.replay import replay
 
 pytestmark = pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
 
@@ -268,3 +273,106 @@ def test_a_compiled_run_learns_the_same(run_cli, tiny_words, tiny_args, read_met
     assert re.search(r"^the first step took \S+ (s|min), including torch.compile; loss \d", done.stdout, re.MULTILINE)
     losses = {name: [line["train/CrossEntropyLoss"] for line in read_metrics(tmp_path / name)] for name in ("plain", "compiled")}
     assert losses["compiled"] == pytest.approx(losses["plain"], rel=1e-5) and losses["compiled"] != losses["plain"]
+
+
+# ---- the choice between this attention and torch's
+
+
+@pytest.fixture
+def times(tmp_path, monkeypatch):
+    """(ours, torch's) seconds that the next measurement finds, and the shapes measured so far. Every shape is worth measuring."""
+    found, built = SimpleNamespace(seconds=(1.0, 2.0), measured=[]), cpu_kernels.library()
+    monkeypatch.setattr(cpu_kernels, "library", lambda: built)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    def measure(shape):
+        found.measured.append(shape)
+        return found.seconds
+
+    monkeypatch.setattr(cpu_kernels, "MEASURED_FLOPS", 0)
+    monkeypatch.setattr(cpu_kernels, "time_attention", measure)
+    return found
+
+
+@pytest.mark.parametrize("seconds, chosen", [((1.0, 2.0), True), ((1.0, 0.99), True), ((1.0, 0.9), "loss")])
+def test_torchs_attention_is_used_where_it_is_measured_to_be_clearly_faster(times, tiny_args, seconds, chosen):
+    times.seconds = seconds
+    assert kernels.choose_cpu_kernels(tiny_args()) == chosen
+    assert kernels.choose_cpu_kernels(tiny_args(), recorded=True) is True
+    times.seconds = seconds[::-1]
+    assert kernels.choose_cpu_kernels(tiny_args()) == chosen and len(times.measured) == 1  # once per machine
+
+
+def test_each_class_of_shapes_is_measured_once_and_a_damaged_measurement_again(times, tiny_args):
+    documents = {"data.document_mask": True, "data.eos_id": 511}
+    for changes in ({}, documents, {"parallel.precision": "bf16"}, {"micro_batch_size": 8}, {"model.seq_len": 60}):
+        kernels.choose_cpu_kernels(tiny_args(**changes))
+    assert [(shape.dtype, shape.tokens, shape.in_documents) for shape in times.measured] == [
+        ("fp32", 64, False), ("fp32", 64, True), ("bf16", 64, False)
+    ]  # fmt: skip
+    for file in cache_folder().rglob("*.json"):
+        file.write_text("[1.0]")
+    assert kernels.choose_cpu_kernels(tiny_args()) is True and len(times.measured) == 4
+
+
+def test_nothing_is_measured_for_small_shapes_nor_where_bits_must_never_change(times, tiny_args, monkeypatch):
+    times.seconds = (2.0, 1.0)
+    assert kernels.choose_cpu_kernels(tiny_args(determinism="run")) is True
+    monkeypatch.setattr(cpu_kernels, "MEASURED_FLOPS", 2e8)
+    assert kernels.choose_cpu_kernels(tiny_args()) is True
+    monkeypatch.setattr(cpu_kernels, "MEASURED_FLOPS", 0)
+    monkeypatch.setattr(cpu_kernels, "replace_file", lambda *words: (_ for _ in ()).throw(OSError))
+    assert not times.measured and kernels.choose_cpu_kernels(tiny_args()) is True  # it could not be kept
+    assert times.measured and not list(cache_folder().rglob("*.json"))
+
+
+def test_the_choice_is_kept_on_resume_and_replayed_whatever_would_be_measured_now(times, tiny_args):
+    def chosen(config):
+        return [event["cpu_kernels"] for event in events_of(config.run_dir, "start", "resume")]
+
+    def losses(config):
+        return [loss for (loss,) in history(config.run_dir, LOSS)]
+
+    ours = trained(tiny_args("ours"))
+    times.seconds = (2.0, 1.0)
+    for file in cache_folder().rglob("*.json"):
+        file.unlink()
+    config = trained(tiny_args("torchs"))
+    started = cut(tiny_args("cut"), steps=7)
+    times.seconds = (1.0, 2.0)
+    for file in cache_folder().rglob("*.json"):
+        file.unlink()
+    resumed = trained(started)
+    assert chosen(ours) == [True] and chosen(config) == ["loss"] and chosen(resumed) == ["loss", "loss"]
+    assert losses(resumed) == losses(config) != losses(ours)
+    assert folders.read_state(folders.newest_folder(Path(config.run_dir)))["cpu_kernels"] == "loss"
+    assert replay(Path(config.run_dir), 3).differing == []
+
+
+def test_the_choice_of_rank_0_is_that_of_all_ranks(times, tiny_args):
+    """On forked ranks, each with its own times: by its own choice, rank 1 would wait in vain or learn something else."""
+
+    def alone(world):
+        times.seconds = (2.0, 1.0) if world.is_main else (1.0, 2.0)
+        trained(tiny_args(), world)
+        return len(times.measured)
+
+    assert on_ranks(2, alone) == [1, 0]
+    assert [event["cpu_kernels"] for event in events_of(tiny_args().run_dir, "start")] == ["loss"]
+
+
+def test_doctor_and_bench_show_the_choice_with_both_times(times, tiny_args, tiny_words):
+    times.seconds = (0.002, 0.001)
+    (finding,) = [found.finding for found in doctor.examine(tiny_args()) if found.check == "kernels"]
+    assert finding.startswith("the loss uses the C++ kernels") and "torch's kernel: 1.0 ms where the C++ kernel" in finding
+    assert finding.endswith("takes 2.0 ms")
+    figures = bench.measure([], tiny_words(), steps=1, warmup=1)
+    assert figures["attention"] in finding and figures["attention"] in table(figures)
+
+
+def test_a_measurement_is_short(monkeypatch):
+    shape = cpu_kernels.AttentionShape("fp32", 64, 1, 8192, True, 1).fitted()
+    assert shape.tokens == 1024 and shape.flops < cpu_kernels.MOST_FLOPS
+    monkeypatch.setattr(cpu_kernels, "ENOUGH_SECONDS", 0)
+    ours, torchs = cpu_kernels.time_attention(cpu_kernels.AttentionShape("bf16", 64, 2, 256, True, 1))
+    assert min(ours, torchs) > 0

@@ -41,6 +41,7 @@ def table(figures: dict) -> str:
         "device": figures["device"],
         "precision": figures["precision"],
         "compiled": "yes" if figures["compiled"] else "no",
+        **({"attention": figures["attention"]} if figures["attention"] else {}),
         "speed": f"{figures['tokens_per_second']:,.0f} tokens/s",
         "step": f"{figures['step_seconds']:.4f} s (fastest {fastest:.4f}, slowest {slowest:.4f})",
         "phases": f"{phases} s",

@@ -9,6 +9,7 @@ from olmo_train.config import Count
 
 Precision = Literal["bf16", "fp32"]
 Checkpointing = Literal["none", "selective", "full"]
+CpuKernels = bool | Literal["loss"]
 
 
 @dataclass(frozen=True)
@@ -32,9 +33,11 @@ class ParallelConfig:
     # emulates it slowly. true: one scale for a matrix, the fastest; rowwise: one for each row, less rounding where few values
     # are large. The speed of both has not been measured
     float8: bool | Literal["rowwise"] = False
-    # C++ kernels for attention and loss on a CPU. null: where a compiler (c++ or CXX) is found; true: fail if they cannot be
-    # built; false: use torch. They take seconds to build and are cached. Head sizes that are not multiples of 16 use torch
-    cpu_kernels: bool | None = None
+    # C++ kernels for attention and loss on a CPU. null: where a compiler (c++ or CXX) is found, but torch's attention where it
+    # is measured to be faster on this machine; true: fail if they cannot be built; loss: for the loss, attention by torch;
+    # false: use torch. What null chose is kept in checkpoints and on resume; with `determinism` nothing is measured. They take
+    # seconds to build and are cached. Head sizes that are not multiples of 16 use torch
+    cpu_kernels: CpuKernels | None = None
 
     def is_compiled(self, on_gpu: bool) -> bool:
         """Whether blocks and loss are compiled on this kind of device."""

@@ -11,10 +11,14 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import json
 import os
 import platform
 import shutil
+import statistics
 import subprocess
+import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -25,7 +29,7 @@ from olmo_train.hardware import cpuinfo
 from olmo_train.model.loss import IGNORE
 from olmo_train.model.transformer import Mask, document_mask
 from olmo_train.model.transformer import attend as attend_by_torch
-from olmo_train.storage import cache_folder, replacing
+from olmo_train.storage import cache_folder, replace_file, replacing
 
 SOURCE = Path(__file__).with_name("cpu_kernels.cpp")
 COMPILERS = ("c++", "g++", "clang++")  # tried in this order, after $CXX
@@ -41,18 +45,11 @@ BF16_PRODUCTS = ("fp32", "AVX-512 bf16", "AMX tiles")  # what the library makes 
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """The compiled kernels, built at the first use on a machine, in about two seconds.
+    """The compiled kernels, built at the first use on a machine, in a few seconds.
 
     Raises ConfigError if there is no C++ compiler, or it fails.
     """
-    compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, COMPILERS)), None)
-    if compiler is None or shutil.which(compiler.split()[0]) is None:
-        given = f", and CXX {compiler} is not found" if compiler else ""
-        raise ConfigError(
-            "parallel.cpu_kernels", f"needs a C++ compiler ({', '.join(COMPILERS)} or $CXX){given}; install one, or set false"
-        )
-    words = [*compiler.split(), *FLAGS, "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"]
-    built = cache_folder() / "kernels" / f"{_fingerprint(words)}.so"
+    words, built = _build_command()
     try:
         if not built.exists():
             _build(words, built)
@@ -60,6 +57,18 @@ def library() -> ctypes.CDLL:
     except OSError as problem:
         what = f"cannot be built or loaded: {reason(problem)}; set XDG_CACHE_HOME to another folder, or set false"
         raise ConfigError("parallel.cpu_kernels", what) from None
+
+
+def _build_command() -> tuple[list[str], Path]:
+    """The words that call the compiler, and the library that they build. Raises ConfigError without a compiler."""
+    compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, COMPILERS)), None)
+    if compiler is None or shutil.which(compiler.split()[0]) is None:
+        given = f", and CXX {compiler} is not found" if compiler else ""
+        raise ConfigError(
+            "parallel.cpu_kernels", f"needs a C++ compiler ({', '.join(COMPILERS)} or $CXX){given}; install one, or set false"
+        )
+    words = [*compiler.split(), *FLAGS, "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"]
+    return words, cache_folder() / "kernels" / f"{_fingerprint(words)}.so"
 
 
 def _fingerprint(words: list[str]) -> str:
@@ -165,6 +174,89 @@ def _heads_like(x: Tensor) -> Tensor:
 
 def _pointer(x: Tensor) -> ctypes.c_void_p:
     return ctypes.c_void_p(x.data_ptr())
+
+
+# ---- the choice between this attention and torch's
+
+MEASURED_FLOPS = 2e8  # of attention, forward and backward: less takes about a millisecond, and is left to these kernels
+MOST_FLOPS = 1e9  # of a measured call on each thread, so that all of them take a second
+MOST_TOKENS = 2048
+ROUNDS, ENOUGH_SECONDS = 5, 1.5  # of a measurement: fewer rounds, but one, on a machine that is slow or busy
+GAIN = 1.05  # how many times as fast torch's has to be, so that chance does not choose it
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """What attention's speed depends on, beside the machine: shapes that agree in it are measured once."""
+
+    dtype: str  # bf16 or fp32
+    head_size: int
+    group: int  # query heads of a key head
+    tokens: int  # a power of two
+    in_documents: bool
+    threads: int
+
+    @property
+    def flops(self) -> float:
+        """Of a forward and backward of one key head, over half of the scores: two and five products."""
+        return 7.0 * self.group * self.tokens**2 * self.head_size
+
+    def fitted(self) -> AttentionShape:
+        """With few enough tokens for a short measurement."""
+        tokens = 1 << (min(self.tokens, MOST_TOKENS) - 1).bit_length()
+        while tokens > 256 and replace(self, tokens=tokens).flops > MOST_FLOPS:
+            tokens //= 2
+        return replace(self, tokens=tokens)
+
+
+def attention_seconds(shape: AttentionShape) -> tuple[float, float] | None:
+    """Seconds of this attention and of torch's, forward and backward, for one key head per thread: measured once per machine and
+    kept beside the library. None where they cannot be kept, so that the choice could be another one next time."""
+    numbers = "-".join(map(str, (shape.dtype, shape.head_size, shape.group, shape.tokens, shape.threads)))
+    built = _build_command()[1]
+    file = built.with_name(f"{built.stem}-{numbers}{'-documents' * shape.in_documents}-torch-{torch.__version__}.json")
+    try:
+        ours, torchs = json.loads(file.read_text(encoding="utf-8"))
+        return float(ours), float(torchs)
+    except (OSError, ValueError, TypeError):
+        measured = time_attention(shape)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(file, json.dumps(measured).encode())
+    except OSError:
+        return None
+    return measured
+
+
+def torch_is_faster(shape: AttentionShape) -> bool:
+    """Whether torch's attention is faster than this one on this machine."""
+    seconds = attention_seconds(shape)
+    return seconds is not None and seconds[0] > GAIN * seconds[1]
+
+
+def time_attention(shape: AttentionShape) -> tuple[float, float]:
+    """Medians of rounds of calls in turn."""
+    dtype, generator = torch.bfloat16 if shape.dtype == "bf16" else torch.float32, torch.Generator().manual_seed(0)
+
+    def heads(n: int) -> Tensor:
+        x = torch.randn(1, shape.tokens, n * shape.threads, shape.head_size, generator=generator)
+        return x.to(dtype).transpose(1, 2).requires_grad_()
+
+    q, k, v, grad = heads(shape.group), heads(1), heads(1), heads(shape.group).detach()
+    length = shape.tokens // 4  # of a document
+    starts = (torch.arange(shape.tokens) // length * length)[None] if shape.in_documents else None
+    masks = starts, None if starts is None else document_mask(starts)
+    rounds: list[tuple[float, float]] = []
+    started = time.perf_counter()
+    with torch.enable_grad():
+        while len(rounds) < 2 or (len(rounds) <= ROUNDS and time.perf_counter() - started < ENOUGH_SECONDS):
+            clock = [time.perf_counter()]
+            for attention_of, mask in zip((attend, attend_by_torch), masks, strict=True):
+                torch.autograd.grad(attention_of(q, k, v, mask), (q, k, v), grad)
+                clock.append(time.perf_counter())
+            rounds.append((clock[1] - clock[0], clock[2] - clock[1]))
+    ours, torchs = (statistics.median(times) for times in zip(*rounds[1:], strict=True))  # the first calls are slower
+    return ours, torchs
 
 
 # ---- loss

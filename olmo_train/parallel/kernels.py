@@ -12,13 +12,18 @@ import shutil
 import sysconfig
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from olmo_train.errors import ConfigError
 from olmo_train.model.loss import differentiate_at_once_
 from olmo_train.model.transformer import Attention, Transformer
-from olmo_train.parallel.config import ParallelConfig
+from olmo_train.parallel.config import CpuKernels, ParallelConfig
+
+if TYPE_CHECKING:
+    from olmo_train.parallel.cpu_kernels import AttentionShape
+    from olmo_train.train_config import TrainConfig
 
 FLOAT8_MULTIPLE = 16  # sizes of a float8 matrix product must be multiples (cuBLAS)
 
@@ -29,9 +34,11 @@ def select_kernels(model: Transformer, config: ParallelConfig, device: torch.dev
     if has_cpu_kernels(config.cpu_kernels, device):
         from olmo_train.parallel.cpu_kernels import attend, differentiate_, starts_as_mask
 
-        model.loss.differentiate_, model.document_mask = differentiate_, starts_as_mask
-        for block in model.blocks:
-            block.attn.attend = attend
+        model.loss.differentiate_ = differentiate_
+        if config.cpu_kernels != "loss":
+            model.document_mask = starts_as_mask
+            for block in model.blocks:
+                block.attn.attend = attend
     if device.type == "cuda" and compiled:
         model.loss.differentiate_ = torch.compile(differentiate_at_once_, fullgraph=True)
     if config.float8:
@@ -64,7 +71,52 @@ def missing_for_compile(on_gpu: bool = True) -> str | None:
     return None
 
 
-def has_cpu_kernels(asked: bool | None, device: torch.device) -> bool:
+def choose_cpu_kernels(config: TrainConfig, recorded: CpuKernels | None = None) -> CpuKernels:
+    """The value of parallel.cpu_kernels for a CPU that can build them, where the configuration has null: `recorded`, that of the
+    checkpoint that is resumed, else "loss" where torch's attention is faster on this machine, else true."""
+    if recorded is not None:
+        return recorded
+    from olmo_train.parallel.cpu_kernels import torch_is_faster
+
+    shape = measured_attention(config)
+    return "loss" if shape is not None and torch_is_faster(shape) else True
+
+
+def measured_attention(config: TrainConfig) -> AttentionShape | None:
+    """What is measured to choose the attention of a run on this machine's CPU; None where nothing is.
+
+    Not where the same command must always compute the same bits, as a second measurement could end differently, and not where a
+    call takes about a millisecond.
+    """
+    from olmo_train.parallel.cpu_kernels import LANES, MEASURED_FLOPS, AttentionShape
+
+    model = config.model
+    group, threads = model.n_heads // model.kv_heads, torch.get_num_threads()
+    shape = AttentionShape(config.parallel.precision, model.head_size, group, model.seq_len, config.data.document_mask, threads)
+    is_small = config.micro_batch_size * model.kv_heads * shape.flops < MEASURED_FLOPS
+    return None if is_small or config.determinism != "none" or model.head_size % LANES else shape.fitted()
+
+
+def describe_attention(config: TrainConfig) -> str:
+    """How attention is computed on this machine's CPU and how that was chosen, for a reader. Raises ConfigError."""
+    from olmo_train.parallel.cpu_kernels import BF16_PRODUCTS, LANES, attention_seconds, library
+
+    asked, device = config.parallel.cpu_kernels, torch.device("cpu")
+    if not has_cpu_kernels(asked, device) or asked == "loss" or config.model.head_size % LANES:
+        return "torch's kernel"
+    products = BF16_PRODUCTS[library().bf16_products() if config.parallel.precision == "bf16" else 0]
+    ours = f"C++ kernel with products in {products}"
+    shape = measured_attention(config) if asked is None else None
+    seconds = attention_seconds(shape) if shape else None
+    if seconds is None:
+        return f"{ours}, not compared with torch's"
+    own, torchs = (f"{1000 * each:.1f} ms" for each in seconds)
+    if choose_cpu_kernels(config) == "loss":
+        return f"torch's kernel: {torchs} where the {ours} takes {own}"
+    return f"{ours}: {own} where torch's takes {torchs}"
+
+
+def has_cpu_kernels(asked: CpuKernels | None, device: torch.device) -> bool:
     """Whether to use cpu_kernels.py for attention and loss. `asked`: parallel.cpu_kernels, with None: if they can be built."""
     if asked and device.type != "cpu":
         raise ConfigError("parallel.cpu_kernels", f"is for CPUs, and the device is {device.type}; leave it out")
@@ -82,7 +134,7 @@ def has_cpu_kernels(asked: bool | None, device: torch.device) -> bool:
 
 
 def uses_cpu_kernels(model: Transformer) -> bool:
-    """Whether `select_kernels` chose cpu_kernels.py for this model."""
+    """Whether `select_kernels` chose cpu_kernels.py for the attention of this model."""
     return model.blocks[0].attn.attend is not Attention.attend
 
 

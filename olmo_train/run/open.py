@@ -36,8 +36,8 @@ from olmo_train.guards.watchdog import Watchdog
 from olmo_train.history import History
 from olmo_train.log.journal import Journal
 from olmo_train.log.run_logger import RunLogger
-from olmo_train.parallel import choices
-from olmo_train.parallel.config import ParallelConfig
+from olmo_train.parallel import choices, kernels
+from olmo_train.parallel.config import CpuKernels, ParallelConfig
 from olmo_train.parallel.processes import processes_on_machine
 from olmo_train.parallel.world import World, explain_lost_peers
 from olmo_train.plan import preflight
@@ -84,6 +84,7 @@ def open_run(config: TrainConfig, world: World, signals: StopSignals) -> Iterato
         if not is_new:  # only now, as a finished run has nothing to compute
             memory = _check_memory(config, world)
         notes.append(f"memory: needs about {memory}")
+        config = _with_cpu_kernels(config, world, start)
 
         text = configuration.dump(resolved, os.getcwd()).encode()
         world.on_main(lambda: replace_file(run_dir / "config.yaml", text))
@@ -136,6 +137,19 @@ def _check_memory(config: TrainConfig, world: World) -> preflight.Memory:
     memory = preflight.memory_of(config, world.size, processes_on_machine(world.size), world.device_memory())
     world.together(lambda: preflight.check_memory(memory, config))
     return memory
+
+
+def _with_cpu_kernels(config: TrainConfig, world: World, start: Start) -> TrainConfig:
+    """The configuration with parallel.cpu_kernels chosen where it is null and the run is on CPUs: the same on every rank."""
+    parallel = config.parallel
+    if parallel.cpu_kernels is not None or world.device.type != "cpu":
+        return config
+    recorded = start.state.get("cpu_kernels") if start.kind == "resume" else None
+    if world.any(not kernels.has_cpu_kernels(None, world.device)):
+        chosen: CpuKernels = False
+    else:
+        chosen = world.on_main(lambda: kernels.choose_cpu_kernels(config, recorded))
+    return dataclasses.replace(config, parallel=dataclasses.replace(parallel, cpu_kernels=chosen))
 
 
 def _why_done(config: TrainConfig, start: Start, evaluation: Evaluation) -> str:
@@ -223,4 +237,5 @@ def _log_attempt(
     about |= {"world_size": world.size, "data_size": world.data_size, "checkpoint": str(start.folder or "")}
     about |= {"host": socket.gethostname(), "device": torch.cuda.get_device_name() if world.device.type == "cuda" else "CPU"}
     about |= {"batches": start.batches.changes, "total_steps": config.steps, "started_in": os.getcwd()}
+    about |= {"cpu_kernels": config.parallel.cpu_kernels}
     logger.event(start.kind, start.step, **about)

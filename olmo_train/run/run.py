@@ -85,7 +85,7 @@ class Run:
             f"{config.run_dir} {how}: {n_parameters:,} parameters, "
             f"{counted(config.steps, 'step')} of {extent(size * config.model.seq_len for size in config.batches.sizes)} tokens, "
             f"{self.world.size} x {self.world.device.type}, {config.parallel.precision}"
-            + (", C++ kernels" if kernels.uses_cpu_kernels(model) else "")
+            + (", C++ kernels" if kernels.uses_cpu_kernels(model) else ", C++ loss" * (config.parallel.cpu_kernels == "loss"))
             + (", compiled" if model.is_compiled else "")
         )
         if config.adapter.is_on:
@@ -178,6 +178,7 @@ class Run:
                 "skipped_in_a_row": self.anomalies.in_a_row,
                 "pending_line": self.pending_line,
                 "best": self.evaluation.best.record(),
+                "cpu_kernels": self.config.parallel.cpu_kernels,
             }
             if self.start.base:
                 state["base"] = self.start.base

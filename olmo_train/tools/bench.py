@@ -22,8 +22,9 @@ from olmo_train import train as training
 from olmo_train.formats import counted
 from olmo_train.model.config import ModelConfig
 from olmo_train.model.cost import flops_convention, flops_per_token
+from olmo_train.parallel import processes
 from olmo_train.parallel.config import ParallelConfig
-from olmo_train.parallel.kernels import is_compiled
+from olmo_train.parallel.kernels import describe_attention, is_compiled
 from olmo_train.train import train
 from olmo_train.train_config import TrainConfig
 
@@ -115,6 +116,7 @@ def _figures(config: TrainConfig, seconds: list[float], phases: dict[str, float]
         "first_step_seconds": first_step,
         "precision": config.parallel.precision,
         "compiled": is_compiled(config.parallel, torch.device("cuda" if on_gpu else "cpu")),
+        "attention": describe_attention(config) if not on_gpu and processes.rank() == 0 else None,
         "torch": torch.__version__,
         "python": sys.version.split()[0],
         "device": torch.cuda.get_device_name() if on_gpu else f"cpu, {counted(torch.get_num_threads(), 'thread')}",

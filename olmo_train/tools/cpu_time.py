@@ -18,7 +18,7 @@ from olmo_train.model.cost import count_parameters, flops_per_token, trained_par
 from olmo_train.model.init import initial_value
 from olmo_train.model.transformer import Transformer
 from olmo_train.optim.build import build_optimizer
-from olmo_train.parallel.kernels import select_kernels
+from olmo_train.parallel.kernels import choose_cpu_kernels, has_cpu_kernels, select_kernels
 from olmo_train.parallel.shard import DTYPES
 from olmo_train.storage import cache_folder, replace_file
 from olmo_train.train_config import TrainConfig
@@ -37,6 +37,9 @@ def step_seconds(config: TrainConfig) -> tuple[float, float]:
     times to all blocks, parameters and tokens. All processes of a machine share its cores, so their number does not matter.
     With adapters the passes are timed as in full training, which is more.
     """
+    parallel = config.parallel
+    if parallel.cpu_kernels is None and has_cpu_kernels(None, torch.device("cpu")):
+        config = replace(config, parallel=replace(parallel, cpu_kernels=choose_cpu_kernels(config)))
     timed = _cached(config)
     block = max(0.0, timed["two"] - timed["one"])
     again = 4 / 3 if config.parallel.activation_checkpointing == "full" else 1.0

@@ -184,7 +184,7 @@ def kernels(config: TrainConfig) -> Iterator[Finding]:
     """Which kernels compute attention and loss."""
     import torch
 
-    from olmo_train.parallel.kernels import has_cpu_kernels, is_compiled, missing_for_compile
+    from olmo_train.parallel.kernels import describe_attention, has_cpu_kernels, is_compiled, missing_for_compile
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if is_compiled(config.parallel, device):
@@ -194,7 +194,9 @@ def kernels(config: TrainConfig) -> Iterator[Finding]:
         remedy = f"install {missing}" if missing else "set parallel.compile=true, or leave it out, unless determinism is on"
         yield Finding("compile", "warning", "blocks are not compiled, which costs about a quarter of the speed", remedy)
     if has_cpu_kernels(config.parallel.cpu_kernels, device):
-        yield Finding("kernels", "ok", "attention and loss use the C++ kernels, which are built")
+        attention = describe_attention(config)
+        who = "the loss uses" if attention.startswith("torch") else "attention and loss use"
+        yield Finding("kernels", "ok", f"{who} the C++ kernels, which are built; attention: {attention}")
     elif device.type == "cpu":
         remedy = "install a C++ compiler; parallel.cpu_kernels=true shows its errors"
         yield Finding("kernels", "ok", "attention and loss use torch, which is slower on a CPU", remedy)

@@ -29,6 +29,7 @@ from olmo_train.guards.forensics import scored_tokens
 from olmo_train.history import Attempt, History
 from olmo_train.log.config import LogConfig, ProfileConfig, WandbConfig
 from olmo_train.log.interval import StepStats
+from olmo_train.parallel.kernels import has_cpu_kernels
 from olmo_train.train import train
 from olmo_train.train_config import TrainConfig
 
@@ -133,6 +134,9 @@ def _config_of(history: History, attempt: Attempt) -> TrainConfig:
     compiled = config.parallel.compile
     if compiled is None and not torch.cuda.is_available():  # recorded by a run on a GPU, or by a version that did not compile
         compiled = False
+    parallel = dataclasses.replace(config.parallel, compile=compiled)
+    if has_cpu_kernels(None, torch.device("cuda" if torch.cuda.is_available() else "cpu")):  # as in the run
+        parallel = dataclasses.replace(parallel, cpu_kernels=attempt.event.get("cpu_kernels", parallel.cpu_kernels))
     return dataclasses.replace(
         config,
         run_dir=str(history.run_dir),
@@ -141,7 +145,7 @@ def _config_of(history: History, attempt: Attempt) -> TrainConfig:
         # the base of adapters, which may have moved since the checkpoint
         init_from=config.init_from if attempt.first_step == 1 or config.adapter.is_on else None,
         allow_changes=(),
-        parallel=dataclasses.replace(config.parallel, compile=compiled),
+        parallel=parallel,
         data=dataclasses.replace(config.data, validation={}),
         log=LogConfig(interval_steps=config.log.interval_steps, wandb=WandbConfig(mode="disabled")),
         eval=EvalConfig(interval_steps=10**9),
