@@ -31,10 +31,10 @@ def first(points: Points, runs: int) -> Points:
 
 
 def test_the_law_behind_synthetic_runs_is_found():
-    exact = fit(synthetic(noise=0)).parameters
+    exact = fit(synthetic(noise=0)).law
     assert [exact[name] for name in "EAB"] == pytest.approx([1.69, 406.4, 410.7], rel=1e-3)
     for seed in range(3):
-        found = fit(synthetic(seed=seed)).parameters
+        found = fit(synthetic(seed=seed)).law
         assert abs(found["a"] - 0.34) < 0.03 and abs(found["b"] - 0.28) < 0.03, found
 
 
@@ -75,7 +75,7 @@ def test_an_interval_holds_the_noise_of_one_run_and_widens_with_few_runs_and_far
 
 @pytest.mark.slow
 def test_the_intervals_cover_nine_of_ten_new_runs():
-    """4 sizes x 3 multiples, and a run of 64 times the compute of the largest one."""
+    """4 sizes x 3 multiples, and a run of 25 times the compute of the largest one."""
     n, d, inside, times = 5e10, 20 * 5e10, 0, 200
     for seed in range(times):
         forecast = fit(synthetic(4, (1, 2, 4), seed=seed)).forecast(n, d)

@@ -34,15 +34,17 @@ def run(arguments: argparse.Namespace) -> int:
     check_counts(arguments, "seeds", "jobs")
     sweep = runs.plan_sweep(*split_config(arguments.config), arguments.seeds)
     if arguments.print:
-        print(runs.commands(sweep) if arguments.print == "commands" else runs.slurm_array(sweep), end="")
+        print(
+            runs.commands(sweep.points) if arguments.print == "commands" else runs.slurm_array(sweep.folder, sweep.points), end=""
+        )
         return 0
     print(f"{counted(len(sweep.points), 'run')} in {sweep.folder}")
-    codes = runs.train_points(sweep, arguments.jobs, lambda line: print(line, flush=True))
+    codes = runs.train_points(sweep.points, arguments.jobs, lambda line: print(line, flush=True))
     if runs.STOPPED in codes:
         print("stopped after saving; run the same command again to resume")
         return runs.STOPPED
     finished = [point for point, code in zip(sweep.points, codes, strict=True) if code == 0]
-    show(sweep, finished, runs.metric_of(sweep, arguments.metric))
+    show(sweep, finished, runs.metric_of(sweep.points[0].config, arguments.metric))
     return int(any(codes))
 
 

@@ -65,13 +65,20 @@ def run_cost(
 ) -> RunCost:
     """Time from FLOPs and an assumed MFU; energy and carbon as the OLMo paper counts them: power x PUE x intensity.
     Evaluation, saving and restarts are not included. `update_flops`: of one GPU in all updates of the run."""
-    per_token = flops_per_token(model, adapter=adapter)
-    seconds = (tokens * per_token / gpus + update_flops) / (hardware.peak_flops * assumed.mfu)
+    flops = tokens * flops_per_token(model, adapter=adapter)
+    return cost_of(flops, tokens, gpus, hardware, assumed, update_flops)
+
+
+def cost_of(
+    flops: float, tokens: float, gpus: int, hardware: Hardware, assumed: Assumptions, update_flops: float = 0.0
+) -> RunCost:
+    """The same of a run whose FLOPs are known."""
+    seconds = (flops / gpus + update_flops) / (hardware.peak_flops * assumed.mfu)
     tokens_per_second = tokens / seconds
     gpu_hours = gpus * seconds / 3600
     gpu_kwh = gpu_hours * hardware.power_watts / 1000
     return RunCost(
-        flops=tokens * per_token,
+        flops=flops,
         seconds=seconds,
         gpu_hours=gpu_hours,
         tokens_per_second=tokens_per_second,

@@ -144,7 +144,7 @@ class Fit:
     @property
     def noise(self) -> float:
         """The standard deviation of log L around the law, with the degrees of freedom that the five parameters leave."""
-        return deviation(self.residuals)
+        return float(deviation(self.residuals))
 
     def named(self, theta: np.ndarray) -> dict[str, np.ndarray]:
         """E, A, B, a, b from theta (..., 5)."""
@@ -153,7 +153,7 @@ class Fit:
                 "a": a, "b": b}  # fmt: skip
 
     @cached_property
-    def parameters(self) -> dict[str, float]:
+    def law(self) -> dict[str, float]:
         """E, A, B, a, b."""
         return {name: float(value) for name, value in self.named(self.theta).items()}
 
@@ -192,9 +192,20 @@ class Fit:
         low, high = centre + self.noise * np.quantile(ratio, TAILS)
         return Forecast(parameters, tokens, *(math.exp(value) for value in (centre, min(low, centre), max(high, centre))))
 
+    def times_largest(self, forecast: Forecast) -> float:
+        """The compute of the forecast's run, over the largest compute of the points; 6 N D FLOPs each."""
+        return forecast.parameters * forecast.tokens / float((self.points.parameters * self.points.tokens).max())
+
+    def doubt(self, forecast: Forecast) -> str:
+        """Why a forecast says little, or nothing."""
+        best = float(self.points.losses.min())
+        if forecast.high < best:
+            return ""
+        return f"cannot tell whether it is below the loss of the best run, {best:.4f}; add sizes or multiples"
+
     def record(self) -> dict[str, Any]:
         """The fit as JSON."""
-        return self.parameters | {
+        return self.law | {
             "intervals": {name: list(ends) for name, ends in self.intervals.items()},
             "residual_std": self.noise,
             "runs": len(self.points.losses),

@@ -16,7 +16,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,6 +36,7 @@ class Point:
     values: tuple[str, ...]  # of the swept keys, as typed
     config: TrainConfig
     words: tuple[str, ...]  # of `olmo-train train`
+    parent: Path | None = None  # the run_dir of the point that has the checkpoint to start from
 
     @property
     def run_dir(self) -> Path:
@@ -103,28 +103,37 @@ def values_of(word: str) -> list[str]:
     return [value] if value[:1] in "[{'\"" else [part.strip() for part in value.split(",")]
 
 
-def commands(sweep: Sweep) -> str:
+def commands(points: Sequence[Point]) -> str:
     """A shell command for each point."""
-    return "".join(shlex.join(["olmo-train", "train", *point.words]) + "\n" for point in sweep.points)
+    return "".join(shlex.join(["olmo-train", "train", *point.words]) + "\n" for point in points)
 
 
-def slurm_array(sweep: Sweep) -> str:
-    """A script for sbatch: a job array with a task for each point, which is queued again when a signal stops it after saving."""
-    cases = "\n".join(f"{i}) set -- {shlex.join(point.words)} ;;" for i, point in enumerate(sweep.points, 1))
+def slurm_array(folder: Path, points: Sequence[Point]) -> str:
+    """A script for sbatch: a job array with a task for each point, which is queued again when a signal stops it after saving. A
+    point with a parent is trained in its parent's task, after it."""
+    tasks = [[point, *(child for child in points if child.parent == point.run_dir)] for point in points if point.parent is None]
+    runs = [[f"run {shlex.join(point.words)}" for point in task] for task in tasks]
+    bodies = [f"{first} && {{ {'; '.join(after)}; }}" if after else first for first, *after in runs]
+    cases = "\n".join(f"{i}) {body} ;;" for i, body in enumerate(bodies, 1))
     return f"""#!/usr/bin/env bash
-#SBATCH --job-name={shlex.quote(sweep.folder.name)}
-#SBATCH --array=1-{len(sweep.points)}
+#SBATCH --job-name={shlex.quote(folder.name)}
+#SBATCH --array=1-{len(tasks)}
 #SBATCH --ntasks=1
 #SBATCH --signal=TERM@180
 #SBATCH --requeue
 #SBATCH --open-mode=append
+status=0
+run() {{
+  local code=0
+  srun olmo-train train "$@" || code=$?
+  [ "$code" != {STOPPED} ] || {{ scontrol requeue "${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID"; exit {STOPPED}; }}
+  [ "$code" = 0 ] || status=$code
+  return "$code"
+}}
 case $SLURM_ARRAY_TASK_ID in
 {cases}
 esac
-code=0
-srun olmo-train train "$@" || code=$?
-[ "$code" != {STOPPED} ] || scontrol requeue "${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID"
-exit "$code"
+exit "$status"
 """
 
 
@@ -139,11 +148,12 @@ def start(point: Point, environment: dict[str, str]) -> subprocess.Popen:
         return subprocess.Popen(words, stdout=log, stderr=log, env=environment, start_new_session=True)
 
 
-def train_points(sweep: Sweep, jobs: int, announce: Callable[[str], None]) -> list[int]:
-    """Train all points that are not done, `jobs` at a time. Returns the exit code of each. A signal is passed on: the runs save
-    and stop, and no other is started; those that were not started have the exit code STOPPED."""
-    codes: dict[Path, int] = {}
-    waiting, running = deque(sweep.points), dict[Path, tuple[Point, subprocess.Popen]]()
+def train_points(points: Sequence[Point], jobs: int, announce: Callable[[str], None]) -> list[int]:
+    """Train all points that are not done, `jobs` at a time, a point with a parent after it. Returns the exit code of each. A
+    signal is passed on: the runs save and stop, and no other is started; those that were not started have the exit code STOPPED.
+    A point whose parent did not finish has its exit code."""
+    codes: dict[Path | None, int] = {None: 0}  # as if of the parent of points without one
+    waiting, running = list(points), dict[Path, tuple[Point, subprocess.Popen]]()
     received: list[int] = []
     environment = dict(os.environ)
     if jobs > 1:  # else each run would take all cores
@@ -165,6 +175,14 @@ def train_points(sweep: Sweep, jobs: int, announce: Callable[[str], None]) -> li
         if received:  # the signal came in between
             process.terminate()
 
+    def next_point() -> Point | None:
+        """The first one whose parent is done; without those whose parent failed."""
+        for point in [point for point in waiting if codes.get(point.parent)]:
+            waiting.remove(point)
+            codes[point.run_dir] = codes[point.parent]
+            announce(f"{point.run_dir}: not started, since {point.parent} has not finished")
+        return next((point for point in waiting if point.parent in codes), None)
+
     def end(point: Point, code: int) -> None:
         del running[point.run_dir]
         codes[point.run_dir] = code
@@ -173,14 +191,16 @@ def train_points(sweep: Sweep, jobs: int, announce: Callable[[str], None]) -> li
 
     with _handling(pass_on):
         while running or (waiting and not received):
-            if waiting and not received and len(running) < jobs:
-                begin(waiting.popleft())
+            point = next_point()
+            if point and not received and len(running) < jobs:
+                waiting.remove(point)
+                begin(point)
                 continue
             time.sleep(POLL_SECONDS)
             for point, process in list(running.values()):
                 if (code := process.poll()) is not None:
                     end(point, code)
-    return [codes.get(point.run_dir, STOPPED) for point in sweep.points]
+    return [codes.get(point.run_dir, STOPPED) for point in points]
 
 
 @contextlib.contextmanager
@@ -206,9 +226,9 @@ def last_line(point: Point) -> str:
     return lines[-1].removeprefix("error: ") if lines else ""
 
 
-def metric_of(sweep: Sweep, name: str | None) -> str:
+def metric_of(config: TrainConfig, name: str | None) -> str:
     """The metric to compare: `name`, else the first loss of data.validation, else the training loss."""
-    validation = sorted(sweep.points[0].config.data.validation)
+    validation = sorted(config.data.validation)
     return name or (f"eval/{validation[0]}/CrossEntropyLoss" if validation else "train/CrossEntropyLoss")
 
 
