@@ -192,7 +192,7 @@ class AttentionShape:
     dtype: str  # bf16 or fp32
     head_size: int
     group: int  # query heads of a key head
-    tokens: int  # a power of two
+    tokens: int
     in_documents: bool
     threads: int
 
@@ -202,7 +202,7 @@ class AttentionShape:
         return 7.0 * self.group * self.tokens**2 * self.head_size
 
     def fitted(self) -> AttentionShape:
-        """With few enough tokens for a short measurement."""
+        """With a power of two of tokens, few enough for a short measurement."""
         tokens = 1 << (min(self.tokens, MOST_TOKENS) - 1).bit_length()
         while tokens > 256 and replace(self, tokens=tokens).flops > MOST_FLOPS:
             tokens //= 2
