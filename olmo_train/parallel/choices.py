@@ -71,6 +71,14 @@ def with_parallel(config: TrainConfig, parallel: ParallelConfig) -> TrainConfig:
     return replace(config, parallel=parallel, **({"global_batch_size": None} if config.batch_is_unset else {}))
 
 
+def as_decided(config: TrainConfig, run: TrainConfig) -> TrainConfig:
+    """The configuration with what its `parallel` section leaves open as a run has recorded it."""
+    parallel, recorded = config.parallel, run.parallel
+    precision = recorded.precision if parallel.precision == "auto" else parallel.precision
+    compiled = recorded.compile if parallel.compile is None else parallel.compile
+    return with_parallel(config, replace(parallel, precision=precision, compile=compiled))
+
+
 def seconds_saved(config: TrainConfig, cores: int, done: int = 0) -> float:
     """Seconds that compiled blocks save on a CPU in the steps after `done`, by FUSED_SECONDS."""
     tokens = config.tokens_by(config.steps) - config.tokens_by(min(done, config.steps))

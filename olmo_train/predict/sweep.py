@@ -23,6 +23,7 @@ from pathlib import Path
 from olmo_train import config as configuration
 from olmo_train.errors import ConfigError, DataError, Stopped
 from olmo_train.history import STARTS, History
+from olmo_train.parallel.choices import as_decided
 from olmo_train.train_config import TrainConfig
 
 STOPPED = Stopped.exit_code
@@ -56,7 +57,7 @@ class Point:
             saved = configuration.load(TrainConfig, [self.run_dir / "config.yaml"])
         except ConfigError:
             return False
-        return replace(saved, run_dir=self.config.run_dir) == self.config
+        return replace(saved, run_dir=self.config.run_dir) == as_decided(self.config, saved)
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import torch
 
-SIZES, MULTIPLES = "8x1,16x1,24x1,32x1", "1,2,4"
-TARGET, TARGET_TOKENS = "64x2", 4_100_000  # 8.2 times the compute of 32x1 at 4x, by 6 N D
+SIZES, MULTIPLES = "16x1,24x1,32x1,40x1", "1,2,4"
+TARGET, TARGET_TOKENS = "80x1", 8_900_000  # 8.2 times the compute of 40x1 at 4x, by 6 N D
 CONFIG = """
 data:
   sources: {code: {path: DATA/code}}
