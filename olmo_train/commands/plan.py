@@ -19,7 +19,7 @@ from olmo_train.curves.schedule import draw
 from olmo_train.curves.write import check_format
 from olmo_train.errors import ConfigError
 from olmo_train.formats import amount, byte_size, counted, duration, extent, rounded
-from olmo_train.parallel.choices import choose_compile, choose_precision, with_parallel
+from olmo_train.parallel.choices import decide, with_parallel
 from olmo_train.plan.plan import UNNAMED, choose_gpu, make_plan, open_data, with_length
 from olmo_train.plan.preflight import does_not_fit, memory_of
 from olmo_train.plan.time import PAPER_CARBON, PAPER_PUE, Assumptions
@@ -81,13 +81,8 @@ def decided(config: TrainConfig, gpu: Hardware | None) -> tuple[TrainConfig, lis
 
     from olmo_train.parallel.kernels import missing_for_compile
 
-    parallel, decisions = choose_precision(config.parallel, on_gpu=False)
-    config = with_parallel(config, parallel)
-    if parallel.compile is not None:
-        return config, decisions
     missing = functools.partial(missing_for_compile, on_gpu=False)
-    compiled, about = choose_compile(config, torch.get_num_threads(), missing)
-    return with_parallel(config, replace(parallel, compile=compiled)), decisions + about
+    return decide(config, False, torch.get_num_threads(), missing, lambda lasting: lasting)
 
 
 def cpu_seconds(config: TrainConfig) -> tuple[float, float]:

@@ -28,6 +28,25 @@ FAST = 1.3  # bf16 must multiply this many times as fast as fp32: casts cost wha
 ROWS, SIZE, ROUNDS = 256, 512, 5  # of the timed matrix products
 
 
+def decide(
+    config: TrainConfig,
+    on_gpu: bool,
+    cores: int,
+    missing: Callable[[], str | None],
+    lasting: Callable[[TrainConfig], TrainConfig],
+    saved: Mapping[str, Any] | None = None,
+    done: int = 0,
+) -> tuple[TrainConfig, list[str]]:
+    """The configuration with what `parallel` leaves open, and lines about that. `lasting` returns a configuration with its length
+    in steps; it is called only where the length decides. The others are those of choose_precision and choose_compile."""
+    parallel, notes = choose_precision(config.parallel, on_gpu, saved)
+    config = with_parallel(config, parallel)
+    if parallel.compile is not None or on_gpu:
+        return config, notes
+    compiled, about = choose_compile(config if saved is not None else lasting(config), cores, missing, saved, done)
+    return with_parallel(config, replace(parallel, compile=compiled)), notes + about
+
+
 def choose_precision(
     parallel: ParallelConfig, on_gpu: bool, saved: Mapping[str, Any] | None = None
 ) -> tuple[ParallelConfig, list[str]]:

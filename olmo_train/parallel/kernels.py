@@ -47,7 +47,7 @@ def select_kernels(model: Transformer, config: ParallelConfig, device: torch.dev
 
 def is_compiled(config: ParallelConfig, device: torch.device) -> bool:
     """Whether blocks and loss are compiled. If `parallel.compile` is null, a GPU on which nothing can be compiled trains without;
-    on a CPU null is decided before, see choices.decide. Raises ConfigError when it is true where nothing can be compiled."""
+    on a CPU null is decided before, by choices.decide. Raises ConfigError when it is true where nothing can be compiled."""
     on_gpu = device.type == "cuda"
     compiled = config.is_compiled(on_gpu)
     if not compiled or (missing := missing_for_compile(on_gpu)) is None:

@@ -37,7 +37,7 @@ from olmo_train.history import History
 from olmo_train.log.journal import Journal
 from olmo_train.log.run_logger import RunLogger
 from olmo_train.parallel import choices, kernels
-from olmo_train.parallel.config import CpuKernels, ParallelConfig
+from olmo_train.parallel.config import CpuKernels
 from olmo_train.parallel.processes import processes_on_machine
 from olmo_train.parallel.world import World, explain_lost_peers
 from olmo_train.plan import preflight
@@ -114,22 +114,19 @@ def _decided(config: TrainConfig, mixture: Mixture, world: World, found: Found |
     checkpoint records. `found`: None before it is known what the run starts from."""
     on_gpu, cores = world.device.type == "cuda", torch.get_num_threads() * world.size
 
-    def choose() -> tuple[ParallelConfig, list[str]]:
+    def in_steps(chosen: TrainConfig) -> TrainConfig:
+        return chosen.with_length(mixture).in_steps()
+
+    def choose() -> tuple[TrainConfig, list[str]]:
         saved, done = None, 0
         if found and found.folder:
             recorded = configuration.decoded(configuration.read([found.folder / "config.yaml"]))
             done = folders.read_state(found.folder)["step"]
             saved = recorded.get("parallel", {}) if found.kind == "resume" else None
-        parallel, notes = choices.choose_precision(config.parallel, on_gpu, saved)
-        if parallel.compile is None and not on_gpu:
-            chosen = choices.with_parallel(config, parallel)
-            lasting = chosen if saved is not None else chosen.with_length(mixture).in_steps()
-            compiled, more = choices.choose_compile(lasting, cores, choices.missing_by_trial, saved, done)
-            parallel, notes = dataclasses.replace(parallel, compile=compiled), notes + more
-        return parallel, notes
+        return choices.decide(config, on_gpu, cores, choices.missing_by_trial, in_steps, saved, done)
 
-    parallel, notes = world.on_main(choose)
-    return choices.with_parallel(config, parallel), notes
+    decided, notes = world.on_main(choose)
+    return choices.with_parallel(config, decided.parallel), notes
 
 
 def _check_memory(config: TrainConfig, world: World) -> preflight.Memory:
