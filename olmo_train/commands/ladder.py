@@ -88,10 +88,7 @@ def climb(arguments: argparse.Namespace) -> int:
     ladder = ladders.plan_ladder(files, words, parts(arguments.sizes or ""), numbers(arguments.multiples), arguments.decay)
     target = ladders.target_of(arguments.forecast, files, words) if arguments.forecast else None
     if arguments.print:
-        listed = (
-            sweep.commands(ladder.points) if arguments.print == "commands" else sweep.slurm_array(ladder.folder, ladder.points)
-        )
-        print(listed, end="")
+        print(sweep.script(arguments.print, ladder.folder, ladder.points), end="")
         return 0
     share = 100 * ladder.tokens / ladder.separate_tokens
     say = (lambda line: None) if arguments.json else (lambda line: print(line, flush=True))

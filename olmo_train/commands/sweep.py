@@ -34,9 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
     check_counts(arguments, "seeds", "jobs")
     sweep = runs.plan_sweep(*split_config(arguments.config), arguments.seeds)
     if arguments.print:
-        print(
-            runs.commands(sweep.points) if arguments.print == "commands" else runs.slurm_array(sweep.folder, sweep.points), end=""
-        )
+        print(runs.script(arguments.print, sweep.folder, sweep.points), end="")
         return 0
     print(f"{counted(len(sweep.points), 'run')} in {sweep.folder}")
     codes = runs.train_points(sweep.points, arguments.jobs, lambda line: print(line, flush=True))

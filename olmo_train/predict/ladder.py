@@ -137,7 +137,7 @@ def plan_size(
 
 def name_of(size: str) -> str:
     """The folder of a size: as typed, or the name of its file."""
-    return Path(size).stem if size.endswith((".yaml", ".yml")) else size
+    return Path(size).stem if files_of(size) else size
 
 
 def files_of(size: str) -> list[str]:
@@ -181,7 +181,7 @@ def target_of(text: str, files: Sequence[str], words: Sequence[str]) -> Target:
     """Of --forecast N,D: N is a number of parameters, which train with 6 N D FLOPs, or a size, whose FLOPs are counted. Raises
     ConfigError."""
     size, _, length = text.rpartition(",")
-    named = size.endswith((".yaml", ".yml")) or re.fullmatch(r"\d+x\d+", size)
+    named = files_of(size) or re.fullmatch(r"\d+x\d+", size)
     model = None
     if named and files:
         own = [*files, *files_of(size)], [*words, *words_of(size, files, words)]

@@ -104,6 +104,11 @@ def values_of(word: str) -> list[str]:
     return [value] if value[:1] in "[{'\"" else [part.strip() for part in value.split(",")]
 
 
+def script(kind: str, folder: Path, points: Sequence[Point]) -> str:
+    """What --print KIND prints: the `commands`, or an array for `slurm`."""
+    return commands(points) if kind == "commands" else slurm_array(folder, points)
+
+
 def commands(points: Sequence[Point]) -> str:
     """A shell command for each point."""
     return "".join(shlex.join(["olmo-train", "train", *point.words]) + "\n" for point in points)

@@ -1,7 +1,7 @@
 """Train ladders of tiny models with several seeds, and beside each a run of 8 times the largest compute, which the forecast
 must meet.
 
-python tests/benchmarks/ladder.py --work /tmp/ladder --seeds 1,2,3,4,5 --jobs 2
+    python tests/benchmarks/ladder.py --work FOLDER --seeds 1,2,3,4,5 --jobs 2
 
 The text is the source code of Python's standard library and of torch, which are wherever this package is. A seed decides the
 first weights and the order of the data. WORK/results.json has a row for each seed; the same command again resumes.
