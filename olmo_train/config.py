@@ -357,10 +357,8 @@ def flatten(config: Any, where: str = "") -> dict[str, Any]:
     """{dotted key: leaf value}, to compare two configurations."""
     if not isinstance(config, dict) or not config:
         return {where: config}
-    flat = {}
-    for key, value in config.items():
-        flat.update(flatten(value, f"{where}.{key}" if where else str(key)))
-    return flat
+    parts = (flatten(value, f"{where}.{key}" if where else str(key)) for key, value in config.items())
+    return {key: leaf for part in parts for key, leaf in part.items()}
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
@@ -391,9 +389,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return {str(k): _convert(args[1], v, f"{where}.{k}") for k, v in value.items() if v is not None}
     if origin is tuple:
         if not isinstance(value, (list, tuple)):
-            value = decoded(value)
-            fix = f"; write [{value}]" if isinstance(value, str) else ""
-            raise ConfigError(where, f"must be a list, got {value!r}{fix}")
+            what = f"must be a list, got {decoded(value)!r}"
+            raise ConfigError(where, f"{what}; write [{decoded(value)}]" if isinstance(decoded(value), str) else what)
         items = [args[0]] * len(value) if args[-1] is Ellipsis else args
         if len(items) != len(value):
             raise ConfigError(where, f"must be a list of {len(items)} values, got {decoded(value)!r}")

@@ -38,6 +38,7 @@ from olmo_train.run.start import Start
 from olmo_train.train_config import TrainConfig
 
 GARBAGE_STEPS = 100  # run Python's garbage collector every N steps, on all ranks at the same step
+COMPILING = "compiling: the first step takes about half a minute longer, less if the cache has its kernels"
 SAVE_FAILED = 1 << 16  # in agree_to_stop, above all numbers of signals
 
 
@@ -91,10 +92,8 @@ class Run:
         if config.adapter.is_on:
             n_trained = sum(sizes.values()) - n_parameters
             self.logger.say(f"{config.adapter.kind}: {n_trained:,} of {n_parameters:,} parameters are trained")
-        for line in preflight.facts(config, self.mixture):
+        for line in [*preflight.facts(config, self.mixture), *[COMPILING] * bool(model.is_compiled)]:
             self.logger.say(line)
-        if model.is_compiled:
-            self.logger.say("compiling: the first step takes about half a minute longer, less if the cache has its kernels")
 
     def steps(self) -> Iterator[int]:
         """The steps to compute: up to the last one, or to the evaluation after which eval.stop_after ends the run."""
