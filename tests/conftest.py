@@ -28,7 +28,7 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 # Many tests fork ranks, which works without a GPU only, so the tests that use one run alone: pytest tests/test_gpu.py.
 GPU_TESTS = {"test_gpu.py", "test_speed.py"}
 named = {Path(word.partition("::")[0]).name for word in sys.argv[1:] if ".py" in word}
-if not named or named - GPU_TESTS:
+if "PYTEST_XDIST_WORKER" not in os.environ and (not named or named - GPU_TESTS):  # a worker inherits what was decided
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import pytest  # noqa: E402

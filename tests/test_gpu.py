@@ -131,9 +131,10 @@ def test_a_checkpoint_of_the_gpu_goes_on_on_the_cpu(tiny_args, tiny_words, run_c
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs the memory of a GPU")
 def test_out_of_memory_names_the_keys_that_help_and_writes_what_held_it(tiny_args):
-    config = tiny_args(**{"model.vocab_size": 2**19, "model.padded_vocab_size": 2**19})  # 64 million parameters
+    wide = {"model.vocab_size": 2**16, "model.padded_vocab_size": 2**16, "model.d_model": 512}  # 67 million parameters
+    config = tiny_args(**wide)  # whose weights and moments take 0.8 GB
     torch.cuda.empty_cache()
-    torch.cuda.set_per_process_memory_fraction(2**29 / torch.cuda.get_device_properties(0).total_memory)
+    torch.cuda.set_per_process_memory_fraction(2**30 / torch.cuda.get_device_properties(0).total_memory)
     try:
         with pytest.raises(OutOfMemoryError, match="micro_batch_size"):
             list(train(config))

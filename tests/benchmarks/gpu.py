@@ -26,6 +26,7 @@ Parts, and their order without --parts:
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import re
@@ -67,10 +68,11 @@ ROWS = {
     "determinism": ("2048x8:run", "2048x8:eager", "2048x8:eager:world"),
 }
 ORDER = ("bench", "tests", "float8", "peers", "compile", "checkpointing", "muon", "documents", "determinism")
-PEERS = "ours-compiled,plain-compiled,transformers,torchtitan,olmo-core,litgpt"
+PEERS = "ours-compiled,torchtitan,olmo-core,plain-compiled,litgpt,transformers"  # a call that ends early has the first ones
 TINY = ["model.d_model=64", "model.n_layers=2", "model.n_heads=2", "model.mlp_hidden=128", "parallel.compile=false",
         "model.vocab_size=512", "model.padded_vocab_size=512"]  # fmt: skip
 TINY_ORDER = ("tests", "row:64x2", "row:64x2:selective", "peers")
+XDIST_LINE = r"^\[gw\d+\] \[ *\d+%\] (PASSED|FAILED|SKIPPED|ERROR) tests/\w+\.py::(\S+)"  # of pytest -v in several processes
 LEAST = 20  # seconds: with fewer before the end of --seconds no command is started
 
 
@@ -111,11 +113,14 @@ def run_tests(part: str, commands: Commands, tiny: bool) -> dict:
     rehearsal = {"REHEARSE_ON_CPU": "1"} if tiny else {}
     files = ("tests/test_gpu.py",) if tiny else ("tests/test_gpu.py", "tests/test_speed.py")
     chosen = part.partition(":")[2]
-    words = ("-v", "-rfEs", "-p", "no:cacheprovider", "--color=no", *(("-k", chosen) if chosen else ()))
+    words = ["-v", "-rfEs", "-p", "no:cacheprovider", "--color=no", *(("-k", chosen) if chosen else ())]
+    # The models are tiny, so that several share the GPU: what takes time is importing, compiling and starting processes.
+    words += ["-n", str(min(8, (os.cpu_count() or 1) // 2))] if importlib.util.find_spec("xdist") and not tiny else []
     code, said, error = commands.python("-m", "pytest", *words, *files, **rehearsal)
     outcomes = dict(re.findall(r"^tests/\w+\.py::(\S+) (PASSED|FAILED|SKIPPED|ERROR)", said, re.MULTILINE))
+    outcomes |= {name: outcome for outcome, name in re.findall(XDIST_LINE, said, re.MULTILINE)}
     reasons = re.findall(r"^(?:FAILED|ERROR|SKIPPED) .+", said, re.MULTILINE)
-    return {"outcomes": outcomes, "reasons": reasons, "said": "" if code == 0 else "\n".join((said + error).splitlines()[-60:])}
+    return {"outcomes": outcomes, "reasons": reasons, "said": "" if code == 0 else "\n".join((said + error).splitlines()[-300:])}
 
 
 def row_words(row: str) -> list[str]:

@@ -368,7 +368,8 @@ class Contestant:
                 return json.loads(line.removeprefix(MARK))
         self.process.wait()
         self.errors.seek(0)
-        print(f"{self.name} is skipped: {(self.errors.read().strip().splitlines() or ['it said nothing'])[-1]}", flush=True)
+        self.error = self.errors.read().strip().splitlines() or ["it said nothing"]
+        print(f"{self.name} is skipped: {self.error[-1]}", flush=True)
         return None
 
     def seconds(self, steps: int) -> dict:
@@ -388,13 +389,16 @@ def compete(arguments: argparse.Namespace) -> dict:
     names, results = arguments.peers.split(","), {}
     for group in [[name] for name in names] if arguments.in_turn else [names]:
         folders = dict(word.split("=", 1) for word in arguments.at)
-        running = [Contestant(name, arguments, folders.get(name)) for name in group]
-        running = [peer for peer in running if peer.about]
+        peers = [Contestant(name, arguments, folders.get(name)) for name in group]
+        running = [peer for peer in peers if peer.about]
         results |= {peer.name: {**peer.about, "tokens_per_second": []} for peer in running}
+        results |= {peer.name: {"error": "\n".join(peer.error[-30:])} for peer in peers if not peer.about}
         if running:
             take_rounds(running, arguments, results)
         for peer in running:
             peer.end()
+    if arguments.json:  # with the errors of those that were skipped
+        arguments.json.write_text(json.dumps(results, indent=1))
     return results
 
 
@@ -454,7 +458,7 @@ def main() -> None:
     if arguments.contestant:
         return contestant(arguments.contestant, WORK[arguments.work], arguments.warmup)
     results = compete(arguments)
-    if not results:
+    if not any("error" not in row for row in results.values()):
         sys.exit("no contestant ran")
     print(f"{arguments.work}, {platform.processor() or platform.machine()}, {os.cpu_count()} CPUs, {arguments.rounds} rounds")
     if measured := {name: row for name, row in results.items() if "peak_gb" in row}:  # others were never alone on the machine
