@@ -115,6 +115,13 @@ def test_the_end_names_time_losses_places_and_next_commands(clock, capsys, tmp_p
     ]
 
 
+def test_the_end_of_a_run_on_conversations_names_their_template(capsys, tmp_path):
+    (tmp_path / "tokenizer.json").write_text("{}")
+    (tmp_path / "tokenizer_config.json").write_text('{"template": {"name": "chatml"}}')
+    Console("runs/chat", 0, 20).finish(tmp_path)
+    assert "olmo-train generate runs/chat --template chatml --prompt TEXT" in capsys.readouterr().out
+
+
 def test_a_count_has_its_noun_in_the_right_number():
     assert [counted(n, noun) for n, noun in ((1, "shard"), (0, "step"), (2, "process"), (2000, "GPU"))] == [
         "1 shard", "0 steps", "2 processes", "2,000 GPUs"]  # fmt: skip

@@ -134,7 +134,11 @@ class Console:
         self.say(f"  checkpoint  {checkpoint}\n  metrics     {Path(self.run_dir) / 'metrics.jsonl'}")
         self.say(f"  curves      olmo-train curves {run_dir}")
         if (checkpoint / "tokenizer.json").is_file():
-            self.say(f"  text        olmo-train generate {run_dir} --prompt TEXT")
+            from olmo_train.data.templates import recorded_template
+
+            template = recorded_template(checkpoint)  # a prompt without it looks like none that was trained on
+            chosen = f" --template {template['name']}" if template else ""
+            self.say(f"  text        olmo-train generate {run_dir}{chosen} --prompt TEXT")
 
     def close(self) -> None:
         if self._live is not None:
