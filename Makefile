@@ -17,6 +17,7 @@
 
 PYTHON ?= python3
 HELD_OUT ?= 0.05
+WORKERS ?= $(shell $(PYTHON) -c 'import os; print(min(max(os.cpu_count() or 2, 2), 8))')
 BIN := .venv/bin
 INSTALLED := .venv/installed
 # Threads that spin while they wait take the cores from whatever else runs: measured three times slower on a busy machine.
@@ -60,10 +61,10 @@ help:
 	@sed '/^#/!d; s/^# \{0,1\}//; /^All of them/q' Makefile
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 slow: $(INSTALLED)
-	$(BIN)/python -m pytest -n 2 -m slow
+	$(BIN)/python -m pytest -n $(WORKERS) -m slow
 
 test-tools: $(INSTALLED)
 	launch/test_tools.sh

@@ -3,7 +3,7 @@
     first, second = on_ranks(2, function)      function(world) -> anything that JSON can hold, on each rank
     pid = fork(function, output=file)          function() -> its exit code, which exit_code(pid) waits for
 
-Forking skips the import of torch, so two ranks cost about a second.
+Forking skips the imports, so two ranks cost about a second.
 """
 
 import faulthandler
@@ -20,7 +20,10 @@ import traceback
 from pathlib import Path
 
 import torch
+import torch._dynamo  # imported here, what every child would import at its start and first step, in a second
+import yaml  # noqa: F401
 
+from olmo_train.parallel import cpu_kernels  # noqa: F401
 from olmo_train.parallel.world import join_world
 
 # Start autograd's threads now, one for each device, of which conftest.py hides the GPUs. After the first fake tensor a CUDA build
