@@ -64,7 +64,7 @@ test: $(INSTALLED)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 slow: $(INSTALLED)
-	$(BIN)/python -m pytest -n $(WORKERS) -m slow
+	$(BIN)/python -m pytest -n $(WORKERS) -m slow --dist worksteal
 
 test-tools: $(INSTALLED)
 	launch/test_tools.sh
