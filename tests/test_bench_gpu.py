@@ -99,15 +99,19 @@ def test_every_row_is_a_configuration(script):
 
 
 def test_only_the_tests_of_a_gpu_see_it_when_they_run_alone_and_ranks_are_not_forked_there(monkeypatch):
-    for files, seen in (
-        ("tests/test_gpu.py tests/test_speed.py::test_x", "0"),
-        ("tests/test_gpu.py tests/test_loss.py", ""),
-        ("", ""),
+    for files, worker, seen in (
+        ("tests/test_gpu.py tests/test_speed.py::test_x", None, "0"),
+        ("tests/test_gpu.py tests/test_loss.py", None, ""),
+        ("", None, ""),
+        ("", "gw0", "0"),  # xdist starts a worker without the words, after its parent has decided
     ):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+        monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
+        if worker:
+            monkeypatch.setenv("PYTEST_XDIST_WORKER", worker)
         monkeypatch.setattr(sys, "argv", ["pytest", "-v", *files.split()])
         load_script(Path(__file__).parent / "conftest.py")
-        assert os.environ["CUDA_VISIBLE_DEVICES"] == seen, files
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == seen, (files, worker)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(AssertionError, match="two ranks would share one GPU"):
         on_ranks(2, lambda world: world.rank)
