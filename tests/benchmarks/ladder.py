@@ -17,8 +17,9 @@ from pathlib import Path
 
 import torch
 
-SIZES, MULTIPLES = "16x1,24x1,32x1,40x1", "1,2,4"
-TARGET, TARGET_TOKENS = "80x1", 8_900_000  # 8.2 times the compute of 40x1 at 4x, by 6 N D
+SIZES, MULTIPLES = "16x1,24x1,32x1,40x1", "2,4,8"
+TARGET, TARGET_TOKENS = "80x1", 17_600_000  # 8.1 times the compute of 40x1 at 8x, by 6 N D
+STEP_TOKENS = 32 * 64
 CONFIG = """
 data:
   sources: {code: {path: DATA/code}}
@@ -26,8 +27,8 @@ data:
 model: {d_model: 32, n_layers: 1, n_heads: 4, mlp_hidden: 88, vocab_size: 512, padded_vocab_size: 512, seq_len: 64,
         tie_embeddings: true, parametrization: mup, base_width: 32}
 optim: {peak_lr: 1e-2, eps: 1e-8, warmup_steps: 20, final_lr_ratio: 0.0, decay_shape: 1-sqrt}
-global_batch_size: 16
-micro_batch_size: 16
+global_batch_size: 32
+micro_batch_size: 32
 parallel: {precision: fp32}
 checkpoint: {interval_steps: 100000}
 eval: {interval_steps: 100000}
@@ -67,7 +68,7 @@ def climb(work: Path, seed: int, jobs: int) -> dict:
     climbed = time.monotonic()
     from olmo_train.predict.ladder import check, words_of
 
-    steps = -(-TARGET_TOKENS // (16 * 64))
+    steps = -(-TARGET_TOKENS // STEP_TOKENS)
     length = ["optim.schedule=wsd", f"total_steps={steps}", f"optim.decay_steps={round(0.2 * steps)}"]
     olmo_train("train", *common, *words_of(TARGET, [str(work / "ladder.yaml")], []), *length, f"run_dir={folder}/target")
     ended = time.monotonic()
