@@ -80,12 +80,26 @@ def test_a_ladder_trains_branches_that_are_straight_runs_fits_them_and_forecasts
     assert json.loads(again.stdout)["forecast"] == record["forecast"]
     assert json.loads((folder / "forecasts.json").read_text()) == [record], "the same forecast keeps its time"
 
+    # A multiple in between goes on from the start of the branch before, as its own was not saved.
+    done = run_main(*[MULTIPLES.replace(",", ",0.015,") if word == MULTIPLES else word for word in line])
+    again = [f"{size}/{name}" for size in ("48x1", "32x1", "16x1") for name in ("stable", "0.015x")]  # stable has nothing to do
+    assert done.returncode == 0 and started[9:] == again, done.stderr
+    longer, between, shorter = planned(words, multiples=(0.01, 0.015, 0.02)).rungs[:3]
+    assert between.start == shorter.start < between.point.config.steps - between.point.config.optim.decay_steps < longer.start
+    assert [event["step"] for event in events_of(between.point.run_dir, "branch")] == [between.start]
+    straight = [*between.point.words, "resume_from=null", f"run_dir={tmp_path}/straight-between"]
+    trained(configuration.load(TrainConfig, [], straight))
+    branch, whole = (
+        [line[LOSS] for line in lines_of(run) if LOSS in line] for run in (between.point.run_dir, tmp_path / "straight-between")
+    )
+    assert branch == whole[between.start :]
+
     # the target, after its forecast
     size = words_of("64x1", [], words)
     target = configuration.load(TrainConfig, [], [*words, *size, "total_steps=40", f"run_dir={folder}/target"])
     n, d = parameters_of(target.model), target.tokens_by(40)
     assert run_main("ladder", "--check", target.run_dir).returncode == 2  # does not exist
-    assert run_main(*line[:-1], f"{n},{d}").returncode == 0 and len(started) == 9
+    assert run_main(*line[:-1], f"{n},{d}").returncode == 0 and len(started) == 15
     trained(target)
     done = run_main("ladder", "--check", target.run_dir)
     loss = lines_of(target.run_dir)[-1]["eval/v/CrossEntropyLoss"]

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from olmo_train import config as configuration
-from olmo_train.checkpoint.folders import folder_of
+from olmo_train.checkpoint.folders import committed, folder_of
 from olmo_train.errors import ConfigError, DataError
 from olmo_train.formats import counted
 from olmo_train.history import STARTS, History
@@ -47,12 +47,8 @@ class Rung:
     multiple: float
     parameters: int
     tokens: int
+    start: int  # the step of the stable run that it goes on from; 0: it trains from the start
     point: Point
-
-    @property
-    def start(self) -> int:
-        """The step of the stable run that it starts from."""
-        return self.point.config.steps - (self.point.config.optim.decay_steps or 0)
 
 
 @dataclass(frozen=True)
@@ -126,13 +122,22 @@ def plan_size(
         raise ConfigError("optim.warmup_steps", f"{what}; set it lower, leave out the smallest multiple, or set a smaller batch")
     branches = []
     for multiple, steps, decay_steps, first in zip(multiples, lengths, decays, starts, strict=True):
-        own = [*words, "optim.schedule=wsd", f"total_steps={steps}", f"optim.decay_steps={decay_steps}",
-               f"resume_from={folder_of(folder / 'stable', first)}", f"run_dir={folder}/{multiple:g}x"]  # fmt: skip
+        start = start_of(folder / "stable", first)
+        resumes = [f"resume_from={folder_of(folder / 'stable', start)}"] if start else []
+        own = [*words, "optim.schedule=wsd", f"total_steps={steps}", f"optim.decay_steps={decay_steps}", *resumes,
+               f"run_dir={folder}/{multiple:g}x"]  # fmt: skip
         config = configuration.load(TrainConfig, files, own)
         point = Point((name, f"{multiple:g}x"), config, (*files, *own), folder / "stable")
-        branches.append(Rung(name, multiple, parameters, config.tokens_by(steps), point))
+        branches.append(Rung(name, multiple, parameters, config.tokens_by(steps), start, point))
     branches.reverse()
     return [stable, *(rung.point for rung in branches)], branches
+
+
+def start_of(stable: Path, first: int) -> int:
+    """The step of a stable run that a branch goes on from, whose decay begins after step `first`: that step, or the newest
+    checkpoint before it when the run has passed it without saving, as no branch was to start there. 0 without one."""
+    saved = committed(stable)
+    return max((step for step in saved if step <= first), default=0) if max(saved, default=0) >= first else first
 
 
 def name_of(size: str) -> str:
