@@ -19,7 +19,6 @@ import torch
 
 SIZES, MULTIPLES = "16x1,24x1,32x1,40x1", "2,4,8"
 TARGET, TARGET_TOKENS = "80x1", 17_600_000  # 8.1 times the compute of 40x1 at 8x, by 6 N D
-STEP_TOKENS = 32 * 64
 CONFIG = """
 data:
   sources: {code: {path: DATA/code}}
@@ -68,8 +67,7 @@ def climb(work: Path, seed: int, jobs: int) -> dict:
     climbed = time.monotonic()
     from olmo_train.predict.ladder import check, words_of
 
-    steps = -(-TARGET_TOKENS // STEP_TOKENS)
-    length = ["optim.schedule=wsd", f"total_steps={steps}", f"optim.decay_steps={round(0.2 * steps)}"]
+    length = ["optim.schedule=wsd", f"total_tokens={TARGET_TOKENS}", f"optim.decay_tokens={TARGET_TOKENS // 5}"]
     olmo_train("train", *common, *words_of(TARGET, [str(work / "ladder.yaml")], []), *length, f"run_dir={folder}/target")
     ended = time.monotonic()
     found = check(folder / "target")

@@ -458,7 +458,7 @@ def main() -> None:
     if arguments.contestant:
         return contestant(arguments.contestant, WORK[arguments.work], arguments.warmup)
     results = compete(arguments)
-    if not any("error" not in row for row in results.values()):
+    if all("error" in row for row in results.values()):
         sys.exit("no contestant ran")
     print(f"{arguments.work}, {platform.processor() or platform.machine()}, {os.cpu_count()} CPUs, {arguments.rounds} rounds")
     if measured := {name: row for name, row in results.items() if "peak_gb" in row}:  # others were never alone on the machine
