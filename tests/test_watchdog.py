@@ -21,6 +21,7 @@ from olmo_train.data.loader import Loader
 from olmo_train.data.mixture import Mixture
 from olmo_train.errors import CheckpointError, ConfigError, DataError, PeerError, UserError
 from olmo_train.guards import watcher
+from olmo_train.guards.heartbeats import HANG, Heartbeats
 from olmo_train.guards.watchdog import PATIENCE, SEARCH, Watchdog, group_timeout
 from olmo_train.log.interval import slow_ranks
 from olmo_train.parallel.world import LEAVE_SECONDS, explain_lost_peers, join_world
@@ -235,6 +236,24 @@ def test_a_rank_that_blocks_in_a_collective_ends_when_another_fails(running, tmp
     deadline = time.monotonic() + 10
     assert [exit_code(pid, deadline - time.monotonic()) for pid in pids] == [6, 3]
     assert last_line(tmp_path, 0) == "error: peers: rank 1 failed: part.bin: is gone; run the same command again"
+
+
+def test_a_rank_whose_hanging_peer_was_ended_first_still_reports_the_hang(tmp_path):
+    """Each watcher ends its own rank: the connection may be lost before this one has reported."""
+    dead = fork(lambda: 0)
+    assert exit_code(dead) == 0
+    folder = tmp_path / "beats"
+
+    def lose_the_connection():
+        dog = Watchdog(HANG_SECONDS, tmp_path, folder, rank=0, size=2)
+        Heartbeats(folder, 1, 2, dead)
+        (folder / HANG).touch()
+        with contextlib.suppress(PeerError), dog.exit_report():
+            raise PeerError("peers", "connection closed")
+        dog.close()
+
+    assert exit_code(fork(lose_the_connection, tmp_path / "0.stderr")) == PeerError.exit_code
+    assert "no progress" in last_line(tmp_path, 0) and f"pid {dead} " in last_line(tmp_path, 0)
 
 
 def test_the_watchers_process_is_started_again_and_ends_with_the_watchdog(tmp_path, caplog):

@@ -24,7 +24,7 @@ from typing import Any
 
 from olmo_train.errors import PeerError, UserError
 from olmo_train.guards import watcher
-from olmo_train.guards.heartbeats import LOST, Heartbeats
+from olmo_train.guards.heartbeats import HANG, LOST, Heartbeats
 
 log = logging.getLogger(__name__)
 PATIENCE = 1800  # least seconds without progress allowed while loading, compiling or saving
@@ -106,7 +106,11 @@ class Watchdog:
         self._share()
 
     def _explain(self, problem: PeerError) -> PeerError:
-        """The PeerError with the lost rank and its reason, if they are found within SEARCH seconds."""
+        """The PeerError with the lost rank and its reason, if they are found within SEARCH seconds. If the run hangs, the other
+        rank was ended for it: then this rank's watcher reports the hang and ends this process too."""
+        if self._watcher is not None and (self.beats.folder / HANG).exists():
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._watcher.wait(2 * watcher.GRACE)
         deadline = time.monotonic() + SEARCH
         lost: dict[int, str] = {}
         while self.size > 1 and not lost and time.monotonic() < deadline:

@@ -112,6 +112,10 @@ class Watcher:
             print(f"error: {error}", file=sys.stderr, flush=True)
 
     def report_hang(self, silent_seconds: float) -> None:
+        """The stacks of all ranks and who keeps the others waiting; of a rank that failed and is still leaving, its error."""
+        if self.beats.notes("error").keys() - {self.rank}:
+            self.report_lost()
+            return
         with contextlib.suppress(OSError):  # a full disk must not keep the run from ending
             (self.beats.folder / HANG).touch()
             stacks = self.dump()
