@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
@@ -100,6 +101,25 @@ def test_a_signal_stops_the_runs_after_saving_and_starts_no_other(tiny_words, tm
     os.kill(child, signal.SIGTERM)
     assert exit_code(child, 60) == 75
     assert (first / "checkpoints").is_dir() and not (tmp_path / "sweep/optim.peak_lr=2e-3,seed=3").exists()
+
+
+def test_runs_at_the_same_time_have_separate_gpus(tiny_words, monkeypatch):
+    started = []
+
+    def start(point, environment):
+        started.append(environment.get("CUDA_VISIBLE_DEVICES"))
+        return subprocess.Popen([sys.executable, "-c", f"import time; time.sleep({0.1 if len(started) == 1 else 1})"])
+
+    monkeypatch.setattr(module, "start", start)
+    points = plan_sweep([], tiny_words("out") + ["optim.peak_lr=1e-3,2e-3,3e-3,4e-3"]).points
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,GPU-7")
+    assert module.train_points(points[:3], 2, print) == [0, 0, 0]
+    assert started == ["4", "GPU-7", "4"]  # the third run has the place of the one that ended
+    module.train_points(points, 1, print)
+    assert started[3:] == ["4,GPU-7"] * 4
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    module.train_points(points[:2], 2, print)
+    assert started[7:] == ["", ""]
 
 
 def test_print_writes_the_commands_or_a_slurm_array(tiny_words, run_main, tmp_path):

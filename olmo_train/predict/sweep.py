@@ -154,20 +154,31 @@ def start(point: Point, environment: dict[str, str]) -> subprocess.Popen:
         return subprocess.Popen(words, stdout=log, stderr=log, env=environment, start_new_session=True)
 
 
+def visible_gpus() -> list[str]:
+    """The GPUs of this machine, as CUDA_VISIBLE_DEVICES names them."""
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is not None:
+        return [gpu for gpu in chosen.split(",") if gpu]
+    import torch
+
+    return [str(gpu) for gpu in range(torch.cuda.device_count())]
+
+
 def train_points(points: Sequence[Point], jobs: int, announce: Callable[[str], None]) -> list[int]:
-    """Train all points that are not done, `jobs` at a time, a point with a parent after it. Returns the exit code of each. A
-    signal is passed on: the runs save and stop, and no other is started; those that were not started have the exit code STOPPED.
-    A point whose parent did not finish has its exit code."""
+    """Train all points that are not done, `jobs` at a time, a point with a parent after it. Jobs share the cores, and each has a
+    GPU of its own while there are enough. Returns the exit code of each. A signal is passed on: the runs save and stop, and no
+    other is started; those that were not started have the exit code STOPPED. A point whose parent did not finish has its exit
+    code."""
     codes: dict[Path | None, int] = {None: 0}  # as if of the parent of points without one
-    waiting, running = list(points), dict[Path, tuple[Point, subprocess.Popen]]()
+    waiting, running = list(points), dict[Path, tuple[Point, subprocess.Popen, int]]()
     received: list[int] = []
-    environment = dict(os.environ)
+    environment, gpus = dict(os.environ), visible_gpus() if jobs > 1 else []
     if jobs > 1:  # else each run would take all cores
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
 
     def pass_on(number: int, frame: object) -> None:
         received.append(number)
-        for _, process in running.values():
+        for _, process, _ in running.values():
             with contextlib.suppress(ProcessLookupError):
                 process.send_signal(number)
 
@@ -176,8 +187,10 @@ def train_points(points: Sequence[Point], jobs: int, announce: Callable[[str], N
             announce(f"{point.run_dir}: finished before")
             codes[point.run_dir] = 0
             return
-        process = start(point, environment)
-        running[point.run_dir] = point, process
+        place = min(set(range(jobs)) - {place for _, _, place in running.values()})
+        own = {"CUDA_VISIBLE_DEVICES": gpus[place % len(gpus)]} if gpus else {}
+        process = start(point, environment | own)
+        running[point.run_dir] = point, process, place
         if received:  # the signal came in between
             process.terminate()
 
@@ -203,7 +216,7 @@ def train_points(points: Sequence[Point], jobs: int, announce: Callable[[str], N
                 begin(point)
                 continue
             time.sleep(POLL_SECONDS)
-            for point, process in list(running.values()):
+            for point, process, _ in list(running.values()):
                 if (code := process.poll()) is not None:
                     end(point, code)
     return [codes.get(point.run_dir, STOPPED) for point in points]
