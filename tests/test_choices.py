@@ -40,7 +40,7 @@ def chosen(monkeypatch):
 
     def choose(precision: str = "fp32", core_seconds: float = 0.0) -> None:
         monkeypatch.setattr(choices, "fast_precision", lambda on_gpu: (precision, "measured"))
-        monkeypatch.setattr(choices, "FUSED_SECONDS", dict.fromkeys(("bf16", "fp32"), core_seconds))
+        monkeypatch.setattr(choices, "FUSED_SECONDS", core_seconds)
 
     choose()
     return choose
@@ -71,15 +71,15 @@ SMALL = [
     "files, words, cores, done, seconds, compiled",
     [
         (FIRST_RUN, ["parallel.precision=fp32"], 2, 0, 8.65, False),  # 550 x 2048 tokens x 4 x 192 x 20 ns / 2
-        (FIRST_RUN, [BF16], 2, 0, 17.3, False),
-        (FIRST_RUN, [BF16, "total_steps=1900"], 2, 0, 59.8, False),
-        (FIRST_RUN, [BF16, "total_steps=1910"], 2, 0, 60.1, True),
-        (FIRST_RUN, [BF16, "total_steps=1910"], 4, 0, 30.0, False),
-        (FIRST_RUN, [BF16, "total_steps=1910"], 2, 10, 59.8, False),  # a branch that begins after step 10
-        (FIRST_RUN, [BF16, "total_steps=1910"], 2, 2000, 0.0, False),
-        ([], [*SMALL, "total_steps=39"], 2, 0, 58.9, False),
-        ([], [*SMALL, "total_steps=40"], 2, 0, 60.4, True),
-        ([], SMALL, 64, 0, 11520000, True),  # 2e12 tokens
+        (FIRST_RUN, [BF16], 2, 0, 8.65, False),
+        (FIRST_RUN, [BF16, "total_steps=3800"], 2, 0, 59.8, False),
+        (FIRST_RUN, [BF16, "total_steps=3820"], 2, 0, 60.1, True),
+        (FIRST_RUN, [BF16, "total_steps=3820"], 4, 0, 30.0, False),
+        (FIRST_RUN, [BF16, "total_steps=3820"], 2, 20, 59.8, False),  # a branch that begins after step 20
+        (FIRST_RUN, [BF16, "total_steps=3820"], 2, 4000, 0.0, False),
+        ([], [*SMALL, "total_steps=78"], 2, 0, 58.9, False),
+        ([], [*SMALL, "total_steps=80"], 2, 0, 60.4, True),
+        ([], SMALL, 64, 0, 5760000, True),  # 2e12 tokens
     ],
 )
 def test_a_run_is_compiled_if_that_saves_twice_what_it_takes(files, words, cores, done, seconds, compiled):
@@ -197,7 +197,7 @@ def test_two_ranks_agree_on_what_rank_0_measures(tiny_args, monkeypatch):
     def opened(world) -> list:
         measured = ("bf16", "on rank 0") if world.is_main else ("fp32", "on rank 1")
         monkeypatch.setattr(choices, "fast_precision", lambda on_gpu: measured)
-        monkeypatch.setattr(choices, "FUSED_SECONDS", {"bf16": 1.0 if world.is_main else 0.0})
+        monkeypatch.setattr(choices, "FUSED_SECONDS", 1.0 if world.is_main else 0.0)
         monkeypatch.setattr(choices, "missing_by_trial", none_missing if world.is_main else lambda: "a compiler")
         with open_run(tiny_args(**{"parallel.precision": "auto"}), world, StopSignals()) as run:
             return [run.config.parallel.precision, run.config.parallel.compile]

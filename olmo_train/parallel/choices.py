@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 # Seconds of one core that compiled blocks save for each token, layer and feature of d_model: the compiler fuses norms, RoPE,
 # activations, residuals and casts, whose time hardly depends on how fast a CPU multiplies matrices. docs/benchmarks.md has the
 # measurements.
-FUSED_SECONDS = {"bf16": 40e-9, "fp32": 20e-9}
+FUSED_SECONDS = 20e-9
 COMPILE_SECONDS = 30.0  # that the first step takes longer while the cache of torch.compile is empty, whatever the model
 WORTH = 2  # a run must save this many times COMPILE_SECONDS: the estimate is rough, and a run may be stopped early
 FAST = 1.3  # bf16 must multiply this many times as fast as fp32: casts cost what a smaller gain would save
@@ -70,7 +70,7 @@ def choose_compile(
 ) -> tuple[bool, list[str]]:
     """Whether `parallel.compile: null` compiles a run on a CPU, and a line about it.
 
-    `config`: with its precision, and its length in steps unless a run is resumed. `cores`: threads of all processes. `missing`
+    `config`: with its length in steps unless a run is resumed. `cores`: threads of all processes. `missing`
     returns what torch.compile lacks here; it is called only if compiling would pay. `saved`: the `parallel` section of the
     checkpoint that is resumed, whose choice is kept. `done`: the steps of the parent of a branch.
     """
@@ -101,7 +101,7 @@ def as_decided(config: TrainConfig, run: TrainConfig) -> TrainConfig:
 def seconds_saved(config: TrainConfig, cores: int, done: int = 0) -> float:
     """Seconds that compiled blocks save on a CPU in the steps after `done`, by FUSED_SECONDS."""
     tokens = config.tokens_by(config.steps) - config.tokens_by(min(done, config.steps))
-    seconds = FUSED_SECONDS[config.parallel.precision] * config.model.n_layers * config.model.d_model
+    seconds = FUSED_SECONDS * config.model.n_layers * config.model.d_model
     return seconds * tokens / cores
 
 

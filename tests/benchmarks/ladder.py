@@ -17,13 +17,13 @@ from pathlib import Path
 
 import torch
 
-SIZES, MULTIPLES = "16x1,24x1,32x1,40x1", "2,4,8"
-TARGET, TARGET_TOKENS = "80x1", 17_600_000  # 8.1 times the compute of 40x1 at 8x, by 6 N D
+SIZES, MULTIPLES = "12x2,16x2,20x2,24x2", "3,6,12"
+TARGET, TARGET_TOKENS = "32x2", 31_600_000  # 8.0 times the compute of 24x2 at 12x, by 6 N D
 CONFIG = """
 data:
   sources: {code: {path: DATA/code}}
   validation: {code: {path: DATA/code/validation}}
-model: {d_model: 32, n_layers: 1, n_heads: 4, mlp_hidden: 88, vocab_size: 512, padded_vocab_size: 512, seq_len: 64,
+model: {d_model: 32, n_layers: 2, n_heads: 8, mlp_hidden: 88, vocab_size: 512, padded_vocab_size: 512, seq_len: 64,
         tie_embeddings: true, parametrization: mup, base_width: 32}
 optim: {peak_lr: 1e-2, eps: 1e-8, warmup_steps: 20, final_lr_ratio: 0.0, decay_shape: 1-sqrt}
 global_batch_size: 32
