@@ -23,6 +23,7 @@ import torch
 import torch._dynamo  # imported here, what every child would import at its start and first step, in a second
 import yaml  # noqa: F401
 
+import olmo_train.train  # noqa: F401
 from olmo_train.parallel import cpu_kernels  # noqa: F401
 from olmo_train.parallel.world import join_world
 
@@ -42,6 +43,7 @@ def fork(function, output=None, **environment: str) -> int:
     code = 1
     try:
         gc.freeze()
+        gc.unfreeze = lambda: None  # at its end a run would collect the objects of the test's process too
         os.environ |= environment
         if output is not None:
             for number, file in ((1, os.devnull), (2, output)):

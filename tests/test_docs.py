@@ -28,7 +28,7 @@ FIRST = ["README.md", "docs/data.md"]  # make what the other pages use: my-data.
 WITH_BLOCKS = FIRST + [page for page in PAGES if page not in FIRST and "```" in (ROOT / page).read_text("utf-8")]
 SHORTER = {"total_steps=200": "total_steps=30", "total_steps: 300": "total_steps: 40", "total_steps: 100": "total_steps: 20"}
 NEEDS = {
-    "README.md": ["a network the first time, for Python packages", "ten minutes", "8 GPUs", "a cluster with Slurm"],
+    "README.md": ["a network the first time, for Python packages", "a quarter of an hour", "8 GPUs", "a cluster with Slurm"],
     "CONTRIBUTING.md": ["a network the first time; style, types, import rules"],
     "docs/architectures.md": ["a GPU", *["a checkpoint and a configuration file of allenai/OLMo"] * 2],
     "docs/benchmarks.md": ["a GPU"] * 3,
