@@ -256,6 +256,17 @@ def test_a_rank_whose_hanging_peer_was_ended_first_still_reports_the_hang(tmp_pa
     assert "no progress" in last_line(tmp_path, 0) and f"pid {dead} " in last_line(tmp_path, 0)
 
 
+def test_a_rank_that_waits_for_a_failed_one_says_why_it_failed(tmp_path):
+    def wait():
+        dog = Watchdog(HANG_SECONDS, tmp_path, tmp_path / "beats", rank=0, size=2)
+        Heartbeats(tmp_path / "beats", 1, 2, os.getpid()).note("error", "part.bin: is gone")
+        dog.heartbeat(7)
+        time.sleep(60)
+
+    assert exit_code(fork(wait, tmp_path / "0.stderr"), HANG_SECONDS + 15) == PeerError.exit_code
+    assert last_line(tmp_path, 0) == "error: peers: rank 1 failed: part.bin: is gone; run the same command again"
+
+
 def test_the_watchers_process_is_started_again_and_ends_with_the_watchdog(tmp_path, caplog):
     dog = Watchdog(600, tmp_path, tmp_path / "beats", rank=0)
     first = dog._watcher
