@@ -165,8 +165,8 @@ def visible_gpus() -> list[str]:
 
 
 def train_points(points: Sequence[Point], jobs: int, announce: Callable[[str], None]) -> list[int]:
-    """Train all points that are not done, `jobs` at a time, a point with a parent after it. Jobs share the cores, and each has a
-    GPU of its own while there are enough. Returns the exit code of each. A signal is passed on: the runs save and stop, and no
+    """Train all points that are not done, `jobs` at a time, a point with a parent after it. Jobs share the cores, and run on
+    separate GPUs while there are enough. Returns the exit code of each. A signal is passed on: the runs save and stop, and no
     other is started; those that were not started have the exit code STOPPED. A point whose parent did not finish has its exit
     code."""
     codes: dict[Path | None, int] = {None: 0}  # as if of the parent of points without one
