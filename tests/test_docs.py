@@ -36,7 +36,8 @@ NEEDS = {
     "docs/finetuning.md": ["a network the first time"],
     "docs/ladder.md": ["hours", "the run that was forecast"],
     "docs/scaling.md": ["8 GPUs", *["several machines with 8 GPUs"] * 2],
-    "docs/training.md": ["ten minutes", "the runs; a hue per choice, a band over seeds", "a network the first time", "8 GPUs"],
+    "docs/evaluation.md": ["OLMo's task files", "a network the first time", "8 GPUs"],
+    "docs/training.md": ["ten minutes", "the runs; a hue per choice, a band over seeds"],
     "docs/curves.md": ["Ctrl-C to end; a live page on this computer", "a file exported from W&B"],
 }
 

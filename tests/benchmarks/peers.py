@@ -17,6 +17,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import json
+import multiprocessing
 import os
 import platform
 import random
@@ -82,11 +83,20 @@ def ours(work: SimpleNamespace, folder: Path, *words: str) -> Step:
     return lambda: next(run)
 
 
+def train_base(work: SimpleNamespace, folder: Path) -> None:
+    for _ in our_run(work, folder, "total_steps=1"):
+        pass
+
+
 def adapted(work: SimpleNamespace, folder: Path, kind: str) -> Step:
     """Our loop with adapters beside the weights of a run of one step."""
     base = folder / "base"
-    for _ in our_run(work, base, "total_steps=1"):
-        pass
+    # In another process, so that the peak memory is that of the adapters' run.
+    making = multiprocessing.get_context("spawn").Process(target=train_base, args=(work, base))
+    making.start()
+    making.join()
+    if making.exitcode:
+        raise SystemExit(f"the base could not be trained: exit code {making.exitcode}")
     return ours(work, folder, f"adapter.kind={kind}", f"init_from={base / 'run'}")
 
 
