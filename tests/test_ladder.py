@@ -5,6 +5,7 @@ import os
 import shlex
 import subprocess
 
+import numpy as np
 import pytest
 from runs import LOSS, SAME, cut, events_of, lines_of, trained
 from test_sweep import Forked
@@ -12,6 +13,8 @@ from test_sweep import Forked
 from olmo_train import config as configuration
 from olmo_train.checkpoint.folders import committed
 from olmo_train.errors import ConfigError
+from olmo_train.formats import duration
+from olmo_train.model.cost import flops_per_token
 from olmo_train.predict import sweep
 from olmo_train.predict.fit import read_points
 from olmo_train.predict.ladder import parameters_of, plan_ladder, words_of
@@ -74,6 +77,9 @@ def test_a_ladder_trains_branches_that_are_straight_runs_fits_them_and_forecasts
     assert page.count("<svg") == 4 and "<script" not in page and "forecast for 100k parameters, 200k tokens" in page
     (record,) = json.loads((folder / "forecasts.json").read_text())
     assert len(record["inputs"]) == 12 and f"inputs: sha256 {record['inputs_sha256']}" in done.stdout
+    rates = [line["throughput/tokens_per_second"] for line in lines_of(rungs[0].point.run_dir) if LOSS in line]
+    seconds = 6 * 100_000 * 200_000 / (np.median(rates) * flops_per_token(rungs[0].point.config.model))
+    assert f"it trains with 120B FLOPs: {duration(seconds)} at the speed of 48x1 0.02x; name its GPU" in done.stdout
 
     again = run_main(*line, "--json")
     assert again.returncode == 0 and len(started) == 9

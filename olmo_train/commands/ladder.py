@@ -22,7 +22,7 @@ from olmo_train.formats import amount, counted, decimal, duration, short
 
 if TYPE_CHECKING:
     from olmo_train.predict.fit import Fit, Forecast
-    from olmo_train.predict.ladder import Target
+    from olmo_train.predict.ladder import Measured, Target
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -103,7 +103,7 @@ def climb(arguments: argparse.Namespace) -> int:
     measured.points.check(ladder.folder, "see the errors above, and run the same command again")
     measured.write_table(ladder.folder / "ladder.csv")
     found = fit.fit(measured.points)
-    report = Report(found, target, [f"{rung.size} {rung.multiple:g}x" for rung in measured.rungs], metric)
+    report = Report(found, target, [rung.name for rung in measured.rungs], metric, measured)
     if report.forecast:
         record = ladders.write_forecast(ladder.folder, measured, found, report.forecast)
         report.inputs_sha256 = record["inputs_sha256"]
@@ -153,6 +153,7 @@ class Report:
     target: Target | None
     names: list[str]  # of the runs
     metric: str = "loss"
+    measured: Measured | None = None  # the runs, unless they are rows of a table
     inputs_sha256: str = ""  # of the files that the forecast rests on
 
     @cached_property
@@ -191,20 +192,22 @@ class Report:
             found = f"{self.forecast.loss:.4f} ({self.forecast.low:.4f} to {self.forecast.high:.4f}, 90%)"
             lines.append(f"forecast for {at}: {found}")
             lines.append(f"its compute is {self.fit.times_largest(self.forecast):.3g} times that of the largest run")
-            lines.append(cost_line(self.target, arguments))
+            lines.append(cost_line(self.target, arguments, self.measured))
         if self.inputs_sha256:
             lines.append(f"inputs: sha256 {self.inputs_sha256}")
         return lines
 
 
-def cost_line(target: Target, arguments: argparse.Namespace) -> str:
-    """The planner's time, energy and money for the target."""
+def cost_line(target: Target, arguments: argparse.Namespace, measured: Measured | None) -> str:
+    """The planner's time, energy and money for the target; without a GPU the time at the speed of a run that was measured."""
     from olmo_train.plan.plan import choose_gpu
     from olmo_train.plan.time import Assumptions, cost_of
 
     gpu = choose_gpu(arguments.gpu, None, None, None)
     if gpu is None:
-        return f"it trains with {short(target.flops)} FLOPs; name its GPU with --gpu for time and cost"
+        speed = measured.speed() if measured else None
+        time = f": {duration(target.flops / speed[1])} at the speed of {speed[0]}" if speed else ""
+        return f"it trains with {short(target.flops)} FLOPs{time}; name its GPU with --gpu for time and cost"
     cost = cost_of(target.flops, target.tokens, arguments.gpus, gpu, Assumptions(arguments.mfu, arguments.price))
     money = f", {cost.money:,.0f} at {arguments.price:g} a GPU-hour" if cost.money is not None else ""
     where = f"{arguments.gpus} x {gpu.name} at {arguments.mfu:.0%} of the peak"

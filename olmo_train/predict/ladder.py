@@ -50,6 +50,11 @@ class Rung:
     start: int  # the step of the stable run that it goes on from; 0: it trains from the start
     point: Point
 
+    @property
+    def name(self) -> str:
+        """Such as 128x4 2x."""
+        return f"{self.size} {self.multiple:g}x"
+
 
 @dataclass(frozen=True)
 class Ladder:
@@ -216,6 +221,16 @@ class Measured:
         """The table of the fit."""
         columns = ([rung.parameters for rung in self.rungs], [rung.tokens for rung in self.rungs], self.losses)
         return fit.Points(*(np.array(column, dtype=np.float64) for column in columns))
+
+    def speed(self) -> tuple[str, float] | None:
+        """The run with the most compute, and the median of its FLOP/s; None if it was too short to measure any."""
+        from olmo_train.curves.runs import read_run
+
+        largest = max(self.rungs, key=lambda rung: rung.parameters * rung.tokens)
+        rates = read_run(largest.point.run_dir).series.get("throughput/tokens_per_second")
+        if rates is None:
+            return None
+        return largest.name, float(np.median(rates.values)) * flops_per_token(largest.point.config.model)
 
     def write_table(self, file: Path) -> None:
         """Write what `ladder --fit` reads."""
