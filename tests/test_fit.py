@@ -84,6 +84,34 @@ def test_the_intervals_cover_nine_of_ten_new_runs():
     assert LEVEL - 0.07 <= inside / times <= LEVEL + 0.06, inside
 
 
+def branches(seed: int, of_size: float = 0.003, of_run: float = 0.001) -> Points:
+    """As synthetic(4, (1, 2, 4)), but most of the noise is that of a size, which its runs share."""
+    points, random = synthetic(4, (1, 2, 4), noise=0), np.random.default_rng(seed)
+    logs = np.repeat(of_size * random.standard_normal(4), 3) + of_run * random.standard_normal(12)
+    return Points(points.parameters, points.tokens, points.losses * np.exp(logs))
+
+
+def covered(times: int, sizes_share: bool) -> int:
+    """How many of as many new runs lie in their intervals."""
+    n, d, inside = 5e10, 20 * 5e10, 0
+    for seed in range(times):
+        forecast = fit(branches(seed), sizes_share).forecast(n, d)
+        measured = law(n, d) * math.exp(0.0032 * np.random.default_rng(10_000 + seed).standard_normal())
+        inside += forecast.low <= measured <= forecast.high
+    return inside
+
+
+def test_an_interval_knows_that_the_branches_of_a_size_share_their_noise():
+    assert covered(20, sizes_share=True) >= 15 > covered(20, sizes_share=False)
+    three = synthetic(3, (1, 2, 4))  # no size can be left out
+    assert fit(three, sizes_share=True).forecast(5e10, 1e12) == fit(three).forecast(5e10, 1e12)
+
+
+@pytest.mark.slow
+def test_the_intervals_cover_nine_of_ten_runs_beside_a_ladder_of_branches():
+    assert 0.83 <= covered(200, sizes_share=True) / 200 <= 0.97
+
+
 def test_the_verb_prints_the_forecast_as_json_and_as_tables(run_main):
     words = ["ladder", "--fit", AI2, "--column", "c4_loss_nats", "--forecast", "6.9e9,4e12"]
     done = run_main(*words, "--json")

@@ -102,7 +102,7 @@ def climb(arguments: argparse.Namespace) -> int:
     measured = ladders.measure([rung for rung in ladder.rungs if rung.point.run_dir in done], metric)
     measured.points.check(ladder.folder, "see the errors above, and run the same command again")
     measured.write_table(ladder.folder / "ladder.csv")
-    found = fit.fit(measured.points)
+    found = fit.fit(measured.points, sizes_share=True)
     report = Report(found, target, [rung.name for rung in measured.rungs], metric, measured)
     if report.forecast:
         record = ladders.write_forecast(ladder.folder, measured, found, report.forecast)

@@ -2,7 +2,7 @@
 
 N is the number of parameters and D of tokens (Hoffmann et al. 2022, "Chinchilla", approach 3). The fit minimizes the Huber loss
 of the residuals of log L, from many starts. A forecast has a 90% interval for the loss of a single run: a bootstrap resamples the
-residuals of the points, see `Fit.forecast`.
+residuals of the points, and where runs of a size are not independent, a jackknife leaves out each size; see `Fit.forecast`.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ REPLICATES = 1000  # of the bootstrap
 LEVEL = 0.9  # of all intervals
 ROUND_STEPS, MOST_ROUNDS, TOLERANCE = 10, 40, 1e-4  # of the search: it ends when a round lowers the Huber loss by less
 MOST_EXPONENT = 3.0  # far above any that was ever measured; keeps a fit of noise finite
+# The 95% quantile of Student's t distribution with 3, 4, ... 10 degrees of freedom; that of 10 is taken for more.
+T = (2.353, 2.132, 2.015, 1.943, 1.895, 1.860, 1.833, 1.812)
 SAME = 1.05  # sizes, and tokens per parameter, that differ by less count once
 
 
@@ -50,13 +52,23 @@ class Points:
         """Number of different multiples, tokens per parameter."""
         return distinct(self.tokens / self.parameters)
 
+    @property
+    def can_be_fitted(self) -> bool:
+        """Whether they can identify the five parameters."""
+        return self.sizes >= 3 and self.multiples >= 2 and distinct(self.tokens) >= 2 and len(self.losses) >= LEAST_RUNS
+
     def check(self, where: object, fix: str) -> None:
         """Refuse points that cannot identify the five parameters. Raises ConfigError, which ends in `fix`."""
         found = f"{counted(self.sizes, 'size')} and {counted(self.multiples, 'multiple')} (tokens per parameter)"
-        runs = len(self.losses)
-        if self.sizes < 3 or self.multiples < 2 or distinct(self.tokens) < 2 or runs < LEAST_RUNS:
-            least = f"at least 3 sizes, 2 multiples and {LEAST_RUNS} runs"
-            raise ConfigError(where, f"{counted(runs, 'run')} of {found} cannot be fitted, which needs {least}; {fix}")
+        if not self.can_be_fitted:
+            runs, least = counted(len(self.losses), "run"), f"at least 3 sizes, 2 multiples and {LEAST_RUNS} runs"
+            raise ConfigError(where, f"{runs} of {found} cannot be fitted, which needs {least}; {fix}")
+
+    def without_each_size(self) -> list[Points]:
+        """The points without the runs of each size in turn; nothing if one of these parts cannot be fitted."""
+        kept = [self.parameters != size for size in np.unique(self.parameters)]
+        parts = [Points(self.parameters[part], self.tokens[part], self.losses[part]) for part in kept]
+        return parts if all(part.can_be_fitted for part in parts) else []
 
 
 def distinct(values: np.ndarray) -> int:
@@ -117,6 +129,7 @@ class Fit:
 
     points: Points
     theta: np.ndarray  # (5,)
+    sizes_share: bool = False  # runs of a size share a part of their training, as the branches of a ladder do
 
     @cached_property
     def centre(self) -> tuple[float, float]:
@@ -175,6 +188,18 @@ class Fit:
         theta = minimize(np.tile(self.theta, (REPLICATES, 1)), *self.coordinates, losses)[0]
         return theta, deviation(losses - log_loss(theta, *self.coordinates)[0]), random.choice(drawn, REPLICATES)
 
+    @cached_property
+    def _without_each_size(self) -> list[Fit]:
+        return [fit(part) for part in self.points.without_each_size()] if self.sizes_share else []
+
+    def _half_width_of_sizes(self, parameters: float, tokens: float) -> float:
+        """Of the 90% interval for log L by Student's t, from the jackknife's standard error over sizes; 0 without a jackknife."""
+        fits = self._without_each_size  # none, or at least four
+        if not fits:
+            return 0.0
+        logs = np.log([part.loss(parameters, tokens)[0] for part in fits])
+        return T[min(len(fits) - 4, len(T) - 1)] * math.sqrt((len(fits) - 1) * logs.var())
+
     def forecast(self, parameters: float, tokens: float) -> Forecast:
         """The loss of one run of this size, with its 90% interval, which contains the noise of that run.
 
@@ -183,14 +208,20 @@ class Fit:
         the fitted losses, fits again, and draws one more residual for the new run. The error of its forecast is divided by the
         noise around its own fit, and the quantiles are multiplied by the noise around the true points. As with Student's t, few
         points widen the interval. It knows nothing of errors that all runs share, such as a law that bends outside the points.
+
+        It takes runs for independent. Branches of a size share its stable run, so the seed of a size moves them together, and the
+        fit follows where their residuals cannot show it. A delete-a-group jackknife over the sizes (Efron and Tibshirani 1993,
+        section 11.5) measures how much: its half width is added to the bootstrap's as independent errors add, in squares.
         """
         at = self.scaled(parameters, tokens)
         centre = float(log_loss(self.theta, *at)[0][0])
         theta, noise, residual = self._replicates
         error = residual - (log_loss(theta, *at)[0][:, 0] - centre)
         ratio = error / np.maximum(noise, 1e-3 * self.noise + 1e-300)
-        low, high = centre + self.noise * np.quantile(ratio, TAILS)
-        return Forecast(parameters, tokens, *(math.exp(value) for value in (centre, min(low, centre), max(high, centre))))
+        low, high = self.noise * np.quantile(ratio, TAILS)
+        shared = self._half_width_of_sizes(parameters, tokens)
+        ends = (centre, centre - math.hypot(min(low, 0), shared), centre + math.hypot(max(high, 0), shared))
+        return Forecast(parameters, tokens, *(math.exp(value) for value in ends))
 
     def times_largest(self, forecast: Forecast) -> float:
         """The compute of the forecast's run, over the largest compute of the points; 6 N D FLOPs each."""
@@ -217,13 +248,13 @@ class Fit:
 TAILS = ((1 - LEVEL) / 2, (1 + LEVEL) / 2)
 
 
-def fit(points: Points) -> Fit:
-    """The law with the smallest Huber loss, from the best of many starts. `points.check` comes first."""
+def fit(points: Points, sizes_share: bool = False) -> Fit:
+    """The law with the smallest Huber loss, from the best of many starts. `points.check` comes first. `sizes_share`: see Fit."""
     found = Fit(points, np.empty(PARAMETERS))
     logs = np.log(points.losses)
     first = starts(float(logs.mean()))
     theta, objective = minimize(first, *found.coordinates, np.broadcast_to(logs, (len(first), len(logs))))
-    return Fit(points, theta[objective.argmin()])
+    return Fit(points, theta[objective.argmin()], sizes_share)
 
 
 def starts(mean: float) -> np.ndarray:
