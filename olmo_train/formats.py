@@ -9,6 +9,7 @@ from collections.abc import Iterable
 def short(number: float, digits: int = 3) -> str:
     """`12.3k`, `1.5M`, `7B`, `3e-4`: a number in few characters."""
     number = float(f"{number:.{digits}g}")  # round first: 999.96 is 1k
+    digits = max(digits, 3)  # as 180 has three, although two are exact
     if 0 < abs(number) < 1e-3 or 1e15 <= abs(number) < math.inf:
         exponent = math.floor(math.log10(abs(number)))
         return f"{number / 10.0**exponent:.{digits}g}e{exponent}"
