@@ -2,13 +2,14 @@
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from olmo_train.errors import ConfigError, DataError
-from olmo_train.predict.fit import LEVEL, Points, fit, read_points
+from olmo_train.predict.fit import LEVEL, Fit, Points, fit, read_points
 
 AI2 = Path(__file__).parent / "references/olmo_ladder.csv"  # 16 runs of AI2, with their source
 COLUMNS = ["c4_loss_nats", "hellaswag_bpb", "arc_easy_bpb", "arc_challenge_bpb", "piqa_bpb", "csqa_bpb", "socialiqa_bpb",
@@ -76,12 +77,8 @@ def test_an_interval_holds_the_noise_of_one_run_and_widens_with_few_runs_and_far
 @pytest.mark.slow
 def test_the_intervals_cover_nine_of_ten_new_runs():
     """4 sizes x 3 multiples, and a run of 25 times the compute of the largest one."""
-    n, d, inside, times = 5e10, 20 * 5e10, 0, 200
-    for seed in range(times):
-        forecast = fit(synthetic(4, (1, 2, 4), seed=seed)).forecast(n, d)
-        measured = law(n, d) * math.exp(0.005 * np.random.default_rng(10_000 + seed).standard_normal())
-        inside += forecast.low <= measured <= forecast.high
-    assert LEVEL - 0.07 <= inside / times <= LEVEL + 0.06, inside
+    inside = covered(200, lambda seed: fit(synthetic(4, (1, 2, 4), seed=seed)), noise=0.005)
+    assert LEVEL - 0.07 <= inside / 200 <= LEVEL + 0.06, inside
 
 
 def branches(seed: int, of_size: float = 0.003, of_run: float = 0.001) -> Points:
@@ -91,25 +88,29 @@ def branches(seed: int, of_size: float = 0.003, of_run: float = 0.001) -> Points
     return Points(points.parameters, points.tokens, points.losses * np.exp(logs))
 
 
-def covered(times: int, sizes_share: bool) -> int:
-    """How many of as many new runs lie in their intervals."""
+def of_branches(seed: int, sizes_share: bool = True) -> Fit:
+    return fit(branches(seed), sizes_share)
+
+
+def covered(times: int, fitted: Callable[[int], Fit], noise: float = 0.0032) -> int:
+    """How many of as many new runs with this noise lie in the intervals of the fits to seeds 0, 1, ..."""
     n, d, inside = 5e10, 20 * 5e10, 0
     for seed in range(times):
-        forecast = fit(branches(seed), sizes_share).forecast(n, d)
-        measured = law(n, d) * math.exp(0.0032 * np.random.default_rng(10_000 + seed).standard_normal())
+        forecast = fitted(seed).forecast(n, d)
+        measured = law(n, d) * math.exp(noise * np.random.default_rng(10_000 + seed).standard_normal())
         inside += forecast.low <= measured <= forecast.high
     return inside
 
 
 def test_an_interval_knows_that_the_branches_of_a_size_share_their_noise():
-    assert covered(20, sizes_share=True) >= 15 > covered(20, sizes_share=False)
+    assert covered(20, of_branches) >= 15 > covered(20, lambda seed: of_branches(seed, sizes_share=False))
     three = synthetic(3, (1, 2, 4))  # no size can be left out
     assert fit(three, sizes_share=True).forecast(5e10, 1e12) == fit(three).forecast(5e10, 1e12)
 
 
 @pytest.mark.slow
 def test_the_intervals_cover_nine_of_ten_runs_beside_a_ladder_of_branches():
-    assert 0.83 <= covered(200, sizes_share=True) / 200 <= 0.97
+    assert 0.83 <= covered(200, of_branches) / 200 <= 0.97
 
 
 def test_the_verb_prints_the_forecast_as_json_and_as_tables(run_main):

@@ -205,7 +205,7 @@ def cost_line(target: Target, arguments: argparse.Namespace, measured: Measured 
 
     gpu = choose_gpu(arguments.gpu, None, None, None)
     if gpu is None:
-        speed = measured.speed() if measured else None
+        speed = measured.speed if measured else None
         time = f": {duration(target.flops / speed[1])} at the speed of {speed[0]}" if speed else ""
         return f"it trains with {short(target.flops)} FLOPs{time}; name its GPU with --gpu for time and cost"
     cost = cost_of(target.flops, target.tokens, arguments.gpus, gpu, Assumptions(arguments.mfu, arguments.price))

@@ -14,6 +14,7 @@ import re
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -222,6 +223,7 @@ class Measured:
         columns = ([rung.parameters for rung in self.rungs], [rung.tokens for rung in self.rungs], self.losses)
         return fit.Points(*(np.array(column, dtype=np.float64) for column in columns))
 
+    @cached_property
     def speed(self) -> tuple[str, float] | None:
         """The run with the most compute, and the median of its FLOP/s; None if it was too short to measure any."""
         from olmo_train.curves.runs import read_run
