@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -69,6 +70,20 @@ def test_on_a_bare_machine_a_failing_row_is_reported_and_the_other_parts_are_mea
     assert sum(row["phase_seconds"].values()) > 0 and min(row["phase_seconds"].values()) >= 0
     assert list(tests["outcomes"].values()) == ["PASSED"], tests
     assert out.stdout.strip().endswith((tmp_path / "out/gpu.md").read_text().strip())
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
+def test_the_processor_is_measured_on_two_cores_without_the_gpu(script, monkeypatch):
+    monkeypatch.delenv("MKL_NUM_THREADS", raising=False)  # the tests' own limit
+    allowed = os.sched_getaffinity(0)
+    found = script.run_cpu("cpu", script.Commands(300), tiny=True)
+    assert os.sched_getaffinity(0) == allowed
+    machine, work, *rows = [line for line in found["said"] if line and line != "```"]
+    assert f"{min(2, len(allowed))} thread" in machine and work.startswith("[1, 2, 2, 64, 32], bf16")
+    names, times = zip(*(re.match(r"(.+?)  +([\d.]+) ", row).groups() for row in rows[1:]), strict=True)
+    assert names[0].startswith("ours, ") and names[-1] == "torch" and all(float(ms) > 0 for ms in times)
+    results = {"device": "x", "torch": "x", "python": "x", "commit": "x", "parts": {"cpu": found}}
+    assert f"## cpu\n\n```\n{machine}\n" in script.report(results)
 
 
 @pytest.fixture

@@ -19,6 +19,8 @@ Parts, and their order without --parts:
     float8          beside bf16, for OLMo-1B and for layers as wide as OLMo-7B's
     peers           the same steps through other frameworks, one after the other; peers:olmo-1b-4096 for longer sequences
     compile, checkpointing, muon, documents, determinism      what each costs
+    cpu             attention on two cores of this machine's processor; cpu:tiny and cpu:small are peers without the GPU, on two
+                    cores: a lent machine may have the matrix tiles (AMX) that others lack
     row:TxM:WORD:...  one configuration: T tokens a sequence, M sequences a micro-batch, then keys of WORDS, a number of tokens a
                     step, or key=value words of a configuration, such as row:2048x8:selective:parallel.replicas=1
 """
@@ -67,11 +69,12 @@ ROWS = {
     "documents": ("2048x8:documents",),
     "determinism": ("2048x8:run", "2048x8:eager", "2048x8:eager:world"),
 }
-ORDER = ("bench", "tests", "float8", "peers", "compile", "checkpointing", "muon", "documents", "determinism")
+ORDER = ("bench", "tests", "float8", "peers", "compile", "checkpointing", "muon", "documents", "determinism", "cpu")
+CPU_PEERS = "ours,ours-compiled,plain-compiled,olmo-core,transformers"
 PEERS = "ours-compiled,torchtitan,olmo-core,plain-compiled,litgpt,transformers"  # a call that ends early has the first ones
 TINY = ["model.d_model=64", "model.n_layers=2", "model.n_heads=2", "model.mlp_hidden=128", "parallel.compile=false",
         "model.vocab_size=512", "model.padded_vocab_size=512"]  # fmt: skip
-TINY_ORDER = ("tests", "row:64x2", "row:64x2:selective", "peers")
+TINY_ORDER = ("tests", "row:64x2", "row:64x2:selective", "peers", "cpu")
 XDIST_LINE = r"^\[gw\d+\] \[ *\d+%\] (PASSED|FAILED|SKIPPED|ERROR) tests/\w+\.py::(\S+)"  # of pytest -v in several processes
 LEAST = 20  # seconds: with fewer before the end of --seconds no command is started
 
@@ -155,25 +158,42 @@ def run_row(part: str, commands: Commands, tiny: bool) -> dict:
     return json.loads(said[said.index("{\n") :]) | {"planned_bytes": planned}
 
 
-def run_peers(part: str, commands: Commands, tiny: bool) -> dict:
+def run_peers(part: str, commands: Commands, tiny: bool, **environment: str) -> dict:
     """{"figures": what peers.py found for each contestant, "said": its lines about those that it skipped or could
     not time}."""
-    work = part.partition(":")[2] or ("rehearsal" if tiny else "olmo-1b-2048")
+    kind, _, work = part.partition(":")
     folders = sorted((BUNDLE / "peers").glob("*"))
-    names = ",".join(["ours", "plain", *(folder.name for folder in folders)]) if tiny else PEERS
-    words = ["--work", work, "--peers", names, "--in-turn"]
+    names = ",".join(["ours", "plain", *(folder.name for folder in folders)]) if tiny else CPU_PEERS if kind == "cpu" else PEERS
+    words = ["--work", work or ("rehearsal" if tiny else "olmo-1b-2048"), "--peers", names]
+    words += [] if kind == "cpu" else ["--in-turn"]
     words += ["--rounds", 1, "--steps", 1, "--warmup", 1] if tiny else []
     for folder in folders:
         words += ["--at", f"{folder.name}={folder}"]
     with tempfile.TemporaryDirectory() as work_dir:
         file = Path(work_dir) / "peers.json"
-        code, said, error = commands.python("tests/benchmarks/peers.py", *words, "--json", file)
+        code, said, error = commands.python("tests/benchmarks/peers.py", *words, "--json", file, **environment)
         figures = {"figures": json.loads(file.read_text())} if file.exists() else {}  # written after each round
     found: dict[str, Any] = {"said": re.findall("^(?:.* is skipped: |0 rounds taken; ).*", said, re.MULTILINE)} | figures
     return found if code == 0 else found | {"error": last_line(error)}
 
 
-RUNS: dict[str, Callable[[str, Commands, bool], dict]] = {"tests": run_tests, "row": run_row, "peers": run_peers}
+def run_cpu(part: str, commands: Commands, tiny: bool) -> dict:
+    """`cpu`: {"said": the lines of attention.py}; `cpu:WORK`: run_peers. On two cores, without the GPU."""
+    allowed = os.sched_getaffinity(0)
+    cores = sorted(allowed)[:2]
+    environment = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(len(cores))}
+    os.sched_setaffinity(0, cores)  # which the commands inherit
+    try:
+        if ":" in part:
+            return run_peers(part, commands, tiny, **environment)
+        words = ["--shape", "1,2,2,64,32", "--rounds", 1] if tiny else []
+        code, said, error = commands.python("tests/benchmarks/attention.py", *words, **environment)
+    finally:
+        os.sched_setaffinity(0, allowed)
+    return {"error": last_line(error), "said": []} if code else {"said": ["```", *said.strip().splitlines(), "```"]}
+
+
+RUNS: dict[str, Callable[[str, Commands, bool], dict]] = {"tests": run_tests, "row": run_row, "peers": run_peers, "cpu": run_cpu}
 
 
 def expanded(parts: list[str]) -> list[str]:
