@@ -28,6 +28,7 @@ FIRST = ["README.md", "docs/data.md"]  # make what the other pages use: my-data.
 WITH_BLOCKS = FIRST + [page for page in PAGES if page not in FIRST and "```" in (ROOT / page).read_text("utf-8")]
 SHORTER = {"total_steps=200": "total_steps=30", "total_steps: 300": "total_steps: 40", "total_steps: 100": "total_steps: 20"}
 NEEDS = {
+    "launch/README.md": ["8 GPUs", *["several machines with 8 GPUs"] * 2],
     "README.md": ["a network the first time, for Python packages", "a quarter of an hour", "8 GPUs", "a cluster with Slurm"],
     "CONTRIBUTING.md": ["a network the first time; style, types, import rules"],
     "docs/architectures.md": ["a GPU", *["a checkpoint and a configuration file of allenai/OLMo"] * 2],
@@ -35,7 +36,6 @@ NEEDS = {
     "docs/configuration.md": ["a GPU"],
     "docs/finetuning.md": ["a network the first time"],
     "docs/ladder.md": ["hours", "the run that was forecast"],
-    "docs/scaling.md": ["8 GPUs", *["several machines with 8 GPUs"] * 2],
     "docs/evaluation.md": ["OLMo's task files", "a network the first time", "8 GPUs"],
     "docs/training.md": ["ten minutes", "the runs; a hue per choice, a band over seeds"],
     "docs/curves.md": ["Ctrl-C to end; a live page on this computer", "a file exported from W&B"],
