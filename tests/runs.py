@@ -9,6 +9,7 @@ history(run_dir, *names)     these figures of every line that holds a training s
 first_model(config)          a whole Transformer with its first values
 load_script(file)            a script that is not in a package, as a module
 wait_for(run_dir, lines)     until another process has logged this many lines
+first_quick(values)          the values of a parametrized test, of which only the first is tried by the quick tests
 """
 
 import importlib.util
@@ -16,6 +17,7 @@ import json
 import time
 from pathlib import Path
 
+import pytest
 import torch
 from ranks import on_ranks
 
@@ -28,6 +30,12 @@ LOSS, GRAD_NORM = "train/CrossEntropyLoss", "optim/total_grad_norm"
 # The figures of a step that a resumed run repeats bit for bit.
 SAME = ("step", LOSS, GRAD_NORM, "optim/learning_rate_group0", "optim/clipping_rate", "sample_hash", "skipped",
         "throughput/total_tokens", "throughput/total_flops")  # fmt: skip
+
+
+def first_quick(values, quick=1):
+    """For tests that take seconds for each value: the first `quick` are run by `make test`, the others by `make slow`."""
+    sets = [value if isinstance(value, tuple) else (value,) for value in values]
+    return [pytest.param(*each, marks=() if i < quick else pytest.mark.slow) for i, each in enumerate(sets)]
 
 
 def trained(config, world=None):

@@ -7,7 +7,7 @@ import signal
 
 import pytest
 from ranks import exit_code, fork
-from runs import cut, events_of, lines_of, trained, trained_on
+from runs import cut, events_of, first_quick, lines_of, trained, trained_on
 
 from olmo_train.checkpoint import folders, save
 from olmo_train.errors import ConfigError, Stopped
@@ -80,7 +80,7 @@ def killed(config, moment: str, step: int) -> None:
     trained(config)
 
 
-@pytest.mark.parametrize("moment, after", [("best.json", 0), ("save", 0), ("log", 2), ("save", 4)])
+@pytest.mark.parametrize("moment, after", first_quick([("best.json", 0), ("save", 0), ("log", 2), ("save", 4)]))
 def test_a_killed_run_ends_where_an_undisturbed_one_does(overfitting, tmp_path, moment, after):
     """Killed `after` steps after the best one: when it is committed, before it is saved, at the next evaluation, at the end."""
     trained(overfitting("whole"))
@@ -92,7 +92,7 @@ def test_a_killed_run_ends_where_an_undisturbed_one_does(overfitting, tmp_path, 
     assert list(folders.committed(tmp_path / "run")) == list(folders.committed(tmp_path / "whole"))
 
 
-@pytest.mark.parametrize("steps", [1, 2, 7])
+@pytest.mark.parametrize("steps", first_quick([1, 2, 7]))
 def test_a_run_that_is_left_and_resumed_counts_its_evaluations_once(overfitting, tmp_path, steps):
     trained(overfitting("whole"))
     cut(overfitting(), steps)

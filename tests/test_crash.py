@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 from crash import Death, run
-from runs import lines_of
+from runs import first_quick, lines_of
 
 from olmo_train.checkpoint.folders import committed
 
@@ -97,7 +97,7 @@ def some(operations, step, first=2, **kind):
     return [Death(at=at, **kind) for at in range(first, operations + 1, step)]
 
 
-@pytest.mark.parametrize("async_save", [False, True])
+@pytest.mark.parametrize("async_save", first_quick([True, False]))
 def test_killed_at_an_operation_of_a_save_a_run_resumes_bit_for_bit(few_steps, async_save):
     sweep(few_steps, 1, lambda operations: some(operations, 59), **{"checkpoint.async_save": async_save})
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from crash import run
 from fake import Operations
-from runs import lines_of
+from runs import first_quick, lines_of
 from test_guards import states_of
 
 from olmo_train.errors import ConfigError
@@ -58,17 +58,24 @@ def test_without_it_they_have_others_but_the_same_command_again_has_the_same(bit
 
 @pytest.mark.parametrize(
     "changes",
-    [
-        {"optim.name": "muon", "micro_batch_size": 2},
-        {"model.tie_embeddings": True, "model.z_loss": 1e-4, "model.n_kv_heads": 1, "parallel.activation_checkpointing": "full"},
-        {
-            "parallel.precision": "bf16",
-            "data.document_mask": True,
-            "data.eos_id": 7,
-            "parallel.shard": "grad_op",
-            "optim.max_grad_norm": 0.01,
-        },
-    ],
+    first_quick(
+        [
+            {"optim.name": "muon", "micro_batch_size": 2},
+            {
+                "model.tie_embeddings": True,
+                "model.z_loss": 1e-4,
+                "model.n_kv_heads": 1,
+                "parallel.activation_checkpointing": "full",
+            },
+            {
+                "parallel.precision": "bf16",
+                "data.document_mask": True,
+                "data.eos_id": 7,
+                "parallel.shard": "grad_op",
+                "optim.max_grad_norm": 0.01,
+            },
+        ]
+    ),
 )
 def test_so_does_every_kind_of_model_and_optimizer(bits, changes):
     changes = ODD | changes

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from data_sources import texts
+from runs import first_quick
 
 from olmo_train.__main__ import main
 from olmo_train.commands.train import key_lines
@@ -29,7 +30,7 @@ WITH_BLOCKS = FIRST + [page for page in PAGES if page not in FIRST and "```" in 
 SHORTER = {"total_steps=200": "total_steps=30", "total_steps: 300": "total_steps: 40", "total_steps: 100": "total_steps: 20"}
 NEEDS = {
     "launch/README.md": ["8 GPUs", *["several machines with 8 GPUs"] * 2],
-    "README.md": ["a network the first time, for Python packages", "a quarter of an hour", "8 GPUs", "a cluster with Slurm"],
+    "README.md": ["a network the first time, for Python packages", "ten minutes", "8 GPUs", "a cluster with Slurm"],
     "CONTRIBUTING.md": ["a network the first time; style, types, import rules"],
     "docs/architectures.md": ["a GPU", *["a checkpoint and a configuration file of allenai/OLMo"] * 2],
     "docs/benchmarks.md": ["a GPU"] * 3,
@@ -112,7 +113,7 @@ def reader(tmp_path_factory):
     return Reader(tmp_path_factory.mktemp("clone"))
 
 
-@pytest.mark.parametrize("page", WITH_BLOCKS)
+@pytest.mark.parametrize("page", first_quick(WITH_BLOCKS, len(FIRST)))
 def test_the_code_blocks_of_a_page_run_as_they_are_printed(reader, page, monkeypatch):
     monkeypatch.chdir(reader.folder)
     for each in dict.fromkeys([*FIRST, page]):

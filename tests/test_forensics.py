@@ -10,7 +10,7 @@ import pytest
 import torch
 from data_sources import prepare_source
 from ranks import on_ranks
-from runs import trained
+from runs import first_quick, trained
 from test_guards import EVERY, poison
 from test_rewind import SPIKE, spiking  # noqa: F401, a fixture
 
@@ -114,7 +114,7 @@ def test_what_a_spike_leaves_agrees_with_the_record(spiking, read_metrics):  # n
     assert report["environment"]["torch"] == torch.__version__ and report["environment"]["ranks"][0]["device"] == "cpu"
 
 
-@pytest.mark.parametrize("determinism", [None, "world"])
+@pytest.mark.parametrize("determinism", first_quick([None, "world"]))
 def test_the_norms_of_two_ranks_are_those_of_the_whole_gradients(tiny_args, determinism):
     def run(world):
         changes = {"micro_batch_size": 1} if determinism == "world" else {}

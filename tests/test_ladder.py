@@ -123,6 +123,7 @@ def test_a_ladder_trains_branches_that_are_straight_runs_fits_them_and_forecasts
     assert done.returncode == 2 and "has no forecast for" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_size_that_fails_is_reported_and_the_others_go_on_and_resume(words, started, run_main, tmp_path):
     bad = tmp_path / "bad.yaml"
     bad.write_text("optim: {peak_lr: 1e30}\nguards: {max_skipped: 1}\n")  # 64 wide

@@ -13,7 +13,7 @@ from conftest import VOCAB_SIZE, markov_stream, words_of
 from crash import Death, Disk
 from data_sources import contents, prepare_source
 from ranks import exit_code, fork
-from runs import cut, lines_of, trained, trained_on
+from runs import cut, first_quick, lines_of, trained, trained_on
 
 from olmo_train import config as configuration
 from olmo_train.__main__ import main
@@ -90,6 +90,7 @@ def test_the_result_is_a_checkpoint_that_names_its_parents(run_dir, run_main):
     assert run_main("checkpoints", run_dir, "--merge", "4,6").returncode == 0 and problems_of(folder) == []
 
 
+@pytest.mark.slow
 def test_the_writers_of_the_parents_do_not_change_a_bit(tiny_args, tmp_path):
     changes = {"total_steps": 3, "checkpoint.interval_steps": 1, "determinism": "world", "model.n_layers": 1}
     changes |= {"model.d_model": 32, "model.mlp_hidden": 64, "model.seq_len": 16}
@@ -267,7 +268,7 @@ def sweep(run_dir, tmp_path, every, **kind):
         shutil.rmtree(run_dir / "merged")
 
 
-@pytest.mark.parametrize("kind", [{}, {"power_cut": True}, {"torn": True}])
+@pytest.mark.parametrize("kind", first_quick([{}, {"power_cut": True}, {"torn": True}]))
 def test_killed_at_an_operation_a_merge_is_whole_or_not_there(run_dir, tmp_path, kind):
     sweep(run_dir, tmp_path, 5, **kind)
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from fake import Collectives, fake_world
 from ranks import on_ranks
-from runs import LOSS, history, trained
+from runs import LOSS, first_quick, history, trained
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
@@ -179,20 +179,20 @@ def test_a_resumed_run_continues_bit_for_bit(tmp_path, tiny_args):
     assert all(torch.equal(p, ours[name]) for name, p in load_model(tmp_path / "whole").named_parameters())
 
 
-def test_two_and_four_processes_train_as_one_and_share_the_work(tmp_path, tiny_args, monkeypatch):
+@pytest.mark.parametrize("ranks, replicas", first_quick([(4, 2), (2, 1), (4, 1)]))
+def test_processes_train_as_one_and_share_the_work(tmp_path, tiny_args, monkeypatch, ranks, replicas):
     """Also with replicas, which do not repeat each other's work."""
     calls, newton_schulz = [], optim_muon.newton_schulz
     monkeypatch.setattr(optim_muon, "newton_schulz", lambda x: calls.append(x.shape) or newton_schulz(x))
     curves, models = {}, {}
-    for ranks, replicas in ((1, 1), (2, 1), (4, 1), (4, 2)):
-        name = f"on-{ranks}-{replicas}"
-        run = tiny_args(name, **{"optim.name": "muon", "micro_batch_size": 2, "parallel.replicas": replicas})
-        counts = on_ranks(ranks, lambda world, run=run: trained(run, world) and len(calls), replicas=replicas)
+    for name, size, copies in (("alone", 1, 1), ("together", ranks, replicas)):
+        run = tiny_args(name, **{"optim.name": "muon", "micro_batch_size": 2, "parallel.replicas": copies})
+        counts = on_ranks(size, lambda world, run=run: trained(run, world) and len(calls), replicas=copies)
         assert sum(counts) == 13 * 14, "seven matrices of two blocks, in 12 steps and in the one that allocates the state"
-        assert max(counts) <= 13 * -(-14 // ranks)
+        assert max(counts) <= 13 * -(-14 // size)
         curves[name] = torch.tensor(history(tmp_path / name, LOSS)).flatten()
         models[name] = dict(load_model(tmp_path / name).named_parameters())
-    curve, model = curves["on-1-1"], models["on-1-1"]
+    curve = curves["alone"]
     assert len(curve) == 12 and curve[-1] < curve[0] - 0.1
-    assert all((curve - other).abs().max() < 1e-5 for other in curves.values())
-    assert all((model[name] - other[name]).abs().max() < 1e-5 for other in models.values() for name in model)
+    assert (curve - curves["together"]).abs().max() < 1e-5
+    assert all((value - models["together"][name]).abs().max() < 1e-5 for name, value in models["alone"].items())

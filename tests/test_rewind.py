@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from ranks import exit_code, fork, on_ranks
-from runs import cut, events_of, history, trained
+from runs import cut, events_of, first_quick, history, trained
 from test_guards import EVERY, states_of, unchanged
 
 from olmo_train import train as module
@@ -144,7 +144,7 @@ def test_rewinds_at_other_steps_are_counted_from_zero():
         plan_rewind(8, 7, before, GuardConfig(max_rewinds=2))
 
 
-@pytest.mark.parametrize("moment", ["before", "after"])
+@pytest.mark.parametrize("moment", first_quick(["before", "after"]))
 def test_a_run_killed_in_a_rewind_continues_as_if_not_killed(spiking, monkeypatch, moment):
     whole, config = spiking("whole", "rewind"), spiking("killed", "rewind")
     trained(whole)
@@ -175,7 +175,7 @@ def test_two_ranks_rewind_together(spiking, read_metrics):
     assert [line["skipped"] for line in read_metrics(config.run_dir)] == [0] * 7 + [1] + [0] * 4
 
 
-@pytest.mark.parametrize("policy", ["skip", "stop", "rewind"])
+@pytest.mark.parametrize("policy", first_quick(["rewind", "skip", "stop"]))
 def test_flags_that_are_read_late_lead_to_the_same_run(spiking, policy):
     """On a GPU steps are read some at a time, and before anything is saved."""
     soon, late = spiking("soon", policy), spiking("late", policy, **{"log.interval_steps": 5})

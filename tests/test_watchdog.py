@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from ranks import environments, exit_code, fork, on_ranks
-from runs import events_of, lines_of, wait_for
+from runs import events_of, first_quick, lines_of, wait_for
 
 from olmo_train import train as module
 from olmo_train.__main__ import main
@@ -59,7 +59,7 @@ def last_line(tmp_path, rank):
     return lines[-1] if lines else ""
 
 
-@pytest.mark.parametrize("stopped", [0, 1])
+@pytest.mark.parametrize("stopped", first_quick([0, 1]))
 def test_a_stopped_rank_is_named_by_the_other_and_ends_both(running, tmp_path, stopped):
     pids, run_dir = running()
     os.kill(pids[stopped], signal.SIGSTOP)
@@ -75,7 +75,7 @@ def test_a_stopped_rank_is_named_by_the_other_and_ends_both(running, tmp_path, s
     assert last_line(tmp_path, 1) == "" or stopped == 0
 
 
-@pytest.mark.parametrize("killed", [0, 1])
+@pytest.mark.parametrize("killed", first_quick([0, 1]))
 def test_a_killed_rank_is_named_by_the_other(running, tmp_path, killed):
     pids, run_dir = running()
     os.kill(pids[killed], signal.SIGKILL)
@@ -155,7 +155,7 @@ def throw(problem):
     raise problem
 
 
-@pytest.mark.parametrize("failing", [0, 1])
+@pytest.mark.parametrize("failing", first_quick([0, 1]))
 @pytest.mark.parametrize("problem, code, text", FAILURES.values(), ids=FAILURES)
 def test_an_error_of_one_rank_ends_all_within_10_seconds(running, tmp_path, failing, problem, code, text):
     pids, run_dir = running(at_step(3, failing, lambda: throw(problem)), wait=False, **{"guards.hang_seconds": 600})
@@ -171,7 +171,7 @@ def test_an_error_of_one_rank_ends_all_within_10_seconds(running, tmp_path, fail
         assert re.sub(r"^(\[rank\d\]: )+", "", last_line(tmp_path, 1)) in ("", text)
 
 
-@pytest.mark.parametrize("failing", [0, 1])
+@pytest.mark.parametrize("failing", first_quick([0, 1]))
 def test_an_error_in_the_callers_loop_on_one_rank_ends_all_within_10_seconds(tiny_args, tmp_path, failing):
     config = tiny_args(total_steps=100_000)
 
@@ -199,7 +199,7 @@ def hold_the_lock():
     lock(mutex)  # a read or a sleep would end at a signal, and Python would run its handler
 
 
-@pytest.mark.parametrize("blocked", [0, 1])
+@pytest.mark.parametrize("blocked", first_quick([0, 1]))
 def test_a_rank_that_blocks_with_the_lock_held_is_named_and_ends(running, tmp_path, blocked):
     pids, run_dir = running(at_step(8, blocked, hold_the_lock))
     assert [exit_code(pid, HANG_SECONDS + 20) for pid in pids] == [6, 6]
