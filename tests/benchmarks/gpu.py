@@ -166,7 +166,8 @@ def run_peers(part: str, commands: Commands, tiny: bool, **environment: str) -> 
     names = ",".join(["ours", "plain", *(folder.name for folder in folders)]) if tiny else CPU_PEERS if kind == "cpu" else PEERS
     words = ["--work", work or ("rehearsal" if tiny else "olmo-1b-2048"), "--peers", names]
     words += [] if kind == "cpu" else ["--in-turn"]
-    words += ["--rounds", 1, "--steps", 1, "--warmup", 1] if tiny else []
+    if tiny or work == "small":  # a step of small takes ten seconds on two cores
+        words += ["--rounds", 1 if tiny else 5, "--steps", 1, "--warmup", 1 if tiny else 2]
     for folder in folders:
         words += ["--at", f"{folder.name}={folder}"]
     with tempfile.TemporaryDirectory() as work_dir:
