@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import words_of
 from ranks import exit_code, fork, on_ranks
-from runs import LOSS, cut, events_of, history, lines_of, trained
+from runs import LOSS, cut, events_of, first_quick, history, lines_of, trained
 from test_adapter import relative
 from test_guards import states_of
 from test_replicas import flip_after, in_replicas
@@ -113,7 +113,7 @@ def test_recomputed_activations_train_the_same_bits(runs, adapter_args, checkpoi
     assert same(states_of(config.run_dir, 2), states_of(runs["dora"][0].run_dir, 2))
 
 
-@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("size", first_quick([2, 4]))
 def test_processes_and_micro_batches_train_the_same_adapters(runs, adapter_args, size):
     """Within rounding, and with determinism: world the same bits. Two steps, as A moves from the second on."""
     short = {"total_steps": 2, "optim.schedule_steps": STEPS}

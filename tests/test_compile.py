@@ -13,6 +13,7 @@ import torch
 from fake import fake_world, zero_weights
 from functorch.compile import make_boxed_func
 from functorch.compile import min_cut_rematerialization_partition as partition
+from runs import first_quick
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
 from torch.nn.attention import flex_attention as flex
@@ -85,13 +86,10 @@ def train_steps(model, masked: bool) -> None:
 
 
 QUICK = [(1, "none", None, True), (8, "none", "blocks", False), (8, "selective", "blocks", True), (8, "full", "dense", False)]
-WAYS = [
-    pytest.param(*way, marks=[] if way in QUICK else pytest.mark.slow)
-    for way in itertools.product((1, 8), ("none", "selective", "full"), (None, "dense", "blocks"), (False, True))
-]
+WAYS = itertools.product((1, 8), ("none", "selective", "full"), (None, "dense", "blocks"), (False, True))
 
 
-@pytest.mark.parametrize("ranks, checkpointing, mask, float8", WAYS)
+@pytest.mark.parametrize("ranks, checkpointing, mask, float8", first_quick(dict.fromkeys([*QUICK, *WAYS]), len(QUICK)))
 def test_all_blocks_share_one_graph_that_is_compiled_once(compiled, monkeypatch, ranks, checkpointing, mask, float8):
     if mask == "blocks":  # as on a GPU; eager flex attention has a backward on a CPU too
         monkeypatch.setattr(Transformer, "document_mask", staticmethod(document_blocks))
@@ -105,12 +103,7 @@ def test_all_blocks_share_one_graph_that_is_compiled_once(compiled, monkeypatch,
 
 
 @pytest.mark.parametrize(
-    "ranks, kind, checkpointing",
-    [
-        (1, "lora", "none"),
-        pytest.param(8, "dora", "none", marks=pytest.mark.slow),
-        pytest.param(8, "dora", "selective", marks=pytest.mark.slow),
-    ],
+    "ranks, kind, checkpointing", first_quick([(1, "lora", "none"), (8, "dora", "none"), (8, "dora", "selective")])
 )
 def test_blocks_with_adapters_share_one_graph_and_the_first_has_another(compiled, ranks, kind, checkpointing):
     """No gradient goes to the frozen embedding, so none of the first block's input is computed."""

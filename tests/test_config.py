@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from runs import first_quick
 
 from olmo_train import config
 from olmo_train.errors import ConfigError
@@ -434,7 +435,7 @@ def yaml_files(draw) -> bytes:
     return content
 
 
-@pytest.mark.parametrize("examples", [200, pytest.param(2000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("examples", first_quick([200, 2000]))
 def test_any_file_and_words_are_a_configuration_or_one_error(tmp_path, examples):
     file = tmp_path / "fuzz.yaml"
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from curves_runs import CHROMIUM, make_run
+from runs import first_quick
 
 from olmo_train.__main__ import main
 from olmo_train.curves import exports, page, panels
@@ -76,13 +77,11 @@ def show(browser, pages):
     assert not errors
 
 
-VIEWS = list(itertools.product(["one", "seeds", "ladder"], SCREENS, ["light", "dark"]))
+VIEWS = itertools.product(["one", "seeds", "ladder"], SCREENS, ["light", "dark"])
 QUICK = (("one", 390, "dark"), ("seeds", 1400, "light"), ("ladder", 390, "light"))  # a phone and a laptop; the others are slow
 
 
-@pytest.mark.parametrize(
-    "name, width, theme", [pytest.param(*view, marks=() if view in QUICK else pytest.mark.slow) for view in VIEWS]
-)
+@pytest.mark.parametrize("name, width, theme", first_quick(dict.fromkeys([*QUICK, *VIEWS]), len(QUICK)))
 def test_axe_finds_nothing_serious_and_nothing_runs_over_the_edge(show, name, width, theme):
     tab = show(name, width, theme)
     tab.evaluate("document.querySelectorAll('details').forEach((details) => { details.open = true; })")

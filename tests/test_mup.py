@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from references.random_models import GEMMA, write_random_checkpoint
-from runs import LOSS, cut, first_model, history, load_script, trained, trained_on
+from runs import LOSS, cut, first_model, first_quick, history, load_script, trained, trained_on
 
 from olmo_train.checkpoint.load import load_model
 from olmo_train.convert.hf import export_hf
@@ -143,10 +143,7 @@ def test_a_base_that_is_missing_or_not_read_is_refused(values, key, words):
 # ---- what they are for
 
 
-SLOWER = [pytest.param(*case, marks=pytest.mark.slow) for case in (("completep", "adamw"), ("mup", "muon"))]
-
-
-@pytest.mark.parametrize("parametrization, optimizer", [("mup", "adamw"), *SLOWER])
+@pytest.mark.parametrize("parametrization, optimizer", first_quick([("mup", "adamw"), ("completep", "adamw"), ("mup", "muon")]))
 def test_no_activation_depends_on_the_width(coordinates, parametrization, optimizer):
     slopes = coordinates.check(parametrization, optimizer)
     # Muon, at the rate of AdamW, moves embedding and head too little for logits to leave their first noise.

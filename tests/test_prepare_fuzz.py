@@ -13,6 +13,7 @@ import pytest
 from data_sources import write_tokenizer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from runs import first_quick
 
 from olmo_train.data.prepare import chunks, elements, inputs, readers, tables
 from olmo_train.data.prepare.prepare import PrepareOptions, prepare
@@ -175,7 +176,7 @@ def small_chunks():
         yield
 
 
-@pytest.mark.parametrize("examples", [100, pytest.param(2000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("examples", first_quick([100, 2000]))
 def test_every_byte_is_accounted_for_or_the_error_is_one_line(examples):
     special = st.sampled_from([None, None, None, "loop", "pipe", "broken link"])
     on_error = st.sampled_from(["skip", "skip", "stop"])

@@ -158,18 +158,20 @@ def run_row(part: str, commands: Commands, tiny: bool) -> dict:
     return json.loads(said[said.index("{\n") :]) | {"planned_bytes": planned}
 
 
-def run_peers(part: str, commands: Commands, tiny: bool, **environment: str) -> dict:
+def run_peers(part: str, commands: Commands, tiny: bool) -> dict:
+    """What beside_peers returns."""
+    work = part.partition(":")[2] or ("rehearsal" if tiny else "olmo-1b-2048")
+    return beside_peers(work, PEERS, commands, tiny, "--in-turn")
+
+
+def beside_peers(work: str, names: str, commands: Commands, tiny: bool, *words: object, **environment: str) -> dict:
     """{"figures": what peers.py found for each contestant, "said": its lines about those that it skipped or could
     not time}."""
-    kind, _, work = part.partition(":")
     folders = sorted((BUNDLE / "peers").glob("*"))
-    names = ",".join(["ours", "plain", *(folder.name for folder in folders)]) if tiny else CPU_PEERS if kind == "cpu" else PEERS
-    words = ["--work", work or ("rehearsal" if tiny else "olmo-1b-2048"), "--peers", names]
-    words += [] if kind == "cpu" else ["--in-turn"]
-    if tiny or work == "small":  # a step of small takes ten seconds on two cores
-        words += ["--rounds", 1 if tiny else 5, "--steps", 1, "--warmup", 1 if tiny else 2]
+    names = ",".join(["ours", "plain", *(folder.name for folder in folders)]) if tiny else names
+    words = ("--work", work, "--peers", names, *words, *(("--rounds", 1, "--steps", 1, "--warmup", 1) if tiny else ()))
     for folder in folders:
-        words += ["--at", f"{folder.name}={folder}"]
+        words += ("--at", f"{folder.name}={folder}")
     with tempfile.TemporaryDirectory() as work_dir:
         file = Path(work_dir) / "peers.json"
         code, said, error = commands.python("tests/benchmarks/peers.py", *words, "--json", file, **environment)
@@ -179,14 +181,15 @@ def run_peers(part: str, commands: Commands, tiny: bool, **environment: str) -> 
 
 
 def run_cpu(part: str, commands: Commands, tiny: bool) -> dict:
-    """`cpu`: {"said": the lines of attention.py}; `cpu:WORK`: run_peers. On two cores, without the GPU."""
-    allowed = os.sched_getaffinity(0)
+    """`cpu`: {"said": the lines of attention.py}; `cpu:WORK`: what beside_peers returns. On two cores, without the GPU."""
+    work, allowed = part.partition(":")[2], os.sched_getaffinity(0)
     cores = sorted(allowed)[:2]
     environment = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(len(cores))}
     os.sched_setaffinity(0, cores)  # which the commands inherit
     try:
-        if ":" in part:
-            return run_peers(part, commands, tiny, **environment)
+        if work:
+            fewer = ("--steps", 1, "--warmup", 2) if work == "small" else ()  # a step of it takes ten seconds
+            return beside_peers(work, CPU_PEERS, commands, tiny, *fewer, **environment)
         words = ["--shape", "1,2,2,64,32", "--rounds", 1] if tiny else []
         code, said, error = commands.python("tests/benchmarks/attention.py", *words, **environment)
     finally:
